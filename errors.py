@@ -1,0 +1,31 @@
+"""Every error ffmerge raises on purpose.
+
+FfmergeError
+├── InputError    what the user gave cannot be used: a path, a model, data, a window, a task
+├── TieError      a tie is broken, or would be stored twice
+├── ExportError   a model could not be turned into ONNX
+└── RuntimeCheckError   a runtime did not do what was asked of it
+
+The command line prints the message of any of them as one line and exits with 2. A message says
+what is wrong, where, and what to do.
+"""
+
+
+class FfmergeError(Exception):
+    """Head of the tree."""
+
+
+class InputError(FfmergeError):
+    """What the user gave cannot be used."""
+
+
+class TieError(FfmergeError):
+    """A tie is broken, or would be stored twice."""
+
+
+class ExportError(FfmergeError):
+    """A model could not be turned into ONNX."""
+
+
+class RuntimeCheckError(FfmergeError):
+    """A runtime did not do what was asked of it."""

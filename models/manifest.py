@@ -1,0 +1,115 @@
+"""``ffmerge.json``: what a package holds and promises, as data."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ffmerge.errors import InputError
+from ffmerge.files import read_json, sha256, write_json
+from ffmerge.models.plan import MergeRecord, Tie
+from ffmerge.models.probe import Probe
+
+NAME = "ffmerge.json"
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file of the package, relative to its folder."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Skip:
+    """Something a pass left alone, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The package's contents; the same bytes for the same input (no times, no measurements).
+
+    ``bytes_total`` counts all initializers as stored, ``bytes_unique`` counts equal ones once;
+    ``parameter_bytes`` counts the distinct PyTorch parameters at the package's precision.
+    """
+
+    versions: Mapping[str, str]
+    source: Mapping[str, Any]
+    model_type: str
+    task: str
+    dtype: str
+    opset: int
+    parameters: int
+    parameter_bytes: int
+    bytes_total: int
+    bytes_unique: int
+    merge: MergeRecord | None
+    ties: tuple[Tie, ...]
+    skipped: tuple[Skip, ...]
+    outputs: tuple[str, ...]
+    probe: Probe
+    files: tuple[FileRecord, ...]
+
+    def write(self, folder: Path) -> None:
+        """Write ``ffmerge.json`` into ``folder``."""
+        value = {
+            "schema": SCHEMA,
+            **{name: getattr(self, name) for name in self.__dataclass_fields__},
+            "merge": self.merge.to_json() if self.merge else None,
+            "ties": [tie.to_json() for tie in self.ties],
+            "skipped": [asdict(skip) for skip in self.skipped],
+            "outputs": list(self.outputs),
+            "probe": self.probe.to_json(),
+            "files": [asdict(file) for file in self.files],
+        }
+        write_json(folder / NAME, value)
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest":
+        """Read the manifest of a package.
+
+        Raises:
+            InputError: there is none, or it is of another schema.
+        """
+        value = read_json(folder / NAME)
+        if value.pop("schema", None) != SCHEMA:
+            raise InputError(f"{folder / NAME} is not of schema {SCHEMA}: export the package again.")
+        try:
+            return cls(
+                **{
+                    **value,
+                    "merge": MergeRecord.from_json(value["merge"]) if value["merge"] else None,
+                    "ties": tuple(Tie.from_json(tie) for tie in value["ties"]),
+                    "skipped": tuple(Skip(**skip) for skip in value["skipped"]),
+                    "outputs": tuple(value["outputs"]),
+                    "probe": Probe.from_json(value["probe"]),
+                    "files": tuple(FileRecord(**file) for file in value["files"]),
+                }
+            )
+        except (TypeError, KeyError) as error:
+            raise InputError(f"{folder / NAME} is not a manifest this version reads: {error}.") from error
+
+    def check_files(self, folder: Path) -> None:
+        """Raise InputError at the first listed file that is outside, missing or changed."""
+        for file in self.files:
+            path = folder / file.path
+            if Path(file.path).is_absolute() or ".." in Path(file.path).parts:
+                raise InputError(f"{folder / NAME} lists {file.path!r}, which is outside the package.")
+            if path.is_symlink() or not path.is_file():
+                raise InputError(f"{path} is listed in {NAME} but is not a file of the package.")
+            if path.stat().st_size != file.bytes or sha256(path) != file.sha256:
+                raise InputError(f"{path} is not the file that {NAME} describes: export again.")
+
+
+def record_files(folder: Path) -> tuple[FileRecord, ...]:
+    """Return a record of every file below ``folder``, sorted by path."""
+    paths = sorted(p for p in folder.rglob("*") if p.is_file())
+    return tuple(
+        FileRecord(p.relative_to(folder).as_posix(), p.stat().st_size, sha256(p)) for p in paths
+    )

@@ -1,0 +1,87 @@
+"""Plans and ties as data: which layers share one feed-forward sublayer, and by which names."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ffmerge.errors import InputError
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers of one stack that share one feed-forward sublayer; the first is the anchor."""
+
+    stack: str
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class MergeRecord:
+    """What a merge did: kept in the checkpoint's ``config.json`` and in the manifest.
+
+    Stacks and layers are numbers and stack names, never parameter names: those differ between
+    releases of transformers, these do not.
+    """
+
+    method: str
+    groups: tuple[Group, ...]
+    parameters_before: int
+    parameters_after: int
+    bytes_before: int
+    bytes_after: int
+    metric: Mapping[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values, the inverse of :func:`from_json`."""
+        return {**asdict(self), "groups": [group_json(g) for g in self.groups], "metric": dict(self.metric)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "MergeRecord":
+        """Read a record; an unknown or missing key is an error."""
+        try:
+            groups = tuple(Group(g["stack"], tuple(g["layers"])) for g in value["groups"])
+            return cls(**{**value, "groups": groups})
+        except (TypeError, KeyError) as error:
+            raise InputError(f"the merge record is not one this version reads: {error}.") from error
+
+
+def group_json(group: Group) -> dict[str, Any]:
+    """Return a group as plain JSON values."""
+    return {"stack": group.stack, "layers": list(group.layers)}
+
+
+@dataclass(frozen=True)
+class Tie:
+    """One tensor that stands in several places of the model.
+
+    ``name`` is the parameter name of the first place and the name of the one initializer;
+    ``members`` are all places, ``name`` among them.
+    """
+
+    name: str
+    members: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {"name": self.name, "members": list(self.members)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Tie":
+        """Read a tie."""
+        return cls(value["name"], tuple(value["members"]))
+
+
+def parse_window(text: str) -> tuple[int, int]:
+    """Return (first, last) of a window written ``A-B``, counted from 0 and inclusive.
+
+    Raises:
+        InputError: the text is not of that form, or names fewer than two layers.
+    """
+    match = re.fullmatch(r"(\d+)-(\d+)", text)
+    if not match:
+        raise InputError(f"window {text!r} is not of the form FIRST-LAST, for example 3-7.")
+    first, last = int(match[1]), int(match[2])
+    if last <= first:
+        raise InputError(f"window {text} has fewer than two layers: merging needs at least two.")
+    return first, last
