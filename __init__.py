@@ -1,3 +1,33 @@
-"""Merge the feed-forward sublayers of a Transformer and ship the shared weights once."""
+"""Merge the feed-forward sublayers of a Transformer and ship the shared weights once.
+
+The public verbs load what they need when they are first used: importing ffmerge imports neither
+torch nor onnxruntime.
+"""
+
+from importlib import import_module
+from typing import Any
 
 __version__ = "0.1.0"
+
+# public name -> where it lives
+_HOMES = {
+    "ExportConfig": "exporter.package",
+    "FfmergeError": "errors",
+    "MergeConfig": "passes.weights.merge",
+    "audit": "passes.graph.audit",
+    "export": "exporter.package",
+    "inspect": "models.inspection",
+    "load": "models.checkpoint",
+    "merge_": "passes.weights.merge",
+    "save": "models.checkpoint",
+    "share": "passes.graph.run",
+    "validate": "runtime_tests.validate",
+}
+
+__all__ = list(_HOMES)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ffmerge' has no attribute {name!r}")
+    return getattr(import_module(f"ffmerge.{_HOMES[name]}"), name)

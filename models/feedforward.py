@@ -219,10 +219,8 @@ def _distinguish(paths: Sequence[str]) -> list[str]:
     Names of modules vary between releases of transformers where a model has one stack; where
     it has several, the parts that tell them apart (``encoder``, ``decoder``) do not.
     """
-    if len(paths) == 1:
-        return ["layers"]
     split = [path.split(".") for path in paths]
-    common = set(split[0]).intersection(*split[1:])
+    common = set.intersection(*map(set, split)) if split else set()
     return [".".join(part for part in parts if part not in common) or "layers" for parts in split]
 
 

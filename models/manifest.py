@@ -35,8 +35,8 @@ class Skip:
 class Manifest:
     """The package's contents; the same bytes for the same input (no times, no measurements).
 
-    ``bytes_total`` counts all initializers as stored, ``bytes_unique`` counts equal ones once;
-    ``parameter_bytes`` counts the distinct PyTorch parameters at the package's precision.
+    ``bytes_total`` is the sum of ``files``, ``bytes_unique`` that of the distinct initializers,
+    ``parameter_bytes`` that of the distinct PyTorch parameters.
     """
 
     versions: Mapping[str, str]

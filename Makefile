@@ -1,0 +1,46 @@
+# Every target works in a fresh clone; `install` makes .venv once.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: install demo test slow check lint types wheel clean
+
+install: .venv/installed
+
+# PyTorch first and by version: a plain `torch` would bring gigabytes of CUDA packages.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --upgrade pip -c constraints.txt
+	$(BIN)/pip install -q torch==2.13.0
+	$(BIN)/pip install -q -c constraints.txt -e . --group dev
+	touch $@
+
+demo: install
+	rm -rf build/demo
+	$(BIN)/ffmerge demo --out build/demo
+
+test: install
+	$(BIN)/python -m pytest -m "not slow"
+
+slow: install
+	$(BIN)/python -m pytest -m slow
+
+check: lint types wheel
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+
+# The built package is what is checked: it is what users get.
+types: install
+	rm -rf .built build/lib build/bdist.*
+	$(BIN)/pip install -q --no-deps --target .built .
+	MYPYPATH=.built $(BIN)/mypy -p ffmerge
+
+wheel: install
+	rm -rf dist build/lib build/bdist.*
+	$(BIN)/python -m build --wheel -q
+	$(BIN)/check-wheel-contents dist/*.whl
+
+clean:
+	rm -rf .venv .built build dist *.egg-info

@@ -1,0 +1,209 @@
+"""The command line: arguments to function calls, nothing else."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ffmerge.errors import FfmergeError
+
+app = typer.Typer(
+    help="Merge the feed-forward sublayers of a Transformer and ship the shared weights once.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode="rich",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Model = Annotated[str, typer.Argument(help="A checkpoint folder or a hub id.")]
+Task = Annotated[str | None, typer.Option(help="Task by its optimum name; inferred if not given.")]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        help="Calibration data: .npz of model inputs, text, jsonl, csv, parquet, a folder of "
+        "images, or a hub data set ID:SPLIT."
+    ),
+]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="New folder for packages and report.")] = Path(
+        "ffmerge-demo"
+    ),
+    as_json: Json = False,
+) -> None:
+    """Run the whole pipeline on a trained model and real data that ffmerge ships.
+
+    Example: [bold]ffmerge demo --out build/demo[/bold]
+    """
+    from ffmerge import pipeline
+
+    result = pipeline.demo(out)
+    _emit(as_json, result.to_json(), result.table())
+    _exit_unless(result.ok)
+
+
+@app.command()
+def inspect(
+    model: Annotated[
+        str, typer.Argument(help="A checkpoint, a folder with only config.json, or a hub id.")
+    ],
+    as_json: Json = False,
+) -> None:
+    """Show the feed-forward stacks of a model and what tying k of them removes.
+
+    Example: [bold]ffmerge inspect google/vit-base-patch16-224[/bold]
+    """
+    from ffmerge.models.inspection import inspect
+    from ffmerge.tables import inspection_table
+
+    found = inspect(model)
+    _emit(as_json, found.to_json(), inspection_table(found))
+
+
+@app.command()
+def merge(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="New folder for the merged checkpoint.")],
+    window: Annotated[
+        str | None, typer.Option(help="First and last layer, from 0, inclusive: 3-7.")
+    ] = None,
+    k: Annotated[
+        int | None, typer.Option("--k", help="Merge k layers; the best window is chosen.")
+    ] = None,
+    data: Data = None,
+    validation: Annotated[
+        str | None, typer.Option(help="Data that chooses the window; else half of --data.")
+    ] = None,
+    method: Annotated[str, typer.Option(help="permute or average.")] = "permute",
+    stack: Annotated[str | None, typer.Option(help="Which stack, where there are several.")] = None,
+    tokens: Annotated[int, typer.Option(help="Positions the statistics are taken from.")] = 10_000,
+    batch_size: Annotated[int, typer.Option(help="Examples per forward pass.")] = 32,
+    task: Task = None,
+    as_json: Json = False,
+) -> None:
+    """Merge k feed-forward sublayers and save the checkpoint, every shared weight once.
+
+    Example: [bold]ffmerge merge gpt2 merged --k 5 --data validation.txt[/bold]
+    """
+    from ffmerge import pipeline
+    from ffmerge.models.plan import parse_window
+    from ffmerge.passes.weights.merge import MergeConfig
+    from ffmerge.tables import merge_table
+
+    span = parse_window(window) if window else None
+    config = MergeConfig(k, span, stack, method, tokens, batch_size, task)
+    result = pipeline.merge(model, out, config, data, validation)
+    _emit(as_json, result.to_json(), merge_table(result, out))
+
+
+@app.command()
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="New folder for the package.")],
+    task: Task = None,
+    opset: Annotated[int, typer.Option(help="ONNX operator set, 18 to 23.")] = 20,
+    as_json: Json = False,
+) -> None:
+    """Export a checkpoint, merged or not, as an ONNX package.
+
+    Example: [bold]ffmerge export merged package[/bold]
+    """
+    from ffmerge import pipeline
+    from ffmerge.exporter.package import ExportConfig
+    from ffmerge.tables import package_table
+
+    package = pipeline.export(model, out, ExportConfig(task, opset))
+    _emit(as_json, package.to_json(), package_table(package))
+
+
+@app.command()
+def share(
+    source: Annotated[Path, typer.Argument(help="An ONNX file from any exporter.")],
+    target: Annotated[Path, typer.Argument(help="New ONNX file.")],
+    as_json: Json = False,
+) -> None:
+    """Store equal weights of any ONNX file once, in the form that stays shared when loaded.
+
+    Example: [bold]ffmerge share model.onnx shared.onnx[/bold]
+    """
+    from ffmerge.passes.graph.run import share_file
+    from ffmerge.tables import share_table
+
+    result = share_file(source, target)
+    _emit(as_json, result.to_json(), share_table(result, target))
+
+
+@app.command()
+def audit(
+    path: Annotated[Path, typer.Argument(help="An ONNX file or a package folder.")],
+    as_json: Json = False,
+) -> None:
+    """Tell what is stored twice, what is tied, and what a runtime would un-share; 1 if any is.
+
+    Example: [bold]ffmerge audit package[/bold]
+    """
+    from ffmerge.passes.graph.audit import audit
+    from ffmerge.tables import audit_table
+
+    found = audit(path)
+    _emit(as_json, found.to_json(), audit_table(found))
+    _exit_unless(found.ok)
+
+
+@app.command()
+def validate(
+    package: Annotated[Path, typer.Argument(help="A package folder.")],
+    provider: Annotated[
+        list[str] | None, typer.Option(help="cpu, cuda or webgpu; may be given several times.")
+    ] = None,
+    data: Data = None,
+    as_json: Json = False,
+) -> None:
+    """Compare a package with PyTorch's outputs on ONNX Runtime; measure memory and latency.
+
+    Writes validation.json and report.html into the package. Exits with 1 on any failure; a
+    provider that is not really used is one.
+
+    Example: [bold]ffmerge validate package --provider cpu[/bold]
+    """
+    from ffmerge import pipeline
+    from ffmerge.tables import validation_table
+
+    result = pipeline.validate(package, tuple(provider or ("cpu",)), data)
+    _emit(as_json, result.to_json(), validation_table(result))
+    _exit_unless(result.ok)
+
+
+def _emit(as_json: bool, value: dict[str, Any], table: Any) -> None:
+    if as_json:
+        print(json.dumps(value, indent=2))
+        return
+    from rich.console import Console
+
+    Console().print(table)
+
+
+def _exit_unless(ok: bool) -> None:
+    if not ok:
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Run the command line: one line and exit code 2 for anything the user can mend."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    try:
+        app(prog_name="ffmerge")
+    except FfmergeError as error:
+        print(f"ffmerge: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""The model card of a package."""
+
+from typing import Any
+
+from ffmerge.models import checkpoint
+
+_CARD = """---
+library_name: onnxruntime
+pipeline_tag: {task}
+tags: [onnx, ffmerge]
+---
+# {architecture}, {parameters:,} parameters
+
+{merge}
+
+Files: `model.onnx` with `model.onnx_data` (weights, each stored once), `config.json`,
+`ffmerge.json` (what is tied, every file's SHA-256), `reference.safetensors` (outputs of PyTorch
+on the inputs that `ffmerge.json` describes).
+
+```
+ffmerge audit .      # is anything stored twice, is every tie intact
+ffmerge validate .   # does ONNX Runtime compute what PyTorch computed
+```
+"""
+
+
+def card(model: Any, task: str) -> str:
+    """Return the Markdown model card, with the metadata block the hub reads."""
+    return _CARD.format(
+        task=task,
+        architecture=type(model).__name__,
+        parameters=sum(p.numel() for p in model.parameters()),
+        merge=_merge_text(model),
+    )
+
+
+def _merge_text(model: Any) -> str:
+    record = checkpoint.merge_record(model.config)
+    if record is None:
+        return "Exported by ffmerge; no feed-forward sublayers are merged."
+    groups = "; ".join(f"{', '.join(map(str, g.layers))} of stack {g.stack}" for g in record.groups)
+    removed = 1 - record.parameters_after / record.parameters_before
+    text = (
+        f"Feed-forward sublayers of layers {groups} share one set of weights (method "
+        f"`{record.method}`): {removed:.2%} of {record.parameters_before:,} parameters removed."
+    )
+    metric = record.metric
+    if metric["name"]:
+        text += (
+            f" Untuned {metric['name']} on {metric['examples']} validation examples: "
+            f"{metric['before']:.4f} before, {metric['merged']:.4f} after."
+        )
+    return text

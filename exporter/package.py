@@ -1,0 +1,121 @@
+"""A model as a folder that a runtime serves: graph, weights, configuration, manifest, card."""
+
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from safetensors.numpy import save_file
+
+import ffmerge
+from ffmerge.errors import InputError
+from ffmerge.exporter.card import card
+from ffmerge.exporter.torch_onnx import reference_outputs, to_onnx
+from ffmerge.files import staged
+from ffmerge.models import checkpoint, tasks, ties
+from ffmerge.models.inputs import probe
+from ffmerge.models.manifest import Manifest, record_files
+from ffmerge.models.probe import stored_elements
+from ffmerge.passes.graph.run import share
+
+GRAPH, WEIGHTS, REFERENCE = "model.onnx", "model.onnx_data", "reference.safetensors"
+_VERSIONS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Settings of an export; ``task`` None means: inferred from the model's class."""
+
+    task: str | None = None
+    opset: int = 20
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package on disk."""
+
+    path: Path
+    manifest: Manifest
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {
+            "path": str(self.path),
+            "task": self.manifest.task,
+            "files": [{"path": f.path, "bytes": f.bytes} for f in self.manifest.files],
+            "bytes_total": self.manifest.bytes_total,
+            "bytes_unique": self.manifest.bytes_unique,
+            "skipped": [vars(skip) for skip in self.manifest.skipped],
+        }
+
+
+def export(
+    model: Any, target: str | Path, config: ExportConfig = ExportConfig(), source: Path | None = None
+) -> Package:
+    """Write ``model`` as an ONNX package; weights that PyTorch shares are stored once.
+
+    ``source`` is the checkpoint folder the model came from: its tokenizer and processor files
+    travel along and its weight files are named in the manifest.
+
+    Raises:
+        ExportError: the model cannot be exported.
+        TieError: a shared weight would be stored twice.
+        InputError: the task is not served, or ``target`` exists or cannot be written.
+    """
+    task = tasks.infer(type(model))
+    if config.task and tasks.check(config.task) != task:
+        raise InputError(f"{type(model).__name__} does not serve {config.task}: it serves {task}.")
+    parameters = list(model.parameters())
+    with staged(Path(target)) as folder:
+        known = ties.ties(model)
+        shared = share(to_onnx(model, task, config.opset), known)
+        ir.save(shared.model, folder / GRAPH, external_data=WEIGHTS)
+        _write_reference(folder / REFERENCE, reference_outputs(model, task))
+        _write_config(folder, model)
+        if source:
+            checkpoint.copy_companions(source, folder)
+        (folder / "README.md").write_text(card(model, task), encoding="utf-8")
+        files = record_files(folder)
+        manifest = Manifest(
+            versions={
+                "ffmerge": ffmerge.__version__,
+                "python": platform.python_version(),
+                **{name: version(name) for name in _VERSIONS},
+            },
+            source={"files": checkpoint.fingerprint(source) if source else {}},
+            model_type=model.config.model_type,
+            task=task,
+            dtype="fp32",
+            opset=shared.model.opset_imports[""],
+            parameters=sum(p.numel() for p in parameters),
+            parameter_bytes=sum(p.nbytes for p in parameters),
+            bytes_total=sum(file.bytes for file in files),
+            bytes_unique=shared.bytes_after,
+            merge=checkpoint.merge_record(model.config),
+            ties=known,
+            skipped=shared.skipped,
+            outputs=tasks.OUTPUTS[task],
+            probe=probe(model),
+            files=files,
+        )
+        manifest.write(folder)
+    return Package(Path(target), manifest)
+
+
+def _write_reference(path: Path, outputs: Sequence[dict[str, Any]]) -> None:
+    """Store the sampled outputs of every case, as ``CASE.NAME``."""
+    tensors = {
+        f"{case}.{name}": np.ascontiguousarray(stored_elements(array))
+        for case, by_name in enumerate(outputs)
+        for name, array in by_name.items()
+    }
+    save_file(tensors, path)
+
+
+def _write_config(folder: Path, model: Any) -> None:
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)

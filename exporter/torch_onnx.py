@@ -1,0 +1,111 @@
+"""PyTorch to ONNX: names and ties of the model kept in the graph.
+
+The exporter's own optimizer is left off: it folds transposed weights one consumer at a time,
+renames them, and copies shared ones of at most 8,192 elements. The graph passes do that work
+with the ties in hand.
+"""
+
+import contextlib
+import inspect
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import onnx_ir as ir
+import onnxscript.optimizer
+import torch
+from torch import Tensor, nn
+
+from ffmerge.errors import ExportError
+from ffmerge.models import tasks, ties
+from ffmerge.models.inputs import probe, to_tensors
+from ffmerge.models.plan import Tie
+from ffmerge.passes.graph.untangle import UntanglePass
+
+
+class _Outputs(nn.Module):
+    """The model as a function from a dictionary of inputs to the task's outputs in order."""
+
+    def __init__(self, model: Any, task: str) -> None:
+        super().__init__()
+        self.model = model
+        self.names = tasks.OUTPUTS[task]
+        accepted = inspect.signature(model.forward).parameters
+        self.settings = {"use_cache": False} if "use_cache" in accepted else {}
+
+    def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        out = self.model(**inputs, **self.settings, return_dict=True)
+        return tuple(out[name] for name in self.names)
+
+
+def to_onnx(model: Any, task: str, opset: int) -> ir.Model:
+    """Return the graph of ``model`` for ``task``, its initializers called by parameter name.
+
+    A tied parameter is one initializer under the name :func:`ffmerge.models.ties.ties` gives.
+
+    Raises:
+        ExportError: PyTorch cannot trace or translate the model, or it is not float32.
+    """
+    wrapper = _Outputs(model, task).eval()
+    if any(p.dtype != torch.float32 for p in model.parameters()):
+        raise ExportError("only float32 models are exported: call model.float() first.")
+    recipe = probe(model)
+    example = to_tensors(recipe.draw(len(recipe.cases) - 1), model)
+    axes = {
+        spec.name: {i: d for i, d in enumerate(spec.shape) if isinstance(d, str)}
+        for spec in recipe.inputs
+    }
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                wrapper, (example,), dynamo=True, optimize=False, verbose=False,
+                opset_version=opset, dynamic_shapes=(axes,),
+                input_names=list(example), output_names=list(wrapper.names),
+            )  # fmt: skip
+    except Exception as error:  # torch.export and torch.onnx raise errors of many kinds
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ExportError(f"{type(model).__name__} cannot be exported for {task}: {reason}") from error
+    if program is None:
+        raise ExportError(f"{type(model).__name__} cannot be exported for {task}.")
+    graph_model = program.model
+    _rename(graph_model, ties.ties(model))
+    UntanglePass()(graph_model)
+    onnxscript.optimizer.optimize_ir(graph_model)
+    return graph_model
+
+
+def reference_outputs(model: Any, task: str) -> list[dict[str, Any]]:
+    """Return what PyTorch gives on each case of the probe, by output name, as arrays."""
+    wrapper = _Outputs(model, task).eval()
+    recipe = probe(model)
+    outputs = []
+    with torch.no_grad():
+        for case in range(len(recipe.cases)):
+            got = wrapper(to_tensors(recipe.draw(case), model))
+            outputs.append({n: t.cpu().numpy() for n, t in zip(wrapper.names, got, strict=True)})
+    return outputs
+
+
+def _rename(model: ir.Model, known: tuple[Tie, ...]) -> None:
+    """Give initializers their PyTorch names: the wrapper's prefix off, ties under their first."""
+    canonical = {member: tie.name for tie in known for member in tie.members}
+    for name, value in list(model.graph.initializers.items()):
+        plain = name.removeprefix("model.")
+        if plain != name:
+            value.name = canonical.get(plain, plain)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back what the exporter prints: notes on torchvision, axis names and tree specs."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logger.setLevel(level)

@@ -1,0 +1,152 @@
+"""Examples as model inputs: from arrays, an ``.npz``, text, images, tables or a hub data set."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ffmerge.errors import InputError
+from ffmerge.models.probe import Array
+
+# file extension -> builder of the datasets library
+_BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+_TEXT_COLUMNS = ("text", "sentence", "content")
+_IMAGE_COLUMNS = ("image", "img", "pixel_values")
+_LABEL_COLUMNS = ("label", "labels", "fine_label")
+_MAX_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Rows that become model inputs when they are asked for, so none is held longer than needed."""
+
+    rows: Sequence[int]
+    take: Callable[[Sequence[int]], dict[str, Array]]
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.rows)
+
+    def batches(self, size: int) -> Iterator[dict[str, Array]]:
+        """Yield all rows in order as model inputs, ``size`` at a time, with ``labels`` if known."""
+        for start in range(0, len(self.rows), size):
+            yield self.take(self.rows[start : start + size])
+
+    def halves(self) -> tuple["Examples", "Examples"]:
+        """Return the rows at even and at odd places; twice the same row if there is only one."""
+        odd = self.rows[1::2] or self.rows
+        return Examples(self.rows[::2], self.take), Examples(odd, self.take)
+
+
+def from_arrays(arrays: Mapping[str, Array]) -> Examples:
+    """Return examples whose row i is the i-th element of every array.
+
+    Raises:
+        InputError: there are no rows, or the arrays differ in length.
+    """
+    lengths = {name: len(array) if np.ndim(array) else 0 for name, array in arrays.items()}
+    if len(set(lengths.values())) != 1 or not all(lengths.values()):
+        raise InputError(f"the arrays of the data must have one common length above 0, not {lengths}.")
+    rows = range(next(iter(lengths.values())))
+    return Examples(rows, lambda i: {name: array[np.asarray(i)] for name, array in arrays.items()})
+
+
+def read(source: str, folder: Path, task: str) -> Examples:
+    """Return the examples in ``source`` as inputs of the model in ``folder``.
+
+    ``source`` is an ``.npz`` of model inputs, a text, jsonl, csv or parquet file, a folder of
+    images (one sub-folder per class), or a hub data set written ``ID:SPLIT``.
+
+    Raises:
+        InputError: the source cannot be read, or holds nothing the model takes.
+    """
+    path = Path(source).expanduser()
+    if path.suffix == ".npz":
+        return _read_npz(path)
+    table = _read_table(source, path)
+    for column in _IMAGE_COLUMNS:
+        if column in table.column_names:
+            return _images(table, column, folder)
+    for column in _TEXT_COLUMNS:
+        if column in table.column_names:
+            return _texts(table, column, folder, task)
+    raise InputError(
+        f"{source} has the columns {', '.join(table.column_names)}: one of them must be called "
+        f"{', '.join((*_TEXT_COLUMNS, *_IMAGE_COLUMNS))}."
+    )
+
+
+def _read_npz(path: Path) -> Examples:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return from_arrays({name: archive[name] for name in archive.files})
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path} cannot be read as an .npz of arrays: {error}.") from error
+
+
+def _read_table(source: str, path: Path) -> Any:
+    import datasets
+
+    try:
+        if path.is_dir():
+            return datasets.load_dataset("imagefolder", data_dir=str(path), split="train")
+        if path.suffix in _BUILDERS and path.is_file():
+            builder = _BUILDERS[path.suffix]
+            return datasets.load_dataset(builder, data_files=str(path), split="train")
+        name, _, split = source.partition(":")
+        if path.suffix in _BUILDERS or not split:
+            raise InputError(f"{source} is not a data file, a folder, or a hub data set ID:SPLIT.")
+        return datasets.load_dataset(name, split=split)
+    except InputError:
+        raise
+    except Exception as error:  # each builder raises errors of its own
+        raise InputError(f"the data in {source} cannot be read: {str(error).splitlines()[0]}") from error
+
+
+def _images(table: Any, column: str, folder: Path) -> Examples:
+    from transformers import AutoImageProcessor
+
+    try:
+        processor = AutoImageProcessor.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder} has no preprocessor_config.json to read images with.") from error
+    label = _column(table, _LABEL_COLUMNS)
+
+    def take(rows: Sequence[int]) -> dict[str, Array]:
+        part = table[list(rows)]
+        images = [image.convert("RGB") for image in part[column]]
+        inputs = {"pixel_values": processor(images, return_tensors="np")["pixel_values"]}
+        return {**inputs, "labels": np.asarray(part[label])} if label else inputs
+
+    return Examples(range(len(table)), take)
+
+
+def _texts(table: Any, column: str, folder: Path, task: str) -> Examples:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder} has no tokenizer to read text with.") from error
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    longest = min(tokenizer.model_max_length, _MAX_TOKENS)
+    label = _column(table, _LABEL_COLUMNS) if task == "text-classification" else None
+    rows = [i for i, text in enumerate(table[column]) if text.strip()]
+    if not rows:
+        raise InputError(f"the column {column!r} of the data holds no text.")
+
+    def take(rows: Sequence[int]) -> dict[str, Array]:
+        part = table[list(rows)]
+        encoded = tokenizer(
+            part[column], padding=True, truncation=True, max_length=longest, return_tensors="np"
+        )
+        inputs = {name: np.asarray(encoded[name]) for name in encoded}
+        return {**inputs, "labels": np.asarray(part[label])} if label else inputs
+
+    return Examples(rows, take)
+
+
+def _column(table: Any, names: Sequence[str]) -> str | None:
+    return next((name for name in names if name in table.column_names), None)

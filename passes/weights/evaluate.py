@@ -1,0 +1,80 @@
+"""How good a model is on examples: its task metric, or without labels its fidelity."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ffmerge.models.data import Examples
+from ffmerge.models.metrics import Metric, for_task, labels_of
+from ffmerge.models.probe import Array
+from ffmerge.passes.weights.statistics import forward
+
+
+@dataclass(frozen=True)
+class Score:
+    """A named measure of a model; a higher ``rank`` is always better."""
+
+    name: str
+    measure: Callable[[Any], float]
+    higher_is_better: bool
+
+    def rank(self, value: float) -> float:
+        """Return ``value`` turned so that higher is better."""
+        return value if self.higher_is_better else -value
+
+
+def score_for(model: Any, task: str, examples: Examples, batch_size: int) -> Score:
+    """Return the task's metric on ``examples``, or the fidelity to ``model`` as it is now.
+
+    Fidelity is the mean cosine between the outputs of the model that is measured and those of
+    the original: it needs no labels and is 1 for the original.
+    """
+    metric = for_task(task)
+    first = next(iter(examples.batches(batch_size)))
+    if metric and ("labels" in first or task == "text-generation"):
+        return Score(metric.name, _labelled(metric, task, examples, batch_size), metric.higher_is_better)
+    original = list(_outputs(model, examples, batch_size))
+    return Score("fidelity", _fidelity(original, examples, batch_size), True)
+
+
+def _labelled(metric: Metric, task: str, examples: Examples, batch_size: int) -> Callable[[Any], float]:
+    def measure(model: Any) -> float:
+        total, count = 0.0, 0
+        for batch in examples.batches(batch_size):
+            logits = _output(model, batch)
+            part, seen = metric.add(logits, labels_of(task, batch))
+            total, count = total + part, count + seen
+        return metric.value(total, count)
+
+    return measure
+
+
+def _fidelity(
+    original: list[Array], examples: Examples, batch_size: int
+) -> Callable[[Any], float]:
+    def measure(model: Any) -> float:
+        cosines = []
+        for batch, expected in zip(examples.batches(batch_size), original, strict=True):
+            got = _output(model, batch)
+            dots = (got * expected).sum(-1)
+            cosine = dots / (np.linalg.norm(got, axis=-1) * np.linalg.norm(expected, axis=-1))
+            mask = batch.get("attention_mask")
+            counted = mask != 0 if mask is not None and mask.shape == cosine.shape else ...
+            cosines.append(cosine[counted].ravel())
+        return float(np.concatenate(cosines).mean())
+
+    return measure
+
+
+def _outputs(model: Any, examples: Examples, batch_size: int) -> Any:
+    return (_output(model, batch) for batch in examples.batches(batch_size))
+
+
+def _output(model: Any, batch: dict[str, Array]) -> Array:
+    with torch.no_grad():
+        output = forward(model, batch)
+    first = output["logits"] if "logits" in output else output[0]
+    return np.asarray(first.float().cpu().numpy())

@@ -1,0 +1,94 @@
+"""Results as tables for a terminal; the numbers are those of the results' JSON."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+
+_UNITS = ("B", "kB", "MB", "GB", "TB")
+
+
+def size(count: float) -> str:
+    """Return a byte count in decimal units with three significant digits: ``289 MB``."""
+    power = 0
+    while abs(count) >= 999.5 and power < len(_UNITS) - 1:
+        count, power = count / 1000, power + 1
+    return f"{count:.0f} B" if power == 0 else f"{count:.3g} {_UNITS[power]}"
+
+
+def _table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> Table:
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    return table
+
+
+def inspection_table(found: Any) -> Group:
+    """Show the stacks of an Inspection and what tying removes."""
+    stacks = _table(
+        f"{found.model_type}: {found.parameters:,} parameters",
+        ("stack", "layers", "d_model", "d_ff", "gated", "parameters each"),
+        (
+            (name, len(m), m[0].d_model, m[0].d_ff, m[0].gated, f"{found.sizes[m[0].path]:,}")
+            for name, m in found.stacks.items()
+        ),
+    )
+    removable = _table(
+        "Tying k layers removes",
+        ("stack", "k", "parameters", "of all"),
+        ((r.stack, r.k, f"{r.parameters:,}", f"{r.fraction:.2%}") for r in found.removable),
+    )
+    return Group(stacks, removable)
+
+
+def merge_table(merge: Any, out: Path) -> Table:
+    """Show before and after of a Merge."""
+    record, metric = merge.record, merge.record.metric
+    layers = "; ".join(f"{g.stack} {g.layers[0]}-{g.layers[-1]}" for g in record.groups)
+    rows = [
+        ("parameters", f"{record.parameters_before:,}", f"{record.parameters_after:,}"),
+        ("bytes", size(record.bytes_before), size(record.bytes_after)),
+    ]
+    if metric["name"]:
+        name = f"{metric['name']} ({metric['examples']} examples)"
+        rows.append((name, f"{metric['before']:.4f}", f"{metric['merged']:.4f}"))
+    return _table(f"{out}: {record.method}, {layers} share", ("", "before", "merged"), rows)
+
+
+def package_table(package: Any) -> Table:
+    """Show the files of a Package."""
+    manifest = package.manifest
+    rows = [(file.path, size(file.bytes)) for file in manifest.files]
+    rows.append(("all files", size(manifest.bytes_total)))
+    rows.append(("distinct parameters", size(manifest.parameter_bytes)))
+    return _table(f"{package.path}: {manifest.task}", ("file", "size"), rows)
+
+
+def share_table(result: Any, target: Path) -> Table:
+    """Show what sharing saved and what was left alone."""
+    rows = [
+        ("weights before", size(result.bytes_before)),
+        ("weights after", size(result.bytes_after)),
+        *((f"left alone: {skip.name}", skip.reason) for skip in result.skipped),
+    ]
+    return _table(str(target), ("", ""), rows)
+
+
+def audit_table(found: Any) -> Group:
+    """Show an Audit: the sums, then every finding with its names."""
+    value = found.to_json()
+    sums = _table(
+        "ok" if found.ok else "NOT ok",
+        ("weights", "bytes"),
+        ((name, size(value[f"bytes_{name}"])) for name in ("total", "unique", "duplicate")),
+    )
+    findings = [
+        *((f"{d['kind']}: {', '.join(d['names'])}", size(d["bytes"])) for d in value["duplicates"]),
+        *((f"{u['name']}: {u['reason']}", size(u["bytes"])) for u in value["unshared_at_load"]),
+        *((f"tie {t['group']}", "ok" if t["ok"] else t["reason"]) for t in value["ties"]),
+    ]
+    return Group(sums, _table("Findings", ("what", "cost or state"), findings))
