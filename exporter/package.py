@@ -16,11 +16,10 @@ from ffmerge.errors import InputError
 from ffmerge.exporter.card import card
 from ffmerge.exporter.torch_onnx import reference_outputs, to_onnx
 from ffmerge.files import staged
-from ffmerge.models import checkpoint, tasks, ties
+from ffmerge.models import checkpoint, tasks
 from ffmerge.models.inputs import probe
 from ffmerge.models.manifest import Manifest, record_files
 from ffmerge.models.probe import stored_elements
-from ffmerge.passes.graph.run import share
 
 GRAPH, WEIGHTS, REFERENCE = "model.onnx", "model.onnx_data", "reference.safetensors"
 _VERSIONS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy")
@@ -71,8 +70,7 @@ def export(
         raise InputError(f"{type(model).__name__} does not serve {config.task}: it serves {task}.")
     parameters = list(model.parameters())
     with staged(Path(target)) as folder:
-        known = ties.ties(model)
-        shared = share(to_onnx(model, task, config.opset), known)
+        shared = to_onnx(model, task, config.opset)
         ir.save(shared.model, folder / GRAPH, external_data=WEIGHTS)
         _write_reference(folder / REFERENCE, reference_outputs(model, task))
         _write_config(folder, model)
@@ -96,7 +94,7 @@ def export(
             bytes_total=sum(file.bytes for file in files),
             bytes_unique=shared.bytes_after,
             merge=checkpoint.merge_record(model.config),
-            ties=known,
+            ties=shared.ties,
             skipped=shared.skipped,
             outputs=tasks.OUTPUTS[task],
             probe=probe(model),

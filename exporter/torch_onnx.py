@@ -22,7 +22,7 @@ from ffmerge.errors import ExportError
 from ffmerge.models import tasks, ties
 from ffmerge.models.inputs import probe, to_tensors
 from ffmerge.models.plan import Tie
-from ffmerge.passes.graph.untangle import UntanglePass
+from ffmerge.passes.graph.run import ShareResult, share
 
 
 class _Outputs(nn.Module):
@@ -40,13 +40,15 @@ class _Outputs(nn.Module):
         return tuple(out[name] for name in self.names)
 
 
-def to_onnx(model: Any, task: str, opset: int) -> ir.Model:
+def to_onnx(model: Any, task: str, opset: int) -> ShareResult:
     """Return the graph of ``model`` for ``task``, its initializers called by parameter name.
 
-    A tied parameter is one initializer under the name :func:`ffmerge.models.ties.ties` gives.
+    A tied parameter is one initializer under the name :func:`ffmerge.models.ties.ties` gives;
+    parameters that happen to be equal are one under the first's.
 
     Raises:
         ExportError: PyTorch cannot trace or translate the model, or it is not float32.
+        TieError: a tied parameter would be stored twice.
     """
     wrapper = _Outputs(model, task).eval()
     if any(p.dtype != torch.float32 for p in model.parameters()):
@@ -60,20 +62,24 @@ def to_onnx(model: Any, task: str, opset: int) -> ir.Model:
     try:
         with _quiet():
             program = torch.onnx.export(
-                wrapper, (example,), dynamo=True, optimize=False, verbose=False,
-                opset_version=opset, dynamic_shapes=(axes,),
+                wrapper, kwargs={"inputs": example}, dynamic_shapes={"inputs": axes},
+                dynamo=True, optimize=False, verbose=False, opset_version=opset,
                 input_names=list(example), output_names=list(wrapper.names),
             )  # fmt: skip
     except Exception as error:  # torch.export and torch.onnx raise errors of many kinds
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        cause = error.__cause__ or error  # torch.onnx says how to report it, its cause says what
+        reason = next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
         raise ExportError(f"{type(model).__name__} cannot be exported for {task}: {reason}") from error
     if program is None:
         raise ExportError(f"{type(model).__name__} cannot be exported for {task}.")
     graph_model = program.model
-    _rename(graph_model, ties.ties(model))
-    UntanglePass()(graph_model)
+    known = ties.ties(model)
+    _rename(graph_model, known)
+    # Share before the optimizer, whose own deduplication does not know the ties, and after it,
+    # for the constants it folds.
+    share(graph_model, known)
     onnxscript.optimizer.optimize_ir(graph_model)
-    return graph_model
+    return share(graph_model)
 
 
 def reference_outputs(model: Any, task: str) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from ffmerge.models.probe import InputSpec, Probe
 
 # Batch sizes and lengths on which a package is compared with PyTorch.
 _CASES = ((1, 7), (3, 5), (8, 11))
+_IMAGE_SIZE = 224  # convolutional models name none: any will do
 
 
 def input_specs(model: Any) -> tuple[InputSpec, ...]:
@@ -21,7 +22,7 @@ def input_specs(model: Any) -> tuple[InputSpec, ...]:
     """
     config = model.config
     if model.main_input_name == "pixel_values":
-        height, width = _pair(config.image_size)
+        height, width = _pair(getattr(config, "image_size", _IMAGE_SIZE))
         shape = ("batch_size", int(config.num_channels), height, width)
         return (InputSpec("pixel_values", "float32", shape),)
     if model.main_input_name == "input_ids" and not config.is_encoder_decoder:

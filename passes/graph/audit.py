@@ -1,0 +1,209 @@
+"""What a model stores more than once, and what a runtime or a tool would un-share."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from ffmerge.errors import InputError
+from ffmerge.models import manifest
+from ffmerge.models.plan import Tie
+from ffmerge.passes.graph.contract import VIEWS, TieCheck, check_ties, read_ties
+from ffmerge.passes.graph.read import read_model
+from ffmerge.passes.graph.tensors import Stored, find_copies, is_op, stored
+
+# Added bytes from which a copy at load is a finding: exporters reshape scalars for their shape
+# arithmetic in every layer, and runtimes fold those.
+NOTABLE = 1024
+
+
+@dataclass(frozen=True)
+class Duplicate:
+    """Tensors of one file with equal bytes; ``bytes`` is what storing one would save."""
+
+    names: tuple[str, ...]
+    bytes: int
+    kind: str
+
+
+@dataclass(frozen=True)
+class Unshared:
+    """A tensor that constant folding, as ONNX Runtime does it on loading, would copy.
+
+    ``copies`` tensors would stand in its place, ``bytes`` more than the one; ``nodes`` fold.
+    It is what the graph asks for: a runtime may merge equal results again after folding.
+    """
+
+    name: str
+    bytes: int
+    copies: int
+    nodes: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """A tensor read ``uses`` times through one node: loaded once, but quantizers skip it."""
+
+    name: str
+    node: str
+    uses: int
+
+
+@dataclass(frozen=True)
+class Audit:
+    """The findings; bytes are the contents of tensors, and names carry the file if several."""
+
+    files: tuple[str, ...]
+    bytes_total: int
+    bytes_unique: int
+    bytes_duplicate: int
+    duplicates: tuple[Duplicate, ...]
+    unshared_at_load: tuple[Unshared, ...]
+    hidden: tuple[Hidden, ...]
+    ties: tuple[TieCheck, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Nothing stored twice, nothing un-shared at load, every tie as recorded."""
+        return not self.duplicates and not self.unshared_at_load and all(t.ok for t in self.ties)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {**asdict(self), "ok": self.ok}
+
+
+def audit(path: Path) -> Audit:
+    """Audit an ONNX file, or each ``*.onnx`` of a package folder and of its ``onnx/``.
+
+    Copies are looked for within each file. Ties are those of the ``ffmerge.json`` in the folder
+    (for a file: its folder), else those each file records itself. A tie must hold in every file
+    that has one of its names, and in at least one.
+
+    Raises:
+        InputError: there is no ONNX file, or one cannot be read.
+    """
+    path = Path(path)
+    folder = path if path.is_dir() else path.parent
+    files = (
+        sorted([*folder.glob("*.onnx"), *folder.glob("onnx/**/*.onnx")])
+        if path.is_dir()
+        else [path]
+    )
+    if not files:
+        raise InputError(f"{path} holds no .onnx file.")
+    promised = manifest.Manifest.read(folder).ties if (folder / manifest.NAME).exists() else None
+    total = 0
+    duplicates: list[Duplicate] = []
+    unshared: list[Unshared] = []
+    hidden: list[Hidden] = []
+    checks: dict[str, list[TieCheck]] = {tie.name: [] for tie in promised or ()}
+    for file in files:
+        model = read_model(file)
+        prefix = f"{file.relative_to(folder).as_posix()}:" if len(files) > 1 else ""
+        items = stored(model)
+        total += sum(item.tensor.nbytes for item in items)
+        duplicates += _duplicates(items, prefix)
+        for item in items:
+            finding = _at_load(item, prefix)
+            if isinstance(finding, Unshared):
+                unshared.append(finding)
+            elif finding:
+                hidden.append(finding)
+        for check in check_ties(model, _ties_for(model, promised)):
+            checks.setdefault(check.group, []).append(check)
+    twice = sum(duplicate.bytes for duplicate in duplicates)
+    return Audit(
+        files=tuple(file.relative_to(folder).as_posix() for file in files),
+        bytes_total=total,
+        bytes_unique=total - twice,
+        bytes_duplicate=twice,
+        duplicates=tuple(duplicates),
+        unshared_at_load=tuple(unshared),
+        hidden=tuple(hidden),
+        ties=tuple(_verdict(name, found) for name, found in checks.items()),
+    )
+
+
+def _ties_for(model: ir.Model, promised: Sequence[Tie] | None) -> Sequence[Tie]:
+    if promised is None:
+        return read_ties(model)
+    return [
+        tie for tie in promised if any(name in model.graph.initializers for name in tie.members)
+    ]
+
+
+def _verdict(name: str, found: Sequence[TieCheck]) -> TieCheck:
+    if not found:
+        return TieCheck(name, False, "none of its names is an initializer")
+    return next((check for check in found if not check.ok), found[0])
+
+
+def _duplicates(items: Sequence[Stored], prefix: str) -> Iterator[Duplicate]:
+    for copies in find_copies([item.tensor for item in items]):
+        first = items[copies.first]
+        for kind, others in (
+            ("identical", copies.identical),
+            ("transposed", copies.transposed),
+        ):
+            if others:
+                names = tuple(prefix + item.name for item in (first, *(items[i] for i in others)))
+                yield Duplicate(names, len(others) * first.tensor.nbytes, kind)
+
+
+def _at_load(item: Stored, prefix: str) -> Unshared | Hidden | None:
+    """Return what becomes of a tensor when every node that reads only constants is folded."""
+    ends: dict[ir.Node | None, tuple[ir.DataType, int]] = {}
+    for node, dtype in _uses_when_folded(item.value, item.tensor.dtype):
+        ends[node] = (dtype, ends.get(node, (dtype, 0))[1] + 1)
+    nodes = [node for node in ends if node is not None]
+    if len(ends) > 1:
+        kinds = Counter(node.op_type for node in nodes)
+        reason = " and ".join(f"{count} {kind} nodes" for kind, count in kinds.items())
+        reason += " would each be folded into a tensor of their own"
+        reason += ", and it is also used directly" if None in ends else ""
+        size = sum(dtype.itemsize for dtype, _ in ends.values()) * item.tensor.size
+        extra = int(size) - item.tensor.nbytes
+        if extra < NOTABLE:
+            return None
+        folding = tuple(node.name or "" for node in nodes)
+        return Unshared(prefix + item.name, extra, len(ends), folding, reason)
+    views = [node for node in item.value.consumers() if is_op(node, *VIEWS)]
+    uses = sum(count for _, count in ends.values())
+    if len(views) == 1 and len(item.value.uses()) == 1 and uses > 1:
+        return Hidden(prefix + item.name, views[0].name or "", uses)
+    return None
+
+
+def _uses_when_folded(
+    value: ir.Value, dtype: ir.DataType, node: ir.Node | None = None
+) -> Iterator[tuple[ir.Node | None, ir.DataType]]:
+    """Yield for each use that is left the node whose result it reads (None: the tensor), and type.
+
+    ONNX Runtime removes an Identity, and a Cast to the same type, without a copy (seen in
+    1.31); a Reshape folds when its shape is constant.
+    """
+    if value.is_graph_output():
+        yield node, dtype
+    for use in value.uses():
+        after = use.node.outputs[0]
+        if is_op(use.node, "Transpose") or (
+            is_op(use.node, "Reshape") and _constant_shape(use.node)
+        ):
+            yield from _uses_when_folded(after, dtype, use.node)
+        elif is_op(use.node, "Cast"):
+            target = ir.DataType(use.node.attributes["to"].as_int())
+            last = node if target == dtype else use.node
+            yield from _uses_when_folded(after, target, last)
+        elif is_op(use.node, "Identity"):
+            yield from _uses_when_folded(after, dtype, node)
+        else:
+            yield node, dtype
+
+
+def _constant_shape(node: ir.Node) -> bool:
+    shape = node.inputs[1]
+    return shape is not None and ir.convenience.get_const_tensor(shape) is not None

@@ -1,0 +1,111 @@
+"""The graph passes in their order, on a model in memory and on a file."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+from onnx_ir.passes.common import (
+    LiftConstantsToInitializersPass,
+    LiftSubgraphInitializersToMainGraphPass,
+    NameFixPass,
+    RemoveUnusedNodesPass,
+    TopologicalSortPass,
+)
+
+from ffmerge.errors import InputError, TieError
+from ffmerge.models.manifest import Skip
+from ffmerge.models.plan import Tie
+from ffmerge.passes.graph.contract import check_ties, read_ties, write_ties
+from ffmerge.passes.graph.read import read_model
+from ffmerge.passes.graph.share import SharePass
+from ffmerge.passes.graph.strip import StripPass
+from ffmerge.passes.graph.tensors import bytes_stored, stored
+from ffmerge.passes.graph.untangle import UntanglePass
+
+EMBEDDED = 1_000_000  # bytes of tensors up to which a model stays one file
+ROUNDS = 8  # untangling can make tensors equal, sharing can add uses: two rounds are usual
+
+
+@dataclass(frozen=True)
+class ShareResult:
+    """The model, what was left alone and why, and the content bytes of its tensors.
+
+    ``ties`` are those that hold in the model; ties whose tensors were equal have become one.
+    """
+
+    model: ir.Model
+    skipped: tuple[Skip, ...]
+    bytes_before: int
+    bytes_after: int
+    ties: tuple[Tie, ...]
+
+
+def share(model: ir.Model, ties: Sequence[Tie] = ()) -> ShareResult:
+    """Store every tensor of ``model`` once and let its consumers read it directly, in place.
+
+    Constant nodes become initializers whatever their size, so that equal scalars are one; ONNX
+    Runtime does the same when it loads a model. Ties recorded in the model are kept.
+
+    Raises:
+        TieError: a given or a recorded tie does not hold in the result.
+    """
+    before = bytes_stored(model)
+    untangling, sharing = UntanglePass(), SharePass([*ties, *read_ties(model)])
+    ir.passes.Sequential(
+        RemoveUnusedNodesPass(),
+        LiftConstantsToInitializersPass(size_limit=0),
+        LiftSubgraphInitializersToMainGraphPass(),
+        ir.passes.PassManager([untangling, sharing], steps=ROUNDS),
+        RemoveUnusedNodesPass(),
+        TopologicalSortPass(),
+        NameFixPass(),
+        StripPass(),
+    )(model)
+    write_ties(model, sharing.ties)
+    broken = [check for check in check_ties(model, sharing.ties) if not check.ok]
+    if broken:
+        raise TieError("; ".join(f"tie {check.group}: {check.reason}" for check in broken) + ".")
+    skipped = (*untangling.skipped, *sharing.skipped)
+    return ShareResult(model, skipped, before, bytes_stored(model), sharing.ties)
+
+
+def share_file(source: Path, target: Path) -> ShareResult:
+    """Share the weights of the ONNX file ``source`` and write it to ``target``.
+
+    Tensors go to ``target`` + ``_data`` beside it if they take more than 1 MB or were external,
+    else into the one file. Both are written in a folder beside and renamed; on an error nothing
+    is left.
+
+    Raises:
+        InputError: ``source`` cannot be read, or ``target`` exists or cannot be written.
+        TieError: a recorded tie does not hold in the result.
+    """
+    source, target = Path(source), Path(target)
+    data = target.with_name(target.name + "_data")
+    for path in (target, data):
+        if path.exists() or path.is_symlink():
+            raise InputError(f"{path} exists already: remove it or choose another output.")
+    model = read_model(source)
+    external = any(isinstance(item.tensor, ir.ExternalTensor) for item in stored(model))
+    result = share(model)
+    external = external or result.bytes_after > EMBEDDED
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    except OSError as error:
+        raise InputError(f"cannot write {target}: {error.strerror or error}.") from error
+    try:
+        ir.save(model, folder / target.name, "protobuf", data.name if external else None)
+        for path in (data, target):  # a model never stands without its data
+            if (folder / path.name).exists():
+                os.replace(folder / path.name, path)
+    except OSError as error:
+        data.unlink(missing_ok=True)
+        raise InputError(f"cannot write {target}: {error.strerror or error}.") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return result

@@ -1,0 +1,123 @@
+"""Tensors with the same bytes are stored once."""
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+from ffmerge.models.manifest import Skip
+from ffmerge.models.plan import Tie
+from ffmerge.passes.graph.contract import join_ties
+from ffmerge.passes.graph.gemm import obstacle, read_transposed
+from ffmerge.passes.graph.tensors import find_copies, stored
+
+
+class SharePass(ir.passes.InPlacePass):
+    """No two initializers of the main graph hold the same bytes, or ``skipped`` says why.
+
+    Of equal tensors of any size and dtype the first in graph order stays, or the one a tie
+    names; the result's name is the tie's. Of a transposed pair the second goes if its consumers
+    can read the first through ``transB``, else the first if its can. When tensors of two ties
+    turn out equal the ties become one: ``ties`` is what holds afterwards. Initializers of
+    subgraphs are to be lifted first; what cannot be lifted, graph inputs and outputs are left.
+    """
+
+    def __init__(self, ties: Sequence[Tie] = ()) -> None:
+        super().__init__()
+        self.ties = join_ties(ties)
+        self.skipped: list[Skip] = []
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Merge each set of equal tensors, then give tied ones their tie's name."""
+        self.skipped = []
+        modified = False
+        items = stored(model)
+        for copies in find_copies([item.tensor for item in items]):
+            same = [items[index].value for index in (copies.first, *copies.identical)]
+            turned = [items[index].value for index in copies.transposed]
+            for value in same + turned:
+                if reason := _fixed(value, model.graph):
+                    twin = next(v for v in same + turned if v is not value)
+                    self.skipped.append(
+                        Skip(value.name or "", f"equal to {twin.name}, but {reason}")
+                    )
+            kept = [
+                self._merge([v for v in side if not _fixed(v, model.graph)])
+                for side in (same, turned)
+            ]
+            modified |= any(changed for _, changed in kept)
+            one, other = kept[0][0], kept[1][0]
+            if one is not None and other is not None:
+                modified |= self._merge_transposed(one, other, model)
+        return ir.passes.PassResult(model, self._rename(model.graph) or modified)
+
+    def _merge(self, values: Sequence[ir.Value]) -> tuple[ir.Value | None, bool]:
+        """Leave one of some identical initializers; return it and whether others went."""
+        if not values:
+            return None, False
+        keep = min(values, key=self._rank)
+        for value in values:
+            if value is not keep:
+                value.replace_all_uses_with(keep)
+                self._forget(value, keep)
+        return keep, len(values) > 1
+
+    def _merge_transposed(self, one: ir.Value, other: ir.Value, model: ir.Model) -> bool:
+        """Leave one of a transposed pair; return whether the other went."""
+        keep, lose = sorted((one, other), key=self._rank)  # stable: the first, unless tied
+        opset = model.opset_imports.get("", 0)
+        reason = _first_obstacle(lose, opset)
+        if reason and self._rank(keep) == self._rank(lose) and not _first_obstacle(keep, opset):
+            keep, lose, reason = lose, keep, None
+        if reason:
+            self.skipped.append(
+                Skip(lose.name or "", f"the transpose of {keep.name}, but {reason}")
+            )
+            return False
+        for use in tuple(lose.uses()):
+            read_transposed(*use, keep, model.graph)
+        self._forget(lose, keep)
+        return True
+
+    def _rank(self, value: ir.Value) -> int:
+        if any(value.name == tie.name for tie in self.ties):
+            return 0
+        return 1 if any(value.name in tie.members for tie in self.ties) else 2
+
+    def _forget(self, value: ir.Value, keep: ir.Value) -> None:
+        assert value.graph is not None and value.name is not None
+        value.graph.initializers.pop(value.name)
+        places = {value.name, keep.name}
+        meeting = [tie for tie in self.ties if places & set(tie.members)]
+        if len(meeting) > 1:
+            # The kept name's tie first: its name stays the name of the initializer.
+            meeting.sort(key=lambda tie: keep.name not in tie.members)
+            joined = Tie(meeting[0].name, tuple(m for tie in meeting for m in tie.members))
+            self.ties = join_ties(joined if tie is meeting[0] else tie for tie in self.ties)
+
+    def _rename(self, graph: ir.Graph) -> bool:
+        renamed = False
+        for tie in self.ties:
+            holders = [name for name in tie.members if name in graph.initializers]
+            if len(holders) == 1 and holders[0] != tie.name:
+                value = graph.initializers[holders[0]]
+                if not _fixed(value, graph):
+                    value.name = tie.name
+                    renamed = True
+        return renamed
+
+
+def _fixed(value: ir.Value, main: ir.Graph) -> str | None:
+    """Return why a stored tensor stays where it is, or None."""
+    if value.is_graph_input():
+        return "a graph input: a caller may replace it"
+    if value.is_graph_output():
+        return "a graph output"
+    if not value.is_initializer() or value.graph is not main:
+        return "it belongs to a function or a subgraph"
+    return None
+
+
+def _first_obstacle(weight: ir.Value, opset: int) -> str | None:
+    assert weight.const_value is not None
+    dtype = weight.const_value.dtype
+    return next((r for use in weight.uses() if (r := obstacle(*use, dtype, opset))), None)

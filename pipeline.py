@@ -1,0 +1,175 @@
+"""The rooms in order: what each command of the command line does, from paths to results."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+from transformers.utils.logging import disable_progress_bar
+
+from ffmerge.errors import InputError
+from ffmerge.exporter import package
+from ffmerge.exporter.package import ExportConfig, Package
+from ffmerge.files import staged
+from ffmerge.models import checkpoint, data, digits, tasks
+from ffmerge.models.manifest import Manifest
+from ffmerge.passes.weights import merge as merging
+from ffmerge.passes.weights.evaluate import score_for
+from ffmerge.passes.weights.merge import Merge, MergeConfig
+from ffmerge.runtime_tests import report
+from ffmerge.runtime_tests import validate as validation
+from ffmerge.runtime_tests.report import Losses, Summary
+from ffmerge.runtime_tests.validate import Validation
+
+_DEMO_MODEL = Path(__file__).parent / "models" / "digits_vit"
+_DEMO_K = 5
+
+
+def merge(
+    source: str,
+    out: Path,
+    config: MergeConfig,
+    data_source: str | None = None,
+    validation_source: str | None = None,
+) -> Merge:
+    """Merge the checkpoint ``source`` and save it as the new folder ``out``."""
+    _refuse_existing(out)
+    folder = checkpoint.resolve(source)
+    model = checkpoint.load(folder)
+    task = tasks.check(config.task) if config.task else tasks.infer(type(model))
+    calibration = data.read(data_source, folder, task) if data_source else None
+    held_out = data.read(validation_source, folder, task) if validation_source else None
+    with _progress() as show:
+        result = merging.merge_(model, calibration, config, held_out, show)
+    checkpoint.save(model, out, folder)
+    return result
+
+
+def export(source: str, out: Path, config: ExportConfig) -> Package:
+    """Export the checkpoint ``source`` as the new package ``out``."""
+    _refuse_existing(out)
+    folder = checkpoint.resolve(source)
+    model = checkpoint.load(folder).float()
+    with _progress() as show:
+        show("tracing and writing", 0, 0)
+        return package.export(model, out, config, folder)
+
+
+def validate(folder: Path, providers: tuple[str, ...], data_source: str | None) -> Validation:
+    """Validate a package and write ``validation.json`` and ``report.html`` into it."""
+    manifest = Manifest.read(folder)
+    examples = data.read(data_source, folder, manifest.task) if data_source else None
+    with _progress() as show:
+        result = validation.validate(
+            folder, providers, examples, progress=lambda step: show(step, 0, 0)
+        )
+    validation.write_validation(folder, result)
+    after = report.summarize("package", manifest, result)
+    command = f"ffmerge validate {folder.name}" + "".join(f" --provider {p}" for p in providers)
+    report.write_report(folder, None, after, None, [command])
+    return result
+
+
+@dataclass(frozen=True)
+class Demo:
+    """The demo's packages before and after, and the two losses, kept apart."""
+
+    before: Summary
+    after: Summary
+    losses: Losses
+    merge: Merge
+    validations: tuple[Validation, ...]
+
+    @property
+    def ok(self) -> bool:
+        """True when both packages compute what PyTorch computes."""
+        return all(v.ok for v in self.validations)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {
+            "ok": self.ok,
+            "before": asdict(self.before),
+            "after": asdict(self.after),
+            "losses": asdict(self.losses),
+            "merge": self.merge.to_json(),
+        }
+
+    def table(self) -> Any:
+        """Return the before/after table for a terminal."""
+        return report.terminal_table(report.rows(self.before, self.after, self.losses))
+
+
+def demo(out: Path) -> Demo:
+    """Merge, export, validate and report the embedded model on the embedded data.
+
+    Leaves ``original`` and ``merged`` packages, the merged ``checkpoint`` and ``report.html``
+    in the new folder ``out``. Calibration digits give the statistics, validation digits choose
+    window and method, test digits are only reported.
+    """
+    calibration, held_out, test = (
+        data.from_arrays(digits.load(split)) for split in ("calibration", "validation", "test")
+    )
+    with staged(out) as folder, _progress() as show:
+        original = checkpoint.load(_DEMO_MODEL)
+        score = score_for(original, "image-classification", test, 100)
+        first = package.export(original, folder / "original", source=_DEMO_MODEL)
+        show("merging", 0, 0)
+        merged, result = max(
+            (_merged(name, calibration, held_out, show) for name in ("average", "permute")),
+            key=lambda pair: pair[1].record.metric["merged"],
+        )
+        checkpoint.save(merged, folder / "checkpoint")
+        second = package.export(merged, folder / "merged", source=folder / "checkpoint")
+        checks = []
+        for each in (first, second):
+            check = validation.validate(each.path, examples=test, progress=lambda s: show(s, 0, 0))
+            validation.write_validation(each.path, check)
+            checks.append(check)
+        before, after = (
+            report.summarize(label, each.manifest, check)
+            for label, each, check in zip(("original", "merged"), (first, second), checks, strict=True)
+        )
+        losses = Losses(
+            name=score.name,
+            original=score.measure(original),
+            merged=score.measure(merged),
+            exported=after.metric,
+            max_abs=after.max_abs,
+        )
+        report.write_report(
+            folder, before, after, losses, ["ffmerge demo"], package=folder / "merged"
+        )
+    return Demo(before, after, losses, result, tuple(checks))
+
+
+def _merged(
+    method: str, calibration: data.Examples, held_out: data.Examples, show: merging.Progress
+) -> tuple[Any, Merge]:
+    model = checkpoint.load(_DEMO_MODEL)
+    config = MergeConfig(k=_DEMO_K, method=method)
+    return model, merging.merge_(model, calibration, config, held_out, show)
+
+
+def _refuse_existing(out: Path) -> None:
+    """Fail before the long work, not after it."""
+    if out.exists():
+        raise InputError(f"{out} exists already: remove it or choose another output.")
+
+
+@contextmanager
+def _progress() -> Iterator[merging.Progress]:
+    """Yield ``show(step, done, total)``, a bar on stderr; total 0 means: no end is known."""
+    disable_progress_bar()  # transformers draws one for every file: one display is enough
+    with Progress(console=Console(stderr=True), transient=True) as bars:
+        tasks_by_step: dict[str, Any] = {}
+
+        def show(step: str, done: int, total: int) -> None:
+            if step not in tasks_by_step:
+                tasks_by_step[step] = bars.add_task(step, total=total or None)
+            bars.update(tasks_by_step[step], completed=done)
+
+        yield show

@@ -1,0 +1,1 @@
+"""The package on real runtimes: parity, memory, latency, report. Runs without torch."""

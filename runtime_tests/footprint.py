@@ -1,0 +1,144 @@
+"""Memory and latency of a package, measured in a fresh process.
+
+``python -m ffmerge.runtime_tests.footprint MODEL --provider cpu --threads 1`` prints one JSON
+object. A fresh process, because memory that another model left behind would be counted or
+reused.
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from ffmerge.errors import FfmergeError, RuntimeCheckError
+from ffmerge.models.manifest import Manifest
+from ffmerge.runtime_tests.parity import MODEL, run_session
+from ffmerge.runtime_tests.session import PROVIDERS, open_session
+
+# y = Identity(x), ONNX opset 17: a first session that pays for the library's own start.
+TRIVIAL = (
+    b'\x08\x08:7\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12'
+    b"\x04\n\x02\x08\x01b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\x11"
+)
+RUNS, SECONDS = 50, 2.0  # latency is taken over at most this many runs and about this long
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a session costs at batch 1.
+
+    The bytes are what creating the session added to the process: all resident memory, and its
+    anonymous part (a weight that stays in the mapped file is resident, not anonymous). They
+    are None where the system does not tell, and ``memory_reason`` says so.
+    """
+
+    rss_bytes: int | None
+    anonymous_bytes: int | None
+    memory_reason: str | None
+    load_s: float
+    first_ms: float
+    median_ms: float
+    p95_ms: float
+    runs: int
+    threads: int
+
+
+def measure_footprint(folder: Path, provider: str = "cpu", threads: int = 1) -> Footprint:
+    """Return what a new process measured; one thread, so that machines and days compare.
+
+    Raises:
+        RuntimeCheckError: the process failed; the message is its last line.
+    """
+    command = f"-P -m ffmerge.runtime_tests.footprint --provider {provider} --threads {threads}"
+    child = subprocess.run(
+        [sys.executable, *command.split(), str(folder / MODEL)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        capture_output=True,
+        text=True,
+    )
+    if child.returncode:
+        lines = child.stderr.strip().splitlines() or [f"exit status {child.returncode}"]
+        raise RuntimeCheckError(f"measuring {folder / MODEL} failed: {lines[-1]}")
+    return Footprint(**json.loads(child.stdout))
+
+
+def _measure_here(model: Path, provider: str, threads: int) -> Footprint:
+    manifest = Manifest.read(model.parent)
+    single = {**manifest.probe.cases[0], "batch_size": 1}
+    feeds = replace(manifest.probe, cases=(single,)).draw(0)
+    threads = min(threads, os.cpu_count() or 1)
+    trivial = open_session(TRIVIAL, provider, threads=threads)
+    run_session(trivial, ["y"], {"x": np.zeros(1, np.float32)})
+
+    before = _resident()
+    start = time.perf_counter()
+    session = open_session(model, provider, threads=threads)
+    load_s = time.perf_counter() - start
+    after = _resident()
+
+    times: list[float] = []
+    end = time.perf_counter() + SECONDS
+    while len(times) < 4 or (len(times) <= RUNS and time.perf_counter() < end):
+        start = time.perf_counter()
+        run_session(session, manifest.outputs, feeds)
+        times.append(1e3 * (time.perf_counter() - start))
+    first_ms, *warm = times
+    growth = [b - a for a, b in zip(before, after, strict=True)] if before and after else None
+    return Footprint(
+        rss_bytes=growth[0] if growth else None,
+        anonymous_bytes=growth[1] if growth else None,
+        memory_reason=None if growth else "this system has no readable /proc/self/smaps_rollup",
+        load_s=load_s,
+        first_ms=first_ms,
+        median_ms=statistics.median(warm),
+        p95_ms=float(np.percentile(warm, 95)),
+        runs=len(warm),
+        threads=threads,
+    )
+
+
+def _resident() -> tuple[int, int] | None:
+    """Return this process's resident and anonymous bytes, freed heap given back first.
+
+    Without the trim the heap that parsing the model freed counts or not, by chance.
+    """
+    rollup = Path("/proc/self/smaps_rollup")
+    if not rollup.exists():
+        return None
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl has not
+    if trim:
+        trim(0)
+    try:
+        fields = [line.split() for line in rollup.read_text().splitlines()]
+    except OSError:
+        return None
+    sizes = {field[0]: 1024 * int(field[1]) for field in fields if field[-1] == "kB"}
+    return sizes["Rss:"], sizes["Anonymous:"]
+
+
+def main() -> None:
+    """Print the footprint of the model named on the command line, as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--provider", choices=PROVIDERS, default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    try:
+        footprint = _measure_here(arguments.model, arguments.provider, arguments.threads)
+    except FfmergeError as error:
+        sys.exit(str(error))
+    print(json.dumps(asdict(footprint)))
+
+
+if __name__ == "__main__":
+    main()

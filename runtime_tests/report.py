@@ -1,0 +1,358 @@
+"""What a merge cost and what it saved, as a page and as a table made of the same rows."""
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from rich.table import Table
+from rich.text import Text
+
+from ffmerge.files import read_json
+from ffmerge.models.manifest import Manifest
+from ffmerge.models.metrics import ACCURACY, PERPLEXITY
+from ffmerge.models.plan import Group
+from ffmerge.runtime_tests.validate import NAME as VALIDATION
+from ffmerge.runtime_tests.validate import Validation, model_bytes, write_whole
+
+REPORT = "report.html"
+ABSENT = "\N{EN DASH}"
+# Colours matplotlib writes, and the page's own that take their place in light and dark.
+_INK, _BEFORE, _AFTER = "#010101", "#020202", "#030303"
+_STYLE = {_INK: "var(--ink)", _BEFORE: "var(--before)", _AFTER: "var(--after)"}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What one package costs and is worth; None is what was not measured."""
+
+    label: str
+    bytes_on_disk: int
+    parameters: int
+    rss_bytes: int | None
+    anonymous_bytes: int | None
+    load_s: float | None
+    median_ms: float | None
+    p95_ms: float | None
+    metric_name: str | None
+    metric: float | None
+    examples: int | None
+    max_abs: float | None
+
+
+@dataclass(frozen=True)
+class Losses:
+    """One metric along the way: original and merged in PyTorch, then exported and served.
+
+    The method loss is from ``original`` to ``merged``, the export loss from ``merged`` to
+    ``exported``, with ``max_abs`` the largest difference in any output. They are never added.
+    """
+
+    name: str
+    original: float | None
+    merged: float | None
+    exported: float | None
+    max_abs: float | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table, in words; ``verdict`` is better, worse, same or empty."""
+
+    name: str
+    before: str | None
+    after: str
+    change: str
+    verdict: str
+    note: str
+
+
+def summarize(label: str, manifest: Manifest, validation: Validation) -> Summary:
+    """Return the summary of a package, measured on the first provider that ran."""
+    cost = next((p.footprint for p in validation.providers if p.footprint), None)
+    metric = validation.metric
+    outputs = [o for p in validation.providers for o in p.outputs]
+    return Summary(
+        label=label,
+        bytes_on_disk=model_bytes(manifest),
+        parameters=manifest.parameters,
+        rss_bytes=cost.rss_bytes if cost else None,
+        anonymous_bytes=cost.anonymous_bytes if cost else None,
+        load_s=cost.load_s if cost else None,
+        median_ms=cost.median_ms if cost else None,
+        p95_ms=cost.p95_ms if cost else None,
+        metric_name=metric.name if metric else None,
+        metric=metric.value if metric else None,
+        examples=metric.examples if metric else None,
+        max_abs=max((o.max_abs for o in outputs if o.max_abs is not None), default=None),
+    )
+
+
+def collect_losses(manifest: Manifest, after: Summary) -> Losses | None:
+    """Return the losses of a merged package, or None when its merge recorded no metric."""
+    along = dict(manifest.merge.metric) if manifest.merge else {}
+    if "name" not in along:
+        return None
+    recovered = along.get("recovered")
+    return Losses(
+        name=along["name"],
+        original=along.get("before"),
+        merged=along.get("merged") if recovered is None else recovered,
+        exported=after.metric if after.metric_name == along["name"] else None,
+        max_abs=after.max_abs,
+    )
+
+
+def rows(before: Summary | None, after: Summary, losses: Losses | None = None) -> list[Row]:
+    """Return the before/after table: costs, task metric, losses; nothing that was not measured."""
+
+    def cost(name: str, field: str, form: Callable[[Any], str], note: str) -> list[Row]:
+        old = getattr(before, field) if before else None
+        new = getattr(after, field)
+        if new is None:
+            return []
+        change, verdict = _cost_change(old, new)
+        return [Row(name, None if old is None else form(old), form(new), change, verdict, note)]
+
+    batch = "batch 1, after the first run"
+    return [
+        *cost("Size on disk", "bytes_on_disk", bytes_text, "graph and weights"),
+        *cost("Parameters", "parameters", "{:,}".format, "each shared one counted once"),
+        *cost("Memory", "rss_bytes", bytes_text, "resident, added by loading"),
+        *cost("Memory, anonymous", "anonymous_bytes", bytes_text, "the part no file backs"),
+        *cost("Load time", "load_s", lambda s: time_text(1e3 * s), "opening the session"),
+        *cost("Latency, median", "median_ms", time_text, batch),
+        *cost("Latency, p95", "p95_ms", time_text, batch),
+        *_metric_rows(before, after),
+        *_loss_rows(losses),
+    ]
+
+
+def _metric_rows(before: Summary | None, after: Summary) -> list[Row]:
+    name = after.metric_name
+    if name is None or after.metric is None:
+        return []
+    old = before.metric if before and before.metric_name == name else None
+    note = f"served, on {after.examples:,} examples"
+    return [_metric_row(name.capitalize(), name, old, after.metric, note)]
+
+
+def _loss_rows(losses: Losses | None) -> list[Row]:
+    if losses is None:
+        return []
+    largest = "" if losses.max_abs is None else f"; outputs within {losses.max_abs:.2g}"
+    steps = (
+        ("Method loss", losses.original, losses.merged, "original against merged, both in PyTorch"),
+        ("Export loss", losses.merged, losses.exported, "merged in PyTorch against ONNX Runtime" + largest),
+    )
+    return [
+        _metric_row(name, losses.name, old, new, f"{losses.name}, {note}")
+        for name, old, new, note in steps
+        if old is not None and new is not None
+    ]
+
+
+def _metric_row(name: str, metric: str, old: float | None, new: float, note: str) -> Row:
+    after = metric_text(metric, new)
+    if old is None:
+        return Row(name, None, after, "", "", note)
+    gain = (old - new) if metric == PERPLEXITY.name else (new - old)
+    verdict = "better" if gain > 0 else "worse" if gain < 0 else "same"
+    return Row(
+        name, metric_text(metric, old), after, _metric_change(metric, old, new), verdict, note
+    )
+
+
+def terminal_table(rows: Sequence[Row]) -> Table:
+    """Return the rows as a table for the terminal."""
+    compared = any(row.before is not None for row in rows)
+    colours = {"better": "green", "worse": "red"}
+    table = Table()
+    for heading in ("", "Before", "After", "Change") if compared else ("", "Value"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for row in rows:
+        if compared:
+            change = Text(row.change, style=colours.get(row.verdict, ""))
+            table.add_row(Text(row.name), Text(row.before or ABSENT), Text(row.after), change)
+        else:
+            table.add_row(Text(row.name), Text(row.after))
+    return table
+
+
+def write_report(
+    folder: Path,
+    before: Summary | None,
+    after: Summary,
+    losses: Losses | None,
+    commands: Sequence[str],
+    package: Path | None = None,
+) -> Path:
+    """Write ``report.html``, one file that loads nothing else, into ``folder``; return its path.
+
+    The manifest and ``validation.json`` are read from ``package``, by default ``folder``; the
+    same of them gives the same bytes.
+
+    Raises:
+        InputError: one of the two is missing or unreadable.
+    """
+    manifest = Manifest.read(package or folder)
+    validation = read_json((package or folder) / VALIDATION)
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    template = files("ffmerge.runtime_tests").joinpath("report.html.j2").read_text("utf-8")
+    page = environment.from_string(template).render(
+        manifest=manifest,
+        validation=validation,
+        summary=_sentences(before, after, validation),
+        before=before,
+        after=after,
+        rows=rows(before, after),
+        losses=_loss_rows(losses),
+        pictures=_pictures(before, after),
+        groups=[(g, _window(g)) for g in manifest.merge.groups] if manifest.merge else [],
+        number=lambda value, form: ABSENT if value is None else format(value, form),
+        commands="\n".join(commands),
+    )
+    return write_whole(folder / REPORT, page)
+
+
+def bytes_text(size: int) -> str:
+    """Return a size in decimal units: 1 MB is 1,000,000 bytes."""
+    if abs(size) < 1000:
+        return f"{size} B"
+    value, unit = size / 1000, "kB"
+    for larger in ("MB", "GB"):
+        if abs(value) >= 999.5:
+            value, unit = value / 1000, larger
+    return f"{_three_figures(value)} {unit}"
+
+
+def time_text(milliseconds: float) -> str:
+    """Return a duration in milliseconds or seconds."""
+    if milliseconds >= 999.5:
+        return f"{_three_figures(milliseconds / 1000)} s"
+    return f"{_three_figures(milliseconds)} ms"
+
+
+def _three_figures(value: float) -> str:
+    return f"{value:#.3g}".rstrip(".")
+
+
+def metric_text(name: str, value: float) -> str:
+    """Return a metric's value: accuracy in percent, others as numbers."""
+    return f"{100 * value:.2f} %" if name == ACCURACY.name else f"{value:.4g}"
+
+
+def _metric_change(name: str, old: float, new: float) -> str:
+    if new == old:
+        return "no change"
+    if name == ACCURACY.name:
+        return _signed(f"{100 * (new - old):+.2f} points")
+    return _signed(f"{new - old:+.4f}")
+
+
+def _signed(text: str) -> str:
+    return text.replace("-", "\N{MINUS SIGN}")
+
+
+def _cost_change(old: float | None, new: float) -> tuple[str, str]:
+    """Return a cost's change in percent and its verdict; one percent either way is noise."""
+    if not old:
+        return "", ""
+    percent = 100 * (new - old) / old
+    verdict = "same" if abs(percent) < 1 else "better" if percent < 0 else "worse"
+    return _signed(f"{percent:+.1f} %"), verdict
+
+
+def _sentences(before: Summary | None, after: Summary, validation: dict[str, Any]) -> list[str]:
+    """Return the summary a reader without the field's words understands."""
+    by_name = {row.name: row for row in rows(before, after)}
+
+    def pair(row: Row) -> str:
+        texts = (row.after, row.before or "", row.change)
+        after, before, change = (text.replace(" ", "\N{NO-BREAK SPACE}") for text in texts)
+        return f"{after} instead of {before} ({change})" if before else after
+
+    sentences = [f"{after.label} takes {pair(by_name['Size on disk'])} on disk."]
+    if "Memory" in by_name:
+        sentences.append(f"Loading it takes {pair(by_name['Memory'])} of memory.")
+    if after.metric_name:
+        row = by_name[after.metric_name.capitalize()]
+        sentences.append(f"Its {after.metric_name} when served is {pair(row)}.")
+    if validation["ok"]:
+        sentences.append(
+            f"On ONNX Runtime it gives what PyTorch gives: the largest difference seen in any "
+            f"output is {after.max_abs:.2g}, within the tolerance."
+        )
+    else:
+        failed = [f"{p['name']}: {p['reason']}" for p in validation["providers"] if not p["ok"]]
+        sentences.append(f"Do not ship it yet, a check failed: {'; '.join(failed)}")
+    return sentences
+
+
+def _window(group: Group) -> str:
+    """Return ``3-7`` for consecutive layers, and a list for others."""
+    first, last = group.layers[0], group.layers[-1]
+    if group.layers == tuple(range(first, last + 1)):
+        return f"{first}-{last}"
+    return ", ".join(str(layer) for layer in group.layers)
+
+
+def _pictures(before: Summary | None, after: Summary) -> list[tuple[str, Markup]]:
+    """Return captions and pictures of what was measured: size, memory, task metric."""
+
+    def picture(caption: str, field: str, form: Callable[[Any], str]) -> tuple[str, Markup] | None:
+        summaries = [s for s in (before, after) if s and getattr(s, field) is not None]
+        values = [getattr(s, field) for s in summaries]
+        labels = ["Before" if s is before else "After" for s in summaries]
+        if after not in summaries:
+            return None
+        return caption, draw_bars(caption, labels, values, [form(v) for v in values])
+
+    name = after.metric_name or ""
+    pictures = (
+        picture("Size on disk", "bytes_on_disk", bytes_text),
+        picture("Memory once loaded", "rss_bytes", bytes_text),
+        picture(name.capitalize(), "metric", lambda value: metric_text(name, value)),
+    )
+    return [p for p in pictures if p]
+
+
+def draw_bars(
+    caption: str, labels: Sequence[str], values: Sequence[float], texts: Sequence[str]
+) -> Markup:
+    """Return horizontal bars from zero as SVG to put into a page; the same bytes every time."""
+    style: dict[Any, str] = {
+        "svg.hashsalt": "ffmerge",
+        "svg.fonttype": "none",
+        "font.family": "sans-serif",
+    }
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(3.4, 0.3 + 0.38 * len(values)))
+        axes = figure.add_axes((0.17, 0.02, 0.83, 0.96))
+        colours = [_AFTER if label == "After" else _BEFORE for label in labels]
+        bars = axes.barh(range(len(values)), values, color=colours, height=0.68)
+        axes.bar_label(bars, texts, padding=5, color=_INK, fontsize=10)
+        axes.set_yticks(range(len(values)), labels, color=_INK, fontsize=10)
+        axes.tick_params(length=0)
+        axes.set_xlim(0, 1.42 * max(*values, 1e-9))
+        axes.invert_yaxis()
+        axes.xaxis.set_visible(False)
+        axes.spines[:].set_visible(False)
+        file = io.BytesIO()
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+    svg = file.getvalue().decode()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r' xmlns(:xlink)?="[^"]*"|<metadata>.*?</metadata>', "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<g id="[^"]*">', "<g>", svg)
+    for colour, variable in _STYLE.items():
+        svg = svg.replace(colour, variable)
+    label = Markup.escape(f"{caption}: {', '.join(map(' '.join, zip(labels, texts, strict=True)))}")
+    return Markup(svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1))

@@ -1,0 +1,241 @@
+"""Does a package keep its promises on this machine? Parity, task metric, memory, latency."""
+
+import json
+import math
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import onnxruntime as ort
+
+from ffmerge.errors import RuntimeCheckError
+from ffmerge.models.manifest import Manifest
+from ffmerge.models.metrics import for_task, labels_of
+from ffmerge.models.probe import Array
+from ffmerge.runtime_tests.footprint import Footprint, measure_footprint
+from ffmerge.runtime_tests.parity import MODEL, OutputParity, check_parity, run_session
+from ffmerge.runtime_tests.session import LEVELS, find_provider, open_session
+
+NAME = "validation.json"
+BATCH = 8  # examples per run when the task metric is measured
+
+
+class Examples(Protocol):
+    """Data to measure the task metric on."""
+
+    def batches(self, size: int) -> Iterator[dict[str, Array]]:
+        """Yield the graph's inputs, and ``labels`` where there are any."""
+        ...
+
+
+@dataclass(frozen=True)
+class ProviderResult:
+    """What was found on one execution provider; ``used`` is None when it did not run."""
+
+    name: str
+    requested: str
+    used: str | None
+    device: str | None
+    optimization: tuple[str, ...]
+    outputs: tuple[OutputParity, ...]
+    footprint: Footprint | None
+    ok: bool
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class MetricResult:
+    """The task metric on the first provider that ran."""
+
+    name: str
+    value: float
+    examples: int
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What was found on every provider that was asked for; ``ok`` if all of them hold."""
+
+    ok: bool
+    providers: tuple[ProviderResult, ...]
+    metric: MetricResult | None
+    environment: dict[str, Any]
+    package: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values; a number that is NaN or infinite becomes null."""
+        value: dict[str, Any] = {
+            "ok": self.ok,
+            "providers": [_provider_json(p) for p in self.providers],
+            "metric": asdict(self.metric) if self.metric else None,
+            "environment": self.environment,
+            "package": self.package,
+        }
+        plain: dict[str, Any] = _finite(value)
+        return plain
+
+
+def validate(
+    folder: Path,
+    providers: Sequence[str] = ("cpu",),
+    examples: Examples | None = None,
+    threads: int = 1,
+    progress: Callable[[str], None] = lambda step: None,
+) -> Validation:
+    """Return what the package in ``folder`` does on this machine; writes nothing.
+
+    Every provider is checked at every optimization level. One that is absent, falls back or
+    fails is a result that is not ok, and the others still run. ``threads`` is for the memory
+    and latency, and ``progress`` is told each step as it begins.
+
+    Raises:
+        InputError: the package is not whole, or a provider is unknown.
+    """
+    manifest = Manifest.read(folder)
+    progress("checking the files")
+    manifest.check_files(folder)
+    for name in providers:
+        find_provider(name)
+    results = tuple(_validate_on(name, folder, manifest, threads, progress) for name in providers)
+    working = next((r.name for r in results if r.used), None)
+    metric = None
+    if examples and working:
+        progress(f"measuring the task metric on {working}")
+        metric = _measure_metric(folder, manifest, working, examples)
+    return Validation(
+        ok=bool(results) and all(r.ok for r in results),
+        providers=results,
+        metric=metric,
+        environment=_environment(),
+        package={
+            "bytes_total": sum(file.bytes for file in manifest.files),
+            "bytes_model": model_bytes(manifest),
+            "initializer_bytes": manifest.bytes_total,
+            "initializer_bytes_unique": manifest.bytes_unique,
+            "parameters": manifest.parameters,
+            "dtype": manifest.dtype,
+        },
+    )
+
+
+def write_validation(folder: Path, validation: Validation) -> Path:
+    """Write ``validation.json`` into the package, whole or not at all; return its path."""
+    text = json.dumps(validation.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
+    return write_whole(folder / NAME, text + "\n")
+
+
+def write_whole(path: Path, text: str) -> Path:
+    """Write a text file beside ``path`` and rename it over ``path``; return ``path``."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.partial-") as beside:
+        partial = Path(beside) / path.name
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    return path
+
+
+def model_bytes(manifest: Manifest) -> int:
+    """Return the bytes of the files a runtime loads: graphs and their external data."""
+    return sum(f.bytes for f in manifest.files if f.path.endswith((".onnx", ".onnx_data")))
+
+
+def _validate_on(
+    name: str, folder: Path, manifest: Manifest, threads: int, progress: Callable[[str], None]
+) -> ProviderResult:
+    provider = find_provider(name)
+    outputs: list[OutputParity] = []
+    footprint = None
+    try:
+        for level in LEVELS:
+            progress(f"comparing with PyTorch on {name}, optimization {level}")
+            outputs += check_parity(folder, manifest, name, level)
+        progress(f"measuring memory and latency on {name}")
+        footprint = measure_footprint(folder, name, threads)
+        failed = [f"{o.name} ({o.optimization}): {o.reason}" for o in outputs if not o.ok]
+        unnamed = None if outputs else "the manifest names no output to compare"
+        reason = "; ".join(failed) or unnamed
+    except RuntimeCheckError as error:
+        reason = str(error)
+    return ProviderResult(
+        name=name,
+        requested=provider.name,
+        used=provider.name if outputs else None,  # open_session lets no other one through
+        device=provider.device if outputs else None,
+        optimization=LEVELS,
+        outputs=tuple(outputs),
+        footprint=footprint,
+        ok=reason is None,
+        reason=reason,
+    )
+
+
+def _measure_metric(
+    folder: Path, manifest: Manifest, provider: str, examples: Examples
+) -> MetricResult | None:
+    metric = for_task(manifest.task)
+    if not metric:
+        return None
+    session = open_session(folder / MODEL, provider)
+    names = {node.name for node in session.get_inputs()}
+    logits = "logits" if "logits" in manifest.outputs else manifest.outputs[0]
+    total, count, seen = 0.0, 0, 0
+    for batch in examples.batches(BATCH):
+        if "labels" not in batch and manifest.task != "text-generation":
+            return None
+        feeds = {name: value for name, value in batch.items() if name in names}
+        output = run_session(session, [logits], feeds)[logits]
+        part, labels = metric.add(output, labels_of(manifest.task, batch))
+        total, count, seen = total + part, count + labels, seen + len(output)
+    return MetricResult(metric.name, metric.value(total, count), seen)
+
+
+def _provider_json(result: ProviderResult) -> dict[str, Any]:
+    footprint = asdict(result.footprint) if result.footprint else {}
+    memory = ("rss_bytes", "anonymous_bytes", "memory_reason")
+    latency = {"first": "first_ms", "median": "median_ms", "p95": "p95_ms", "runs": "runs"}
+    return {
+        "name": result.name,
+        "requested": result.requested,
+        "used": result.used,
+        "device": result.device,
+        "optimization": list(result.optimization),
+        "outputs": [asdict(output) for output in result.outputs],
+        "memory": {key.removeprefix("memory_"): footprint.get(key) for key in memory},
+        "latency_ms": {key: footprint.get(field) for key, field in latency.items()},
+        "load_s": footprint.get("load_s"),
+        "threads": footprint.get("threads"),
+        "ok": result.ok,
+        "reason": result.reason,
+    }
+
+
+def _environment() -> dict[str, Any]:
+    return {
+        "python": platform.python_version(),
+        "onnxruntime": ort.__version__,
+        "numpy": np.__version__,
+        "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "processor": _processor(),
+        "threads": os.cpu_count(),
+    }
+
+
+def _processor() -> str:
+    """Return the processor's model name; Linux leaves it out of ``platform.processor``."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

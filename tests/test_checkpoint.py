@@ -1,0 +1,134 @@
+"""Merged checkpoints: stored once, exact when reloaded, loud when a plain loader opens them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from tiny import FAMILIES, gpt2, vit
+from transformers import AutoModelForImageClassification, GPT2LMHeadModel, ViTForImageClassification
+
+from ffmerge.errors import InputError, TieError
+from ffmerge.models import checkpoint, ties
+from ffmerge.passes.weights.merge import MergeConfig, merge_
+
+
+def _merged(name: str):
+    model = FAMILIES[name]()
+    inputs = (
+        {"pixel_values": np.random.default_rng(0).standard_normal((4, 3, 16, 16)).astype("f")}
+        if name == "vit"
+        else {"input_ids": np.arange(36).reshape(4, 9)}
+    )
+    merge_(model, inputs, MergeConfig(window=(1, 4)))
+    return model, {k: torch.from_numpy(v) for k, v in inputs.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_round_trip_is_tied_and_exact(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model, inputs = _merged(name)
+    model = model.to(dtype)
+    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+    checkpoint.save(model, tmp_path / "a")
+    again = checkpoint.load(tmp_path / "a")
+    assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+    assert [t.members for t in ties.ties(again)] == [t.members for t in ties.ties(model)]
+    checkpoint.save(again, tmp_path / "b")
+    for file in ("config.json", "model.ffmerge.safetensors"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_each_distinct_parameter_is_stored_once(name: str, tmp_path: Path) -> None:
+    model, _ = _merged(name)
+    checkpoint.save(model, tmp_path / "merged")
+    with safe_open(tmp_path / "merged" / "model.ffmerge.safetensors", "np") as file:
+        stored = sum(file.get_tensor(key).nbytes for key in file.keys())  # noqa: SIM118
+    assert stored == sum(p.nbytes for p in {id(p): p for p in model.parameters()}.values())
+
+
+@pytest.mark.parametrize(
+    "loader", [ViTForImageClassification, AutoModelForImageClassification], ids=lambda c: c.__name__
+)
+def test_a_plain_loader_fails_instead_of_inventing_weights(loader, tmp_path: Path) -> None:
+    model, _ = _merged("vit")
+    checkpoint.save(model, tmp_path / "merged")
+    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+        loader.from_pretrained(tmp_path / "merged")
+
+
+def test_a_broken_tie_is_not_saved(tmp_path: Path) -> None:
+    model, _ = _merged("vit")
+    fc1 = model.vit.layers[3].mlp.fc1
+    fc1.weight = torch.nn.Parameter(fc1.weight.detach().clone())
+    with pytest.raises(TieError, match="no longer shares"):
+        checkpoint.save(model, tmp_path / "merged")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unmerged_model_is_saved_as_transformers_does(tmp_path: Path) -> None:
+    checkpoint.save(gpt2(), tmp_path / "plain")
+    ids = torch.arange(10)[None]
+    plain = GPT2LMHeadModel.from_pretrained(tmp_path / "plain")
+    assert torch.equal(plain(ids).logits, gpt2()(ids).logits)
+
+
+def test_tokenizer_files_travel_along(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    for name in ("tokenizer.json", "vocab.txt", "preprocessor_config.json", "secret.txt"):
+        (tmp_path / "source" / name).write_text("{}")
+    checkpoint.save(vit(), tmp_path / "out", tmp_path / "source")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json", "vocab.txt",
+    ]  # fmt: skip
+
+
+def _spoil(folder: Path, what: str) -> None:
+    weights = folder / "model.ffmerge.safetensors"
+    if what == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-1000])
+    elif what == "no weights":
+        weights.unlink()
+    elif what == "no config":
+        (folder / "config.json").unlink()
+    elif what == "config is not JSON":
+        (folder / "config.json").write_text("{")
+    elif what == "unknown type":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "model_type": "nonesuch"}))
+    elif what == "unknown record":
+        config = json.loads((folder / "config.json").read_text())
+        config["ffmerge"]["colour"] = "red"
+        (folder / "config.json").write_text(json.dumps(config))
+    elif what == "a layer that is not there":
+        config = json.loads((folder / "config.json").read_text())
+        config["ffmerge"]["groups"][0]["layers"] = [1, 99]
+        (folder / "config.json").write_text(json.dumps(config))
+    elif what == "fewer layers recorded":
+        config = json.loads((folder / "config.json").read_text())
+        config["ffmerge"]["groups"][0]["layers"] = [1, 2]
+        (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "truncated", "no weights", "no config", "config is not JSON", "unknown type",
+        "unknown record", "a layer that is not there", "fewer layers recorded",
+    ],
+)  # fmt: skip
+def test_a_spoilt_checkpoint_is_refused(what: str, tmp_path: Path) -> None:
+    model, _ = _merged("vit")
+    checkpoint.save(model, tmp_path / "merged")
+    _spoil(tmp_path / "merged", what)
+    with pytest.raises(InputError) as caught:
+        checkpoint.load(tmp_path / "merged")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_missing_folder_is_refused_without_asking_the_hub(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is not a folder"):
+        checkpoint.load(tmp_path / "nowhere")

@@ -1,0 +1,179 @@
+"""Packages against PyTorch: outputs, bytes, names, determinism, and what a kill leaves."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from tiny import ABOVE, BELOW, FAMILIES, gpt2, vit
+
+from ffmerge.errors import ExportError, InputError
+from ffmerge.exporter.package import ExportConfig, Package, export
+from ffmerge.models import checkpoint
+from ffmerge.models.manifest import Manifest
+from ffmerge.passes.graph.audit import audit
+from ffmerge.passes.graph.read import read_model
+from ffmerge.passes.weights.merge import MergeConfig, merge_
+
+
+def _inputs(name: str, batch: int, length: int = 13) -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(batch)
+    if name == "vit":
+        return {"pixel_values": generator.standard_normal((batch, 3, 16, 16)).astype("f")}
+    mask = (np.arange(length) < length - np.arange(batch)[:, None]).astype(np.int64)
+    inputs = {"input_ids": generator.integers(0, 97, (batch, length)), "attention_mask": mask}
+    if name == "bert":
+        inputs["token_type_ids"] = generator.integers(0, 2, (batch, length))
+    return inputs
+
+
+Case = tuple[str, Any, Package]
+
+
+@pytest.fixture(scope="module", params=[(n, s) for n in FAMILIES for s in (ABOVE, BELOW)], ids=str)
+def merged(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    name, (d, f) = request.param
+    model = FAMILIES[name](d, f)
+    merge_(model, _inputs(name, 8), MergeConfig(window=(1, 4)))
+    return name, model, export(model, tmp_path_factory.mktemp(name) / "package")
+
+
+def test_outputs_equal_pytorch(merged: Case) -> None:
+    name, model, package = merged
+    session = ort.InferenceSession(package.path / "model.onnx")
+    for batch, length in ((1, 1), (2, 13), (5, 8)):
+        inputs = _inputs(name, batch, length if batch == 1 else max(length, batch + 1))
+        with torch.no_grad():
+            expected = model(**{k: torch.from_numpy(v) for k, v in inputs.items()}).logits.numpy()
+        (got,) = session.run(["logits"], inputs)
+        assert np.abs(got - expected).max() < 5e-6  # measured 7.6e-7
+
+
+def test_every_distinct_parameter_is_stored_once_under_its_name(merged: Case) -> None:
+    _, model, package = merged
+    stored = read_model(package.path / "model.onnx").graph.initializers
+    names = {name for name, _ in model.named_parameters()}  # tied ones under their first name
+    # PyTorch parameters that take no part in the output are not stored; all others by name
+    assert names <= set(stored)
+    for name, parameter in model.named_parameters():
+        values = stored[name].const_value.numpy()
+        expected = parameter.detach().numpy()
+        assert np.array_equal(values, expected) or np.array_equal(values, expected.T)
+    shared = sum(stored[name].const_value.nbytes for name in names)
+    assert shared == sum(p.nbytes for p in model.parameters()) == package.manifest.parameter_bytes
+    constants = sum(v.const_value.nbytes for k, v in stored.items() if k not in names)
+    assert constants < 1000  # shapes and scalars: measured 123 to 645
+
+
+def test_audit_finds_nothing(merged: Case) -> None:
+    _, _, package = merged
+    found = audit(package.path)
+    assert found.ok
+    ties = {check.group for check in found.ties}
+    assert len(ties) == 4 + ("transformer.wte.weight" in ties)  # 4 tensors of the FFN, GPT-2's head
+    assert all(check.ok for check in found.ties)
+
+
+def test_manifest_describes_every_file(merged: Case) -> None:
+    _, _, package = merged
+    manifest = Manifest.read(package.path)
+    on_disk = {p.name: p.stat().st_size for p in package.path.iterdir()}
+    assert on_disk.pop("ffmerge.json")
+    assert {file.path: file.bytes for file in manifest.files} == on_disk
+    manifest.check_files(package.path)
+    assert manifest.merge is not None
+    assert manifest.merge.groups[0].layers == (1, 2, 3, 4)
+
+
+def test_no_path_of_this_machine_is_in_a_package(merged: Case) -> None:
+    _, _, package = merged
+    for path in package.path.iterdir():
+        content = path.read_bytes()
+        for trace in (b"site-packages", b"/tmp", os.getcwd().encode(), str(Path.home()).encode()):
+            assert trace not in content, (path.name, trace)
+
+
+_TWICE = """
+import sys, numpy as np, tiny
+from ffmerge.exporter.package import export
+from ffmerge.models import checkpoint
+from ffmerge.passes.weights.merge import MergeConfig, merge_
+model = tiny.gpt2(layers=3)
+merge_(model, {"input_ids": np.arange(90).reshape(9, 10)}, MergeConfig(k=2))
+checkpoint.save(model, sys.argv[1] + "/checkpoint")
+export(model, sys.argv[1] + "/package")
+"""
+
+
+def test_same_input_same_bytes_under_any_hash_seed(tmp_path: Path) -> None:
+    folders = []
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parent)}
+        folders.append(tmp_path / seed)
+        folders[-1].mkdir()
+        command = [sys.executable, "-c", _TWICE, str(folders[-1])]
+        subprocess.run(command, check=True, env=environment, capture_output=True)
+    first, second = ({p.relative_to(f): p for p in f.rglob("*") if p.is_file()} for f in folders)
+    assert set(first) == set(second)
+    assert {"model.onnx", "model.onnx_data", "config.json", "ffmerge.json"} <= {p.name for p in first}
+    for relative, path in first.items():
+        assert path.read_bytes() == second[relative].read_bytes(), relative
+
+
+_KILLED = """
+import os, signal, sys, tiny
+from ffmerge.exporter.package import Manifest, export
+Manifest.write = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+export(tiny.vit(layers=2), sys.argv[1])
+"""
+
+
+def test_a_killed_export_leaves_nothing_that_looks_finished(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, "-c", _KILLED, str(tmp_path / "package")]
+    done = subprocess.run(command, env=environment, capture_output=True)
+    assert done.returncode == -signal.SIGKILL
+    assert not (tmp_path / "package").exists()
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".package.partial-")
+    assert not (left / "ffmerge.json").exists()
+    with pytest.raises(InputError, match=r"ffmerge\.json does not exist"):
+        Manifest.read(left)
+
+
+def test_a_failed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Manifest, "write", full)
+    with pytest.raises(InputError, match="No space left on device"):
+        export(vit(layers=2), tmp_path / "package")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_exported(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="does not serve text-generation"):
+        export(vit(layers=2), tmp_path / "a", ExportConfig(task="text-generation"))
+    with pytest.raises(InputError, match="task 'dreaming' is not served"):
+        export(vit(layers=2), tmp_path / "b", ExportConfig(task="dreaming"))
+    with pytest.raises(ExportError, match="float32"):
+        export(gpt2(layers=2).half(), tmp_path / "c")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_travels_through(tmp_path: Path) -> None:
+    """Saved, loaded and exported, the tie is still one initializer."""
+    model = vit(layers=4)
+    merge_(model, _inputs("vit", 4), MergeConfig(window=(0, 3), method="average"))
+    checkpoint.save(model, tmp_path / "checkpoint")
+    package = export(
+        checkpoint.load(tmp_path / "checkpoint"), tmp_path / "package", source=tmp_path / "checkpoint"
+    )
+    assert [len(tie.members) for tie in package.manifest.ties] == [4] * 4
+    assert list(package.manifest.source["files"]) == ["model.ffmerge.safetensors"]

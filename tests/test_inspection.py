@@ -1,0 +1,75 @@
+"""Parameter arithmetic of the paper's models, from their configurations alone."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import vit
+from transformers import GPT2Config, ResNetConfig, ViTConfig
+
+from ffmerge.errors import InputError
+from ffmerge.models.inspection import inspect
+from ffmerge.passes.weights.merge import MergeConfig, merge_
+
+# model, parameters, {k: percent removed}: counted by hand from (k - 1)(2dh + d + h)
+PAPER = {
+    "ViT-B/16": (ViTConfig(num_labels=1000), 86_567_656, {5: 21.82, 7: 32.73, 12: 60.01}),
+    "GPT-2 Large": (
+        GPT2Config(n_layer=36, n_embd=1280, n_head=20),
+        774_030_080,
+        {13: 20.33, 19: 30.50, 36: 59.30},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_models_from_config_alone(name: str, tmp_path: Path) -> None:
+    config, parameters, removed = PAPER[name]
+    config.save_pretrained(tmp_path)
+    found = inspect(tmp_path).to_json()
+    assert found["parameters"] == parameters
+    percent = {r["k"]: round(100 * r["fraction"], 2) for r in found["removable"]}
+    assert {k: percent[k] for k in removed} == removed
+    assert found["proved"] is None
+
+
+def test_no_weights_are_allocated(tmp_path: Path) -> None:
+    PAPER["GPT-2 Large"][0].save_pretrained(tmp_path)  # 3.1 GB in float32
+    code = (
+        "import resource, sys; from ffmerge.models.inspection import inspect; inspect(sys.argv[1]);"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout) * 1024 < 1.2e9  # measured 0.40e9
+
+
+def test_with_weights_the_sublayers_are_proved() -> None:
+    found = inspect(vit(layers=3)).to_json()
+    assert found["proved"] is True
+    (stack,) = found["stacks"]
+    assert (stack["name"], stack["layers"], stack["d_model"], stack["d_ff"]) == ("layers", 3, 64, 256)
+    assert stack["sublayers"][2] == {
+        "index": 2, "path": "vit.layers.2.mlp", "parameters": 2 * 64 * 256 + 64 + 256,
+    }  # fmt: skip
+
+
+def test_a_merged_stack_offers_only_what_is_left() -> None:
+    model = vit()
+    merge_(model, {"pixel_values": np.zeros((2, 3, 16, 16), "f")}, MergeConfig(window=(1, 4)))
+    assert [r.k for r in inspect(model).removable] == [2, 3]
+
+
+def test_a_model_without_feed_forward_sublayers(tmp_path: Path) -> None:
+    ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1]).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="no feed-forward sublayer"):
+        inspect(tmp_path)
+
+
+def test_json_is_plain(tmp_path: Path) -> None:
+    PAPER["ViT-B/16"][0].save_pretrained(tmp_path)
+    found = inspect(tmp_path).to_json()
+    assert json.loads(json.dumps(found)) == found

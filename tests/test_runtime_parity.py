@@ -1,0 +1,163 @@
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from packages import linear_package
+
+from ffmerge.errors import InputError, RuntimeCheckError
+from ffmerge.models.probe import stored_elements
+from ffmerge.runtime_tests.parity import check_parity
+from ffmerge.runtime_tests.session import LEVELS, open_session
+from ffmerge.runtime_tests.tolerance import TOLERANCES, for_dtype
+
+GENERATOR = np.random.default_rng(0)
+WEIGHT = (GENERATOR.standard_normal((8, 5)) / 1000).astype(np.float32)
+BIAS = np.zeros(5, np.float32)
+
+
+@pytest.mark.parametrize("optimization", LEVELS)
+def test_the_same_weights_are_in_parity(tmp_path: Path, optimization: str) -> None:
+    manifest = linear_package(tmp_path / "package", WEIGHT, BIAS)
+    (output,) = check_parity(tmp_path / "package", manifest, "cpu", optimization)
+    assert output.ok, output.reason
+    assert (output.name, output.optimization) == ("logits", optimization)
+    assert output.compared == output.elements == (1 + 3) * 5
+    assert output.max_abs is not None and output.max_abs < 5e-9  # measured 9.3e-10
+    assert output.cosine == pytest.approx(1, abs=1e-12)
+
+
+def test_a_weight_that_is_off_is_found_and_placed(tmp_path: Path) -> None:
+    served = WEIGHT.copy()
+    served[2, 3] += 1e-3  # moves logits[:, 3] by 1e-3 x[:, 2]
+    manifest = linear_package(tmp_path / "package", WEIGHT, BIAS, served)
+    (output,) = check_parity(tmp_path / "package", manifest)
+    driving = [(abs(manifest.probe.draw(case)["x"][:, 2]), case) for case in (0, 1)]
+    largest, case, row = max((x.max(), case, int(x.argmax())) for x, case in driving)
+
+    assert not output.ok
+    assert output.worst is not None
+    assert (output.worst.case, output.worst.index) == (case, (row, 3))
+    assert output.max_abs == pytest.approx(1e-3 * largest, rel=1e-4)  # measured 2.1e-6
+    assert "elements are out of tolerance" in str(output.reason)
+
+
+def test_a_sampled_output_is_placed_in_the_full_one(tmp_path: Path) -> None:
+    weight = (GENERATOR.standard_normal((4, 1000)) / 1000).astype(np.float32)
+    served = weight.copy()
+    served[1, 501] += 1.0
+    bias = np.zeros(1000, np.float32)
+    manifest = linear_package(
+        tmp_path / "package", weight, bias, served, cases=({"batch_size": 100},)
+    )
+    (output,) = check_parity(tmp_path / "package", manifest)
+    x = manifest.probe.draw(0)["x"]
+    assert (output.compared, output.elements) == (33334, 100_000)  # every third
+    assert output.worst is not None
+    row, column = output.worst.index
+    assert column == 501
+    assert (1000 * row + column) % 3 == 0
+    assert output.worst.got == pytest.approx(x[row] @ served[:, 501], rel=1e-5)
+    assert output.worst.expected == pytest.approx(x[row] @ weight[:, 501], rel=1e-5)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_value_that_is_no_number_fails(tmp_path: Path, value: float) -> None:
+    served = WEIGHT.copy()
+    served[0, 4] = value
+    manifest = linear_package(tmp_path / "package", WEIGHT, BIAS, served)
+    (output,) = check_parity(tmp_path / "package", manifest)
+    assert not output.ok
+    assert output.max_abs is None
+    assert output.reason == "NaN or infinity in 4 of 20 elements"
+    assert output.worst is not None and output.worst.index == (0, 4)
+
+
+def test_another_shape_fails_with_both_sizes(tmp_path: Path) -> None:
+    manifest = linear_package(tmp_path / "package", WEIGHT, BIAS, WEIGHT[:, :1].copy())
+    other = replace(manifest.probe, cases=({"batch_size": 1}, {"batch_size": 4}))
+    (output,) = check_parity(tmp_path / "package", replace(manifest, probe=other))
+    assert not output.ok
+    assert "case 1: 15 reference elements" in str(output.reason)
+    assert "[4, 5] has 20" in str(output.reason)
+
+
+def test_a_case_without_reference_fails(tmp_path: Path) -> None:
+    manifest = linear_package(tmp_path / "package", WEIGHT, BIAS)
+    more = replace(manifest.probe, cases=(*manifest.probe.cases, {"batch_size": 2}))
+    (output,) = check_parity(tmp_path / "package", replace(manifest, probe=more))
+    assert output.reason == "the package has no reference for case 2"
+    assert not output.ok
+
+
+def test_small_logits_of_a_quantized_model_must_point_the_same_way(tmp_path: Path) -> None:
+    manifest = linear_package(tmp_path / "package", WEIGHT, BIAS, -WEIGHT, dtype="int8")
+    (output,) = check_parity(tmp_path / "package", replace(manifest, dtype="int8"))
+    assert output.max_abs is not None and output.max_abs < for_dtype("int8").atol
+    assert output.cosine == pytest.approx(-1, abs=1e-12)
+
+
+def test_large_logits_that_turn_fail_by_cosine(tmp_path: Path) -> None:
+    # int4 allows 0.5 + 0.1 |x|: sign flips of elements of size 0.27 stay within that
+    weight = np.full((1, 4), 0.54, np.float32)
+    bias = np.array([0.6, 0.6, -0.6, -0.6], np.float32)
+    manifest = linear_package(tmp_path / "package", weight, bias, weight * 0, dtype="int4")
+    (output,) = check_parity(tmp_path / "package", manifest)
+    assert not output.ok
+
+
+def test_outputs_and_inputs_the_graph_lacks_are_errors(tmp_path: Path) -> None:
+    manifest = linear_package(tmp_path / "package", WEIGHT, BIAS)
+    with pytest.raises(RuntimeCheckError, match="hidden"):
+        check_parity(tmp_path / "package", replace(manifest, outputs=("hidden",)))
+    (tmp_path / "package" / "reference.safetensors").write_bytes(b"no")
+    with pytest.raises(InputError, match="reference.safetensors cannot be read"):
+        check_parity(tmp_path / "package", manifest)
+
+
+def test_the_level_reaches_the_runtime(tmp_path: Path) -> None:
+    linear_package(tmp_path / "package", WEIGHT, BIAS)
+    model = tmp_path / "package" / "model.onnx"
+    off = open_session(model, "cpu", "disabled").get_session_options()
+    assert off.graph_optimization_level == ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    on = open_session(model).get_session_options()
+    assert on.graph_optimization_level == ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+
+
+def test_unknown_names_are_input_errors(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="unknown provider 'tpu'"):
+        open_session(tmp_path, "tpu")
+    with pytest.raises(InputError, match="unknown optimization 'max'"):
+        open_session(tmp_path, "cpu", "max")
+    with pytest.raises(InputError, match="no tolerance for dtype 'fp8'"):
+        for_dtype("fp8")
+
+
+def test_a_provider_that_is_absent_is_refused(tmp_path: Path) -> None:
+    if "CUDAExecutionProvider" in ort.get_available_providers():
+        pytest.skip("this ONNX Runtime has CUDA")
+    with pytest.raises(RuntimeCheckError, match="CUDAExecutionProvider is not in this"):
+        open_session(tmp_path / "model.onnx", "cuda")
+
+
+def test_a_silent_fall_back_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A build with CUDA on a machine without it lists CUDA and then runs on the CPU."""
+    linear_package(tmp_path / "package", WEIGHT, BIAS)
+    on_cpu = open_session(tmp_path / "package" / "model.onnx")
+    listed = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(ort, "get_available_providers", lambda: listed)
+    monkeypatch.setattr(ort, "InferenceSession", lambda *args, **options: on_cpu)
+    with pytest.raises(RuntimeCheckError, match="fell back to CPUExecutionProvider"):
+        open_session(tmp_path / "package" / "model.onnx", "cuda")
+
+
+def test_every_bound_leaves_room_above_what_was_measured_but_not_much() -> None:
+    for tolerance in TOLERANCES.values():
+        assert tolerance.measured < tolerance.atol < 25 * tolerance.measured
+
+
+def test_samples_have_the_stride_the_places_are_computed_with() -> None:
+    assert stored_elements(np.arange(100_000))[:3].tolist() == [0, 3, 6]

@@ -1,0 +1,462 @@
+"""Equal tensors are stored once, whatever their size and type, and results stay the same."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from graphs import build, names, normal, ops, run
+from onnx import TensorProto, helper
+
+import ffmerge
+from ffmerge.errors import InputError, TieError
+from ffmerge.models.plan import Tie
+from ffmerge.passes.graph.contract import check_ties, join_ties, read_ties, write_ties
+from ffmerge.passes.graph.run import share, share_file
+
+# Gemm against MatMul on the same numbers, sums of 64 products of N(0, 1)
+GEMM = 3e-5
+
+CASES = {
+    "scalar": np.array(2.5, np.float32),
+    "vector": np.arange(5, dtype=np.float32),
+    "int64": np.arange(6).reshape(2, 3),
+    "bool": np.array([True, False, True]),
+    "zeros": np.zeros((3, 2), np.float32),
+    "bfloat16": normal(16, 16).astype("bfloat16"),
+    "float8": normal(16, 16).astype("float8_e4m3fn"),
+    "float16": normal(16, 16, dtype=np.float16),
+    "large": normal(300, 40),
+    "string": np.array(["a", "b\0", "b"], object),
+    "int4": helper.make_tensor("", TensorProto.INT4, [3], [1, -2, 7]),
+    "one row": normal(1, 9),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_identical_tensors_become_the_first(case):
+    value = CASES[case]
+    proto = value if isinstance(value, TensorProto) else onnx.numpy_helper.from_array(value)
+    copies = []
+    for name in "ABC":
+        copy = TensorProto()
+        copy.CopyFrom(proto)
+        copy.name = name
+        copies.append(copy)
+    outputs = [helper.make_tensor_value_info(o, proto.data_type, proto.dims) for o in "pqr"]
+    nodes = [
+        helper.make_node("If", ["c"], [o], name=f"if_{o}", **_branches(w, proto))
+        for o, w in zip("pqr", "ABC", strict=True)
+    ]
+    condition = helper.make_tensor_value_info("c", TensorProto.BOOL, [])
+    graph = helper.make_graph(nodes, "g", [condition], outputs, copies)
+    opsets = [helper.make_opsetid("", 21)]
+    model = ir.from_proto(helper.make_model(graph, opset_imports=opsets, ir_version=10))
+    size = model.graph.initializers["A"].const_value.nbytes
+    runs = case not in ("bfloat16", "string", "int4")  # those ONNX Runtime's If gives numpy
+    before = run(model, c=np.array(True)) if runs else []
+    content = model.graph.initializers["A"].const_value.numpy().copy()
+    result = share(model)
+    assert names(model) == ["A"]
+    assert np.array_equal(model.graph.initializers["A"].const_value.numpy(), content)
+    assert all("Identity" in skip.reason for skip in result.skipped)  # those of the branches
+    assert (result.bytes_before, result.bytes_after) == (3 * size, size)
+    assert len(model.graph.initializers["A"].uses()) == 6
+    after = run(model, c=np.array(True)) if runs else []
+    for one, other in zip(before, after, strict=True):
+        assert one.tobytes() == other.tobytes()
+
+
+def _branches(weight, proto):
+    """Both branches give the weight unchanged, by the one operator that takes every type."""
+
+    def branch(name):
+        out = helper.make_tensor_value_info(name, proto.data_type, proto.dims)
+        node = helper.make_node("Identity", [weight], [name], name=f"node_{name}")
+        return helper.make_graph([node], name, [], [out])
+
+    return {"then_branch": branch(f"{weight}_yes"), "else_branch": branch(f"{weight}_no")}
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (np.float32([0.0]), np.float32([-0.0])),
+        (np.float32([1, 2]), np.float32([1, 3])),
+        (np.int32([1, 2]), np.int64([1, 2])),
+        (normal(4, 6), normal(4, 6).reshape(6, 4)),  # the same bytes in another shape
+        (np.array([b"a\0", b"b"], object), np.array([b"a", b"b"], object)),
+        (np.zeros((0, 2), np.float32), np.zeros((0, 2), np.float32)),  # nothing to save
+    ],
+)
+def test_different_tensors_stay(one, other):
+    a, b = (onnx.numpy_helper.from_array(v) for v in (one, other))
+    outputs = [helper.make_tensor_value_info(o, t.data_type, None) for o, t in (("p", a), ("q", b))]
+    nodes = [
+        helper.make_node("Unsqueeze", [w, "axis"], [o], name=o) for w, o in (("A", "p"), ("B", "q"))
+    ]
+    a.name, b.name = "A", "B"
+    axis = onnx.numpy_helper.from_array(np.array([0]), "axis")
+    graph = helper.make_graph(nodes, "g", [], outputs, [a, b, axis])
+    model = ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]))
+    share(model)
+    assert names(model) == ["A", "B", "axis"]
+
+
+TWO_LAYERS = """(float[2,64] x) => (float[2,64] y) {
+    a = MatMul(x, W1)  b = Add(a, B1)  c = Relu(b)  d = MatMul(c, W2)  y = Add(d, B2)}"""
+
+
+def test_weights_and_biases_of_two_layers():
+    w, b = normal(64, 64), normal(64, seed=1)
+    model = build(TWO_LAYERS, W1=w, B1=b, W2=w.copy(), B2=b.copy())
+    feed = normal(2, 64, seed=2)
+    before = run(model, x=feed)
+    result = share(model)
+    assert names(model) == ["W1", "B1"]
+    assert (result.bytes_before, result.bytes_after) == (2 * (64 * 64 + 64) * 4, (64 * 64 + 64) * 4)
+    assert np.array_equal(before, run(model, x=feed))
+
+
+def test_the_ties_name_wins_and_is_recorded():
+    w, b = normal(64, 64), normal(64, seed=1)
+    model = build(TWO_LAYERS, W1=w, B1=b, W2=w, B2=b)
+    ties = [Tie("W2", ("W1", "W2")), Tie("layer.bias", ("layer.bias", "B2"))]
+    result = share(model, ties)
+    assert set(names(model)) == {"layer.bias", "W2"}
+    assert read_ties(model) == result.ties == tuple(ties)
+    assert share(model).ties == tuple(ties)  # kept without being given again
+
+
+def test_two_ties_of_equal_tensors_become_one():
+    zero = np.zeros(64, np.float32)
+    model = build(TWO_LAYERS, W1=normal(64, 64), B1=zero, W2=normal(64, 64, seed=1), B2=zero)
+    result = share(model, [Tie("B2", ("B2",)), Tie("B1", ("B1",))])
+    assert len(result.ties) == 1 and set(result.ties[0].members) == {"B1", "B2"}
+    assert result.ties[0].name in names(model) and len(names(model)) == 3
+
+
+def test_join_ties_keeps_the_first_name():
+    ties = [Tie("a", ("a", "b")), Tie("c", ("c", "d")), Tie("d", ("d", "b"))]
+    assert join_ties(ties) == (Tie("a", ("a", "b", "c", "d")),)
+    assert join_ties(ties[:2]) == tuple(ties[:2])
+
+
+def test_a_tie_of_different_tensors_is_an_error():
+    model = build(
+        TWO_LAYERS, W1=normal(64, 64), B1=normal(64), W2=normal(64, 64, seed=1), B2=normal(64)
+    )
+    with pytest.raises(TieError, match="tie W1: stored 2 times: initializers W1, W2"):
+        share(model, [Tie("W1", ("W1", "W2"))])
+
+
+def test_a_transposed_copy_is_read_by_gemm():
+    w = normal(32, 64)
+    model = build(
+        """(float[2,3,64] x) => (float[2,3,32] y, float[32,64] s) {
+        y = MatMul(x, V)  s = Relu(W)}""",
+        W=w,
+        V=np.ascontiguousarray(w.T),
+    )
+    feed = normal(2, 3, 64, seed=1)
+    before = run(model, x=feed)
+    result = share(model)
+    assert "V" not in names(model) and ops(model)["Gemm"] == 1 and result.skipped == ()
+    after = run(model, x=feed)
+    np.testing.assert_allclose(after[0], before[0], rtol=0, atol=GEMM)  # seen: 8e-6
+    assert np.array_equal(after[1], before[1])
+    assert sum(v.const_value.nbytes for v in model.graph.initializers.values()) < w.nbytes + 64
+
+
+def test_of_a_transposed_pair_the_one_that_can_go_goes():
+    """The second, V, is read by Relu, so the first becomes Gemm's transposed V."""
+    w = normal(32, 64)
+    text = """(float[2,32] x) => (float[2,64] y, float[64,32] s) {y = MatMul(x, W)  s = Relu(V)}"""
+    model = build(text, W=w, V=np.ascontiguousarray(w.T))
+    before = run(model, x=normal(2, 32, seed=1))
+    result = share(model)
+    assert names(model) == ["V"] and result.skipped == ()
+    after = run(model, x=normal(2, 32, seed=1))
+    np.testing.assert_allclose(after[0], before[0], rtol=0, atol=GEMM)  # seen: 4e-6
+    tied = build(text, W=w, V=np.ascontiguousarray(w.T))
+    with pytest.raises(TieError, match="W is stored again, as it is or transposed, as V"):
+        share(tied, [Tie("W", ("W",))])  # the contract's name is not given up for this
+
+
+def test_a_transposed_pair_no_one_can_read_stays_with_a_reason():
+    w = normal(32, 64)
+    model = build(
+        "() => (float[32,64] y, float[64,32] s) {y = Relu(W)  s = Relu(V)}", W=w, V=w.T.copy()
+    )
+    result = share(model)
+    assert names(model) == ["W", "V"]
+    assert [s.name for s in result.skipped] == ["V"]
+    assert "the transpose of W, but Relu node n1" in result.skipped[0].reason
+
+
+def test_copies_inside_branches_and_constants_are_found():
+    w = normal(64, 64)
+    text = """(bool c, float[2,64] x) => (float[2,64] y) {
+        z = MatMul(x, W)
+        y = If(c) <
+          then_branch = yes () => (float[2,64] a) <float[64,64] V> {a = MatMul(z, V)},
+          else_branch = no () => (float[2,64] b) <float[64,64] V> {r = MatMul(z, V) b = Neg(r)}>}"""
+    plain = text.replace("<float[64,64] V>", "").replace("V)", "W)")
+    model = build(plain, W=w)
+    attributes = next(node for node in model.graph if node.op_type == "If").attributes
+    inner = attributes["then_branch"].as_graph()
+    copy = ir.Value(name="V", const_value=ir.tensor(w.copy(), name="V"))
+    inner.register_initializer(copy)
+    inner[0].replace_input_with(1, copy)
+    inner = attributes["else_branch"].as_graph()
+    constant = ir.node("Constant", [], {"value": ir.tensor(w.copy())}, name="k")
+    constant.outputs[0].name = "V"  # the same inner name as in the other branch
+    inner.insert_before(inner[0], constant)
+    inner[1].replace_input_with(1, constant.outputs[0])
+    feeds = [{"c": np.array(c), "x": normal(2, 64, seed=1)} for c in (True, False)]
+    before = [run(model, **f) for f in feeds]
+    result = share(model)
+    assert names(model) == ["W"] and ops(model)["Constant"] == 0
+    assert (result.bytes_before, result.bytes_after) == (3 * w.nbytes, w.nbytes)
+    assert len(model.graph.initializers["W"].uses()) == 3
+    for one, f in zip(before, feeds, strict=True):
+        assert np.array_equal(one, run(model, **f))
+
+
+def test_a_lifted_name_that_a_branch_uses_itself():
+    """``v`` is a Constant of one branch and a computed value of the other."""
+    model = build(
+        """(bool c, float[3] x) => (float[3] y) {
+        y = If(c) <
+          then_branch = yes () => (float[3] a) {
+            v = Constant<value = float[3] {1, 2, 3}>()  a = Add(x, v)},
+          else_branch = no () => (float[3] b) {v = Neg(x)  b = Add(x, v)}>}"""
+    )
+    feeds = [{"c": np.array(c), "x": np.float32([5, 6, 7])} for c in (True, False)]
+    share(model)
+    onnx.checker.check_model(ir.to_proto(model))
+    assert [run(model, **f)[0].tolist() for f in feeds] == [[6, 8, 10], [0, 0, 0]]
+
+
+def test_graph_inputs_and_outputs_stay():
+    w = normal(64, 64)
+    text = """(float[2,64] x, float[64,64] IN) => (float[2,64] y, float[64,64] OUT) {
+        a = MatMul(x, IN)  b = MatMul(a, OUT)  c = MatMul(b, W)  y = MatMul(c, V)}"""
+    model = build(text, IN=w, OUT=w, W=w, V=w)
+    before = run(model, x=normal(2, 64, seed=1))
+    result = share(model)
+    assert names(model) == ["IN", "OUT", "W"]
+    assert {(s.name, s.reason.split(", but ")[1]) for s in result.skipped} == {
+        ("IN", "a graph input: a caller may replace it"),
+        ("OUT", "a graph output"),
+    }
+    assert all(
+        np.array_equal(a, b)
+        for a, b in zip(before, run(model, x=normal(2, 64, seed=1)), strict=True)
+    )
+
+
+def test_sharing_twice_changes_nothing():
+    w = normal(64, 64)
+    text = """(float[2,3,64] x) => (float[2,3,64] y, float[64,64] s) {
+        t = Transpose(W)  a = MatMul(x, V)  b = Relu(a)  y = MatMul(a, U)  s = Relu(t)}"""
+    model = build(text, W=w, V=w.T.copy(), U=w)
+    product = model.graph.node("n3").inputs[0]
+    product.shape, product.dtype = ir.Shape([2, 3, 64]), ir.DataType.FLOAT
+    first = share(model)
+    once = ir.to_proto(model).SerializeToString()
+    again = share(ir.from_proto(onnx.load_from_string(once)))
+    assert ir.to_proto(again.model).SerializeToString() == once
+    assert again.bytes_before == again.bytes_after == first.bytes_after
+    assert ir.to_proto(share(first.model).model).SerializeToString() == once
+
+
+def test_large_tensors_are_compared_in_blocks(monkeypatch):
+    monkeypatch.setattr("ffmerge.passes.graph.tensors.BLOCK", 1000)
+    w = normal(64, 64)
+    late = w.copy()
+    late[40, 7] += 1  # neither end, not in the first block
+    text = """() => (float[64,64] a, float[64,64] b, float[64,64] c) {
+        a = Relu(A)  b = Relu(B)  c = Relu(C)}"""
+    model = build(text, A=w, B=late, C=w)
+    share(model)
+    assert names(model) == ["A", "B"]
+
+
+def test_a_collision_of_hashes_is_not_an_equality(monkeypatch):
+    monkeypatch.setattr("ffmerge.passes.graph.tensors._digest", lambda array: "same")
+    middle = np.float32([1, 2, 3])
+    model = build(
+        "() => (float[3] a, float[3] b) {a = Relu(A) b = Relu(B)}",
+        A=middle,
+        B=np.float32([1, 9, 3]),
+    )
+    share(model)
+    assert names(model) == ["A", "B"]
+
+
+def test_ties_survive_the_metadata():
+    model = build(TWO_LAYERS, W1=normal(64, 64), B1=normal(64), W2=normal(64, 64), B2=normal(64))
+    ties = (Tie("é", ("é", "b")),)
+    write_ties(model, ties)
+    assert json.loads(model.metadata_props["ffmerge.ties"]) == [
+        {"name": "é", "members": ["é", "b"]}
+    ]
+    assert read_ties(ir.from_proto(ir.to_proto(model))) == ties
+    write_ties(model, ())
+    assert "ffmerge.ties" not in model.metadata_props
+    model.metadata_props["ffmerge.ties"] = "[1"
+    with pytest.raises(InputError, match=r"ffmerge\.ties"):
+        read_ties(model)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("", ""),
+        ("W2 other", "stored 2 times: initializers W, W2"),
+        ("copy", "stored again, as it is or transposed, as val_7"),
+        ("turned", "stored again, as it is or transposed, as val_7"),
+        ("Transpose", "hidden behind Transpose node hide"),
+        ("Identity", "hidden behind Identity node hide"),
+        ("Cast", "hidden behind Cast node hide"),
+        ("Reshape", "hidden behind Reshape node hide"),
+        ("one use", "stands for 2 places but is used 1 times: n0"),
+        ("renamed", "none of its 2 names is an initializer"),
+    ],
+)
+def test_a_broken_tie_says_what_breaks_it(change, reason):
+    w = normal(64, 64)
+    second = {"W2 other": "W2", "copy": "val_7", "turned": "val_7", "one use": "val_7"}.get(
+        change, "W"
+    )
+    values = {
+        "W2 other": normal(64, 64, seed=1),
+        "copy": w,
+        "turned": w.T.copy(),
+        "one use": normal(64, 64, seed=2),
+    }
+    model = build(
+        f"(float[2,64] x) => (float[2,64] y) {{a = MatMul(x, W)  y = MatMul(a, {second})}}",
+        W=w,
+        **({second: values[change]} if second != "W" else {}),
+    )
+    if change in ("Transpose", "Identity", "Cast", "Reshape"):
+        attributes = {"Cast": {"to": 1}}.get(change, {})
+        shape = ir.Value(name="s", const_value=ir.tensor([64, 64], name="s"))
+        inputs = [model.graph.initializers["W"], *([shape] if change == "Reshape" else [])]
+        if change == "Reshape":
+            model.graph.register_initializer(shape)
+        hide = ir.node(change, inputs, attributes, name="hide")
+        model.graph.insert_before(model.graph[0], hide)
+        model.graph.node("n1").replace_input_with(1, hide.outputs[0])
+    if change == "renamed":
+        model.graph.initializers["W"].name = "val_3"
+    (check,) = check_ties(model, [Tie("W", ("W", "W2"))])
+    assert check.group == "W" and check.ok == (change == "")
+    assert reason in check.reason and (check.reason == "") == check.ok
+
+
+def test_a_file_small_and_large(tmp_path):
+    w = normal(64, 64)
+    onnx.save(
+        ir.to_proto(build(TWO_LAYERS, W1=w, B1=normal(64), W2=w, B2=normal(64))),
+        tmp_path / "in.onnx",
+    )
+    feed = normal(2, 64, seed=2)
+    before = run(str(tmp_path / "in.onnx"), x=feed)
+    result = share_file(tmp_path / "in.onnx", tmp_path / "out" / "small.onnx")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["small.onnx"]
+    assert result.bytes_after == (64 * 64 + 64) * 4
+    assert np.array_equal(before, run(str(tmp_path / "out" / "small.onnx"), x=feed))
+
+    large = normal(512, 512)
+    text = TWO_LAYERS.replace("64", "512")
+    onnx.save(
+        ir.to_proto(build(text, W1=large, B1=normal(512), W2=large, B2=normal(512))),
+        tmp_path / "large.onnx",
+    )
+    share_file(tmp_path / "large.onnx", tmp_path / "out" / "large.onnx")
+    data = tmp_path / "out" / "large.onnx_data"
+    assert data.stat().st_size == (512 * 512 + 512) * 4  # one weight, one bias, nothing else
+    assert data.stat().st_mode & 0o777 == (tmp_path / "large.onnx").stat().st_mode & 0o777
+    feed = normal(2, 512, seed=2)
+    assert np.array_equal(
+        run(str(tmp_path / "large.onnx"), x=feed), run(str(tmp_path / "out" / "large.onnx"), x=feed)
+    )
+    # external stays external, however small, and is read from where it was
+    share_file(tmp_path / "out" / "large.onnx", tmp_path / "again.onnx")
+    assert (tmp_path / "again.onnx_data").read_bytes() == data.read_bytes()
+
+
+def test_a_transposed_external_weight(tmp_path):
+    w = normal(600, 500)
+    text = """(float[2,500] x) => (float[2,600] a, float[2,600] b) {
+        t = Transpose(W)  a = MatMul(x, t)  u = Transpose(W)  b = MatMul(x, u)}"""
+    onnx.save(
+        ir.to_proto(build(text, W=w)),
+        tmp_path / "in.onnx",
+        save_as_external_data=True,
+        location="d",
+    )
+    share_file(tmp_path / "in.onnx", tmp_path / "out.onnx")
+    assert (tmp_path / "out.onnx_data").read_bytes() == w.T.tobytes(order="C")
+    feed = normal(2, 500, seed=1)
+    assert np.array_equal(
+        run(str(tmp_path / "in.onnx"), x=feed), run(str(tmp_path / "out.onnx"), x=feed)
+    )
+
+
+def test_nothing_is_overwritten_and_nothing_left_behind(tmp_path, monkeypatch):
+    model = build(
+        TWO_LAYERS, W1=normal(64, 64), B1=normal(64), W2=normal(64, 64, seed=1), B2=normal(64)
+    )
+    source = tmp_path / "in.onnx"
+    onnx.save(ir.to_proto(model), source)
+    content = source.read_bytes()
+    with pytest.raises(InputError, match="exists already"):
+        share_file(source, source)
+    (tmp_path / "out.onnx_data").write_bytes(b"")
+    with pytest.raises(InputError, match=r"out\.onnx_data exists already"):
+        share_file(source, tmp_path / "out.onnx")
+    (tmp_path / "out.onnx_data").unlink()
+
+    model.metadata_props["ffmerge.ties"] = json.dumps([{"name": "W1", "members": ["W1", "gone"]}])
+    onnx.save(ir.to_proto(model), tmp_path / "tied.onnx")
+    with pytest.raises(TieError):
+        share_file(tmp_path / "tied.onnx", tmp_path / "out.onnx")
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ffmerge.passes.graph.run.os.replace", full)
+    with pytest.raises(InputError, match="No space left on device"):
+        share_file(source, tmp_path / "out.onnx")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.onnx", "tied.onnx"]
+    assert source.read_bytes() == content
+
+
+def test_the_same_bytes_under_any_hash_seed(tmp_path):
+    w = normal(512, 600)
+    text = """(float[2,3,512] x) => (float[2,3,600] y, float[2,3,600] z, float[512,600] s) {
+        y = MatMul(x, W)  t = Transpose(V)  z = MatMul(x, t)  a = Relu(U)  s = Add(a, K)}"""
+    k = np.float32(1.5)
+    onnx.save(ir.to_proto(build(text, V=w.T.copy(), W=w, U=w, K=k)), tmp_path / "in.onnx")
+    code = "import sys, pathlib; from ffmerge.passes.graph.run import share_file; "
+    code += "share_file(*map(pathlib.Path, sys.argv[1:]))"
+    paths = [str(Path(ffmerge.__file__).parents[1]), *sys.path]
+    for seed in "12":
+        (tmp_path / seed).mkdir()
+        subprocess.run(
+            [sys.executable, "-c", code, tmp_path / "in.onnx", tmp_path / seed / "m.onnx"],
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(paths)},
+            check=True,
+        )
+    for name in ("m.onnx", "m.onnx_data"):
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+    assert (tmp_path / "1" / "m.onnx_data").stat().st_size == w.nbytes
