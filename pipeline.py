@@ -37,23 +37,23 @@ def merge(
 ) -> Merge:
     """Merge the checkpoint ``source`` and save it as the new folder ``out``."""
     _refuse_existing(out)
-    folder = checkpoint.resolve(source)
-    model = checkpoint.load(folder)
-    task = tasks.check(config.task) if config.task else tasks.infer(type(model))
-    calibration = data.read(data_source, folder, task) if data_source else None
-    held_out = data.read(validation_source, folder, task) if validation_source else None
     with _progress() as show:
+        folder = checkpoint.resolve(source)
+        model = checkpoint.load(folder)
+        task = tasks.check(config.task) if config.task else tasks.infer(type(model))
+        calibration = data.read(data_source, folder, task) if data_source else None
+        held_out = data.read(validation_source, folder, task) if validation_source else None
         result = merging.merge_(model, calibration, config, held_out, show)
-    checkpoint.save(model, out, folder)
+        checkpoint.save(model, out, folder)
     return result
 
 
 def export(source: str, out: Path, config: ExportConfig) -> Package:
     """Export the checkpoint ``source`` as the new package ``out``."""
     _refuse_existing(out)
-    folder = checkpoint.resolve(source)
-    model = checkpoint.load(folder).float()
     with _progress() as show:
+        folder = checkpoint.resolve(source)
+        model = checkpoint.load(folder).float()
         show("tracing and writing", 0, 0)
         return package.export(model, out, config, folder)
 
@@ -164,7 +164,8 @@ def _refuse_existing(out: Path) -> None:
 def _progress() -> Iterator[merging.Progress]:
     """Yield ``show(step, done, total)``, a bar on stderr; total 0 means: no end is known."""
     disable_progress_bar()  # transformers draws one for every file: one display is enough
-    with Progress(console=Console(stderr=True), transient=True) as bars:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
         tasks_by_step: dict[str, Any] = {}
 
         def show(step: str, done: int, total: int) -> None:

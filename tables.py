@@ -92,3 +92,38 @@ def audit_table(found: Any) -> Group:
         *((f"tie {t['group']}", "ok" if t["ok"] else t["reason"]) for t in value["ties"]),
     ]
     return Group(sums, _table("Findings", ("what", "cost or state"), findings))
+
+
+def validation_table(result: Any) -> Group:
+    """Show a Validation: what each provider computed, then what it cost."""
+    value = result.to_json()
+    outputs = [
+        (
+            f"{p['name']}, {o['optimization']}: {o['name']}",
+            "-" if o["max_abs"] is None else f"{o['max_abs']:.2g}",
+            f"{o['atol']:.2g} + {o['rtol']:.2g} |x|",
+            "ok" if o["ok"] else o["reason"],
+        )
+        for p in value["providers"]
+        for o in p["outputs"]
+    ]
+    outputs += [(p["name"], "-", "-", p["reason"]) for p in value["providers"] if not p["outputs"]]
+    costs = []
+    for p in value["providers"]:
+        if p["memory"]["rss_bytes"] is not None:
+            costs.append((f"{p['name']}: memory added by loading", size(p["memory"]["rss_bytes"])))
+            costs.append((f"{p['name']}: of it anonymous", size(p["memory"]["anonymous_bytes"])))
+        if p["latency_ms"]["median"] is not None:
+            costs.append((f"{p['name']}: latency, median", f"{p['latency_ms']['median']:.3g} ms"))
+            costs.append((f"{p['name']}: latency, p95", f"{p['latency_ms']['p95']:.3g} ms"))
+    if value["metric"]:
+        metric = value["metric"]
+        costs.append((f"{metric['name']} ({metric['examples']} examples)", f"{metric['value']:.4f}"))
+    return Group(
+        _table(
+            "ok" if result.ok else "NOT ok",
+            ("output", "largest difference", "tolerance", "verdict"),
+            outputs,
+        ),
+        _table("Cost", ("", ""), costs),
+    )

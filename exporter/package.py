@@ -22,6 +22,7 @@ from ffmerge.models.manifest import Manifest, record_files
 from ffmerge.models.probe import stored_elements
 
 GRAPH, WEIGHTS, REFERENCE = "model.onnx", "model.onnx_data", "reference.safetensors"
+OPSETS = range(18, 24)  # what PyTorch's exporter writes by itself
 _VERSIONS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy")
 
 
@@ -69,6 +70,8 @@ def export(
     if config.task and tasks.check(config.task) != task:
         raise InputError(f"{type(model).__name__} does not serve {config.task}: it serves {task}.")
     parameters = list(model.parameters())
+    if config.opset not in OPSETS:
+        raise InputError(f"opset {config.opset} is not one of {OPSETS[0]} to {OPSETS[-1]}.")
     with staged(Path(target)) as folder:
         shared = to_onnx(model, task, config.opset)
         ir.save(shared.model, folder / GRAPH, external_data=WEIGHTS)

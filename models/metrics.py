@@ -48,9 +48,8 @@ def labels_of(task: str, batch: Mapping[str, Array]) -> Array:
 
 
 def _count_right(logits: Array, labels: Array) -> tuple[float, int]:
-    counted = labels != IGNORED
-    right = (logits.argmax(-1) == labels) & counted
-    return float(right.sum()), int(counted.sum())
+    right = logits.argmax(-1) == labels  # never so where ignored
+    return float(right.sum()), int((labels != IGNORED).sum())
 
 
 def _next_token_loss(logits: Array, labels: Array) -> tuple[float, int]:

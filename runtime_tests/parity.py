@@ -13,7 +13,7 @@ from ffmerge.errors import InputError, RuntimeCheckError
 from ffmerge.models.manifest import Manifest
 from ffmerge.models.probe import Array, stored_elements, stride
 from ffmerge.runtime_tests.session import open_session
-from ffmerge.runtime_tests.tolerance import Tolerance, for_dtype
+from ffmerge.runtime_tests.tolerance import NOISE, Tolerance, for_dtype
 
 MODEL = "model.onnx"
 REFERENCE = "reference.safetensors"
@@ -67,9 +67,11 @@ def check_parity(
     """Return, for each output, how far the package is from the PyTorch outputs it carries.
 
     Raises:
-        InputError: the package has no readable reference.
+        InputError: the package has no readable reference, or names no output.
         RuntimeCheckError: the provider was not used, or the model does not load or run.
     """
+    if not manifest.outputs:
+        raise InputError(f"the manifest in {folder} names no output: export the package again.")
     tolerance = for_dtype(manifest.dtype)
     reference = _load_reference(folder / REFERENCE)
     session = open_session(folder / MODEL, provider, optimization)
@@ -133,10 +135,11 @@ def _compare(
             )
     expected = np.concatenate([s.expected for s in samples]).astype(np.float64)
     got = np.concatenate([s.got for s in samples]).astype(np.float64)
-    difference = np.abs(got - expected)
+    with np.errstate(invalid="ignore"):  # infinity minus infinity is NaN, and told below
+        difference = np.abs(got - expected)
     finite = np.isfinite(difference)
-    bound = tolerance.atol + tolerance.rtol * np.abs(expected)
-    at = int(np.argmax(np.where(finite, difference / bound, np.inf)))
+    bound = tolerance.atol + tolerance.rtol * np.abs(np.where(finite, expected, 0))
+    at = int(np.argmax(np.where(finite, difference, np.inf) / bound))
     worst = _locate(at, samples, float(expected[at]), float(got[at]))
     if not finite.all():
         return result(f"NaN or infinity in {(~finite).sum()} of {compared} elements", worst)
@@ -148,7 +151,7 @@ def _compare(
     reason = None
     if (difference > bound).any():
         reason = f"{(difference > bound).sum()} of {compared} elements are out of tolerance"
-    elif large.any() and cosine < tolerance.cosine:
+    elif np.abs(expected).max() > NOISE and cosine < tolerance.cosine:
         reason = f"cosine {cosine:.6f} is below {tolerance.cosine}"
     return result(reason, worst, float(difference.max()), max_rel, cosine)
 

@@ -150,7 +150,12 @@ def _loss_rows(losses: Losses | None) -> list[Row]:
     largest = "" if losses.max_abs is None else f"; outputs within {losses.max_abs:.2g}"
     steps = (
         ("Method loss", losses.original, losses.merged, "original against merged, both in PyTorch"),
-        ("Export loss", losses.merged, losses.exported, "merged in PyTorch against ONNX Runtime" + largest),
+        (
+            "Export loss",
+            losses.merged,
+            losses.exported,
+            "merged in PyTorch against ONNX Runtime" + largest,
+        ),
     )
     return [
         _metric_row(name, losses.name, old, new, f"{losses.name}, {note}")

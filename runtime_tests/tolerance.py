@@ -4,14 +4,16 @@ from dataclasses import dataclass
 
 from ffmerge.errors import InputError
 
+NOISE = 2e-5  # the direction of an output that is all smaller says nothing in float32
+
 
 @dataclass(frozen=True)
 class Tolerance:
     """Bounds on one output, and the largest difference that was seen when they were set.
 
     An element is within bounds when ``|got - expected| <= atol + rtol * |expected|``. The whole
-    output must also have at least this ``cosine``: on small logits an absolute bound alone
-    would let a wrong quantized model pass.
+    output must also have at least this ``cosine``, unless all of it is smaller than ``NOISE``:
+    on small logits an absolute bound alone would let a wrong quantized model pass.
     """
 
     atol: float

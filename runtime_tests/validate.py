@@ -156,8 +156,7 @@ def _validate_on(
         progress(f"measuring memory and latency on {name}")
         footprint = measure_footprint(folder, name, threads)
         failed = [f"{o.name} ({o.optimization}): {o.reason}" for o in outputs if not o.ok]
-        unnamed = None if outputs else "the manifest names no output to compare"
-        reason = "; ".join(failed) or unnamed
+        reason = "; ".join(failed) or None
     except RuntimeCheckError as error:
         reason = str(error)
     return ProviderResult(

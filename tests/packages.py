@@ -19,11 +19,15 @@ def linear_package(
     weight: Array,
     bias: Array,
     served_weight: Array | None = None,
+    served_bias: Array | None = None,
     cases: tuple[dict[str, int], ...] = CASES,
     **fields: Any,
 ) -> Manifest:
-    """Write a package of ``x @ weight + bias``; ``served_weight`` is what the graph holds."""
-    served = weight if served_weight is None else served_weight
+    """Write a package of ``x @ weight + bias``; ``served_*`` is what the graph holds."""
+    served = {
+        "weight": weight if served_weight is None else served_weight,
+        "bias": bias if served_bias is None else served_bias,
+    }
     nodes = [
         helper.make_node("MatMul", ["x", "weight"], ["product"]),
         helper.make_node("Add", ["product", "bias"], ["logits"]),
@@ -35,9 +39,7 @@ def linear_package(
         reference[f"{case}.logits"] = np.ascontiguousarray(
             stored_elements(logits.astype(np.float32))
         )
-    return write_package(
-        folder, nodes, {"weight": served, "bias": bias}, reference, probe, **fields
-    )
+    return write_package(folder, nodes, served, reference, probe, **fields)
 
 
 def write_package(
@@ -46,9 +48,10 @@ def write_package(
     weights: dict[str, Array],
     reference: dict[str, Array],
     probe: Probe,
+    external: bool = True,
     **fields: Any,
 ) -> Manifest:
-    """Write a package of one input ``x``, one output ``logits``, and external weights."""
+    """Write a package of one input ``x``, one output ``logits``, and (external) weights."""
     width = int(probe.inputs[0].shape[1])
     shapes = {"x": ["batch_size", width], "logits": ["batch_size", None]}
     inputs, outputs = (
@@ -57,14 +60,12 @@ def write_package(
     )
     initializers = [numpy_helper.from_array(w, name) for name, w in weights.items()]
     graph = helper.make_graph(nodes, "hand", inputs, outputs, initializers)
-    model = helper.make_model(
-        graph, ir_version=10, opset_imports=[helper.make_opsetid("", 20)]
-    )
+    model = helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 20)])
     folder.mkdir()
     onnx.save(
         model,
         folder / "model.onnx",
-        save_as_external_data=True,
+        save_as_external_data=external,
         location="model.onnx_data",
         size_threshold=0,
     )

@@ -190,7 +190,9 @@ def _uses_when_folded(
         yield node, dtype
     for use in value.uses():
         after = use.node.outputs[0]
-        if is_op(use.node, "Transpose") or (
+        if use.idx:  # as the shape of a Reshape it passes nothing on
+            yield node, dtype
+        elif is_op(use.node, "Transpose") or (
             is_op(use.node, "Reshape") and _constant_shape(use.node)
         ):
             yield from _uses_when_folded(after, dtype, use.node)

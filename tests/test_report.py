@@ -1,0 +1,239 @@
+import re
+from dataclasses import replace
+from html import unescape
+from pathlib import Path
+
+import numpy as np
+import pytest
+from packages import linear_package
+from rich.console import Console
+
+from ffmerge.errors import InputError
+from ffmerge.models.manifest import Skip
+from ffmerge.models.plan import Group, MergeRecord, Tie
+from ffmerge.runtime_tests.report import (
+    Losses,
+    Summary,
+    bytes_text,
+    collect_losses,
+    draw_bars,
+    rows,
+    summarize,
+    terminal_table,
+    time_text,
+    write_report,
+)
+from ffmerge.runtime_tests.validate import MetricResult, validate, write_validation
+
+BEFORE = Summary(
+    label="original",
+    bytes_on_disk=10_000_000,
+    parameters=2_500_000,
+    rss_bytes=20_000_000,
+    anonymous_bytes=None,
+    load_s=0.05,
+    median_ms=4.0,
+    p95_ms=5.0,
+    metric_name="accuracy",
+    metric=0.9755,
+    examples=1000,
+    max_abs=1e-6,
+)
+AFTER = replace(
+    BEFORE,
+    label="merged",
+    bytes_on_disk=6_200_000,
+    parameters=1_550_000,
+    rss_bytes=12_400_000,
+    anonymous_bytes=12_000_000,
+    median_ms=4.02,
+    p95_ms=6.0,
+    metric=0.9721,
+)
+LOSSES = Losses("accuracy", original=0.9755, merged=0.973, exported=0.9721, max_abs=1.2e-6)
+MINUS = "\N{MINUS SIGN}"
+EVIL = "<script>alert('x')</script>"
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    folder = tmp_path / "package"
+    linear_package(
+        folder,
+        np.eye(4, dtype=np.float32),
+        np.zeros(4, np.float32),
+        merge=MergeRecord(
+            "permute", (Group("stack", (3, 4, 5)), Group("stack", (7, 9))), 9, 5, 36, 20,
+            {"name": "accuracy", "before": 0.98, "merged": 0.9, "recovered": 0.97},
+        ),
+        ties=(Tie("layer.3.up", ("layer.3.up", "layer.4.up")),),
+        skipped=(Skip(EVIL, "too small"),),
+    )  # fmt: skip
+    write_validation(folder, validate(folder))
+    return folder
+
+
+def test_rows_are_in_words_with_their_change() -> None:
+    table = {row.name: row for row in rows(BEFORE, AFTER, LOSSES)}
+    size = table["Size on disk"]
+    assert (size.before, size.after, size.change) == ("10.0 MB", "6.20 MB", f"{MINUS}38.0 %")
+    assert size.verdict == "better"
+    assert table["Latency, median"].verdict == "same"  # 0.5 % is noise
+    assert (table["Latency, p95"].change, table["Latency, p95"].verdict) == ("+20.0 %", "worse")
+    assert table["Memory, anonymous"].before is None
+    assert (table["Accuracy"].after, table["Accuracy"].change) == ("97.21 %", f"{MINUS}0.34 points")
+    assert table["Accuracy"].verdict == "worse"
+    assert table["Method loss"].change == f"{MINUS}0.25 points"
+    assert table["Export loss"].change == f"{MINUS}0.09 points"
+    assert "1.2e-06" in table["Export loss"].note
+
+
+def test_a_lower_perplexity_is_better() -> None:
+    old = replace(BEFORE, metric_name="perplexity", metric=30.0)
+    new = replace(AFTER, metric_name="perplexity", metric=28.5)
+    row = next(row for row in rows(old, new) if row.name == "Perplexity")
+    assert (row.before, row.after, row.change, row.verdict) == (
+        "30",
+        "28.5",
+        f"{MINUS}1.5000",
+        "better",
+    )
+
+
+def test_what_was_not_measured_has_no_row() -> None:
+    bare = replace(AFTER, rss_bytes=None, metric_name=None, metric=None, median_ms=None)
+    names = [row.name for row in rows(BEFORE, bare, replace(LOSSES, exported=None))]
+    assert "Memory" not in names and "Accuracy" not in names and "Export loss" not in names
+    assert "Method loss" in names
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.00 kB"),
+        (999_499, "999 kB"),
+        (999_500, "1.00 MB"),
+        (42_000_000, "42.0 MB"),
+        (123_456_789, "123 MB"),
+        (5_000_000_000, "5.00 GB"),
+        (-4096, "-4.10 kB"),
+    ],
+)
+def test_sizes_have_three_figures(size: int, text: str) -> None:
+    assert bytes_text(size) == text
+
+
+def test_times_change_to_seconds() -> None:
+    assert [time_text(t) for t in (0.0298, 4.0, 999.4, 1500.0)] == [
+        "0.0298 ms",
+        "4.00 ms",
+        "999 ms",
+        "1.50 s",
+    ]
+
+
+def test_the_page_and_the_terminal_say_the_same(package: Path) -> None:
+    page = visible(write_report(package, BEFORE, AFTER, LOSSES, []))
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))
+    console.print(terminal_table(rows(BEFORE, AFTER, LOSSES)))
+    terminal = console.export_text()
+    for row in rows(BEFORE, AFTER, LOSSES):
+        for text in (row.name, row.before, row.after, row.change):
+            assert (text or "") in page
+            assert (text or "") in terminal
+
+
+def test_the_page_loads_nothing_from_elsewhere(package: Path) -> None:
+    page = write_report(package, BEFORE, AFTER, LOSSES, []).read_text()
+    assert page.count("<svg") == 3
+    assert re.findall(r"https?:|//\w|\bsrc=|\bhref=|url\((?!#)|@import|<link|<script", page) == []
+
+
+def test_names_are_text_not_markup(package: Path) -> None:
+    label = f"merged {EVIL} [red]"
+    page = write_report(package, None, replace(AFTER, label=label), None, [f"run {EVIL}"])
+    assert "<script" not in page.read_text()
+    assert visible(page).count(EVIL) >= 3  # title, skipped, command
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))
+    row = replace(rows(None, AFTER)[0], name="[red]x[/red]")
+    console.print(terminal_table([row]))
+    assert "[red]x[/red]" in console.export_text()
+
+
+def test_the_page_tells_what_is_shared_and_what_was_left_alone(package: Path) -> None:
+    page = visible(write_report(package, BEFORE, AFTER, LOSSES, ["ffmerge demo"]))
+    for text in (
+        f"merged takes 6.20\xa0MB instead of 10.0\xa0MB ({MINUS}38.0\xa0%) on disk.",
+        "layers 3-5 (3 layers",
+        "layers 7, 9 (2 layers",
+        "layer.4.up",
+        "too small",
+        "original against merged, both in PyTorch",
+        "outputs within 1.2e-06",
+        "ffmerge demo",
+        "all checks passed",
+    ):
+        assert text in page
+
+
+def test_alone_a_package_has_values_and_no_comparison(package: Path) -> None:
+    page = visible(write_report(package, None, AFTER, None, []))
+    assert "What it costs" in page and "6.20 MB" in page
+    assert "Before" not in page and "instead of" not in page
+
+
+def test_a_failed_check_is_said_first(tmp_path: Path) -> None:
+    eye = np.eye(4, dtype=np.float32)
+    linear_package(tmp_path / "package", eye, np.zeros(4, np.float32), eye + 1)
+    write_validation(tmp_path / "package", validate(tmp_path / "package"))
+    page = visible(write_report(tmp_path / "package", None, AFTER, None, []))
+    assert "a check failed" in page and "all checks passed" not in page
+    assert "Do not ship it yet" in page
+    assert "elements are out of tolerance" in page
+
+
+def test_the_same_measurements_give_the_same_bytes(package: Path) -> None:
+    first = write_report(package, BEFORE, AFTER, LOSSES, []).read_bytes()
+    assert write_report(package, BEFORE, AFTER, LOSSES, []).read_bytes() == first
+
+
+def test_a_page_can_stand_outside_the_package_it_tells_of(package: Path, tmp_path: Path) -> None:
+    page = write_report(tmp_path, BEFORE, AFTER, LOSSES, [], package)
+    assert page == tmp_path / "report.html"
+    assert not (package / "report.html").exists()
+    with pytest.raises(InputError, match="does not exist"):
+        write_report(tmp_path, BEFORE, AFTER, LOSSES, [])
+
+
+def test_bars_start_at_zero_and_keep_their_proportion() -> None:
+    svg = str(draw_bars("Size", ["Before", "After"], [10.0, 6.2], ["10 MB", "<6.2>"]))
+    bars = re.findall(r'd="M (\S+) \S+ *\nL (\S+) [^"]*"[^>]*style="fill: var\((--\w+)\)', svg)
+    widths = {colour: float(right) - float(left) for left, right, colour in bars}
+    assert widths["--after"] / widths["--before"] == pytest.approx(
+        0.62, abs=1e-8
+    )  # measured 8.4e-10
+    assert "&lt;6.2&gt;" in svg and "<6.2>" not in svg
+
+
+def test_summary_and_losses_come_from_the_package(package: Path) -> None:
+    result = replace(validate(package), metric=MetricResult("accuracy", 0.969, 50))
+    manifest = linear_package(
+        package.parent / "other", np.eye(4, dtype=np.float32), np.zeros(4, np.float32),
+        merge=MergeRecord("permute", (), 9, 5, 36, 20,
+                          {"name": "accuracy", "before": 0.98, "merged": 0.9, "recovered": 0.97}),
+    )  # fmt: skip
+    after = summarize("merged", manifest, result)
+    files = [package.parent / "other" / name for name in ("model.onnx", "model.onnx_data")]
+    assert after.bytes_on_disk == sum(file.stat().st_size for file in files)
+    assert (after.metric, after.examples, after.parameters) == (0.969, 50, 20)
+    assert after.max_abs is not None and after.max_abs <= 5e-8  # measured 0
+    assert collect_losses(manifest, after) == Losses("accuracy", 0.98, 0.97, 0.969, after.max_abs)
+    assert collect_losses(replace(manifest, merge=None), after) is None
+
+
+def visible(page: Path) -> str:
+    """Return the text a reader sees, without tags and styles."""
+    body = page.read_text().split("</style>", 1)[1]
+    return unescape(re.sub(r"<[^>]*>", "", body))

@@ -1,0 +1,120 @@
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from onnx import helper
+from packages import CASES, linear_package, write_package
+
+from ffmerge.errors import RuntimeCheckError
+from ffmerge.models.probe import InputSpec, Probe
+from ffmerge.runtime_tests import footprint
+from ffmerge.runtime_tests.footprint import measure_footprint
+
+WIDTH = 3162  # 3162 x 3162 float32 are 40 MB
+SMALL = 1500  # 9 MB
+COPY = 4 * WIDTH * WIDTH
+
+linux = pytest.mark.skipif(
+    not Path("/proc/self/smaps_rollup").exists(), reason="this system has no smaps_rollup"
+)
+
+
+def two_products(folder: Path, second: str, width: int = WIDTH, external: bool = True) -> None:
+    """Write a package of x W W' where W' is W itself or a second matrix."""
+    weight = np.eye(width, dtype=np.float32)
+    weights = {"first": weight, second: weight + (second == "second")}
+    nodes = [
+        helper.make_node("MatMul", ["x", "first"], ["hidden"]),
+        helper.make_node("MatMul", ["hidden", second], ["logits"]),
+    ]
+    probe = Probe((InputSpec("x", "float32", ("batch_size", width)),), CASES)
+    reference = {"0.logits": np.zeros(1, np.float32)}
+    write_package(folder, nodes, weights, reference, probe, external)
+
+
+@linux
+def test_memory_is_that_of_the_stored_weights(tmp_path: Path) -> None:
+    two_products(tmp_path / "shared", "first")
+    two_products(tmp_path / "separate", "second")
+    shared = measure_footprint(tmp_path / "shared")
+    separate = measure_footprint(tmp_path / "separate")
+    assert shared.rss_bytes is not None and separate.rss_bytes is not None
+    assert shared.anonymous_bytes is not None
+    assert COPY <= shared.rss_bytes <= 1.3 * COPY  # measured 1.005
+    assert separate.rss_bytes - shared.rss_bytes >= 0.95 * COPY  # measured 1.002
+    assert shared.anonymous_bytes <= shared.rss_bytes
+
+
+@linux
+def test_memory_that_the_parser_freed_is_not_counted(tmp_path: Path) -> None:
+    two_products(tmp_path / "inline", "second", SMALL, external=False)
+    cost = measure_footprint(tmp_path / "inline")
+    assert cost.rss_bytes is not None
+    size = 2 * 4 * SMALL * SMALL
+    assert size <= cost.rss_bytes <= 1.1 * size  # measured 1.01, and 1.51 without the trim
+
+
+def test_latency_is_measured_on_a_fixed_number_of_threads(tmp_path: Path) -> None:
+    linear_package(tmp_path / "package", np.eye(4, dtype=np.float32), np.zeros(4, np.float32))
+    cost = measure_footprint(tmp_path / "package")
+    assert cost.threads == 1
+    assert cost.runs == footprint.RUNS
+    assert 0 < cost.median_ms <= cost.p95_ms
+    assert cost.first_ms > 0
+    assert 0 < cost.load_s < 5
+
+
+def test_batch_is_one_whatever_the_probe_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    linear_package(
+        tmp_path / "package",
+        np.eye(4, dtype=np.float32),
+        np.zeros(4, np.float32),
+        cases=({"batch_size": 3},),
+    )
+    shapes = set()
+    run = footprint.run_session
+
+    def spy(session, names, feeds):  # type: ignore[no-untyped-def]
+        shapes.add(feeds["x"].shape)
+        return run(session, names, feeds)
+
+    monkeypatch.setattr(footprint, "run_session", spy)
+    footprint._measure_here(tmp_path / "package" / "model.onnx", "cpu", 1)
+    assert shapes == {(1,), (1, 4)}  # the trivial model's, then the package's
+
+
+def test_memory_is_null_with_a_reason_where_the_system_does_not_tell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    linear_package(tmp_path / "package", np.eye(4, dtype=np.float32), np.zeros(4, np.float32))
+    monkeypatch.setattr(footprint, "_resident", lambda: None)
+    cost = asdict(footprint._measure_here(tmp_path / "package" / "model.onnx", "cpu", 1))
+    assert (cost["rss_bytes"], cost["anonymous_bytes"]) == (None, None)
+    assert "smaps_rollup" in cost["memory_reason"]
+    assert cost["median_ms"] > 0
+
+
+def test_a_failing_process_is_an_error_with_its_last_line(tmp_path: Path) -> None:
+    linear_package(tmp_path / "package", np.eye(4, dtype=np.float32), np.zeros(4, np.float32))
+    (tmp_path / "package" / "model.onnx").write_bytes(b"not a model")
+    with pytest.raises(RuntimeCheckError, match="failed: ONNX Runtime does not load the model"):
+        measure_footprint(tmp_path / "package")
+
+
+def test_the_room_never_imports_torch() -> None:
+    program = """
+import sys, importlib
+for name in ("session", "tolerance", "parity", "footprint", "validate", "report"):
+    importlib.import_module(f"ffmerge.runtime_tests.{name}")
+print(sorted({"torch", "transformers", "onnx"} & set(sys.modules)))
+"""
+    path = {"PYTHONPATH": ":".join(filter(None, sys.path))}
+    child = subprocess.run(
+        [sys.executable, "-P", "-c", program], env=path, capture_output=True, text=True, check=True
+    )
+    assert child.stdout.strip() == "[]"

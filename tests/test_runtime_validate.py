@@ -1,0 +1,138 @@
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from packages import linear_package
+
+from ffmerge.errors import InputError
+from ffmerge.models.manifest import Manifest
+from ffmerge.models.probe import Array
+from ffmerge.runtime_tests.session import LEVELS
+from ffmerge.runtime_tests.validate import validate, write_validation
+
+EYE, ZEROS = np.eye(4, dtype=np.float32), np.zeros(4, np.float32)
+no_cuda = pytest.mark.skipif(
+    "CUDAExecutionProvider" in ort.get_available_providers(), reason="this build has CUDA"
+)
+
+
+@dataclass
+class Rows:
+    """One-hot rows, which the identity classifies as their own position."""
+
+    labels: Array | None
+
+    def batches(self, size: int) -> Iterator[dict[str, Array]]:
+        rows = EYE[[0, 1, 2, 3, 0, 1, 2, 3, 0, 1]]
+        for start in range(0, len(rows), size):
+            batch = {"x": rows[start : start + size]}
+            if self.labels is not None:
+                batch["labels"] = self.labels[start : start + size]
+            yield batch
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    linear_package(tmp_path / "package", EYE, ZEROS)
+    return tmp_path / "package"
+
+
+def test_a_good_package_is_ok_on_both_levels(package: Path) -> None:
+    steps: list[str] = []
+    result = validate(package, progress=steps.append).to_json()
+    assert result["ok"]
+    (cpu,) = result["providers"]
+    assert (cpu["name"], cpu["requested"], cpu["used"], cpu["device"]) == (
+        "cpu",
+        "CPUExecutionProvider",
+        "CPUExecutionProvider",
+        "cpu",
+    )
+    assert [o["optimization"] for o in cpu["outputs"]] == cpu["optimization"] == list(LEVELS)
+    keys = {"name", "max_abs", "max_rel", "cosine", "atol", "rtol", "ok", "worst", "compared"}
+    assert all(keys <= set(output) for output in cpu["outputs"])
+    assert {"rss_bytes", "anonymous_bytes"} <= set(cpu["memory"])
+    assert 0 < cpu["latency_ms"]["median"] <= cpu["latency_ms"]["p95"]
+    assert result["metric"] is None
+    assert result["environment"]["onnxruntime"] == ort.__version__
+    sizes = {p.name: p.stat().st_size for p in package.iterdir()}
+    assert result["package"]["bytes_model"] == sizes["model.onnx"] + sizes["model.onnx_data"]
+    assert result["package"]["parameters"] == 20
+    assert len(steps) == 4
+
+
+def test_validating_writes_nothing_until_told_to(package: Path) -> None:
+    before = sorted(p.name for p in package.iterdir())
+    result = validate(package)
+    assert sorted(p.name for p in package.iterdir()) == before
+    for _ in range(2):  # the second replaces the first
+        path = write_validation(package, result)
+    assert sorted(p.name for p in package.iterdir()) == sorted([*before, "validation.json"])
+    assert json.loads(path.read_text()) == result.to_json()
+
+
+def test_a_package_that_is_off_is_not_ok(tmp_path: Path) -> None:
+    linear_package(tmp_path / "package", EYE, ZEROS, EYE + 1e-3)
+    result = validate(tmp_path / "package")
+    assert not result.ok
+    assert "logits (disabled)" in str(result.providers[0].reason)
+    assert "logits (default)" in str(result.providers[0].reason)
+
+
+def test_what_is_not_a_number_is_still_json(tmp_path: Path) -> None:
+    linear_package(tmp_path / "package", EYE, ZEROS, EYE * np.float32(np.nan))
+    result = validate(tmp_path / "package")
+    text = write_validation(tmp_path / "package", result).read_text()
+    assert "NaN" not in text.replace("NaN or infinity", "")
+    assert json.loads(text)["providers"][0]["outputs"][0]["worst"]["got"] is None
+    assert not result.ok
+
+
+def test_a_changed_data_file_is_refused(package: Path) -> None:
+    data = bytearray((package / "model.onnx_data").read_bytes())
+    data[0] ^= 1
+    (package / "model.onnx_data").write_bytes(data)
+    with pytest.raises(InputError, match=r"model\.onnx_data is not the file"):
+        validate(package)
+
+
+def test_an_unknown_provider_is_refused(package: Path) -> None:
+    with pytest.raises(InputError, match="unknown provider 'tpu'"):
+        validate(package, ("cpu", "tpu"))
+
+
+@no_cuda
+def test_an_absent_provider_fails_and_the_others_still_run(package: Path) -> None:
+    result = validate(package, ("cuda", "cpu"), Rows(np.arange(10) % 4))
+    cuda, cpu = result.to_json()["providers"]
+    assert not result.ok
+    assert (cuda["ok"], cuda["used"], cuda["device"]) == (False, None, None)
+    assert cuda["requested"] == "CUDAExecutionProvider"
+    assert "CUDAExecutionProvider is not in this ONNX Runtime" in cuda["reason"]
+    assert cpu["ok"]
+    assert result.metric is not None  # measured on the CPU
+
+
+def test_the_metric_is_measured_over_all_batches(package: Path) -> None:
+    labels = np.arange(10) % 4
+    labels[[0, 9]] = 3  # two wrong, one of them in the second batch
+    metric = validate(package, examples=Rows(labels)).metric
+    assert metric is not None
+    assert (metric.name, metric.value, metric.examples) == ("accuracy", 0.8, 10)
+
+
+def test_without_labels_or_without_a_metric_there_is_none(package: Path) -> None:
+    assert validate(package, examples=Rows(None)).metric is None
+    manifest = Manifest.read(package)
+    replace(manifest, task="feature-extraction").write(package)
+    assert validate(package, examples=Rows(np.zeros(10))).metric is None
+
+
+def test_a_package_that_names_no_output_is_refused(package: Path) -> None:
+    replace(Manifest.read(package), outputs=()).write(package)
+    with pytest.raises(InputError, match="names no output"):
+        validate(package)
