@@ -24,7 +24,7 @@ _HOMES = {
     "validate": "runtime_tests.validate",
 }
 
-__all__ = list(_HOMES)  # noqa: PLE0605
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -16,9 +16,9 @@ from ffmerge.errors import InputError
 def staged(target: Path) -> Iterator[Path]:
     """Yield an empty folder beside ``target`` that becomes ``target`` when the block ends well.
 
-    A single file ``target`` is staged by writing ``folder / target.name`` and is told by being
-    the only thing there with that name. On any error the staging folder is removed; after a
-    SIGKILL a hidden ``.NAME.partial-*`` folder remains, which no command takes for a result.
+    On any error the staging folder is removed; after a SIGKILL a hidden ``.NAME.partial-*``
+    folder remains, which no command takes for a result. Files get the usual permissions, which
+    safetensors and temporary folders do not give.
 
     Raises:
         InputError: ``target`` exists, or its parent cannot be written.
@@ -28,12 +28,15 @@ def staged(target: Path) -> Iterator[Path]:
         raise InputError(f"{target} exists already: remove it or choose another output.")
     try:
         target.absolute().parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.absolute().parent))
+        folder = Path(
+            tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.absolute().parent)
+        )
     except OSError as error:
         raise InputError(f"cannot write {target}: {error.strerror or error}.") from error
     try:
         yield folder
-        folder.chmod(0o755)  # mkdtemp makes it private
+        for path in (folder, *folder.rglob("*")):
+            path.chmod(0o755 if path.is_dir() else 0o644)
         folder.rename(target)
     except OSError as error:
         raise InputError(f"cannot write {target}: {error.strerror or error}.") from error

@@ -131,7 +131,9 @@ def demo(out: Path) -> Demo:
             checks.append(check)
         before, after = (
             report.summarize(label, each.manifest, check)
-            for label, each, check in zip(("original", "merged"), (first, second), checks, strict=True)
+            for label, each, check in zip(
+                ("original", "merged"), (first, second), checks, strict=True
+            )
         )
         losses = Losses(
             name=score.name,

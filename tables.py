@@ -118,7 +118,9 @@ def validation_table(result: Any) -> Group:
             costs.append((f"{p['name']}: latency, p95", f"{p['latency_ms']['p95']:.3g} ms"))
     if value["metric"]:
         metric = value["metric"]
-        costs.append((f"{metric['name']} ({metric['examples']} examples)", f"{metric['value']:.4f}"))
+        costs.append(
+            (f"{metric['name']} ({metric['examples']} examples)", f"{metric['value']:.4f}")
+        )
     return Group(
         _table(
             "ok" if result.ok else "NOT ok",

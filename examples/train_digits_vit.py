@@ -41,9 +41,16 @@ def main() -> None:
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     config = ViTConfig(
-        hidden_size=64, num_hidden_layers=12, num_attention_heads=4, intermediate_size=256,
-        image_size=8, patch_size=2, num_channels=1, num_labels=10,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        hidden_size=64,
+        num_hidden_layers=12,
+        num_attention_heads=4,
+        intermediate_size=256,
+        image_size=8,
+        patch_size=2,
+        num_channels=1,
+        num_labels=10,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
     )
     model = ViTForImageClassification(config).train()
     data = digits.load("train")

@@ -54,7 +54,10 @@ class Package:
 
 
 def export(
-    model: Any, target: str | Path, config: ExportConfig = ExportConfig(), source: Path | None = None
+    model: Any,
+    target: str | Path,
+    config: ExportConfig = ExportConfig(),
+    source: Path | None = None,
 ) -> Package:
     """Write ``model`` as an ONNX package; weights that PyTorch shares are stored once.
 

@@ -68,8 +68,12 @@ def to_onnx(model: Any, task: str, opset: int) -> ShareResult:
             )  # fmt: skip
     except Exception as error:  # torch.export and torch.onnx raise errors of many kinds
         cause = error.__cause__ or error  # torch.onnx says how to report it, its cause says what
-        reason = next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
-        raise ExportError(f"{type(model).__name__} cannot be exported for {task}: {reason}") from error
+        reason = next(
+            (line for line in str(cause).splitlines() if line.strip()), type(cause).__name__
+        )
+        raise ExportError(
+            f"{type(model).__name__} cannot be exported for {task}: {reason}"
+        ) from error
     if program is None:
         raise ExportError(f"{type(model).__name__} cannot be exported for {task}.")
     graph_model = program.model

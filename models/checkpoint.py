@@ -128,7 +128,9 @@ def load(source: str | Path) -> Any:
         ties.retie_(model, record)
         unset -= ties.dropped_names(model, record)
     if unset:
-        raise InputError(f"{folder} holds no value for {len(unset)} parameters, {min(unset)} among them.")
+        raise InputError(
+            f"{folder} holds no value for {len(unset)} parameters, {min(unset)} among them."
+        )
     return model.eval()
 
 

@@ -11,7 +11,13 @@ from ffmerge.errors import InputError
 from ffmerge.models.probe import Array
 
 # file extension -> builder of the datasets library
-_BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+_BUILDERS = {
+    ".txt": "text",
+    ".jsonl": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+}
 _TEXT_COLUMNS = ("text", "sentence", "content")
 _IMAGE_COLUMNS = ("image", "img", "pixel_values")
 _LABEL_COLUMNS = ("label", "labels", "fine_label")
@@ -48,7 +54,9 @@ def from_arrays(arrays: Mapping[str, Array]) -> Examples:
     """
     lengths = {name: len(array) if np.ndim(array) else 0 for name, array in arrays.items()}
     if len(set(lengths.values())) != 1 or not all(lengths.values()):
-        raise InputError(f"the arrays of the data must have one common length above 0, not {lengths}.")
+        raise InputError(
+            f"the arrays of the data must have one common length above 0, not {lengths}."
+        )
     rows = range(next(iter(lengths.values())))
     return Examples(rows, lambda i: {name: array[np.asarray(i)] for name, array in arrays.items()})
 
@@ -102,7 +110,9 @@ def _read_table(source: str, path: Path) -> Any:
     except InputError:
         raise
     except Exception as error:  # each builder raises errors of its own
-        raise InputError(f"the data in {source} cannot be read: {str(error).splitlines()[0]}") from error
+        raise InputError(
+            f"the data in {source} cannot be read: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _images(table: Any, column: str, folder: Path) -> Examples:
@@ -111,7 +121,9 @@ def _images(table: Any, column: str, folder: Path) -> Examples:
     try:
         processor = AutoImageProcessor.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise InputError(f"{folder} has no preprocessor_config.json to read images with.") from error
+        raise InputError(
+            f"{folder} has no preprocessor_config.json to read images with."
+        ) from error
     label = _column(table, _LABEL_COLUMNS)
 
     def take(rows: Sequence[int]) -> dict[str, Array]:

@@ -141,7 +141,9 @@ def _trace(model: nn.Module) -> _Trace:
         for name, module in model.named_modules():
             if isinstance(module, (nn.Linear, Conv1D)):
                 rows, columns = module.weight.shape
-                trace.linear[name] = (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
+                trace.linear[name] = (
+                    (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
+                )
                 handle = module.register_forward_hook(trace.hook(name))
                 stack.callback(handle.remove)
         _forward(model, trace)
@@ -237,7 +239,9 @@ def _sublayer(model: nn.Module, match: _Match, stack: str, layer: int) -> FeedFo
     shape = model.get_parameter(matrix.name).shape
     d_ff, d_model = shape[matrix.neurons or 0], shape[1 - (matrix.neurons or 0)]
     path = _common_prefix([*match.inputs, match.output])
-    return FeedForward(stack, layer, path, match.inputs, match.output, d_model, d_ff, tuple(weights))
+    return FeedForward(
+        stack, layer, path, match.inputs, match.output, d_model, d_ff, tuple(weights)
+    )
 
 
 def _common_prefix(paths: Sequence[str]) -> str:
@@ -255,7 +259,9 @@ def _capture(model: nn.Module, paths: Sequence[str]) -> dict[str, tuple[Any, Any
 
     with ExitStack() as stack:
         for path in paths:
-            handle = model.get_submodule(path).register_forward_pre_hook(keep(path), with_kwargs=True)
+            handle = model.get_submodule(path).register_forward_pre_hook(
+                keep(path), with_kwargs=True
+            )
             stack.callback(handle.remove)
         _forward(model)
     return calls
@@ -264,7 +270,9 @@ def _capture(model: nn.Module, paths: Sequence[str]) -> dict[str, tuple[Any, Any
 def _proved(model: nn.Module, sublayer: FeedForward, args: Any, kwargs: Any, seed: int) -> bool:
     generator = torch.Generator().manual_seed(seed)
     module = copy.deepcopy(model.get_submodule(sublayer.path)).float().cpu().eval()
-    weights = {w: module.get_parameter(w.name.removeprefix(f"{sublayer.path}.")) for w in sublayer.weights}
+    weights = {
+        w: module.get_parameter(w.name.removeprefix(f"{sublayer.path}.")) for w in sublayer.weights
+    }
     args, kwargs = tree_map(_float32, (args, kwargs))
     for parameter in weights.values():
         spread = parameter.numel() ** -0.25  # one over the square root of the mean side

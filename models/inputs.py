@@ -23,8 +23,8 @@ def input_specs(model: Any) -> tuple[InputSpec, ...]:
     config = model.config
     if model.main_input_name == "pixel_values":
         height, width = _pair(getattr(config, "image_size", _IMAGE_SIZE))
-        shape = ("batch_size", int(config.num_channels), height, width)
-        return (InputSpec("pixel_values", "float32", shape),)
+        image = ("batch_size", int(config.num_channels), height, width)
+        return (InputSpec("pixel_values", "float32", image),)
     if model.main_input_name == "input_ids" and not config.is_encoder_decoder:
         shape = ("batch_size", "sequence_length")
         ids = InputSpec("input_ids", "int64", shape, high=config.vocab_size)

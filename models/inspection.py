@@ -74,7 +74,9 @@ def inspect(model: str | Path | nn.Module) -> Inspection:
     sizes = {f.path: sum(network.get_parameter(w.name).numel() for w in f.weights) for f in found}
     proved = None if network.device.type == "meta" else all(prove(network, found))
     removable = [
-        Removable(name, k, (k - 1) * sizes[members[0].path], (k - 1) * sizes[members[0].path] / total)
+        Removable(
+            name, k, (k - 1) * sizes[members[0].path], (k - 1) * sizes[members[0].path] / total
+        )
         for name, members in stacks(found).items()
         for k in range(2, _distinct(network, members) + 1)
     ]

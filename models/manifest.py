@@ -79,7 +79,9 @@ class Manifest:
         """
         value = read_json(folder / NAME)
         if value.pop("schema", None) != SCHEMA:
-            raise InputError(f"{folder / NAME} is not of schema {SCHEMA}: export the package again.")
+            raise InputError(
+                f"{folder / NAME} is not of schema {SCHEMA}: export the package again."
+            )
         try:
             return cls(
                 **{
@@ -93,14 +95,18 @@ class Manifest:
                 }
             )
         except (TypeError, KeyError) as error:
-            raise InputError(f"{folder / NAME} is not a manifest this version reads: {error}.") from error
+            raise InputError(
+                f"{folder / NAME} is not a manifest this version reads: {error}."
+            ) from error
 
     def check_files(self, folder: Path) -> None:
         """Raise InputError at the first listed file that is outside, missing or changed."""
         for file in self.files:
             path = folder / file.path
             if Path(file.path).is_absolute() or ".." in Path(file.path).parts:
-                raise InputError(f"{folder / NAME} lists {file.path!r}, which is outside the package.")
+                raise InputError(
+                    f"{folder / NAME} lists {file.path!r}, which is outside the package."
+                )
             if path.is_symlink() or not path.is_file():
                 raise InputError(f"{path} is listed in {NAME} but is not a file of the package.")
             if path.stat().st_size != file.bytes or sha256(path) != file.sha256:

@@ -34,7 +34,11 @@ class MergeRecord:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values, the inverse of :func:`from_json`."""
-        return {**asdict(self), "groups": [group_json(g) for g in self.groups], "metric": dict(self.metric)}
+        return {
+            **asdict(self),
+            "groups": [group_json(g) for g in self.groups],
+            "metric": dict(self.metric),
+        }
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "MergeRecord":

@@ -55,7 +55,9 @@ class Probe:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Probe":
         """Read a recipe."""
-        inputs = tuple(InputSpec(**{**spec, "shape": tuple(spec["shape"])}) for spec in value["inputs"])
+        inputs = tuple(
+            InputSpec(**{**spec, "shape": tuple(spec["shape"])}) for spec in value["inputs"]
+        )
         return cls(inputs, tuple(value["cases"]), value["seed"])
 
 

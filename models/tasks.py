@@ -27,7 +27,9 @@ def infer(model_class: type[Any]) -> str:
     try:
         task = str(TasksManager.infer_task_from_model(model_class))
     except (ValueError, KeyError, RuntimeError) as error:
-        raise InputError(f"no task is known for {model_class.__name__}: name one with --task.") from error
+        raise InputError(
+            f"no task is known for {model_class.__name__}: name one with --task."
+        ) from error
     return check(task)
 
 

@@ -20,7 +20,7 @@ def ties(model: nn.Module) -> tuple[Tie, ...]:
 
 
 def tie_(model: nn.Module, members: Sequence[FeedForward], shared: Sequence[Tensor]) -> None:
-    """Make all ``members`` use one new Parameter per tensor of ``shared`` (in ``weights`` order)."""
+    """Make all ``members`` use one new Parameter per tensor of ``shared``, in ``weights`` order."""
     for position, tensor in enumerate(shared):
         first = model.get_parameter(members[0].weights[position].name)
         parameter = nn.Parameter(tensor, requires_grad=first.requires_grad)
@@ -29,7 +29,9 @@ def tie_(model: nn.Module, members: Sequence[FeedForward], shared: Sequence[Tens
 
 
 @contextmanager
-def tied(model: nn.Module, members: Sequence[FeedForward], shared: Sequence[Tensor]) -> Iterator[None]:
+def tied(
+    model: nn.Module, members: Sequence[FeedForward], shared: Sequence[Tensor]
+) -> Iterator[None]:
     """Tie ``members`` for the length of the block, then put the original Parameters back."""
     names = [weight.name for member in members for weight in member.weights]
     originals = {name: model.get_parameter(name) for name in names}
@@ -49,7 +51,9 @@ def members_of(model: nn.Module, group: Group) -> tuple[FeedForward, ...]:
     """
     by_stack = stacks(find(model))
     if group.stack not in by_stack:
-        raise InputError(f"no stack {group.stack!r} in the model: it has {', '.join(by_stack) or 'none'}.")
+        raise InputError(
+            f"no stack {group.stack!r} in the model: it has {', '.join(by_stack) or 'none'}."
+        )
     by_layer = {sublayer.layer: sublayer for sublayer in by_stack[group.stack]}
     missing = [layer for layer in group.layers if layer not in by_layer]
     if missing:

@@ -46,7 +46,7 @@ def test_each_distinct_parameter_is_stored_once(name: str, tmp_path: Path) -> No
     model, _ = _merged(name)
     checkpoint.save(model, tmp_path / "merged")
     with safe_open(tmp_path / "merged" / "model.ffmerge.safetensors", "np") as file:
-        stored = sum(file.get_tensor(key).nbytes for key in file.keys())  # noqa: SIM118
+        stored = sum(file.get_tensor(key).nbytes for key in file.keys())
     assert stored == sum(p.nbytes for p in {id(p): p for p in model.parameters()}.values())
 
 
@@ -82,7 +82,8 @@ def test_tokenizer_files_travel_along(tmp_path: Path) -> None:
         (tmp_path / "source" / name).write_text("{}")
     checkpoint.save(vit(), tmp_path / "out", tmp_path / "source")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        "config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json", "vocab.txt",
+        "config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json",
+        "vocab.txt",
     ]  # fmt: skip
 
 

@@ -75,9 +75,7 @@ def test_merge_export_audit_validate(run: Run, model_folder: Path, tmp_path: Pat
     assert provider["used"] == "CPUExecutionProvider"
     assert all(output["max_abs"] < 5e-6 for output in provider["outputs"])  # measured 6e-7
     assert {output["optimization"] for output in provider["outputs"]} == {"disabled", "default"}
-    logits = checkpoint.load(tmp_path / "m")(
-        torch.from_numpy(np.load(data)["pixel_values"])
-    ).logits
+    logits = checkpoint.load(tmp_path / "m")(torch.from_numpy(np.load(data)["pixel_values"])).logits
     right = (logits.argmax(-1).numpy() == np.load(data)["labels"]).mean()
     assert validated["metric"]["value"] == right
     assert (tmp_path / "p" / "report.html").stat().st_size > 10_000
@@ -152,7 +150,9 @@ def test_inspect(run: Run, model_folder: Path) -> None:
     assert found["stacks"][0]["layers"] == 6
 
 
-@pytest.mark.parametrize("command", ["demo", "inspect", "merge", "export", "share", "audit", "validate"])
+@pytest.mark.parametrize(
+    "command", ["demo", "inspect", "merge", "export", "share", "audit", "validate"]
+)
 def test_every_command_explains_itself_with_an_example(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -238,7 +238,9 @@ def test_bad_input_exits_2_with_one_sentence_and_leaves_nothing(
     assert {p: p.stat().st_mtime_ns for p in base.rglob("*")} == before
 
 
-def test_a_provider_that_is_absent_is_a_failure(run: Run, model_folder: Path, tmp_path: Path) -> None:
+def test_a_provider_that_is_absent_is_a_failure(
+    run: Run, model_folder: Path, tmp_path: Path
+) -> None:
     assert run("export", model_folder, tmp_path / "p")[0] == 0
     code, found, _ = run("validate", tmp_path / "p", "--provider", "cuda", "--json")
     if "CUDAExecutionProvider" in ort.get_available_providers():

@@ -47,7 +47,9 @@ def test_a_folder_of_images(model_folder: Path, tmp_path: Path) -> None:
     for name, value in (("cat", 0), ("dog", 255)):
         (tmp_path / "pictures" / name).mkdir(parents=True)
         Image.new("L", (9, 7), value).save(tmp_path / "pictures" / name / "1.png")
-    (batch,) = data.read(str(tmp_path / "pictures"), model_folder, "image-classification").batches(8)
+    (batch,) = data.read(str(tmp_path / "pictures"), model_folder, "image-classification").batches(
+        8
+    )
     assert batch["pixel_values"].shape == (2, 3, 4, 4)
     # 0 and 255 through mean 0.5, std 0.5; labels are the sorted folder names
     assert batch["pixel_values"][:, 0, 0, 0].tolist() == [-1.0, 1.0]
@@ -59,7 +61,10 @@ def test_arrays(tmp_path: Path) -> None:
     examples = data.read(str(tmp_path / "a.npz"), tmp_path, "image-classification")
     assert [b["labels"].tolist() for b in examples.batches(2)] == [[0, 1], [2, 3], [4]]
     even, odd = examples.halves()
-    assert [b["labels"].tolist() for b in (*even.batches(9), *odd.batches(9))] == [[0, 2, 4], [1, 3]]
+    assert [b["labels"].tolist() for b in (*even.batches(9), *odd.batches(9))] == [
+        [0, 2, 4],
+        [1, 3],
+    ]
 
 
 @pytest.mark.parametrize(

@@ -114,14 +114,20 @@ export(model, sys.argv[1] + "/package")
 def test_same_input_same_bytes_under_any_hash_seed(tmp_path: Path) -> None:
     folders = []
     for seed in ("1", "2"):
-        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parent)}
+        environment = {
+            **os.environ,
+            "PYTHONHASHSEED": seed,
+            "PYTHONPATH": str(Path(__file__).parent),
+        }
         folders.append(tmp_path / seed)
         folders[-1].mkdir()
         command = [sys.executable, "-c", _TWICE, str(folders[-1])]
         subprocess.run(command, check=True, env=environment, capture_output=True)
     first, second = ({p.relative_to(f): p for p in f.rglob("*") if p.is_file()} for f in folders)
     assert set(first) == set(second)
-    assert {"model.onnx", "model.onnx_data", "config.json", "ffmerge.json"} <= {p.name for p in first}
+    assert {"model.onnx", "model.onnx_data", "config.json", "ffmerge.json"} <= {
+        p.name for p in first
+    }
     for relative, path in first.items():
         assert path.read_bytes() == second[relative].read_bytes(), relative
 
@@ -173,7 +179,9 @@ def test_a_checkpoint_travels_through(tmp_path: Path) -> None:
     merge_(model, _inputs("vit", 4), MergeConfig(window=(0, 3), method="average"))
     checkpoint.save(model, tmp_path / "checkpoint")
     package = export(
-        checkpoint.load(tmp_path / "checkpoint"), tmp_path / "package", source=tmp_path / "checkpoint"
+        checkpoint.load(tmp_path / "checkpoint"),
+        tmp_path / "package",
+        source=tmp_path / "checkpoint",
     )
     assert [len(tie.members) for tie in package.manifest.ties] == [4] * 4
     assert list(package.manifest.source["files"]) == ["model.ffmerge.safetensors"]

@@ -51,7 +51,12 @@ def test_with_weights_the_sublayers_are_proved() -> None:
     found = inspect(vit(layers=3)).to_json()
     assert found["proved"] is True
     (stack,) = found["stacks"]
-    assert (stack["name"], stack["layers"], stack["d_model"], stack["d_ff"]) == ("layers", 3, 64, 256)
+    assert (stack["name"], stack["layers"], stack["d_model"], stack["d_ff"]) == (
+        "layers",
+        3,
+        64,
+        256,
+    )
     assert stack["sublayers"][2] == {
         "index": 2, "path": "vit.layers.2.mlp", "parameters": 2 * 64 * 256 + 64 + 256,
     }  # fmt: skip

@@ -43,10 +43,28 @@ def _permute_neurons(model, source: int, target: int) -> None:
         model.get_parameter(b.name).data = value
 
 
+def _features(model, inputs: torch.Tensor) -> dict[int, np.ndarray]:
+    """Return the outputs of each first map, (tokens, f), by layer."""
+    features: dict[int, np.ndarray] = {}
+    sublayers = find(model)
+    hooks = [
+        model.get_submodule(sublayer.inputs[0]).register_forward_hook(
+            lambda m, a, out, i=sublayer.layer: features.update({i: out.detach().flatten(0, 1)})
+        )
+        for sublayer in sublayers
+    ]
+    model(**{model.main_input_name: inputs})
+    for hook in hooks:
+        hook.remove()
+    return {layer: x.numpy() for layer, x in features.items()}
+
+
 def test_match_is_the_best_of_all_permutations() -> None:
     correlation = torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
     order = match(correlation)
-    best = max(itertools.permutations(range(6)), key=lambda p: sum(correlation[j, p[j]] for j in range(6)))
+    best = max(
+        itertools.permutations(range(6)), key=lambda p: sum(correlation[j, p[j]] for j in range(6))
+    )
     assert tuple(order.tolist()) == best
 
 
@@ -64,17 +82,8 @@ def test_permute_follows_equations_1_to_6() -> None:
     """Written out with explicit permutation matrices, for GPT-2's (in, out) layout too."""
     for model, transpose in ((vit(), False), (gpt2(), True)):
         data = _data(model)
-        features: dict[int, np.ndarray] = {}
-        hooks = [
-            model.get_submodule(find(model)[i].inputs[0]).register_forward_hook(
-                lambda m, a, out, i=i: features.update({i: out.detach().flatten(0, 1).numpy()})
-            )
-            for i in (1, 2, 3)
-        ]
         main = model.main_input_name
-        model(**{main: torch.from_numpy(data[main][::2])})
-        for hook in hooks:
-            hook.remove()
+        features = _features(model, torch.from_numpy(data[main][::2]))
         w_in, b_in, w_out, b_out = [], [], [], []
         for i in (1, 2, 3):
             fc1, bias1, fc2, bias2 = _weights(model, i)

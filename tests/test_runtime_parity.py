@@ -84,8 +84,8 @@ def test_infinity_in_both_is_no_parity(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("off", "ok"), [(1.5e-5, True), (2.5e-5, False), (-2.5e-5, False)])
 def test_the_bound_is_the_one_in_the_table(tmp_path: Path, off: float, ok: bool) -> None:
-    served = BIAS + np.float32(off)  # fp32 allows 2e-5, and 1e-5 of logits of size 0.01
-    manifest = linear_package(tmp_path / "package", WEIGHT, BIAS, served_bias=served)
+    served = BIAS + np.float32(off)  # fp32 allows 2e-5, and 1e-5 of logits of size 0.3
+    manifest = linear_package(tmp_path / "package", 100 * WEIGHT, BIAS, served_bias=served)
     (output,) = check_parity(tmp_path / "package", manifest)
     assert output.ok is ok
 

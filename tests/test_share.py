@@ -453,7 +453,7 @@ def test_nothing_is_overwritten_and_nothing_left_behind(tmp_path, monkeypatch):
     replace = os.replace
 
     def full(one, other):
-        if other.suffix == ".onnx":  # the second of the two
+        if other == tmp_path / "out.onnx":  # after the data is in place
             raise OSError(28, "No space left on device")
         replace(one, other)
 

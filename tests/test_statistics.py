@@ -27,7 +27,9 @@ def test_correlation_equals_float64(offset: float) -> None:
     error = np.abs(moments.correlation(0, 3).numpy() - _correlation(x, y)).max()
     assert error < 1e-6  # measured 1.1e-7
     assert moments.count == 700
-    assert np.abs(moments.mean[0].numpy() - x.astype(np.float64).mean(0)).max() < 1e-10  # measured 1.8e-12
+    assert (
+        np.abs(moments.mean[0].numpy() - x.astype(np.float64).mean(0)).max() < 1e-10
+    )  # measured 1.8e-12
     variance = moments.squares[3].numpy() / 700
     assert np.abs(variance / y.astype(np.float64).var(0) - 1).max() < 5e-8  # measured 5.3e-9
 
@@ -76,4 +78,11 @@ def test_features_are_those_before_the_activation() -> None:
 
 def test_pairs_are_those_of_the_windows_only() -> None:
     windows = [range(s, s + 3) for s in range(3)]
-    assert window_pairs([0, 1, 2, 3, 4], windows) == ((0, 1), (0, 2), (1, 2), (1, 3), (2, 3), (2, 4))
+    assert window_pairs([0, 1, 2, 3, 4], windows) == (
+        (0, 1),
+        (0, 2),
+        (1, 2),
+        (1, 3),
+        (2, 3),
+        (2, 4),
+    )

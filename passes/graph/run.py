@@ -4,8 +4,9 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 from onnx_ir.passes.common import (
@@ -35,6 +36,7 @@ class ShareResult:
     """The model, what was left alone and why, and the content bytes of its tensors.
 
     ``ties`` are those that hold in the model; ties whose tensors were equal have become one.
+    ``files`` are what was written, the graph first; empty for a model in memory.
     """
 
     model: ir.Model
@@ -42,6 +44,19 @@ class ShareResult:
     bytes_before: int
     bytes_after: int
     ties: tuple[Tie, ...]
+    files: tuple[Path, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        files = [{"path": p.name, "bytes": p.stat().st_size} for p in self.files]
+        return {
+            "files": files,
+            "bytes_total": sum(file["bytes"] for file in files),
+            "bytes_before": self.bytes_before,
+            "bytes_unique": self.bytes_after,
+            "skipped": [asdict(skip) for skip in self.skipped],
+            "ties": [tie.to_json() for tie in self.ties],
+        }
 
 
 def share(model: ir.Model, ties: Sequence[Tie] = ()) -> ShareResult:
@@ -108,4 +123,4 @@ def share_file(source: Path, target: Path) -> ShareResult:
         raise InputError(f"cannot write {target}: {error.strerror or error}.") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return result
+    return replace(result, files=tuple(path for path in (target, data) if path.exists()))

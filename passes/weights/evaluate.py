@@ -35,12 +35,16 @@ def score_for(model: Any, task: str, examples: Examples, batch_size: int) -> Sco
     metric = for_task(task)
     first = next(iter(examples.batches(batch_size)))
     if metric and ("labels" in first or task == "text-generation"):
-        return Score(metric.name, _labelled(metric, task, examples, batch_size), metric.higher_is_better)
+        return Score(
+            metric.name, _labelled(metric, task, examples, batch_size), metric.higher_is_better
+        )
     original = list(_outputs(model, examples, batch_size))
     return Score("fidelity", _fidelity(original, examples, batch_size), True)
 
 
-def _labelled(metric: Metric, task: str, examples: Examples, batch_size: int) -> Callable[[Any], float]:
+def _labelled(
+    metric: Metric, task: str, examples: Examples, batch_size: int
+) -> Callable[[Any], float]:
     def measure(model: Any) -> float:
         total, count = 0.0, 0
         for batch in examples.batches(batch_size):
@@ -52,9 +56,7 @@ def _labelled(metric: Metric, task: str, examples: Examples, batch_size: int) ->
     return measure
 
 
-def _fidelity(
-    original: list[Array], examples: Examples, batch_size: int
-) -> Callable[[Any], float]:
+def _fidelity(original: list[Array], examples: Examples, batch_size: int) -> Callable[[Any], float]:
     def measure(model: Any) -> float:
         cosines = []
         for batch, expected in zip(examples.batches(batch_size), original, strict=True):

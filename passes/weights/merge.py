@@ -147,7 +147,8 @@ def _windows(sublayers: Sequence[FeedForward], config: MergeConfig) -> list[rang
         first, end = config.window
         if first not in layers or end not in layers or end <= first:
             raise InputError(
-                f"window {first}-{end} is out of range: the stack has layers {layers[0]} to {layers[-1]}."
+                f"window {first}-{end} is out of range: the stack has layers {layers[0]} to "
+                f"{layers[-1]}."
             )
         return [range(layers.index(first), layers.index(end) + 1)]
     k = config.k or 0

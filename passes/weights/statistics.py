@@ -116,7 +116,8 @@ def forward(model: Any, batch: Mapping[str, Array]) -> Any:
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         shapes = ", ".join(f"{name} {tuple(array.shape)}" for name, array in inputs.items())
         raise InputError(
-            f"{type(model).__name__} does not take this data ({shapes}): {str(error).splitlines()[0]}"
+            f"{type(model).__name__} does not take this data ({shapes}): "
+            f"{str(error).splitlines()[0]}"
         ) from error
 
 
