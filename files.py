@@ -50,6 +50,15 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def size_text(count: float) -> str:
+    """Return a byte count in decimal units with three figures: 1 MB is 1,000,000 bytes."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 999.5 or unit == "GB":
+            break
+        count /= 1000
+    return f"{count:.0f} B" if unit == "B" else f"{count:#.3g}".rstrip(".") + f" {unit}"
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON in its own key order, with a newline at the end."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -7,15 +7,7 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
-_UNITS = ("B", "kB", "MB", "GB", "TB")
-
-
-def size(count: float) -> str:
-    """Return a byte count in decimal units with three significant digits: ``289 MB``."""
-    power = 0
-    while abs(count) >= 999.5 and power < len(_UNITS) - 1:
-        count, power = count / 1000, power + 1
-    return f"{count:.0f} B" if power == 0 else f"{count:.3g} {_UNITS[power]}"
+from ffmerge.files import size_text
 
 
 def _table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> Table:
@@ -51,7 +43,7 @@ def merge_table(merge: Any, out: Path) -> Table:
     layers = "; ".join(f"{g.stack} {g.layers[0]}-{g.layers[-1]}" for g in record.groups)
     rows = [
         ("parameters", f"{record.parameters_before:,}", f"{record.parameters_after:,}"),
-        ("bytes", size(record.bytes_before), size(record.bytes_after)),
+        ("bytes", size_text(record.bytes_before), size_text(record.bytes_after)),
     ]
     if metric["name"]:
         name = f"{metric['name']} ({metric['examples']} examples)"
@@ -62,17 +54,17 @@ def merge_table(merge: Any, out: Path) -> Table:
 def package_table(package: Any) -> Table:
     """Show the files of a Package."""
     manifest = package.manifest
-    rows = [(file.path, size(file.bytes)) for file in manifest.files]
-    rows.append(("all files", size(manifest.bytes_total)))
-    rows.append(("distinct parameters", size(manifest.parameter_bytes)))
+    rows = [(file.path, size_text(file.bytes)) for file in manifest.files]
+    rows.append(("all files", size_text(manifest.bytes_total)))
+    rows.append(("distinct parameters", size_text(manifest.parameter_bytes)))
     return _table(f"{package.path}: {manifest.task}", ("file", "size"), rows)
 
 
 def share_table(result: Any, target: Path) -> Table:
     """Show what sharing saved and what was left alone."""
     rows = [
-        ("weights before", size(result.bytes_before)),
-        ("weights after", size(result.bytes_after)),
+        ("weights before", size_text(result.bytes_before)),
+        ("weights after", size_text(result.bytes_after)),
         *((f"left alone: {skip.name}", skip.reason) for skip in result.skipped),
     ]
     return _table(str(target), ("", ""), rows)
@@ -84,11 +76,17 @@ def audit_table(found: Any) -> Group:
     sums = _table(
         "ok" if found.ok else "NOT ok",
         ("weights", "bytes"),
-        ((name, size(value[f"bytes_{name}"])) for name in ("total", "unique", "duplicate")),
+        ((name, size_text(value[f"bytes_{name}"])) for name in ("total", "unique", "duplicate")),
     )
     findings = [
-        *((f"{d['kind']}: {', '.join(d['names'])}", size(d["bytes"])) for d in value["duplicates"]),
-        *((f"{u['name']}: {u['reason']}", size(u["bytes"])) for u in value["unshared_at_load"]),
+        *(
+            (f"{d['kind']}: {', '.join(d['names'])}", size_text(d["bytes"]))
+            for d in value["duplicates"]
+        ),
+        *(
+            (f"{u['name']}: {u['reason']}", size_text(u["bytes"]))
+            for u in value["unshared_at_load"]
+        ),
         *((f"tie {t['group']}", "ok" if t["ok"] else t["reason"]) for t in value["ties"]),
     ]
     return Group(sums, _table("Findings", ("what", "cost or state"), findings))
@@ -111,8 +109,12 @@ def validation_table(result: Any) -> Group:
     costs = []
     for p in value["providers"]:
         if p["memory"]["rss_bytes"] is not None:
-            costs.append((f"{p['name']}: memory added by loading", size(p["memory"]["rss_bytes"])))
-            costs.append((f"{p['name']}: of it anonymous", size(p["memory"]["anonymous_bytes"])))
+            costs.append(
+                (f"{p['name']}: memory added by loading", size_text(p["memory"]["rss_bytes"]))
+            )
+            costs.append(
+                (f"{p['name']}: of it anonymous", size_text(p["memory"]["anonymous_bytes"]))
+            )
         if p["latency_ms"]["median"] is not None:
             costs.append((f"{p['name']}: latency, median", f"{p['latency_ms']['median']:.3g} ms"))
             costs.append((f"{p['name']}: latency, p95", f"{p['latency_ms']['p95']:.3g} ms"))

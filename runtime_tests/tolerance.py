@@ -22,10 +22,11 @@ class Tolerance:
     measured: float
 
 
-# Measured on a random 6-layer encoder (d 128, f 512; logits up to 2.8), PyTorch float32 against
-# ONNX Runtime 1.31.1 on a CPU. int8 is dynamic, int4 is MatMulNBits with blocks of 32.
+# PyTorch float32 against ONNX Runtime 1.31.1 on a CPU. fp32: the trained digits ViT, logits up
+# to 9.8. The others: a random 6-layer encoder (d 128, f 512), logits up to 2.8; int8 is dynamic,
+# int4 is MatMulNBits with blocks of 32.
 TOLERANCES = {
-    "fp32": Tolerance(2e-5, 1e-5, 0.99999, measured=9.5e-7),
+    "fp32": Tolerance(2e-5, 1e-5, 0.99999, measured=3.4e-6),
     "fp16": Tolerance(5e-3, 5e-3, 0.9999, measured=1.4e-3),
     "int8": Tolerance(1e-1, 5e-2, 0.999, measured=2.7e-2),
     "int4": Tolerance(5e-1, 1e-1, 0.98, measured=1.8e-1),

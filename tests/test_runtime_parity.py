@@ -90,6 +90,15 @@ def test_the_bound_is_the_one_in_the_table(tmp_path: Path, off: float, ok: bool)
     assert output.ok is ok
 
 
+def test_the_worst_element_is_the_one_that_uses_most_of_its_bound(tmp_path: Path) -> None:
+    bias = np.array([1000, 0, 0, 0, 0], np.float32)  # the first may be off by 1e-2
+    served = bias + np.array([5e-3, 1e-3, 0, 0, 0], np.float32)
+    manifest = linear_package(tmp_path / "package", WEIGHT, bias, served_bias=served)
+    (output,) = check_parity(tmp_path / "package", manifest)
+    assert output.worst is not None and output.worst.index[1] == 1
+    assert output.reason == "4 of 20 elements are out of tolerance"
+
+
 def test_another_shape_fails_with_both_sizes(tmp_path: Path) -> None:
     manifest = linear_package(tmp_path / "package", WEIGHT, BIAS, WEIGHT[:, :1].copy())
     other = replace(manifest.probe, cases=({"batch_size": 1}, {"batch_size": 4}))

@@ -15,8 +15,8 @@ from ffmerge.passes.graph.contract import VIEWS, TieCheck, check_ties, read_ties
 from ffmerge.passes.graph.read import read_model
 from ffmerge.passes.graph.tensors import Stored, find_copies, is_op, stored
 
-# Added bytes from which a copy at load is a finding: exporters reshape scalars for their shape
-# arithmetic in every layer, and runtimes fold those.
+# Added bytes from which a copy at load is a finding: exporters reshape and transpose scalars for
+# their shape arithmetic in every layer, and runtimes fold those.
 NOTABLE = 1024
 
 
@@ -207,5 +207,7 @@ def _uses_when_folded(
 
 
 def _constant_shape(node: ir.Node) -> bool:
+    if len(node.inputs) < 2:  # before opset 5 the shape is an attribute
+        return True
     shape = node.inputs[1]
     return shape is not None and ir.convenience.get_const_tensor(shape) is not None

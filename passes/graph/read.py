@@ -30,23 +30,30 @@ def read_model(path: Path) -> ir.Model:
         raise InputError(f"{path} is truncated or not ONNX: no version, opset or output in it.")
     if proto.graph.sparse_initializer:
         raise InputError(f"{path} has sparse initializers, which ffmerge does not read.")
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        if not node.outputs:
+            raise InputError(
+                f"{path} is not valid ONNX: {node.op_type} {node.name!r} has no output."
+            )
     ir.external_data.set_base_dir(model.graph, path.parent)
     for item in stored(model):
-        if isinstance(item.tensor, ir.ExternalTensor):
-            _check_external(path, item.tensor)
-        elif item.tensor.dtype != ir.DataType.STRING:
-            try:
+        try:
+            if isinstance(item.tensor, ir.ExternalTensor):
+                _check_external(path, item.tensor)
+            elif item.tensor.dtype != ir.DataType.STRING:
                 item.tensor.numpy()
-            except Exception as error:  # as above
-                what = f"{path}: tensor {item.name} is not what its shape says"
-                raise InputError(f"{what}: {_first_line(error)}.") from error
+        except InputError:
+            raise
+        except Exception as error:  # as above
+            what = f"{path}: tensor {item.name!r} is not what its shape says"
+            raise InputError(f"{what}: {_first_line(error)}.") from error
     return model
 
 
 def _check_external(path: Path, tensor: ir.ExternalTensor) -> None:
     location = Path(tensor.location)
     data = path.parent / location
-    where = f"{path}: the external data of {tensor.name}, {str(location)!r},"
+    where = f"{path}: the external data of {tensor.name!r}, {str(location)!r},"
     if location.is_absolute() or ".." in location.parts:
         raise InputError(f"{where} is outside the model's folder.")
     if not data.is_file():

@@ -76,11 +76,8 @@ def _step(weight: ir.Value, model: ir.Model) -> list[Skip] | None:
     alone = len(free) == len(weight.uses()) and len(set(effects)) == 1
     refusal = _refusal(weight.const_value, free[0]) if free else None
     if alone and refusal is None:
-        weight.const_value = _folded(weight.const_value, free[0])
-        weight.shape, weight.dtype = (
-            ir.Shape(weight.const_value.shape),
-            weight.const_value.dtype,
-        )
+        folded = _folded(weight.const_value, free[0])
+        weight.const_value, weight.dtype, weight.shape = folded, folded.dtype, folded.shape
         for node in free:
             _bypass(node, weight)
         return None

@@ -1,6 +1,6 @@
 """Merge the feed-forward sublayers of one window: choose it, compute the shared weights, tie."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,7 +84,7 @@ def merge_(
         layers = [s.layer for s in sublayers]
         pairs = statistics.window_pairs(layers, windows)
         wanted = [s for s in sublayers if any(s.layer in pair for pair in pairs)]
-        batches = calibration.batches(config.batch_size)
+        batches = _watched(calibration, config.batch_size, progress)
         moments = statistics.collect(model, wanted, pairs, batches, config.tokens)
     score = None
     if held_out is not None:
@@ -165,6 +165,13 @@ def _split(
     if calibration is not None and held_out is None:
         return calibration.halves()
     return calibration, held_out
+
+
+def _watched(examples: Examples, size: int, progress: Progress) -> Iterator[dict[str, Array]]:
+    for done, batch in enumerate(examples.batches(size)):
+        progress("statistics", done * size, len(examples))
+        yield batch
+    progress("statistics", len(examples), len(examples))
 
 
 def _best(candidates: Sequence[Candidate], score: Score) -> int:
