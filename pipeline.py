@@ -69,7 +69,7 @@ def validate(folder: Path, providers: tuple[str, ...], data_source: str | None) 
     validation.write_validation(folder, result)
     after = report.summarize("package", manifest, result)
     command = f"ffmerge validate {folder.name}" + "".join(f" --provider {p}" for p in providers)
-    report.write_report(folder, None, after, None, [command])
+    report.write_report(folder, None, after, report.collect_losses(manifest, after), [command])
     return result
 
 
@@ -100,7 +100,14 @@ class Demo:
 
     def table(self) -> Any:
         """Return the before/after table for a terminal."""
-        return report.terminal_table(report.rows(self.before, self.after, self.losses))
+        table = report.terminal_table(report.rows(self.before, self.after, self.losses))
+        record = self.merge.record
+        layers = record.groups[0].layers
+        table.title = (
+            f"ViT on digits: layers {layers[0]}-{layers[-1]} of 12 share one feed-forward sublayer "
+            f"({record.method}, untuned; {self.after.examples} test digits)"
+        )
+        return table
 
 
 def demo(out: Path) -> Demo:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 from rich.text import Text
 
-from ffmerge.files import read_json
+from ffmerge.files import read_json, size_text
 from ffmerge.models.manifest import Manifest
 from ffmerge.models.metrics import ACCURACY, PERPLEXITY
 from ffmerge.models.plan import Group
@@ -96,16 +96,20 @@ def summarize(label: str, manifest: Manifest, validation: Validation) -> Summary
 
 
 def collect_losses(manifest: Manifest, after: Summary) -> Losses | None:
-    """Return the losses of a merged package, or None when its merge recorded no metric."""
+    """Return the losses of a merged package, or None when its merge recorded no metric.
+
+    The merge's metric and the served one may be of different examples, so only the largest
+    difference of an output tells the export loss here.
+    """
     along = dict(manifest.merge.metric) if manifest.merge else {}
-    if "name" not in along:
+    if along.get("name") is None:
         return None
     recovered = along.get("recovered")
     return Losses(
         name=along["name"],
         original=along.get("before"),
         merged=along.get("merged") if recovered is None else recovered,
-        exported=after.metric if after.metric_name == along["name"] else None,
+        exported=None,
         max_abs=after.max_abs,
     )
 
@@ -123,10 +127,10 @@ def rows(before: Summary | None, after: Summary, losses: Losses | None = None) -
 
     batch = "batch 1, after the first run"
     return [
-        *cost("Size on disk", "bytes_on_disk", bytes_text, "graph and weights"),
+        *cost("Size on disk", "bytes_on_disk", size_text, "graph and weights"),
         *cost("Parameters", "parameters", "{:,}".format, "each shared one counted once"),
-        *cost("Memory", "rss_bytes", bytes_text, "resident, added by loading"),
-        *cost("Memory, anonymous", "anonymous_bytes", bytes_text, "the part no file backs"),
+        *cost("Memory", "rss_bytes", size_text, "resident, added by loading"),
+        *cost("Memory, anonymous", "anonymous_bytes", size_text, "the part no file backs"),
         *cost("Load time", "load_s", lambda s: time_text(1e3 * s), "opening the session"),
         *cost("Latency, median", "median_ms", time_text, batch),
         *cost("Latency, p95", "p95_ms", time_text, batch),
@@ -147,21 +151,17 @@ def _metric_rows(before: Summary | None, after: Summary) -> list[Row]:
 def _loss_rows(losses: Losses | None) -> list[Row]:
     if losses is None:
         return []
-    largest = "" if losses.max_abs is None else f"; outputs within {losses.max_abs:.2g}"
-    steps = (
-        ("Method loss", losses.original, losses.merged, "original against merged, both in PyTorch"),
-        (
-            "Export loss",
-            losses.merged,
-            losses.exported,
-            "merged in PyTorch against ONNX Runtime" + largest,
-        ),
-    )
-    return [
-        _metric_row(name, losses.name, old, new, f"{losses.name}, {note}")
-        for name, old, new, note in steps
-        if old is not None and new is not None
-    ]
+    found = []
+    if losses.original is not None and losses.merged is not None:
+        note = f"{losses.name}, original against merged, both in PyTorch"
+        found.append(_metric_row("Method loss", losses.name, losses.original, losses.merged, note))
+    largest = "" if losses.max_abs is None else f"outputs within {losses.max_abs:.2g}"
+    if losses.merged is not None and losses.exported is not None:
+        note = f"{losses.name}, merged in PyTorch against ONNX Runtime; {largest}"
+        found.append(_metric_row("Export loss", losses.name, losses.merged, losses.exported, note))
+    elif largest:
+        found.append(Row("Export loss", "PyTorch", "ONNX Runtime", largest, "", "every output"))
+    return found
 
 
 def _metric_row(name: str, metric: str, old: float | None, new: float, note: str) -> Row:
@@ -225,17 +225,6 @@ def write_report(
         commands="\n".join(commands),
     )
     return write_whole(folder / REPORT, page)
-
-
-def bytes_text(size: int) -> str:
-    """Return a size in decimal units: 1 MB is 1,000,000 bytes."""
-    if abs(size) < 1000:
-        return f"{size} B"
-    value, unit = size / 1000, "kB"
-    for larger in ("MB", "GB"):
-        if abs(value) >= 999.5:
-            value, unit = value / 1000, larger
-    return f"{_three_figures(value)} {unit}"
 
 
 def time_text(milliseconds: float) -> str:
@@ -322,8 +311,8 @@ def _pictures(before: Summary | None, after: Summary) -> list[tuple[str, Markup]
 
     name = after.metric_name or ""
     pictures = (
-        picture("Size on disk", "bytes_on_disk", bytes_text),
-        picture("Memory once loaded", "rss_bytes", bytes_text),
+        picture("Size on disk", "bytes_on_disk", size_text),
+        picture("Memory once loaded", "rss_bytes", size_text),
         picture(name.capitalize(), "metric", lambda value: metric_text(name, value)),
     )
     return [p for p in pictures if p]

@@ -272,3 +272,16 @@ def test_module_runs_as_a_command() -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stdout == ""
+
+
+def test_the_device_suite_runs_on_a_package_and_notices_a_change(
+    run: Run, model_folder: Path, tmp_path: Path
+) -> None:
+    assert run("export", model_folder, tmp_path / "p")[0] == 0
+    command = [sys.executable, "-m", "ffmerge.runtime_tests", "-q", "--package", tmp_path / "p"]
+    whole = subprocess.run(command, capture_output=True, text=True)
+    assert whole.returncode == 0
+    assert "5 passed" in whole.stdout
+    data = tmp_path / "p" / "model.onnx_data"
+    data.write_bytes(data.read_bytes()[:-4] + b"\0\0\0\1")
+    assert subprocess.run(command, capture_output=True, text=True).returncode == 1

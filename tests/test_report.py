@@ -9,12 +9,12 @@ from packages import linear_package
 from rich.console import Console
 
 from ffmerge.errors import InputError
+from ffmerge.files import size_text
 from ffmerge.models.manifest import Skip
 from ffmerge.models.plan import Group, MergeRecord, Tie
 from ffmerge.runtime_tests.report import (
     Losses,
     Summary,
-    bytes_text,
     collect_losses,
     draw_bars,
     rows,
@@ -102,9 +102,10 @@ def test_a_lower_perplexity_is_better() -> None:
 
 def test_what_was_not_measured_has_no_row() -> None:
     bare = replace(AFTER, rss_bytes=None, metric_name=None, metric=None, median_ms=None)
-    names = [row.name for row in rows(BEFORE, bare, replace(LOSSES, exported=None))]
-    assert "Memory" not in names and "Accuracy" not in names and "Export loss" not in names
-    assert "Method loss" in names
+    lines = {row.name: row for row in rows(BEFORE, bare, replace(LOSSES, exported=None))}
+    assert "Memory" not in lines and "Accuracy" not in lines
+    assert "Method loss" in lines
+    assert lines["Export loss"].change == "outputs within 1.2e-06"
 
 
 @pytest.mark.parametrize(
@@ -122,7 +123,7 @@ def test_what_was_not_measured_has_no_row() -> None:
     ],
 )
 def test_sizes_have_three_figures(size: int, text: str) -> None:
-    assert bytes_text(size) == text
+    assert size_text(size) == text
 
 
 def test_times_change_to_seconds() -> None:
@@ -229,7 +230,7 @@ def test_summary_and_losses_come_from_the_package(package: Path) -> None:
     assert after.bytes_on_disk == sum(file.stat().st_size for file in files)
     assert (after.metric, after.examples, after.parameters) == (0.969, 50, 20)
     assert after.max_abs is not None and after.max_abs <= 5e-8  # measured 0
-    assert collect_losses(manifest, after) == Losses("accuracy", 0.98, 0.97, 0.969, after.max_abs)
+    assert collect_losses(manifest, after) == Losses("accuracy", 0.98, 0.97, None, after.max_abs)
     assert collect_losses(replace(manifest, merge=None), after) is None
 
 
