@@ -139,7 +139,7 @@ def demo(out: Path) -> Demo:
         before, after = (
             report.summarize(label, each.manifest, check)
             for label, each, check in zip(
-                ("original", "merged"), (first, second), checks, strict=True
+                ("The original ViT", "The merged ViT"), (first, second), checks, strict=True
             )
         )
         losses = Losses(

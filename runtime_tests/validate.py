@@ -81,7 +81,7 @@ class Validation:
 
 
 def validate(
-    folder: Path,
+    folder: str | Path,
     providers: Sequence[str] = ("cpu",),
     examples: Examples | None = None,
     threads: int = 1,
@@ -96,6 +96,7 @@ def validate(
     Raises:
         InputError: the package is not whole, or a provider is unknown.
     """
+    folder = Path(folder)
     manifest = Manifest.read(folder)
     progress("checking the files")
     manifest.check_files(folder)

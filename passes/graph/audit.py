@@ -76,7 +76,7 @@ class Audit:
         return {**asdict(self), "ok": self.ok}
 
 
-def audit(path: Path) -> Audit:
+def audit(path: str | Path) -> Audit:
     """Audit an ONNX file, or each ``*.onnx`` of a package folder and of its ``onnx/``.
 
     Copies are looked for within each file. Ties are those of the ``ffmerge.json`` in the folder
