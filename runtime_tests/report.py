@@ -23,6 +23,7 @@ from ffmerge.runtime_tests.validate import NAME as VALIDATION
 from ffmerge.runtime_tests.validate import Validation, model_bytes, write_whole
 
 REPORT = "report.html"
+TIMES = ("load_s", "median_ms", "p95_ms")
 ABSENT = "\N{EN DASH}"
 # Colours matplotlib writes, and the page's own that take their place in light and dark.
 _INK, _BEFORE, _AFTER = "#010101", "#020202", "#030303"
@@ -122,7 +123,8 @@ def rows(before: Summary | None, after: Summary, losses: Losses | None = None) -
         new = getattr(after, field)
         if new is None:
             return []
-        change, verdict = _cost_change(old, new)
+        noise = _spread(before, after) if field in TIMES else 0.01
+        change, verdict = _cost_change(old, new, noise)
         return [Row(name, None if old is None else form(old), form(new), change, verdict, note)]
 
     batch = "batch 1, after the first run"
@@ -255,13 +257,21 @@ def _signed(text: str) -> str:
     return text.replace("-", "\N{MINUS SIGN}")
 
 
-def _cost_change(old: float | None, new: float) -> tuple[str, str]:
-    """Return a cost's change in percent and its verdict; one percent either way is noise."""
+def _spread(*summaries: Summary | None) -> float:
+    """Return how far runs of one package lie apart, the 95th percentile over the median, less 1."""
+    spreads = (s.p95_ms / s.median_ms - 1 for s in summaries if s and s.p95_ms and s.median_ms)
+    return max(0.01, *spreads, 0.01)
+
+
+def _cost_change(old: float | None, new: float, noise: float) -> tuple[str, str]:
+    """Return a cost's change in percent and its verdict; less than ``noise`` says nothing."""
     if not old:
         return "", ""
-    percent = 100 * (new - old) / old
-    verdict = "same" if abs(percent) < 1 else "better" if percent < 0 else "worse"
-    return _signed(f"{percent:+.1f} %"), verdict
+    change = (new - old) / old
+    text = _signed(f"{100 * change:+.1f} %")
+    if abs(change) < noise:
+        return (f"{text}, noise" if noise > 0.01 else text), "same"
+    return text, "better" if change < 0 else "worse"
 
 
 def _sentences(before: Summary | None, after: Summary, validation: dict[str, Any]) -> list[str]:
