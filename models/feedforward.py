@@ -25,14 +25,26 @@ from ffmerge.models.inputs import example_inputs
 # lacks it.
 _VIEWS = {"view", "_unsafe_view", "clone", "_to_copy", "detach", "alias", "squeeze", "unsqueeze"}
 _UNTAGGED_POINTWISE = {"hardswish"}
+_HALVES = {"split", "chunk", "split_with_sizes", "slice"}  # of a fused gate and up projection
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter of a sublayer and which of its axes counts hidden neurons (None: no axis)."""
+    """A parameter of a sublayer and which of its axes counts hidden neurons (None: no axis).
+
+    A fused gate and up projection holds the neurons of both, one ``block`` after the other.
+    """
 
     name: str
     neurons: int | None
+    blocks: int = 1
+
+    def reordered(self, values: Tensor, order: Tensor) -> Tensor:
+        """Return ``values`` with hidden neuron ``order[j]`` in place j, in every block."""
+        if self.neurons is None:
+            return values
+        index = torch.cat([order + block * len(order) for block in range(self.blocks)])
+        return values.index_select(self.neurons, index.to(values.device))
 
 
 @dataclass(frozen=True)
@@ -55,8 +67,8 @@ class FeedForward:
 
     @property
     def gated(self) -> bool:
-        """True when two maps d -> f are multiplied (SwiGLU, GeGLU)."""
-        return len(self.inputs) > 1
+        """True when two maps d -> f are multiplied (SwiGLU, GeGLU), also if they are fused."""
+        return len(self.inputs) > 1 or self.weights[0].blocks > 1
 
 
 def find(model: nn.Module) -> tuple[FeedForward, ...]:
@@ -101,6 +113,7 @@ def prove(model: nn.Module, sublayers: Sequence[FeedForward], seed: int = 0) -> 
 class _Match:
     inputs: tuple[str, ...]
     output: str
+    blocks: int
 
 
 @dataclass
@@ -174,8 +187,10 @@ def _matches(trace: _Trace) -> Iterator[_Match]:
         d_ff, d_model = trace.linear[name]
         one_source = len({_origin(trace, x) for _, x in makers}) == 1
         shapes = {trace.linear[maker] for maker in inputs}
-        if one_source and len(inputs) <= 2 and name not in inputs and shapes == {(d_model, d_ff)}:
-            yield _Match(inputs, name)
+        fused = len(inputs) == 1 and shapes == {(d_model, 2 * d_ff)}
+        plain = len(inputs) <= 2 and shapes == {(d_model, d_ff)}
+        if one_source and name not in inputs and (plain or fused):
+            yield _Match(inputs, name, 1 + fused)
 
 
 def _roots(trace: _Trace, tensor: int, maps: Mapping[int, Any]) -> tuple[set[int], bool]:
@@ -187,10 +202,10 @@ def _roots(trace: _Trace, tensor: int, maps: Mapping[int, Any]) -> tuple[set[int
         func, sources = trace.made_by.get(current, (None, ()))
         name = func.overloadpacket.__name__ if func else ""
         pointwise = func and (torch.Tag.pointwise in func.tags or name in _UNTAGGED_POINTWISE)
-        if current in maps or not (pointwise or name in _VIEWS):
+        if current in maps or not (pointwise or name in _VIEWS | _HALVES):
             roots.add(current)
             continue
-        activated |= name not in _VIEWS
+        activated |= name not in _VIEWS | _HALVES
         queue += sources
     return roots, activated
 
@@ -206,12 +221,15 @@ def _origin(trace: _Trace, tensor: int) -> int:
 
 
 def _place(model: nn.Module, path: str) -> tuple[str, int] | None:
-    """Return the innermost numbered list around a module and the module's number in it."""
+    """Return the innermost list of equal blocks around a module and its block's number.
+
+    T5 lists the unlike sublayers of a block as well: that list repeats nothing.
+    """
     parts = path.split(".")
     for end in range(len(parts) - 1, 0, -1):
-        owner = ".".join(parts[:end])
-        if parts[end].isdigit() and isinstance(model.get_submodule(owner), nn.ModuleList):
-            return owner, int(parts[end])
+        owner = model.get_submodule(".".join(parts[:end]))
+        if isinstance(owner, nn.ModuleList) and len({type(block) for block in owner}) == 1:
+            return ".".join(parts[:end]), int(parts[end])
     return None
 
 
@@ -232,12 +250,13 @@ def _sublayer(model: nn.Module, match: _Match, stack: str, layer: int) -> FeedFo
         module = model.get_submodule(path)
         reads = path == match.output
         # Linear stores (out, in), Conv1D (in, out): the neurons are out of an input map
-        weights.append(Weight(f"{path}.weight", int(isinstance(module, Conv1D) != reads)))
+        blocks = 1 if reads else match.blocks
+        weights.append(Weight(f"{path}.weight", int(isinstance(module, Conv1D) != reads), blocks))
         if module.bias is not None:
-            weights.append(Weight(f"{path}.bias", None if reads else 0))
-    matrix = weights[0]
-    shape = model.get_parameter(matrix.name).shape
-    d_ff, d_model = shape[matrix.neurons or 0], shape[1 - (matrix.neurons or 0)]
+            weights.append(Weight(f"{path}.bias", None if reads else 0, blocks))
+    last = next(weight for weight in weights if weight.name == f"{match.output}.weight")
+    shape = model.get_parameter(last.name).shape
+    d_ff, d_model = shape[last.neurons or 0], shape[1 - (last.neurons or 0)]
     path = _common_prefix([*match.inputs, match.output])
     return FeedForward(
         stack, layer, path, match.inputs, match.output, d_model, d_ff, tuple(weights)
@@ -286,12 +305,12 @@ def _proved(model: nn.Module, sublayer: FeedForward, args: Any, kwargs: Any, see
 
     before = run()
     for weight, parameter in weights.items():
-        if weight.neurons is not None and not weight.name.startswith(f"{sublayer.output}."):
-            parameter.data = parameter.data.index_select(weight.neurons, order)
+        if not weight.name.startswith(f"{sublayer.output}."):
+            parameter.data = weight.reordered(parameter.data, order)
     half_way = run()
     for weight, parameter in weights.items():
-        if weight.neurons is not None and weight.name.startswith(f"{sublayer.output}."):
-            parameter.data = parameter.data.index_select(weight.neurons, order)
+        if weight.name.startswith(f"{sublayer.output}."):
+            parameter.data = weight.reordered(parameter.data, order)
     held = (run() - before).abs().max()
     return bool(held < 1e-3 * (half_way - before).abs().max())  # measured: 1e-7 to 1e-6
 

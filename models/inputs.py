@@ -1,5 +1,6 @@
 """The inputs of a model, read from its configuration: for tracing, exporting and comparing."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,37 +13,58 @@ from ffmerge.models.probe import InputSpec, Probe
 # Batch sizes and lengths on which a package is compared with PyTorch.
 _CASES = ((1, 7), (3, 5), (8, 11))
 _IMAGE_SIZE = 224  # convolutional models name none: any will do
+_SAMPLES = 4000  # a quarter of a second of sound
 
 
 def input_specs(model: Any) -> tuple[InputSpec, ...]:
     """Return the inputs of a transformers model with optimum's names and dynamic dimensions.
 
+    Which there are is read from the signature of ``forward``, their sizes from the configuration.
+
     Raises:
-        InputError: the model's main input is of a kind ffmerge does not know.
+        InputError: the model takes nothing of a kind ffmerge knows.
     """
+    accepted = inspect.signature(model.forward).parameters
     config = model.config
-    if model.main_input_name == "pixel_values":
-        height, width = _pair(getattr(config, "image_size", _IMAGE_SIZE))
-        image = ("batch_size", int(config.num_channels), height, width)
-        return (InputSpec("pixel_values", "float32", image),)
-    if model.main_input_name == "input_ids" and not config.is_encoder_decoder:
-        shape = ("batch_size", "sequence_length")
-        ids = InputSpec("input_ids", "int64", shape, high=config.vocab_size)
-        mask = InputSpec("attention_mask", "int64", shape, mask=True)
-        kinds = getattr(config, "type_vocab_size", 0)
-        types = (InputSpec("token_type_ids", "int64", shape, high=kinds),) if kinds > 1 else ()
-        return (ids, mask, *types)
-    raise InputError(
-        f"{type(model).__name__} takes {model.main_input_name!r}: only image encoders "
-        "(pixel_values) and single-stack text models (input_ids) are served."
-    )
+    text = config.get_text_config()
+    vision = getattr(config, "vision_config", config)
+    specs: list[InputSpec] = []
+    if "pixel_values" in accepted:
+        height, width = _pair(getattr(vision, "image_size", _IMAGE_SIZE))
+        image = ("batch_size", int(vision.num_channels), height, width)
+        specs.append(InputSpec("pixel_values", "float32", image))
+    if "input_features" in accepted:
+        frames = 2 * config.max_source_positions
+        sound = ("batch_size", int(config.num_mel_bins), int(frames))
+        specs.append(InputSpec("input_features", "float32", sound))
+    if "input_values" in accepted:
+        specs.append(InputSpec("input_values", "float32", ("batch_size", _SAMPLES)))
+    shape = ("batch_size", "sequence_length")
+    if "input_ids" in accepted:
+        specs.append(InputSpec("input_ids", "int64", shape, high=text.vocab_size))
+        specs.append(InputSpec("attention_mask", "int64", shape, mask=True))
+    kinds = getattr(config, "type_vocab_size", 0)
+    if "token_type_ids" in accepted and kinds > 1:
+        specs.append(InputSpec("token_type_ids", "int64", shape, high=kinds))
+    if config.is_encoder_decoder:
+        behind = ("batch_size", "decoder_sequence_length")
+        vocabulary = getattr(config, "decoder_vocab_size", None) or text.vocab_size
+        specs.append(InputSpec("decoder_input_ids", "int64", behind, high=vocabulary))
+    if not specs:
+        raise InputError(
+            f"{type(model).__name__} takes no images, sound or text that is known here."
+        )
+    return tuple(specs)
 
 
 def probe(model: Any) -> Probe:
     """Return the fixed inputs on which ``model`` and its package are compared."""
     specs = input_specs(model)
     longest = getattr(model.config, "max_position_embeddings", None) or _CASES[-1][1]
-    sizes = [{"batch_size": b, "sequence_length": min(s, longest)} for b, s in _CASES]
+    sizes = [
+        {"batch_size": b, "sequence_length": min(s, longest), "decoder_sequence_length": s - 2}
+        for b, s in _CASES
+    ]
     dynamic = {d for spec in specs for d in spec.shape if isinstance(d, str)}
     return Probe(specs, tuple({k: v for k, v in case.items() if k in dynamic} for case in sizes))
 

@@ -85,8 +85,6 @@ def _mean(
         parameters = [model.get_parameter(m.weights[position].name).detach() for m in members]
         total = torch.zeros_like(parameters[0], dtype=torch.float64)
         for parameter, order in zip(parameters, orders, strict=True):
-            if order is not None and weight.neurons is not None:
-                parameter = parameter.index_select(weight.neurons, order.to(parameter.device))
-            total += parameter
+            total += parameter if order is None else weight.reordered(parameter, order)
         shared.append((total / len(members)).to(parameters[0].dtype))
     return shared
