@@ -11,6 +11,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import onnx_ir as ir
@@ -22,6 +23,7 @@ from ffmerge.errors import ExportError
 from ffmerge.models import tasks, ties
 from ffmerge.models.inputs import probe, to_tensors
 from ffmerge.models.plan import Tie
+from ffmerge.passes.graph.contract import write_ties
 from ffmerge.passes.graph.run import ShareResult, share
 
 
@@ -81,9 +83,12 @@ def to_onnx(model: Any, task: str, opset: int) -> ShareResult:
     _rename(graph_model, known)
     # Share before the optimizer, whose own deduplication does not know the ties, and after it,
     # for the constants it folds.
-    share(graph_model, known)
+    share(graph_model, [replace(tie, uses=1) for tie in known])
     onnxscript.optimizer.optimize_ir(graph_model)
-    return share(graph_model)
+    shared = share(graph_model)
+    counted = tuple(replace(tie, uses=_uses(graph_model, tie)) for tie in shared.ties)
+    write_ties(graph_model, counted)
+    return replace(shared, ties=counted)
 
 
 def reference_outputs(model: Any, task: str) -> list[dict[str, Any]]:
@@ -105,6 +110,11 @@ def _rename(model: ir.Model, known: tuple[Tie, ...]) -> None:
         plain = name.removeprefix("model.")
         if plain != name:
             value.name = canonical.get(plain, plain)
+
+
+def _uses(model: ir.Model, tie: Tie) -> int:
+    """Return how many nodes read a tie's initializer, at most one per member."""
+    return min(len(model.graph.initializers[tie.name].uses()), len(tie.members))
 
 
 @contextlib.contextmanager

@@ -60,20 +60,22 @@ class Tie:
     """One tensor that stands in several places of the model.
 
     ``name`` is the parameter name of the first place and the name of the one initializer;
-    ``members`` are all places, ``name`` among them.
+    ``members`` are all places, ``name`` among them. ``uses`` is how many nodes of the graph read
+    it, at most one per member (a module may hold a parameter it never uses); 0 if not counted.
     """
 
     name: str
     members: tuple[str, ...]
+    uses: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        return {"name": self.name, "members": list(self.members)}
+        return {"name": self.name, "members": list(self.members), "uses": self.uses}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Tie":
         """Read a tie."""
-        return cls(value["name"], tuple(value["members"]))
+        return cls(value["name"], tuple(value["members"]), int(value.get("uses", 0)))
 
 
 def parse_window(text: str) -> tuple[int, int]:

@@ -11,15 +11,18 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
+import transformers
+from test_architectures import CASES
 from tiny import ABOVE, BELOW, FAMILIES, gpt2, vit
 
 from ffmerge.errors import ExportError, InputError
 from ffmerge.exporter.package import ExportConfig, Package, export
-from ffmerge.models import checkpoint
+from ffmerge.models import checkpoint, tasks
 from ffmerge.models.manifest import Manifest
 from ffmerge.passes.graph.audit import audit
 from ffmerge.passes.graph.read import read_model
 from ffmerge.passes.weights.merge import MergeConfig, merge_
+from ffmerge.runtime_tests.validate import validate
 
 
 def _inputs(name: str, batch: int, length: int = 13) -> dict[str, np.ndarray]:
@@ -102,7 +105,7 @@ def test_no_path_of_this_machine_is_in_a_package(merged: Case) -> None:
 _TWICE = """
 import sys, numpy as np, tiny
 from ffmerge.exporter.package import export
-from ffmerge.models import checkpoint
+from ffmerge.models import checkpoint, tasks
 from ffmerge.passes.weights.merge import MergeConfig, merge_
 model = tiny.gpt2(layers=3)
 merge_(model, {"input_ids": np.arange(90).reshape(9, 10)}, MergeConfig(k=2))
@@ -185,3 +188,31 @@ def test_a_checkpoint_travels_through(tmp_path: Path) -> None:
     )
     assert [len(tie.members) for tie in package.manifest.ties] == [4] * 4
     assert list(package.manifest.source["files"]) == ["model.ffmerge.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        ("BertForMaskedLM", "fill-mask"),  # its head's bias stands in two places, one never used
+        ("DeiTForImageClassification", "image-classification"),  # optimum has no task for it
+        ("Phi3ForCausalLM", "text-generation"),  # fused gate and up projection
+        ("BertModel", "feature-extraction"),
+        ("BertForQuestionAnswering", "question-answering"),
+    ],
+)
+def test_other_tasks_and_families(name: str, task: str, tmp_path: Path) -> None:
+    _, config, settings, _, _ = next(
+        case
+        for case in CASES
+        if case[0] == name or (name.startswith("Bert") and "BertFor" in case[0])
+    )
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(getattr(transformers, config)(**settings)).eval()
+    merge_(model, None, MergeConfig(window=(0, 1), method="average"))
+    package = export(model, tmp_path / "package")
+    assert package.manifest.task == task
+    assert audit(package.path).ok
+    outputs = [o for p in validate(package.path).providers for o in p.outputs]
+    assert {o.name for o in outputs} == set(tasks.OUTPUTS[task])
+    for output in outputs:
+        assert output.max_abs is not None and output.max_abs < 5e-6  # measured 1.2e-6

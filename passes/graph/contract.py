@@ -56,7 +56,7 @@ def join_ties(ties: Iterable[Tie]) -> tuple[Tie, ...]:
         name = touching[0].name if touching else tie.name
         at = joined.index(touching[0]) if touching else len(joined)
         joined = [other for other in joined if other not in touching]
-        joined.insert(at, Tie(name, tuple(members)))
+        joined.insert(at, Tie(name, tuple(members), sum(t.uses for t in (*touching, tie))))
     return tuple(joined)
 
 
@@ -64,8 +64,8 @@ def check_ties(model: ir.Model, ties: Sequence[Tie]) -> list[TieCheck]:
     """Check each tie: stored once, under one of its names, and read directly in every place.
 
     A tie holds when exactly one of its members is an initializer, no other stored tensor has
-    its bytes or their transpose, no node of ``VIEWS`` reads it, and it is used at least once
-    per member, uses in subgraphs counted.
+    its bytes or their transpose, no node of ``VIEWS`` reads it, and it is used as often as
+    recorded, else at least once per member, uses in subgraphs counted.
     """
     if not ties:
         return []
@@ -99,8 +99,9 @@ def _check(
         more = f" and {len(hiding) - 1} more" if len(hiding) > 1 else ""
         return broken(f"{weight.name} is hidden behind {first}{more}; quantizers do not see it")
     uses = weight.uses()
-    if len(uses) < len(tie.members):
+    expected = tie.uses or len(tie.members)
+    if len(uses) < expected:
         nodes = ", ".join(str(use.node.name) for use in uses) or "none"
-        places = f"stands for {len(tie.members)} places"
+        places = f"stands for {expected} places"
         return broken(f"{weight.name} {places} but is used {len(uses)} times: {nodes}")
     return TieCheck(tie.name, True)
