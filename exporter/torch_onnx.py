@@ -10,7 +10,7 @@ import inspect
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -61,29 +61,46 @@ def to_onnx(model: Any, task: str, opset: int) -> ShareResult:
         spec.name: {i: d for i, d in enumerate(spec.shape) if isinstance(d, str)}
         for spec in recipe.inputs
     }
+    return translate(wrapper, {"inputs": example}, {"inputs": axes}, example, wrapper.names, opset)
+
+
+def translate(
+    wrapper: Any,
+    arguments: Mapping[str, Any],
+    axes: Mapping[str, Any],
+    inputs: Iterable[str],
+    outputs: Iterable[str],
+    opset: int,
+) -> ShareResult:
+    """Return the graph of a module that wraps the transformers model ``wrapper.model``.
+
+    ``arguments`` are those of ``forward`` and ``axes`` name their dynamic dimensions; ``inputs``
+    and ``outputs`` are the names in the graph, in order.
+    """
+    model = wrapper.model
     try:
         with _quiet():
             program = torch.onnx.export(
-                wrapper, kwargs={"inputs": example}, dynamic_shapes={"inputs": axes},
-                dynamo=True, optimize=False, verbose=False, opset_version=opset,
-                input_names=list(example), output_names=list(wrapper.names),
+                wrapper, kwargs=dict(arguments), dynamic_shapes=dict(axes), dynamo=True,
+                optimize=False, verbose=False, opset_version=opset,
+                input_names=list(inputs), output_names=list(outputs),
             )  # fmt: skip
     except Exception as error:  # torch.export and torch.onnx raise errors of many kinds
         cause = error.__cause__ or error  # torch.onnx says how to report it, its cause says what
         reason = next(
             (line for line in str(cause).splitlines() if line.strip()), type(cause).__name__
         )
-        raise ExportError(
-            f"{type(model).__name__} cannot be exported for {task}: {reason}"
-        ) from error
+        raise ExportError(f"{type(model).__name__} cannot be exported: {reason}") from error
     if program is None:
-        raise ExportError(f"{type(model).__name__} cannot be exported for {task}.")
+        raise ExportError(f"{type(model).__name__} cannot be exported.")
     graph_model = program.model
     known = ties.ties(model)
     _rename(graph_model, known)
+    held = graph_model.graph.initializers
+    known = tuple(replace(tie, uses=1) for tie in known if tie.name in held)
     # Share before the optimizer, whose own deduplication does not know the ties, and after it,
     # for the constants it folds.
-    share(graph_model, [replace(tie, uses=1) for tie in known])
+    share(graph_model, known)
     onnxscript.optimizer.optimize_ir(graph_model)
     shared = share(graph_model)
     counted = tuple(replace(tie, uses=_uses(graph_model, tie)) for tie in shared.ties)
