@@ -1,12 +1,13 @@
 """ffmerge beside other tools, on the same models in one run: bytes, memory, time, error, sharing.
 
     pip install onnxslim onnxsim
-    python benchmarks/peers.py [--model albert vit gpt2] [--json out.json]
+    python benchmarks/peers.py [--model albert vit gpt2 marian] [--json out.json]
 
 Random weights at true size: ALBERT-base (one feed-forward sublayer for 12 layers), ViT-B/16 with
 five of twelve tied, GPT-2 small with its tied head. Every tool gets the file that PyTorch's
 exporter writes; latency is one thread, batch 1, in a process of its own. "Error" is the largest
-difference of a logit from PyTorch; a tool that fails has its error as its row.
+difference of a logit from PyTorch; a tool that fails has its error as its row. Marian (opus-mt's
+size) is three graphs, encoder, decoder and decoder with past, of which only bytes are compared.
 """
 
 import argparse
@@ -28,22 +29,28 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor, nn
 from transformers import (
     AlbertConfig,
     AlbertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    MarianConfig,
+    MarianMTModel,
     ViTConfig,
     ViTForImageClassification,
 )
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.modeling_outputs import BaseModelOutput
 
 import ffmerge
 from ffmerge.exporter.package import ExportConfig, Package
-from ffmerge.exporter.torch_onnx import _Outputs
+from ffmerge.exporter.torch_onnx import _Outputs, translate
 from ffmerge.files import size_text
 from ffmerge.models.inputs import probe, to_tensors
 from ffmerge.models.manifest import Manifest
 from ffmerge.passes.graph.run import share_file
+from ffmerge.passes.graph.write import write_models
 from ffmerge.runtime_tests.footprint import measure_footprint
 from ffmerge.runtime_tests.parity import check_parity
 
@@ -103,6 +110,9 @@ def onnxsim(source: Path, target: Path) -> None:
 def ort_optimizer(source: Path, target: Path) -> None:
     options = ort.SessionOptions()
     options.optimized_model_filepath = str(target)
+    options.add_session_config_entry(
+        "session.optimized_model_external_initializers_file_name", f"{target.name}_data"
+    )
     ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
@@ -143,6 +153,118 @@ TOOLS: tuple[tuple[str, str, Callable[[Path, Path], None]], ...] = (
     ("ONNX Runtime int4", "dynamo", ort_int4),
     ("ffmerge share int4", "dynamo", ffmerge_share("int4")),
 )
+
+
+class Encoder(nn.Module):
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        encoder = self.model.get_encoder()
+        return encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+
+
+class Decoder(nn.Module):
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, encoder_attention_mask: Tensor, input_ids: Tensor, hidden: Tensor) -> Any:
+        out = self.model(
+            attention_mask=encoder_attention_mask, decoder_input_ids=input_ids,
+            encoder_outputs=BaseModelOutput(hidden), use_cache=True,
+        )  # fmt: skip
+        own, cross = (
+            out.past_key_values.self_attention_cache,
+            out.past_key_values.cross_attention_cache,
+        )
+        pairs = zip(own.layers, cross.layers, strict=True)
+        return (out.logits, *[t for a, b in pairs for t in (a.keys, a.values, b.keys, b.values)])
+
+
+class DecoderWithPast(nn.Module):
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, encoder_attention_mask: Tensor, input_ids: Tensor, past: list[Tensor]) -> Any:
+        starts = range(0, len(past), 4)
+        own = DynamicCache(ddp_cache_data=[(past[i], past[i + 1]) for i in starts])
+        cross = DynamicCache(ddp_cache_data=[(past[i + 2], past[i + 3]) for i in starts])
+        shape = (len(past[2]), past[2].shape[2], self.model.config.d_model)
+        hidden = past[2].new_zeros(shape)  # its keys and values are in the cache
+        out = self.model(
+            attention_mask=encoder_attention_mask, decoder_input_ids=input_ids,
+            encoder_outputs=BaseModelOutput(hidden),
+            past_key_values=EncoderDecoderCache(own, cross), use_cache=True,
+        )  # fmt: skip
+        layers = out.past_key_values.self_attention_cache.layers
+        return (out.logits, *[t for layer in layers for t in (layer.keys, layer.values)])
+
+
+def marian() -> list[dict[str, Any]]:
+    """Return the bytes of a folder of three graphs as each way of writing it leaves them."""
+    config = MarianConfig(
+        vocab_size=65001, decoder_vocab_size=65001, pad_token_id=65000, eos_token_id=0,
+        decoder_start_token_id=65000, d_model=512, encoder_layers=6, decoder_layers=6,
+        encoder_ffn_dim=2048, decoder_ffn_dim=2048, encoder_attention_heads=8,
+        decoder_attention_heads=8, max_position_embeddings=512,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = MarianMTModel(config).eval()
+    heads, layers = 8, 6
+    mask = ids = torch.ones(2, 7, dtype=torch.long)
+    behind, hidden = torch.ones(2, 3, dtype=torch.long), torch.randn(2, 7, 512)
+    past = [torch.randn(2, heads, 4 if i % 4 < 2 else 7, 64) for i in range(4 * layers)]
+    source = {0: "batch_size", 1: "encoder_sequence_length"}
+    target = {0: "batch_size", 1: "decoder_sequence_length"}
+    steps = ("past_decoder_sequence_length", "encoder_sequence_length")
+    cached = [{0: "batch_size", 2: steps[i % 4 >= 2]} for i in range(4 * layers)]
+    graphs: dict[str, tuple[nn.Module, dict[str, Any], dict[str, Any]]] = {
+        "encoder_model": (
+            Encoder(model), {"input_ids": ids, "attention_mask": mask},
+            {"input_ids": source, "attention_mask": source},
+        ),
+        "decoder_model": (
+            Decoder(model),
+            {"encoder_attention_mask": mask, "input_ids": behind, "hidden": hidden},
+            {"encoder_attention_mask": source, "input_ids": target, "hidden": source},
+        ),
+        "decoder_with_past_model": (
+            DecoderWithPast(model),
+            {"encoder_attention_mask": mask, "input_ids": behind, "past": past},
+            {"encoder_attention_mask": source, "input_ids": target, "past": cached},
+        ),
+    }  # fmt: skip
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary)
+        (work / "torch").mkdir()
+        start = time.perf_counter()
+        for name, (wrapper, arguments, axes) in graphs.items():
+            torch.onnx.export(
+                wrapper.eval(), kwargs=arguments, f=work / "torch" / f"{name}.onnx", dynamo=True,
+                dynamic_shapes=axes, verbose=False, external_data=True,
+            )  # fmt: skip
+        rows.append(_folder_row("torch dynamo", work / "torch", start))
+        (work / "ffmerge").mkdir()
+        start = time.perf_counter()
+        models = {
+            work / "ffmerge" / f"{name}.onnx": translate(wrapper, arguments, axes, (), (), 20).model
+            for name, (wrapper, arguments, axes) in graphs.items()
+        }
+        write_models(models, work / "ffmerge" / "model.onnx_data")
+        rows.append(_folder_row("ffmerge", work / "ffmerge", start))
+        distinct = sum(p.nbytes for p in model.parameters())
+        rows.append({"tool": "distinct parameters", "bytes": distinct})
+        print(f"marian: {rows[1]['bytes'] / distinct:.4f} x the distinct parameters")
+    return rows
+
+
+def _folder_row(tool: str, folder: Path, start: float) -> dict[str, Any]:
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    return {"tool": tool, "bytes": size, "seconds": time.perf_counter() - start}
 
 
 def measure(folder: Path, package: Package, seconds: float) -> dict[str, Any]:
@@ -199,35 +321,43 @@ def run(name: str) -> list[dict[str, Any]]:
                 seconds = time.perf_counter() - start
                 rows.append({"tool": tool, **measure(folder, package, seconds)})
             except Exception as error:  # a tool's failure is its result
-                rows.append({"tool": tool, "error": str(error).strip().splitlines()[0][:100]})
+                rows.append({"tool": tool, "failed": str(error).strip().splitlines()[0][:100]})
             shutil.rmtree(folder)
     return rows
 
 
+# column -> its heading and how a figure is written
+COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "bytes": ("files", size_text),
+    "rss_bytes": ("RSS", size_text),
+    "anonymous_bytes": ("anonymous", size_text),
+    "median_ms": ("median", "{:.1f} ms".format),
+    "seconds": ("took", "{:.1f} s".format),
+    "max_abs": ("error", "{:.2g}".format),
+    "duplicate_bytes": ("duplicates", size_text),
+}
+
+
 def table(name: str, rows: list[dict[str, Any]]) -> Table:
     out = Table(title=name)
-    for column in ("tool", "file", "RSS", "anonymous", "median", "took", "error", "duplicates"):
-        out.add_column(column, justify="left" if column == "tool" else "right")
+    out.add_column("tool")
+    for heading, _ in COLUMNS.values():
+        out.add_column(heading, justify="right")
     for row in rows:
-        if "error" in row:
-            out.add_row(row["tool"], row["error"])
-            continue
-        out.add_row(
-            row["tool"], size_text(row["bytes"]), size_text(row["rss_bytes"]),
-            size_text(row["anonymous_bytes"]), f"{row['median_ms']:.1f} ms",
-            f"{row['seconds']:.1f} s", f"{row['max_abs']:.2g}", size_text(row["duplicate_bytes"]),
-        )  # fmt: skip
+        figures = [form(row[key]) if key in row else "" for key, (_, form) in COLUMNS.items()]
+        out.add_row(row["tool"], *([row["failed"]] if "failed" in row else figures))
     return out
 
 
 def main() -> None:
+    names = [*MODELS, "marian"]
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--model", nargs="+", choices=names, default=names)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     results = {}
     for name in arguments.model:
-        results[name] = run(name)
+        results[name] = marian() if name == "marian" else run(name)
         Console(width=140).print(table(name, results[name]))
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=2))
