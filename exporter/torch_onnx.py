@@ -81,7 +81,7 @@ def to_onnx(model: Any, task: str, opset: int) -> ShareResult:
     _rename(graph_model, known)
     # Share before the optimizer, whose own deduplication does not know the ties, and after it,
     # for the constants it folds.
-    share(graph_model, known)
+    share(graph_model, known, resident=False)
     onnxscript.optimizer.optimize_ir(graph_model)
     return share(graph_model)
 

@@ -22,6 +22,7 @@ from ffmerge.models.manifest import Skip
 from ffmerge.models.plan import Tie
 from ffmerge.passes.graph.contract import check_ties, read_ties, write_ties
 from ffmerge.passes.graph.read import read_model
+from ffmerge.passes.graph.resident import ResidentPass, RightPass
 from ffmerge.passes.graph.share import SharePass
 from ffmerge.passes.graph.strip import StripPass
 from ffmerge.passes.graph.tensors import bytes_stored, stored
@@ -59,22 +60,27 @@ class ShareResult:
         }
 
 
-def share(model: ir.Model, ties: Sequence[Tie] = ()) -> ShareResult:
+def share(model: ir.Model, ties: Sequence[Tie] = (), resident: bool = True) -> ShareResult:
     """Store every tensor of ``model`` once and let its consumers read it directly, in place.
 
     Constant nodes become initializers whatever their size, so that equal scalars are one; ONNX
-    Runtime does the same when it loads a model. Ties recorded in the model are kept.
+    Runtime does the same when it loads a model. Ties recorded in the model are kept. With
+    ``resident`` a tied embedding is in memory once, too; without, every weight stands on the
+    right of its products, where quantizers look for it.
 
     Raises:
         TieError: a given or a recorded tie does not hold in the result.
     """
     before = bytes_stored(model)
     untangling, sharing = UntanglePass(), SharePass([*ties, *read_ties(model)])
+    last = [ResidentPass()] if resident else []
     ir.passes.Sequential(
         RemoveUnusedNodesPass(),
         LiftConstantsToInitializersPass(size_limit=0),
         LiftSubgraphInitializersToMainGraphPass(),
+        RightPass(),
         ir.passes.PassManager([untangling, sharing], steps=ROUNDS),
+        *last,
         RemoveUnusedNodesPass(),
         TopologicalSortPass(),
         NameFixPass(),
@@ -84,7 +90,7 @@ def share(model: ir.Model, ties: Sequence[Tie] = ()) -> ShareResult:
     broken = [check for check in check_ties(model, sharing.ties) if not check.ok]
     if broken:
         raise TieError("; ".join(f"tie {check.group}: {check.reason}" for check in broken) + ".")
-    skipped = (*untangling.skipped, *sharing.skipped)
+    skipped = (*untangling.skipped, *sharing.skipped, *(s for p in last for s in p.skipped))
     return ShareResult(model, skipped, before, bytes_stored(model), sharing.ties)
 
 
