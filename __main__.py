@@ -142,6 +142,9 @@ def share(
 @app.command()
 def audit(
     path: Annotated[Path, typer.Argument(help="An ONNX file or a package folder.")],
+    load: Annotated[
+        bool, typer.Option(help="Load the model with ONNX Runtime in a fresh process and look.")
+    ] = True,
     as_json: Json = False,
 ) -> None:
     """Tell what is stored twice, what is tied, and what a runtime would un-share; 1 if any is.
@@ -149,9 +152,10 @@ def audit(
     Example: [bold]ffmerge audit package[/bold]
     """
     from ffmerge.passes.graph.audit import audit
+    from ffmerge.runtime_tests.loaded import look
     from ffmerge.tables import audit_table
 
-    found = audit(path)
+    found = audit(path, look if load else None)
     _emit(as_json, found.to_json(), audit_table(found))
     _exit_unless(found.ok)
 

@@ -76,11 +76,11 @@ def test_small_and_untied_weights_stay_on_the_right():
 
 GROWTH = """
 import json, sys, onnxruntime
-from ffmerge.runtime_tests.footprint import TRIVIAL, _resident
+from ffmerge.runtime_tests.footprint import TRIVIAL, resident
 onnxruntime.InferenceSession(TRIVIAL)
-before = _resident()
+before = resident()
 session = onnxruntime.InferenceSession(sys.argv[1])
-print(json.dumps([b - a for a, b in zip(before, _resident())]))
+print(json.dumps([b - a for a, b in zip(before, resident())]))
 """
 
 
