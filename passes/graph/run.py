@@ -21,6 +21,7 @@ from ffmerge.errors import InputError, TieError
 from ffmerge.models.manifest import Skip
 from ffmerge.models.plan import Tie
 from ffmerge.passes.graph.contract import check_ties, read_ties, write_ties
+from ffmerge.passes.graph.prepare import ReachPass, infer_ranks
 from ffmerge.passes.graph.read import read_model
 from ffmerge.passes.graph.resident import ResidentPass, RightPass
 from ffmerge.passes.graph.share import SharePass
@@ -76,9 +77,13 @@ def share(model: ir.Model, ties: Sequence[Tie] = (), resident: bool = True) -> S
     last = [ResidentPass()] if resident else []
     ir.passes.Sequential(
         RemoveUnusedNodesPass(),
+        ReachPass(),
         LiftConstantsToInitializersPass(size_limit=0),
         LiftSubgraphInitializersToMainGraphPass(),
         RightPass(),
+    )(model)
+    forget_ranks = infer_ranks(model)
+    ir.passes.Sequential(
         ir.passes.PassManager([untangling, sharing], steps=ROUNDS),
         *last,
         RemoveUnusedNodesPass(),
@@ -86,6 +91,7 @@ def share(model: ir.Model, ties: Sequence[Tie] = (), resident: bool = True) -> S
         NameFixPass(),
         StripPass(),
     )(model)
+    forget_ranks()
     write_ties(model, sharing.ties)
     broken = [check for check in check_ties(model, sharing.ties) if not check.ok]
     if broken:
