@@ -84,8 +84,8 @@ def _multiplied(before: ir.Model, after: ir.Model) -> Iterator[Unshared]:
             made_of[name] += [items[index] for index in group if index >= len(origins)]
     producers = {out.name: node for g in graphs(before) for node in g for out in node.outputs}
     for index, item in enumerate(made, len(origins)):
-        if index not in placed and (name := _source(item.name, producers, origins)):
-            made_of[name].append(item)
+        if index not in placed and (origin := _source(item.name, producers, origins)):
+            made_of[origin].append(item)
     for name, copies_of in made_of.items():
         extra = sum(i.tensor.nbytes for i in copies_of) - alike[name] * origins[name].tensor.nbytes
         if len(copies_of) > alike[name] and extra >= NOTABLE:
@@ -158,7 +158,7 @@ def _load_here(model: Path, folder: Path, external: bool) -> dict[str, int | Non
     return {
         "rss_bytes": after[0] - before[0],
         "anonymous_bytes": after[1] - before[1],
-        "freed_bytes": untrimmed[0] - after[0],
+        "freed_bytes": max(0, untrimmed[0] - after[0]),
     }
 
 

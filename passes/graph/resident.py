@@ -61,7 +61,7 @@ class RightPass(ir.passes.InPlacePass):
             for product, index in tuple(weight.uses()):
                 right = product.inputs[1] if is_op(product, "MatMul") and index == 0 else None
                 turned = right.producer() if right else None
-                after = product.outputs[0].uses()
+                after = tuple(product.outputs[0].uses())
                 if turned and _turns(turned) and len(after) == 1 and _turns(after[0].node):
                     if product.outputs[0].is_graph_output():
                         continue

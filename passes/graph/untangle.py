@@ -161,7 +161,7 @@ def _target(node: ir.Node, tensor: ir.TensorProtocol) -> tuple[int, ...] | None:
         if not shape:
             return None
         dims = shape.numpy().tolist()
-    if not tensor.size or node.attributes.get_int("allowzero", 0):
+    if not tensor.size or node.attributes.get_int("allowzero"):
         return None
     old = shape_of(tensor)
     dims = [old[axis] if size == 0 else size for axis, size in enumerate(dims)]
