@@ -139,6 +139,43 @@ def test_equal_nodes_of_two_branches_become_one_of_the_main_graph():
         same(one, run(model, **feed))
 
 
+def test_different_reshapes_stay_apart():
+    model = build(
+        """(float[6,6] x, float[4,4] z) => (float[6,4] a, float[4,6] b) {
+        r = Reshape(W, S)  a = MatMul(x, r)  s = Reshape(W, T)  b = MatMul(z, s)}""",
+        W=normal(24), S=np.array([6, 4]), T=np.array([4, 6]),
+    )  # fmt: skip
+    feeds = {"x": normal(6, 6, seed=1), "z": normal(4, 4, seed=2)}
+    before = run(model, **feeds)
+    share(model)
+    assert ops(model)["Reshape"] == 2
+    same(before, run(model, **feeds))
+
+
+def test_equal_nodes_stay_where_what_they_read_is_known():
+    """The shape is worked out in the outer branch, so the Reshapes cannot leave it."""
+    model = build(
+        """(bool c, bool d, float[3,4] x) => (float[3,4] y) {
+        y = If(c) <
+          then_branch = yes () => (float[3,4] a) {
+            s = Shape(x)
+            a = If(d) <
+              then_branch = yy () => (float[3,4] e) {k = Reshape(W, s)  e = Add(x, k)},
+              else_branch = yn () => (float[3,4] f) {l = Reshape(W, s)  f = Sub(x, l)}>},
+          else_branch = no () => (float[3,4] b) {b = Neg(x)}>}""",
+        W=normal(12),
+    )
+    feeds = [
+        {"c": np.array(c), "d": np.array(d), "x": normal(3, 4, seed=1)}
+        for c in (True, False) for d in (True, False)
+    ]  # fmt: skip
+    before = [run(model, **feed) for feed in feeds]
+    share(model)
+    assert ops(model)["Reshape"] == 2
+    for feed, one in zip(feeds, before, strict=True):
+        same(one, run(model, **feed))
+
+
 FUNCTIONS = """<ir_version: 10, opset_import: ["": 20, "f": 1]>
 g (float[2,3] x) => (float[2,3] y) {a = f.outer(x)  b = Add(a, B)  c = f.plain(b)  y = f.inner(c)}
 <domain: "f", opset_import: ["": 20, "f": 1]> inner (u) => (v) {

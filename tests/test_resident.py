@@ -74,6 +74,16 @@ def test_small_and_untied_weights_stay_on_the_right():
     assert ops(untied) == {"Gemm": 2} and names(untied) == ["W"]
 
 
+def test_a_product_that_is_also_an_output_stays_on_the_left():
+    model = build(
+        """(float[2,512] x) => (float[2,512] y, float[512,2] p) {
+        t = Transpose<perm=[1,0]>(x)  p = MatMul(W, t)  y = Transpose<perm=[1,0]>(p)}""",
+        W=normal(512, 512),
+    )
+    share(model)
+    assert ops(model) == {"Transpose": 2, "MatMul": 1}
+
+
 GROWTH = """
 import json, sys, onnxruntime
 from ffmerge.runtime_tests.footprint import TRIVIAL, resident

@@ -100,10 +100,14 @@ class Audit:
 def audit(path: Path, look: Callable[[Path], Loaded] | None = None) -> Audit:
     """Audit an ONNX file, or each ``*.onnx`` of a package folder and of its ``onnx/``.
 
-    Copies are looked for within each file. Ties are those of the ``ffmerge.json`` in the folder
-    (for a file: its folder), else those each file records itself. A tie must hold in every file
-    that has one of its names, and in at least one. ``look`` loads a file on a runtime; where it
-    is not given, or raises RuntimeCheckError, the graph is read instead.
+    Copies are looked for within each file, and across the files beside each other in a folder,
+    which are used together, such as encoder and decoder. Not across those of ``onnx/``, nor a
+    file named as another with a suffix: they are alternatives.
+
+    Ties are those of the ``ffmerge.json`` in the folder (for a file: its folder), else those each
+    file records itself. A tie must hold in every file that has one of its names, and in at least
+    one. ``look`` loads a file on a runtime; where it is not given, or raises RuntimeCheckError,
+    the graph is read instead.
 
     Raises:
         InputError: there is no ONNX file, or one cannot be read.
@@ -122,6 +126,7 @@ def audit(path: Path, look: Callable[[Path], Loaded] | None = None) -> Audit:
     duplicates: list[Duplicate] = []
     unshared: list[Unshared] = []
     hidden: list[Hidden] = []
+    together: dict[str, list[Stored]] = {}
     memory: dict[str, dict[str, int | None]] = {}
     reasons = [] if look else ["not loaded"]
     checks: dict[str, list[TieCheck]] = {tie.name: [] for tie in promised or ()}
@@ -131,6 +136,10 @@ def audit(path: Path, look: Callable[[Path], Loaded] | None = None) -> Audit:
         items = stored(model)
         total += sum(item.tensor.nbytes for item in items)
         duplicates += _duplicates(items, prefix)
+        if file.parent == folder and not any(
+            file.stem.startswith(f"{other.stem}_") for other in files if other.parent == folder
+        ):
+            together[prefix] = items
         found = [finding for item in items if (finding := _at_load(item, prefix))]
         hidden += [finding for finding in found if isinstance(finding, Hidden)]
         copied = [finding for finding in found if isinstance(finding, Unshared)]
@@ -146,8 +155,9 @@ def audit(path: Path, look: Callable[[Path], Loaded] | None = None) -> Audit:
         except RuntimeCheckError as error:
             reasons.append(str(error))
         unshared += copied
-        for check in check_ties(model, _ties_for(model, promised)):
+        for check in check_ties(model, _ties_for(model, promised), file.name):
             checks.setdefault(check.group, []).append(check)
+    duplicates += _across(together)
     twice = sum(duplicate.bytes for duplicate in duplicates)
     return Audit(
         files=tuple(file.relative_to(folder).as_posix() for file in files),
@@ -188,6 +198,29 @@ def _duplicates(items: Sequence[Stored], prefix: str) -> Iterator[Duplicate]:
             if others:
                 names = tuple(prefix + item.name for item in (first, *(items[i] for i in others)))
                 yield Duplicate(names, len(others) * first.tensor.nbytes, kind)
+
+
+def _across(files: Mapping[str, Sequence[Stored]]) -> Iterator[Duplicate]:
+    """Yield what several files hold and none of them could take from another's data file."""
+    items = [
+        (p, item) for p, each in files.items() for item in each if item.tensor.nbytes >= NOTABLE
+    ]
+    for copies in find_copies([item.tensor for _, item in items]):
+        first_of: dict[str, tuple[str, object]] = {}
+        for index in sorted([copies.first, *copies.identical, *copies.transposed]):
+            prefix, item = items[index]
+            first_of.setdefault(prefix, (prefix + item.name, _location(item.tensor)))
+        extra = len({location for _, location in first_of.values()}) - 1
+        if extra:
+            names = tuple(name for name, _ in first_of.values())
+            yield Duplicate(names, extra * items[copies.first][1].tensor.nbytes, "across files")
+
+
+def _location(tensor: ir.TensorProtocol) -> object:
+    """Return where the bytes are on disk, equal for the same bytes of the same data file."""
+    if isinstance(tensor, ir.ExternalTensor):
+        return Path(tensor.path).resolve(), tensor.offset or 0
+    return tensor.name, id(tensor)
 
 
 def _at_load(item: Stored, prefix: str) -> Unshared | Hidden | None:
