@@ -126,6 +126,13 @@ def export(
 def share(
     source: Annotated[Path, typer.Argument(help="An ONNX file from any exporter.")],
     target: Annotated[Path, typer.Argument(help="New ONNX file.")],
+    resident: Annotated[
+        bool,
+        typer.Option(
+            help="Keep a tied embedding in memory once; not for a file that another tool "
+            "quantizes next, which looks for weights on the right of a product."
+        ),
+    ] = True,
     as_json: Json = False,
 ) -> None:
     """Store equal weights of any ONNX file once, in the form that stays shared when loaded.
@@ -135,7 +142,7 @@ def share(
     from ffmerge.passes.graph.run import share_file
     from ffmerge.tables import share_table
 
-    result = share_file(source, target)
+    result = share_file(source, target, resident)
     _emit(as_json, result.to_json(), share_table(result, target))
 
 

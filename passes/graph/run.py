@@ -100,7 +100,7 @@ def share(model: ir.Model, ties: Sequence[Tie] = (), resident: bool = True) -> S
     return ShareResult(model, skipped, before, bytes_stored(model), sharing.ties)
 
 
-def share_file(source: Path, target: Path) -> ShareResult:
+def share_file(source: Path, target: Path, resident: bool = True) -> ShareResult:
     """Share the weights of the ONNX file ``source`` and write it to ``target``.
 
     Tensors go to ``target`` + ``_data`` beside it if they take more than 1 MB or were external,
@@ -118,7 +118,7 @@ def share_file(source: Path, target: Path) -> ShareResult:
             raise InputError(f"{path} exists already: remove it or choose another output.")
     model = read_model(source)
     external = any(isinstance(item.tensor, ir.ExternalTensor) for item in stored(model))
-    result = share(model)
+    result = share(model, resident=resident)
     external = external or result.bytes_after > EMBEDDED
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
