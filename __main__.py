@@ -126,6 +126,13 @@ def export(
 def share(
     source: Annotated[Path, typer.Argument(help="An ONNX file from any exporter.")],
     target: Annotated[Path, typer.Argument(help="New ONNX file.")],
+    resident: Annotated[
+        bool,
+        typer.Option(
+            help="Keep a tied embedding in memory once; not for a file that another tool "
+            "quantizes next, which looks for weights on the right of a product."
+        ),
+    ] = True,
     as_json: Json = False,
 ) -> None:
     """Store equal weights of any ONNX file once, in the form that stays shared when loaded.
@@ -135,13 +142,16 @@ def share(
     from ffmerge.passes.graph.run import share_file
     from ffmerge.tables import share_table
 
-    result = share_file(source, target)
+    result = share_file(source, target, resident)
     _emit(as_json, result.to_json(), share_table(result, target))
 
 
 @app.command()
 def audit(
     path: Annotated[Path, typer.Argument(help="An ONNX file or a package folder.")],
+    load: Annotated[
+        bool, typer.Option(help="Load the model with ONNX Runtime in a fresh process and look.")
+    ] = True,
     as_json: Json = False,
 ) -> None:
     """Tell what is stored twice, what is tied, and what a runtime would un-share; 1 if any is.
@@ -149,9 +159,10 @@ def audit(
     Example: [bold]ffmerge audit package[/bold]
     """
     from ffmerge.passes.graph.audit import audit
+    from ffmerge.runtime_tests.loaded import look
     from ffmerge.tables import audit_table
 
-    found = audit(path)
+    found = audit(path, look if load else None)
     _emit(as_json, found.to_json(), audit_table(found))
     _exit_unless(found.ok)
 

@@ -89,6 +89,13 @@ def audit_table(found: Any) -> Group:
         ),
         *((f"tie {t['group']}", "ok" if t["ok"] else t["reason"]) for t in value["ties"]),
     ]
+    if found.basis == "graph":
+        findings.append(("at load: read from the graph", found.basis_reason))
+    findings += [
+        (f"{name}: memory added by loading", size_text(grown["rss_bytes"]))
+        for name, grown in value["memory"].items()
+        if grown["rss_bytes"] is not None
+    ]
     return Group(sums, _table("Findings", ("what", "cost or state"), findings))
 
 

@@ -71,11 +71,12 @@ def translate(
     inputs: Iterable[str],
     outputs: Iterable[str],
     opset: int,
+    file: str = "model.onnx",
 ) -> ShareResult:
     """Return the graph of a module that wraps the transformers model ``wrapper.model``.
 
     ``arguments`` are those of ``forward`` and ``axes`` name their dynamic dimensions; ``inputs``
-    and ``outputs`` are the names in the graph, in order.
+    and ``outputs`` are the names in the graph, in order; ``file`` is what it will be called.
     """
     model = wrapper.model
     try:
@@ -97,13 +98,13 @@ def translate(
     known = ties.ties(model)
     _rename(graph_model, known)
     held = graph_model.graph.initializers
-    known = tuple(replace(tie, uses=1) for tie in known if tie.name in held)
+    known = tuple(replace(tie, places={file: 1}) for tie in known if tie.name in held)
     # Share before the optimizer, whose own deduplication does not know the ties, and after it,
     # for the constants it folds.
-    share(graph_model, known)
+    share(graph_model, known, resident=False)
     onnxscript.optimizer.optimize_ir(graph_model)
     shared = share(graph_model)
-    counted = tuple(replace(tie, uses=_uses(graph_model, tie)) for tie in shared.ties)
+    counted = tuple(replace(tie, places={file: _uses(graph_model, tie)}) for tie in shared.ties)
     write_ties(graph_model, counted)
     return replace(shared, ties=counted)
 

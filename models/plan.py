@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ffmerge.errors import InputError
@@ -60,22 +60,27 @@ class Tie:
     """One tensor that stands in several places of the model.
 
     ``name`` is the parameter name of the first place and the name of the one initializer;
-    ``members`` are all places, ``name`` among them. ``uses`` is how many nodes of the graph read
-    it, at most one per member (a module may hold a parameter it never uses); 0 if not counted.
+    ``members`` are all places, ``name`` among them. ``places`` says how many of them each graph
+    file reads: a package may have several, and a module may hold a parameter it never uses.
     """
 
     name: str
     members: tuple[str, ...]
-    uses: int = 0
+    places: Mapping[str, int] = field(default_factory=dict)
+
+    def places_in(self, file: str) -> int:
+        """Return the places in a graph; of one that is not listed, what is surely there."""
+        return self.places.get(file, min(self.places.values(), default=len(self.members)))
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        return {"name": self.name, "members": list(self.members), "uses": self.uses}
+        value: dict[str, Any] = {"name": self.name, "members": list(self.members)}
+        return {**value, "places": dict(self.places)} if self.places else value
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Tie":
         """Read a tie."""
-        return cls(value["name"], tuple(value["members"]), int(value.get("uses", 0)))
+        return cls(value["name"], tuple(value["members"]), dict(value.get("places", {})))
 
 
 def parse_window(text: str) -> tuple[int, int]:

@@ -79,11 +79,11 @@ def _measure_here(model: Path, provider: str, threads: int) -> Footprint:
     trivial = open_session(TRIVIAL, provider, threads=threads)
     run_session(trivial, ["y"], {"x": np.zeros(1, np.float32)})
 
-    before = _resident()
+    before = resident()
     start = time.perf_counter()
     session = open_session(model, provider, threads=threads)
     load_s = time.perf_counter() - start
-    after = _resident()
+    after = resident()
 
     times: list[float] = []
     end = time.perf_counter() + SECONDS
@@ -106,18 +106,18 @@ def _measure_here(model: Path, provider: str, threads: int) -> Footprint:
     )
 
 
-def _resident() -> tuple[int, int] | None:
+def resident(trim: bool = True) -> tuple[int, int] | None:
     """Return this process's resident and anonymous bytes, freed heap given back first.
 
-    Without the trim the heap that parsing the model freed counts or not, by chance.
+    Without the trim the heap that loading the model freed counts as well.
     """
     rollup = Path("/proc/self/smaps_rollup")
     if not rollup.exists():
         return None
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl has not
-    if trim:
-        trim(0)
+    give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl has not
+    if give_back and trim:
+        give_back(0)
     try:
         fields = [line.split() for line in rollup.read_text().splitlines()]
     except OSError:

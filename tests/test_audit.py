@@ -233,6 +233,53 @@ def test_a_folder_is_held_to_its_manifest(tmp_path):
     assert audit(tmp_path).ties[0].reason == "none of its names is an initializer"
 
 
+EMBED = Tie(
+    "shared", ("shared", "encoder.embed", "decoder.embed", "lm_head"),
+    {"encoder_model.onnx": 1, "decoder_model.onnx": 2},
+)  # fmt: skip
+
+
+def two_graphs(folder: Path, decoder: str = "lm_head") -> None:
+    """Write an encoder that looks ``shared`` up, a decoder that also multiplies by it."""
+    w = normal(64, 64)
+    encoder = build("(int64[2] i) => (float[2,64] e) {e = Gather(shared, i)}", shared=w)
+    both = build(
+        f"(int64[2] i) => (float[2,64] y) {{e = Gather(shared, i)  y = MatMul(e, {decoder})}}",
+        **{"shared": w, **({} if decoder == "shared" else {decoder: w})},
+    )
+    for name, model in (("encoder_model", encoder), ("decoder_model", both)):
+        ir.save(model, folder / f"{name}.onnx", external_data=f"{name}.onnx_data")
+    package(folder, (EMBED,))
+
+
+def test_a_tie_counts_its_places_in_each_graph(tmp_path):
+    two_graphs(tmp_path, "shared")
+    assert [(t.group, t.ok) for t in audit(tmp_path).ties] == [("shared", True)]
+    again = manifest.Manifest.read(tmp_path).ties
+    assert again == (EMBED,) and again[0].places_in("decoder_model_quantized.onnx") == 1
+    two_graphs(tmp_path, "other")
+    reason = "shared is stored again, as it is or transposed, as other"
+    assert [(t.ok, t.reason) for t in audit(tmp_path).ties] == [(False, reason)]
+    package(tmp_path, (Tie("shared", EMBED.members, {**EMBED.places, "encoder_model.onnx": 2}),))
+    two = audit(tmp_path / "encoder_model.onnx").ties
+    assert [t.reason for t in two] == ["shared stands for 2 places but is used 1 times: n0"]
+
+
+def test_copies_across_graphs_used_together(tmp_path):
+    two_graphs(tmp_path, "shared")
+    (tmp_path / "onnx").mkdir()
+    for name in ("decoder_model_int8.onnx", "onnx/decoder_model.onnx"):  # alternatives
+        model = build("(int64[2] i) => (float[2,64] e) {e = Gather(V, i)}", V=normal(64, 64))
+        ir.save(model, tmp_path / name)
+    package(tmp_path, ())
+    (found,) = audit(tmp_path).duplicates
+    names = ("decoder_model.onnx:shared", "encoder_model.onnx:shared")
+    assert (found.names, found.bytes, found.kind) == (names, 64 * 64 * 4, "across files")
+
+    relocate(tmp_path / "encoder_model.onnx", "decoder_model.onnx_data")  # the same bytes
+    assert audit(tmp_path).duplicates == ()
+
+
 def saved(folder: Path) -> Path:
     """Write a model with 64 x 64 external weights; return its path."""
     model = build(

@@ -83,6 +83,7 @@ def test_merge_export_audit_validate(run: Run, model_folder: Path, tmp_path: Pat
 
     code, again, _ = run("audit", tmp_path / "p", "--json")  # the report is not part of the promise
     assert code == 0
+    assert again.pop("memory").keys() == audited.pop("memory").keys() == {"model.onnx"}
     assert again == audited
 
 

@@ -92,7 +92,7 @@ def test_memory_is_null_with_a_reason_where_the_system_does_not_tell(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     linear_package(tmp_path / "package", np.eye(4, dtype=np.float32), np.zeros(4, np.float32))
-    monkeypatch.setattr(footprint, "_resident", lambda: None)
+    monkeypatch.setattr(footprint, "resident", lambda: None)
     cost = asdict(footprint._measure_here(tmp_path / "package" / "model.onnx", "cpu", 1))
     assert (cost["rss_bytes"], cost["anonymous_bytes"]) == (None, None)
     assert "smaps_rollup" in cost["memory_reason"]

@@ -1,14 +1,14 @@
 """What a model stores more than once, and what a runtime or a tool would un-share."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
-from ffmerge.errors import InputError
+from ffmerge.errors import InputError, RuntimeCheckError
 from ffmerge.models import manifest
 from ffmerge.models.plan import Tie
 from ffmerge.passes.graph.contract import VIEWS, TieCheck, check_ties, read_ties
@@ -31,10 +31,9 @@ class Duplicate:
 
 @dataclass(frozen=True)
 class Unshared:
-    """A tensor that constant folding, as ONNX Runtime does it on loading, would copy.
+    """A tensor that ONNX Runtime copies on loading, or by the graph alone would copy.
 
-    ``copies`` tensors would stand in its place, ``bytes`` more than the one; ``nodes`` fold.
-    It is what the graph asks for: a runtime may merge equal results again after folding.
+    ``copies`` tensors stand in its place, ``bytes`` more than the one, by way of ``nodes``.
     """
 
     name: str
@@ -42,6 +41,20 @@ class Unshared:
     copies: int
     nodes: tuple[str, ...]
     reason: str
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a load did: copied weights, and the growth of the process in bytes.
+
+    ``freed_bytes`` came on top of ``rss_bytes`` and were free again but not given back. None
+    where the system does not tell.
+    """
+
+    unshared: tuple[Unshared, ...]
+    rss_bytes: int | None
+    anonymous_bytes: int | None
+    freed_bytes: int | None
 
 
 @dataclass(frozen=True)
@@ -55,7 +68,12 @@ class Hidden:
 
 @dataclass(frozen=True)
 class Audit:
-    """The findings; bytes are the contents of tensors, and names carry the file if several."""
+    """The findings; bytes are the contents of tensors, and names carry the file if several.
+
+    ``basis`` of ``unshared_at_load`` is "loaded" if every file was, else "graph": then
+    ``basis_reason`` says why, and the findings of the files not loaded are what constant
+    folding would do to the graph. ``memory`` is what each load took, by file.
+    """
 
     files: tuple[str, ...]
     bytes_total: int
@@ -65,6 +83,9 @@ class Audit:
     unshared_at_load: tuple[Unshared, ...]
     hidden: tuple[Hidden, ...]
     ties: tuple[TieCheck, ...]
+    basis: str
+    basis_reason: str
+    memory: Mapping[str, Mapping[str, int | None]]
 
     @property
     def ok(self) -> bool:
@@ -76,12 +97,17 @@ class Audit:
         return {**asdict(self), "ok": self.ok}
 
 
-def audit(path: str | Path) -> Audit:
+def audit(path: str | Path, look: Callable[[Path], Loaded] | None = None) -> Audit:
     """Audit an ONNX file, or each ``*.onnx`` of a package folder and of its ``onnx/``.
 
-    Copies are looked for within each file. Ties are those of the ``ffmerge.json`` in the folder
-    (for a file: its folder), else those each file records itself. A tie must hold in every file
-    that has one of its names, and in at least one.
+    Copies are looked for within each file, and across the files beside each other in a folder,
+    which are used together, such as encoder and decoder. Not across those of ``onnx/``, nor a
+    file named as another with a suffix: they are alternatives.
+
+    Ties are those of the ``ffmerge.json`` in the folder (for a file: its folder), else those each
+    file records itself. A tie must hold in every file that has one of its names, and in at least
+    one. ``look`` loads a file on a runtime; where it is not given, or raises RuntimeCheckError,
+    the graph is read instead.
 
     Raises:
         InputError: there is no ONNX file, or one cannot be read.
@@ -100,6 +126,9 @@ def audit(path: str | Path) -> Audit:
     duplicates: list[Duplicate] = []
     unshared: list[Unshared] = []
     hidden: list[Hidden] = []
+    together: dict[str, list[Stored]] = {}
+    memory: dict[str, dict[str, int | None]] = {}
+    reasons = [] if look else ["not loaded"]
     checks: dict[str, list[TieCheck]] = {tie.name: [] for tie in promised or ()}
     for file in files:
         model = read_model(file)
@@ -107,14 +136,28 @@ def audit(path: str | Path) -> Audit:
         items = stored(model)
         total += sum(item.tensor.nbytes for item in items)
         duplicates += _duplicates(items, prefix)
-        for item in items:
-            finding = _at_load(item, prefix)
-            if isinstance(finding, Unshared):
-                unshared.append(finding)
-            elif finding:
-                hidden.append(finding)
-        for check in check_ties(model, _ties_for(model, promised)):
+        if file.parent == folder and not any(
+            file.stem.startswith(f"{other.stem}_") for other in files if other.parent == folder
+        ):
+            together[prefix] = items
+        found = [finding for item in items if (finding := _at_load(item, prefix))]
+        hidden += [finding for finding in found if isinstance(finding, Hidden)]
+        copied = [finding for finding in found if isinstance(finding, Unshared)]
+        try:
+            if look:
+                loaded = look(file)
+                copied = [replace(each, name=prefix + each.name) for each in loaded.unshared]
+                memory[file.relative_to(folder).as_posix()] = {
+                    "rss_bytes": loaded.rss_bytes,
+                    "anonymous_bytes": loaded.anonymous_bytes,
+                    "freed_bytes": loaded.freed_bytes,
+                }
+        except RuntimeCheckError as error:
+            reasons.append(str(error))
+        unshared += copied
+        for check in check_ties(model, _ties_for(model, promised), file.name):
             checks.setdefault(check.group, []).append(check)
+    duplicates += _across(together)
     twice = sum(duplicate.bytes for duplicate in duplicates)
     return Audit(
         files=tuple(file.relative_to(folder).as_posix() for file in files),
@@ -125,6 +168,9 @@ def audit(path: str | Path) -> Audit:
         unshared_at_load=tuple(unshared),
         hidden=tuple(hidden),
         ties=tuple(_verdict(name, found) for name, found in checks.items()),
+        basis="graph" if reasons else "loaded",
+        basis_reason="; ".join(reasons),
+        memory=memory,
     )
 
 
@@ -152,6 +198,29 @@ def _duplicates(items: Sequence[Stored], prefix: str) -> Iterator[Duplicate]:
             if others:
                 names = tuple(prefix + item.name for item in (first, *(items[i] for i in others)))
                 yield Duplicate(names, len(others) * first.tensor.nbytes, kind)
+
+
+def _across(files: Mapping[str, Sequence[Stored]]) -> Iterator[Duplicate]:
+    """Yield what several files hold and none of them could take from another's data file."""
+    items = [
+        (p, item) for p, each in files.items() for item in each if item.tensor.nbytes >= NOTABLE
+    ]
+    for copies in find_copies([item.tensor for _, item in items]):
+        first_of: dict[str, tuple[str, object]] = {}
+        for index in sorted([copies.first, *copies.identical, *copies.transposed]):
+            prefix, item = items[index]
+            first_of.setdefault(prefix, (prefix + item.name, _location(item.tensor)))
+        extra = len({location for _, location in first_of.values()}) - 1
+        if extra:
+            names = tuple(name for name, _ in first_of.values())
+            yield Duplicate(names, extra * items[copies.first][1].tensor.nbytes, "across files")
+
+
+def _location(tensor: ir.TensorProtocol) -> object:
+    """Return where the bytes are on disk, equal for the same bytes of the same data file."""
+    if isinstance(tensor, ir.ExternalTensor):
+        return Path(tensor.path).resolve(), tensor.offset or 0
+    return tensor.name, id(tensor)
 
 
 def _at_load(item: Stored, prefix: str) -> Unshared | Hidden | None:

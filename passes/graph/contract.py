@@ -1,6 +1,7 @@
 """Ties as a contract: written into the model, and checked in whatever the model became."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -56,26 +57,30 @@ def join_ties(ties: Iterable[Tie]) -> tuple[Tie, ...]:
         name = touching[0].name if touching else tie.name
         at = joined.index(touching[0]) if touching else len(joined)
         joined = [other for other in joined if other not in touching]
-        joined.insert(at, Tie(name, tuple(members), sum(t.uses for t in (*touching, tie))))
+        places: Counter[str] = Counter()
+        for each in (*touching, tie):
+            places.update(each.places)
+        joined.insert(at, Tie(name, tuple(members), dict(places)))
     return tuple(joined)
 
 
-def check_ties(model: ir.Model, ties: Sequence[Tie]) -> list[TieCheck]:
+def check_ties(model: ir.Model, ties: Sequence[Tie], file: str = "") -> list[TieCheck]:
     """Check each tie: stored once, under one of its names, and read directly in every place.
 
     A tie holds when exactly one of its members is an initializer, no other stored tensor has
-    its bytes or their transpose, no node of ``VIEWS`` reads it, and it is used as often as
-    recorded, else at least once per member, uses in subgraphs counted.
+    its bytes or their transpose, no node of ``VIEWS`` reads it, and it is used at least once
+    per member, uses in subgraphs counted; where the tie says how many of its places are in this
+    ``file`` of several, that often.
     """
     if not ties:
         return []
     items = stored(model)
     copies = find_copies([item.tensor for item in items])
-    return [_check(tie, model, items, copies) for tie in ties]
+    return [_check(tie, tie.places_in(file), model, items, copies) for tie in ties]
 
 
 def _check(
-    tie: Tie, model: ir.Model, items: Sequence[Stored], copies: Sequence[Copies]
+    tie: Tie, wanted: int, model: ir.Model, items: Sequence[Stored], copies: Sequence[Copies]
 ) -> TieCheck:
     def broken(reason: str) -> TieCheck:
         return TieCheck(tie.name, False, reason)
@@ -99,9 +104,8 @@ def _check(
         more = f" and {len(hiding) - 1} more" if len(hiding) > 1 else ""
         return broken(f"{weight.name} is hidden behind {first}{more}; quantizers do not see it")
     uses = weight.uses()
-    expected = tie.uses or len(tie.members)
-    if len(uses) < expected:
+    if len(uses) < wanted:
         nodes = ", ".join(str(use.node.name) for use in uses) or "none"
-        places = f"stands for {expected} places"
+        places = f"stands for {wanted} places"
         return broken(f"{weight.name} {places} but is used {len(uses)} times: {nodes}")
     return TieCheck(tie.name, True)

@@ -21,7 +21,9 @@ from ffmerge.errors import InputError, TieError
 from ffmerge.models.manifest import Skip
 from ffmerge.models.plan import Tie
 from ffmerge.passes.graph.contract import check_ties, read_ties, write_ties
+from ffmerge.passes.graph.prepare import ReachPass, infer_ranks
 from ffmerge.passes.graph.read import read_model
+from ffmerge.passes.graph.resident import ResidentPass, RightPass
 from ffmerge.passes.graph.share import SharePass
 from ffmerge.passes.graph.strip import StripPass
 from ffmerge.passes.graph.tensors import bytes_stored, stored
@@ -59,36 +61,46 @@ class ShareResult:
         }
 
 
-def share(model: ir.Model, ties: Sequence[Tie] = ()) -> ShareResult:
+def share(model: ir.Model, ties: Sequence[Tie] = (), resident: bool = True) -> ShareResult:
     """Store every tensor of ``model`` once and let its consumers read it directly, in place.
 
     Constant nodes become initializers whatever their size, so that equal scalars are one; ONNX
-    Runtime does the same when it loads a model. Ties recorded in the model are kept.
+    Runtime does the same when it loads a model. Ties recorded in the model are kept. With
+    ``resident`` a tied embedding is in memory once, too; without, every weight stands on the
+    right of its products, where quantizers look for it.
 
     Raises:
         TieError: a given or a recorded tie does not hold in the result.
     """
     before = bytes_stored(model)
     untangling, sharing = UntanglePass(), SharePass([*ties, *read_ties(model)])
+    last = [ResidentPass()] if resident else []
     ir.passes.Sequential(
         RemoveUnusedNodesPass(),
+        ReachPass(),
         LiftConstantsToInitializersPass(size_limit=0),
         LiftSubgraphInitializersToMainGraphPass(),
+        RightPass(),
+    )(model)
+    forget_ranks = infer_ranks(model)
+    ir.passes.Sequential(
         ir.passes.PassManager([untangling, sharing], steps=ROUNDS),
+        *last,
         RemoveUnusedNodesPass(),
         TopologicalSortPass(),
         NameFixPass(),
         StripPass(),
     )(model)
+    forget_ranks()
     write_ties(model, sharing.ties)
     broken = [check for check in check_ties(model, sharing.ties) if not check.ok]
     if broken:
         raise TieError("; ".join(f"tie {check.group}: {check.reason}" for check in broken) + ".")
-    skipped = (*untangling.skipped, *sharing.skipped)
+    skipped = (*untangling.skipped, *sharing.skipped, *(s for p in last for s in p.skipped))
     return ShareResult(model, skipped, before, bytes_stored(model), sharing.ties)
 
 
-def share_file(source: Path, target: Path) -> ShareResult:
+def share_file(source: Path, target: Path, resident: bool = True) -> ShareResult:
     """Share the weights of the ONNX file ``source`` and write it to ``target``.
 
     Tensors go to ``target`` + ``_data`` beside it if they take more than 1 MB or were external,
@@ -106,7 +118,7 @@ def share_file(source: Path, target: Path) -> ShareResult:
             raise InputError(f"{path} exists already: remove it or choose another output.")
     model = read_model(source)
     external = any(isinstance(item.tensor, ir.ExternalTensor) for item in stored(model))
-    result = share(model)
+    result = share(model, resident=resident)
     external = external or result.bytes_after > EMBEDDED
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

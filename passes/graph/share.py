@@ -1,6 +1,7 @@
 """Tensors with the same bytes are stored once."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import onnx_ir as ir
 
@@ -91,8 +92,8 @@ class SharePass(ir.passes.InPlacePass):
         if len(meeting) > 1:
             # The kept name's tie first: its name stays the name of the initializer.
             meeting.sort(key=lambda tie: keep.name not in tie.members)
-            joined = Tie(meeting[0].name, tuple(m for tie in meeting for m in tie.members))
-            self.ties = join_ties(joined if tie is meeting[0] else tie for tie in self.ties)
+            first = replace(meeting[0], members=tuple(m for tie in meeting for m in tie.members))
+            self.ties = join_ties(first if tie is meeting[0] else tie for tie in self.ties)
 
     def _rename(self, graph: ir.Graph) -> bool:
         renamed = False

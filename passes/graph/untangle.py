@@ -1,4 +1,7 @@
-"""No Transpose, Identity or Cast stands between an initializer and its consumers."""
+"""No Transpose, Identity, Cast or Reshape stands between an initializer and its consumers."""
+
+import math
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -7,6 +10,7 @@ from ffmerge.models.manifest import Skip
 from ffmerge.passes.graph.gemm import obstacle, read_transposed
 from ffmerge.passes.graph.tensors import Array, is_op, rewritten, shape_of
 
+_VIEWS = ("Transpose", "Cast", "Identity", "Reshape", "DequantizeLinear")
 _D = ir.DataType
 _INTEGERS = {_D.INT8, _D.INT16, _D.INT32, _D.INT64, _D.UINT8, _D.UINT16, _D.UINT32, _D.UINT64}
 # Casts for which numpy, ml_dtypes and every runtime round alike: one rounding at most, to
@@ -22,12 +26,13 @@ _EXACT = (
 class UntanglePass(ir.passes.InPlacePass):
     """Every initializer of the main graph is read directly, or ``skipped`` says why not.
 
-    1. ``Identity(W)``, and a Transpose or Cast that changes nothing, is bypassed.
-    2. If all uses of W are the same Transpose or the same Cast, W takes the result's values
+    1. ``Identity(W)``, and a Transpose, Cast or Reshape that changes nothing, is bypassed.
+    2. If all uses of W are the same Transpose, Cast or Reshape, W takes the result's values
        under its own name. A Cast to a wider type stays: the file would grow.
     3. If W is also used otherwise, MatMul and Gemm read ``Transpose(W)`` from the raw W by
        ``transB``.
-    4. Equal nodes that must stay become one.
+    4. Equal nodes that must stay, DequantizeLinear among them, become one, in the main graph if
+       they are in several subgraphs.
 
     Weights that are graph inputs or outputs, or of a packed type, are left alone.
     """
@@ -51,7 +56,7 @@ class UntanglePass(ir.passes.InPlacePass):
 
 def _step(weight: ir.Value, model: ir.Model) -> list[Skip] | None:
     """Do the first thing that can be done (None), or return why nothing is left to do."""
-    views = [use.node for use in weight.uses() if is_op(use.node, "Transpose", "Cast", "Identity")]
+    views = [node for node, index in weight.uses() if index == 0 and is_op(node, *_VIEWS)]
     if not views or weight.const_value is None:
         return []
     name = weight.name or ""
@@ -95,11 +100,13 @@ def _step(weight: ir.Value, model: ir.Model) -> list[Skip] | None:
     # Case 4
     for index, node in enumerate(free):
         for first, effect in zip(free[:index], effects, strict=False):
-            if effect == effects[index] and first.graph in (node.graph, model.graph):
+            if effect == effects[index] and _reaches(first, node, model.graph):
                 _bypass(node, first.outputs[0])
                 return None
 
     for node, effect in zip(free, effects, strict=True):
+        if node.op_type == "DequantizeLinear":  # the way quantized weights are read
+            continue
         uses = node.outputs[0].uses() if effect == (1, 0) else ()
         blocked = [reason for use in uses if (reason := obstacle(*use, dtype, opset))]
         why = refusal or (blocked[0] if blocked else "the weight is also read otherwise")
@@ -111,9 +118,30 @@ def _says(node: ir.Node) -> str:
     return f"{node.op_type} node {node.name}"
 
 
-def _effect(node: ir.Node, weight: ir.Value) -> tuple[int, ...] | ir.DataType | None:
-    """Return the permutation or type a node gives the weight; None if it changes nothing."""
+def _reaches(first: ir.Node, node: ir.Node, main: ir.Graph) -> bool:
+    """Say whether ``node`` can read what ``first`` gives, moved to the main graph if need be."""
+    if first.graph not in (node.graph, main):
+        if not all(
+            value and value.graph is main and value.is_initializer() for value in first.inputs
+        ):
+            return False
+        assert first.graph is not None
+        first.graph.remove(first)
+        main.insert_before(main[0], first)
+    return True
+
+
+def _effect(node: ir.Node, weight: ir.Value) -> Any:
+    """Return what a node does to the weight, equal for equal nodes; None if it changes nothing."""
     assert weight.const_value is not None
+    if node.op_type == "Reshape":
+        dims = _target(node, weight.const_value)
+        if dims == shape_of(weight.const_value):
+            return None
+        return ("Reshape", dims or node.inputs[1])
+    if node.op_type == "DequantizeLinear":
+        settings = sorted((name, attribute.value) for name, attribute in node.attributes.items())
+        return ("DequantizeLinear", node.inputs[1:], tuple(settings))
     if node.op_type == "Transpose":
         axes = tuple(range(len(weight.const_value.shape)))
         order = tuple(node.attributes.get_ints("perm") or axes[::-1])
@@ -124,8 +152,29 @@ def _effect(node: ir.Node, weight: ir.Value) -> tuple[int, ...] | ir.DataType | 
     return None
 
 
+def _target(node: ir.Node, tensor: ir.TensorProtocol) -> tuple[int, ...] | None:
+    """Return the shape a Reshape gives, or None if that is not known here."""
+    if len(node.inputs) < 2:  # before opset 5
+        dims = list(node.attributes.get_ints("shape") or ())
+    else:
+        shape = node.inputs[1] and ir.convenience.get_const_tensor(node.inputs[1])
+        if not shape:
+            return None
+        dims = shape.numpy().tolist()
+    if not tensor.size or node.attributes.get_int("allowzero"):
+        return None
+    old = shape_of(tensor)
+    dims = [old[axis] if size == 0 else size for axis, size in enumerate(dims)]
+    known = math.prod(size for size in dims if size != -1)
+    return tuple(tensor.size // known if size == -1 else size for size in dims)
+
+
 def _refusal(tensor: ir.TensorProtocol, node: ir.Node) -> str | None:
     """Return why the node's result is not stored in place of the tensor, or None."""
+    if node.op_type == "DequantizeLinear":
+        return "quantized weights stay quantized"
+    if node.op_type == "Reshape" and _target(node, tensor) is None:
+        return "its shape is not known here"
     if tensor.dtype == ir.DataType.STRING or tensor.dtype.bitwidth < 8:
         return f"{tensor.dtype} is not stored element by element"
     if node.op_type == "Cast":
@@ -148,6 +197,9 @@ def _folded(tensor: ir.TensorProtocol, node: ir.Node) -> ir.LazyTensor:
                 return values.astype(target.numpy())
 
         return rewritten(tensor, cast, target, shape)
+    if node.op_type == "Reshape":
+        dims = _target(node, tensor) or ()
+        return rewritten(tensor, lambda values: values.reshape(dims), tensor.dtype, dims)
     order = node.attributes.get_ints("perm") or range(len(shape))[::-1]
     turned = [shape[axis] for axis in order]
     return rewritten(tensor, lambda values: np.transpose(values, order), tensor.dtype, turned)

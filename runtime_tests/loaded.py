@@ -1,0 +1,180 @@
+"""What ONNX Runtime makes of a model's weights when it loads it, seen in a fresh process.
+
+``python -m ffmerge.runtime_tests.loaded MODEL FOLDER`` measures a load, then writes the graph
+that ONNX Runtime loaded to FOLDER. That is done without the pass that merges equal constants:
+it runs after they were all made, in memory that the process does not give back.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import onnx_ir as ir
+import onnxruntime as ort
+
+from ffmerge.errors import FfmergeError, InputError, RuntimeCheckError
+from ffmerge.passes.graph.audit import NOTABLE, Loaded, Unshared
+from ffmerge.passes.graph.read import read_model
+from ffmerge.passes.graph.resident import FLOOR
+from ffmerge.passes.graph.tensors import Stored, find_copies, graphs, is_op, stored
+from ffmerge.runtime_tests.footprint import TRIVIAL, resident
+from ffmerge.runtime_tests.session import open_session
+
+NAME = "loaded.onnx"
+
+
+def look(path: Path) -> Loaded:
+    """Return which weights of an ONNX file a load multiplies, and the memory it took.
+
+    A weight is un-shared when constants of at least ``NOTABLE`` bytes more stand in its place,
+    equal to it, transposed, or computed from it; or when the runtime packs it for its products
+    and keeps it for other uses, which only memory shows.
+
+    Raises:
+        RuntimeCheckError: ONNX Runtime does not load the model, or does not save what it loaded.
+    """
+    before = read_model(path)
+    external = any(isinstance(item.tensor, ir.ExternalTensor) for item in stored(before))
+    with tempfile.TemporaryDirectory(prefix="ffmerge-") as folder:
+        child = subprocess.run(
+            [
+                sys.executable,
+                "-P",
+                "-m",
+                __spec__.name,
+                str(path),
+                folder,
+                *["--external"] * external,
+            ],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+            capture_output=True,
+            text=True,
+        )
+        if child.returncode:
+            lines = child.stderr.strip().splitlines() or [f"exit status {child.returncode}"]
+            raise RuntimeCheckError(f"loading {path} failed: {lines[-1]}")
+        memory = json.loads(child.stdout)
+        try:
+            after = read_model(Path(folder) / NAME)
+        except InputError as error:
+            raise RuntimeCheckError(f"what ONNX Runtime saved of {path}: {error}") from error
+        found = [*_multiplied(before, after), *_packed(after, memory["rss_bytes"])]
+    return Loaded(tuple(found), **memory)
+
+
+def _multiplied(before: ir.Model, after: ir.Model) -> Iterator[Unshared]:
+    """Yield each weight in whose place several constants stand."""
+    origins = {item.name: item for item in stored(before) if item.tensor.nbytes >= NOTABLE}
+    made = [item for item in stored(after) if item.tensor.nbytes >= NOTABLE]
+    items = [*origins.values(), *made]
+    made_of: dict[str, list[Stored]] = {name: [] for name in origins}
+    alike = dict.fromkeys(origins, 1)  # tensors the file itself has of it
+    placed = set()
+    for copies in find_copies([item.tensor for item in items]):
+        group = [copies.first, *copies.identical, *copies.transposed]
+        if copies.first < len(origins):
+            name = items[copies.first].name
+            alike[name] = sum(index < len(origins) for index in group)
+            placed |= {index for index in group if index >= len(origins)}
+            made_of[name] += [items[index] for index in group if index >= len(origins)]
+    producers = {out.name: node for g in graphs(before) for node in g for out in node.outputs}
+    for index, item in enumerate(made, len(origins)):
+        if index not in placed and (origin := _source(item.name, producers, origins)):
+            made_of[origin].append(item)
+    for name, copies_of in made_of.items():
+        extra = sum(i.tensor.nbytes for i in copies_of) - alike[name] * origins[name].tensor.nbytes
+        if len(copies_of) > alike[name] and extra >= NOTABLE:
+            nodes = tuple(producers[i.name].name or "" for i in copies_of if i.name in producers)
+            reason = (
+                f"ONNX Runtime {ort.__version__} makes {len(copies_of)} tensors of it on loading"
+            )
+            yield Unshared(name, extra, len(copies_of), nodes, reason)
+
+
+def _source(
+    name: str, producers: dict[str | None, ir.Node], origins: dict[str, Stored]
+) -> str | None:
+    """Return the largest stored tensor that the value ``name`` is computed from."""
+    seen, ahead = set(), [name]
+    while ahead:
+        current = ahead.pop()
+        if current not in seen:
+            seen.add(current)
+            node = producers.get(current)
+            ahead += [value.name or "" for value in node.inputs if value] if node else []
+    found = [origins[each] for each in seen if each in origins]
+    return max(found, key=lambda item: (item.tensor.nbytes, item.name)).name if found else None
+
+
+def _packed(after: ir.Model, grown: int | None) -> Sequence[Unshared]:
+    """Return the weights kept both raw and packed, if memory grew by as much as that says."""
+    items = stored(after)
+    both = []
+    for item in items:
+        right = [
+            use.node
+            for use in item.value.uses()
+            if use.idx == 1 and is_op(use.node, "MatMul", "Gemm")
+        ]
+        plain = item.tensor.dtype == ir.DataType.FLOAT and len(item.tensor.shape) == 2
+        if plain and item.tensor.nbytes >= FLOOR and 0 < len(right) < len(item.value.uses()):
+            nodes = tuple(node.name or "" for node in right)
+            reason = "packed for these nodes on loading, and kept as it is for others"
+            both.append(Unshared(item.name, item.tensor.nbytes, 2, nodes, reason))
+    once = sum(item.tensor.nbytes for item in items)
+    twice = sum(each.bytes for each in both)
+    return both if grown is not None and grown > once + twice / 2 else []
+
+
+def _load_here(model: Path, folder: Path, external: bool) -> dict[str, int | None]:
+    ort.InferenceSession(TRIVIAL, providers=["CPUExecutionProvider"])
+    before = resident()
+    session = open_session(model)
+    untrimmed, after = resident(trim=False), resident()
+    del session
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(folder / NAME)
+    if external:  # else the saved model points at data files beside the original
+        key = "session.optimized_model_external_initializers_"
+        options.add_session_config_entry(f"{key}file_name", f"{NAME}_data")
+        options.add_session_config_entry(f"{key}min_size_in_bytes", str(NOTABLE))
+    try:
+        ort.InferenceSession(
+            str(model),
+            options,
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=["CommonSubexpressionElimination"],
+        )
+    except Exception as error:  # ONNX Runtime's errors have no common class of their own
+        raise RuntimeCheckError(f"ONNX Runtime does not save the model: {error}") from error
+    if before is None or untrimmed is None or after is None:
+        return {"rss_bytes": None, "anonymous_bytes": None, "freed_bytes": None}
+    return {
+        "rss_bytes": after[0] - before[0],
+        "anonymous_bytes": after[1] - before[1],
+        "freed_bytes": max(0, untrimmed[0] - after[0]),
+    }
+
+
+def main() -> None:
+    """Print the memory of a load as JSON, and write what was loaded."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--external", action="store_true")
+    arguments = parser.parse_args()
+    try:
+        memory = _load_here(arguments.model, arguments.folder, arguments.external)
+    except FfmergeError as error:
+        sys.exit(" ".join(str(error).split()))
+    print(json.dumps(memory))
+
+
+if __name__ == "__main__":
+    main()
