@@ -1,7 +1,7 @@
 """Ties as a contract: written into the model, and checked in whatever the model became."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -65,7 +65,7 @@ def check_ties(model: ir.Model, ties: Sequence[Tie]) -> list[TieCheck]:
 
     A tie holds when exactly one of its members is an initializer, no other stored tensor has
     its bytes or their transpose, no node of ``VIEWS`` reads it, and it is used at least once
-    per member, uses in subgraphs counted.
+    per member, uses in subgraphs and behind a DequantizeLinear counted.
     """
     if not ties:
         return []
@@ -98,9 +98,16 @@ def _check(
         first = f"{hiding[0].op_type} node {hiding[0].name}"
         more = f" and {len(hiding) - 1} more" if len(hiding) > 1 else ""
         return broken(f"{weight.name} is hidden behind {first}{more}; quantizers do not see it")
-    uses = weight.uses()
+    uses = [use for value in (weight, *_dequantized(weight)) for use in value.uses()]
+    uses = [use for use in uses if not is_op(use.node, "DequantizeLinear")]
     if len(uses) < len(tie.members):
         nodes = ", ".join(str(use.node.name) for use in uses) or "none"
         places = f"stands for {len(tie.members)} places"
         return broken(f"{weight.name} {places} but is used {len(uses)} times: {nodes}")
     return TieCheck(tie.name, True)
+
+
+def _dequantized(weight: ir.Value) -> Iterator[ir.Value]:
+    for node, index in weight.uses():
+        if is_op(node, "DequantizeLinear") and index == 0:
+            yield node.outputs[0]
