@@ -13,7 +13,7 @@ _FLOAT, _HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 # sums, angles), whose type is an attribute or a contract, or that runtimes lack in float16.
 BLOCKED = {
     "Bernoulli", "Cos", "CumSum", "DequantizeLinear", "DynamicQuantizeLinear", "Exp", "EyeLike",
-    "GRU", "If", "LSTM", "Log", "Loop", "Max", "Min", "Multinomial", "NonMaxSuppression", "Pow",
+    "GRU", "If", "LSTM", "Log", "Loop", "Max", "Min", "Multinomial", "NonMaxSuppression",
     "QuantizeLinear", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike",
     "Range", "Reciprocal", "ReduceL2", "ReduceMean", "ReduceSum", "ReduceSumSquare", "Resize",
     "Scan", "Sin", "Sqrt", "TopK", "Upsample",
@@ -21,6 +21,7 @@ BLOCKED = {
 SMALL = 1024  # bytes up to which a constant is cast for some of its consumers
 # From where on a constant is a mask's minus infinity, and what it becomes: two may be added.
 MASK, LIMIT = 1e30, 32768
+_RANGE = np.finfo(np.float16)
 
 _Weights = Mapping[ir.Value, ir.TensorProtocol]
 
@@ -93,7 +94,9 @@ def _blocked(node: ir.Node, weights: _Weights) -> bool:
         return True
     if any(_type(v) is None or isinstance(v.type, ir.SequenceType) for v in values):
         return True
-    squared = is_op(node, "Mul") and node.inputs[0] is node.inputs[1]
+    squared = is_op(node, "Mul", "Pow") and any(
+        use.node.op_type.startswith("Reduce") for use in node.outputs[0].uses()
+    )
     counted = is_op(node, "Cast") and _type(values[0]) not in (_FLOAT, _HALF, ir.DataType.BOOL)
     return squared or counted or any(_lossy(weights[v]) for v in values if v in weights)
 
@@ -101,9 +104,9 @@ def _blocked(node: ir.Node, weights: _Weights) -> bool:
 def _lossy(tensor: ir.TensorProtocol) -> bool:
     """Say whether float16 loses a constant: beyond its range, or a small tensor's value to 0."""
     sizes = np.abs(values_of(tensor))
-    beyond = (sizes > np.finfo(np.float16).max) & (sizes < MASK)
-    lost = (sizes > 0) & (sizes.astype(np.float16) == 0) if tensor.nbytes <= SMALL else False
-    return bool(beyond.any() or np.any(lost))
+    beyond = (sizes > _RANGE.max) & (sizes < MASK)
+    lost = (sizes > 0) & (sizes < _RANGE.smallest_subnormal) & (tensor.nbytes <= SMALL)
+    return bool((beyond | lost).any())
 
 
 def _halve(node: ir.Node) -> set[ir.Value]:

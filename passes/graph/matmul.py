@@ -123,7 +123,10 @@ def store(main: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
         count += 1
         free = f"{name}.{count}"
     value = ir.Value(
-        name=free, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor
+        name=free,
+        type=ir.TensorType(tensor.dtype),
+        shape=ir.Shape(shape_of(tensor)),
+        const_value=tensor,
     )
     main.register_initializer(value)
     return value

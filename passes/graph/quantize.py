@@ -4,9 +4,10 @@ A quantized weight keeps its name, so that ties and whatever else knows it stay 
 """
 
 import tempfile
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -22,6 +23,9 @@ from ffmerge.passes.graph.tensors import Array, is_op, shape_of, stored, values_
 
 FLOOR = 1024  # elements below which scales and nodes cost about what a weight saves
 MICROSOFT = "com.microsoft"
+ACCURACY = (
+    4  # MatMulNBits multiplies in int8: several times faster, adding 0.5 % of error to int4's 10
+)
 _FLOAT = ir.DataType.FLOAT
 
 
@@ -55,7 +59,7 @@ def quantize(
     """
     if precision not in PRECISIONS:
         raise InputError(f"no dtype {precision!r}: there is fp32, {', '.join(PRECISIONS)}.")
-    opset, needed = model.opset_imports.get("", 0), 21 if config.standard else 18
+    opset, needed = model.opset_imports.get("", 0), 21 if config.standard else 13
     if opset < needed:
         raise InputError(f"{precision} needs opset {needed}, the model has {opset}: export again.")
     if config.block < 16 or config.block & (config.block - 1):
@@ -103,25 +107,15 @@ def _static_int8(model: ir.Model, config: QuantizeConfig) -> Iterator[Skip]:
     ranges = _ranges(model, list(dict.fromkeys([*inputs, *outputs])), config.calibration)
     for weight, how in matrices:
         scale = _to_int8(weight, how, config, model)
-        floats = _dequantize(weight, [scale], model, axis=1)
-        for node in how.products:
-            node.replace_input_with(1, floats)
+        floats = _after("DequantizeLinear", [weight, scale], model, axis=1)
+        _connect(((node, 1) for node in how.products), floats)
     for value, (low, high) in ranges.items():
-        scale = np.float32(max(high - low, 1e-8) / 255)
-        zero = np.uint8(np.clip(np.rint(-low / scale), 0, 255))
-        parts = [
-            store(model.graph, f"{value.name}/{part}", ir.Tensor(np.asarray(number)))
-            for part, number in (("scale", scale), ("zero", zero))
-        ]
-        uses = [u for u in value.uses() if value in outputs or is_op(u.node, "MatMul")]
-        codes = ir.Value(name=f"{value.name}/int8")
-        name = f"{value.name}/QuantizeLinear"
-        model.graph.append(
-            ir.Node("", "QuantizeLinear", [value, *parts], outputs=[codes], name=name)
-        )
-        floats = _dequantize(codes, parts, model)
-        for node, index in uses:
-            node.replace_input_with(index, floats)
+        step = np.float32(max(high - low, 1e-8) / 255)
+        zero = np.uint8(np.clip(np.rint(-low / step), 0, 255))
+        parts = _store_parts(model, value, [ir.tensor(step), ir.tensor(zero)])
+        uses = [use for use in value.uses() if value in outputs or is_op(use.node, "MatMul")]
+        codes = _after("QuantizeLinear", [value, *parts], model)
+        _connect(uses, _after("DequantizeLinear", [codes, *parts], model))
 
 
 def _ranges(
@@ -132,6 +126,8 @@ def _ranges(
 
     if not batches:
         raise InputError("int8-static needs calibration batches: name -> array of every input.")
+    if not values:
+        return {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         ir.save(model, path, external_data="data")
@@ -171,27 +167,25 @@ def _nbits(model: ir.Model, config: QuantizeConfig, bits: int) -> Iterator[Skip]
         values = values.T if how.products and not how.turned else values
         rows, width = values.shape
         tied = bool(how.products and how.lookups)
-        codes, *scaling = _blocks(values, bits, config.block, config.symmetric or tied)
+        codes, scale, *zero = _blocks(values, bits, config.block, config.symmetric or tied)
         packed = _pack(codes, bits)
         _replace(weight, ir.Tensor(packed if how.products else packed.reshape(rows, -1)))
-        if len(scaling) > 1:
-            scaling[1] = _pack(scaling[1], bits)
-        parts = [
-            store(model.graph, f"{weight.name}/{part}", ir.Tensor(array))
-            for part, array in zip(("scale", "zero"), scaling, strict=False)
-        ]
-        shared = {"bits": bits, "block_size": config.block, "domain": MICROSOFT}
+        arrays = [scale, *(_pack(z, bits) for z in zero)]
+        parts = _store_parts(model, weight, [ir.Tensor(array) for array in arrays])
+        layout: dict[str, Any] = {"bits": bits, "block_size": config.block}
         for node in how.products:
             new = Rewrite(node, model.graph)
             inputs = [node.inputs[0], weight, *parts]
-            new.take_place(new.op("MatMulNBits", *inputs, K=width, N=rows, **shared))
+            sizes = {"K": width, "N": rows, "accuracy_level": ACCURACY, **layout}
+            new.take_place(new.op("MatMulNBits", *inputs, domain=MICROSOFT, **sizes))
         for node in how.lookups:
             new = Rewrite(node, model.graph)
             if tied:
                 new.take_place(_unpacked_rows(new, weight, parts[0], bits, width))
             else:
                 inputs = [weight, node.inputs[1], *parts]
-                new.take_place(new.op("GatherBlockQuantized", *inputs, quantize_axis=1, **shared))
+                layout |= {"quantize_axis": 1, "domain": MICROSOFT}
+                new.take_place(new.op("GatherBlockQuantized", *inputs, **layout))
 
 
 def _unpacked_rows(
@@ -203,13 +197,16 @@ def _unpacked_rows(
     blocks, last = shape_of(table.const_value)[1], new.constant(np.array([-1]))
     codes = new.op("Gather", table, ids)
     if bits == 4:
-        low = new.op("BitwiseAnd", codes, new.constant(np.uint8(15)))
-        high = new.op("BitShift", codes, new.constant(np.uint8(4)), direction="RIGHT")
+        half = new.constant(np.array(4, np.uint8))
+        low = new.op(
+            "BitShift", new.op("BitShift", codes, half, direction="LEFT"), half, direction="RIGHT"
+        )
+        high = new.op("BitShift", codes, half, direction="RIGHT")
         pair = [new.op("Unsqueeze", part, last) for part in (low, high)]
         leading = [0] * ids.shape.rank()
         codes = new.op("Concat", *pair, axis=-1)
         codes = new.op("Reshape", codes, new.constant(np.array([*leading, blocks, -1])))
-    centred = new.op("Sub", new.op("Cast", codes, to=_FLOAT), new.constant(_middle(bits)))
+    centred = new.op("Sub", new.op("Cast", codes, to=_FLOAT), new.constant(np.array(_middle(bits))))
     scale = new.op("Unsqueeze", new.op("Gather", scales, ids), last)
     shape = new.constant(np.array([*[0] * ids.shape.rank(), width]))
     return new.op("Reshape", new.op("Mul", centred, scale), shape)
@@ -221,22 +218,19 @@ def _blocked(model: ir.Model, config: QuantizeConfig) -> Iterator[Skip]:
         assert weight.const_value is not None
         axis = int(how.turned or not how.products)
         values = values_of(weight.const_value)
-        codes, *scaling = _blocks(values if axis else values.T, 4, config.block, config.symmetric)
-        codes = codes.reshape(len(codes), -1)[:, : values.shape[axis]]
-        if config.symmetric:
-            codes = codes.astype(np.int8) - 8
+        values = values if axis else values.T
+        codes, scale, *zero = _blocks(values, 4, config.block, config.symmetric)
+        codes = codes.reshape(len(codes), -1)[:, : values.shape[1]]
         kind = ml_dtypes.int4 if config.symmetric else ml_dtypes.uint4
-        arrays = [codes.astype(kind), *(a.astype(t) for a, t in zip(scaling, ("f4", kind)))]
-        first, *others = [np.ascontiguousarray(a if axis else a.T) for a in arrays]
-        parts = [
-            store(model.graph, f"{weight.name}/{part}", ir.Tensor(array))
-            for part, array in zip(("scale", "zero"), others, strict=False)
+        offset = 8 if config.symmetric else 0
+        arrays = [
+            (codes.astype(np.int8) - offset).astype(kind),
+            scale,
+            *(z.astype(kind) for z in zero),
         ]
-        uses = list(weight.uses())
-        _replace(weight, ir.Tensor(first))
-        floats = _dequantize(weight, parts, model, axis=axis, block_size=config.block)
-        for node, index in uses:
-            node.replace_input_with(index, floats)
+        tensors = [ir.Tensor(np.ascontiguousarray(a if axis else a.T)) for a in arrays]
+        parts = _store_parts(model, weight, tensors[1:])
+        _read_through(weight, tensors[0], parts, model, axis=axis, block_size=config.block)
 
 
 def _matrices(
@@ -256,34 +250,36 @@ def _matrices(
             yield Skip(item.name, f"{tensor.dtype}: {reason}")
             continue
         how = readers(weight) if len(tensor.shape) == 2 else "it is not a matrix"
-        if block and isinstance(how, Readers) and how.lookups and shape_of(tensor)[1] % block:
-            how = f"its rows of {shape_of(tensor)[1]} are not whole blocks of {block}"
+        if block and isinstance(how, Readers) and how.lookups:
+            if how.products and not how.turned:
+                how = "its rows are looked up, and it is multiplied by without a transpose"
+            elif shape_of(tensor)[1] % block:
+                how = f"its rows of {shape_of(tensor)[1]} are not whole blocks of {block}"
         if isinstance(how, Readers):
             found.append((weight, how))
             continue
         yield Skip(item.name, f"INT8, through one DequantizeLinear: {how}")
         axis = int(np.argmax([size > 1 for size in shape_of(tensor)]))
         others = tuple(i for i in range(len(tensor.shape)) if i != axis)
-        uses = list(weight.uses())
-        scale = _replace_int8(weight, others, model).reshape(-1)
-        part = store(model.graph, f"{weight.name}/scale", ir.Tensor(scale))
-        floats = _dequantize(weight, [part], model, axis=axis)
-        for node, index in uses:
-            node.replace_input_with(index, floats)
+        codes, scale = _int8(values_of(tensor), others)
+        parts = _store_parts(model, weight, [ir.Tensor(scale.reshape(-1))])
+        _read_through(weight, ir.Tensor(codes), parts, model, axis=axis)
     return found
 
 
 def _is_weight(value: ir.Value) -> bool:
-    return any(
-        is_op(node, "MatMul", "Gemm", "Conv")
-        and index < 2
-        or is_op(node, "Gather")
-        and index == 0
-        or is_op(node, "Add")
-        and value.const_value is not None
-        and len(value.const_value.shape) > 1
-        for node, index in value.uses()
-    )
+    for node, index in value.uses():
+        if is_op(node, "MatMul", "Gemm", "Conv", "Gather") and index < 2 - (
+            node.op_type == "Gather"
+        ):
+            return True
+        if (
+            is_op(node, "Add")
+            and value.const_value is not None
+            and len(value.const_value.shape) > 1
+        ):
+            return True
+    return False
 
 
 def _stays_float(value: ir.Value, tensor: ir.TensorProtocol, main: ir.Graph) -> str | None:
@@ -303,47 +299,65 @@ def _stays_float(value: ir.Value, tensor: ir.TensorProtocol, main: ir.Graph) -> 
 def _to_int8(weight: ir.Value, how: Readers, config: QuantizeConfig, model: ir.Model) -> ir.Value:
     """Store a straightened weight as int8, let lookups scale what they find; return the scales."""
     over = None if not config.per_channel else 0 if how.products else 1
-    scales = _replace_int8(weight, over, model)
-    scale = store(
-        model.graph, f"{weight.name}/scale", ir.Tensor(scales if over == 1 else scales.squeeze())
-    )
+    assert weight.const_value is not None
+    codes, scales = _int8(values_of(weight.const_value), over)
+    _replace(weight, ir.Tensor(codes))
+    (scale,) = _store_parts(model, weight, [ir.Tensor(scales if over == 1 else scales.squeeze())])
     for node in how.lookups:
-        new, ids, axis = (
-            Rewrite(node, model.graph),
-            node.inputs[1],
-            node.attributes.get_int("axis", 0),
-        )
-        codes = new.op("Cast", new.op("Gather", weight, ids, axis=axis), to=_FLOAT)
+        new, ids = Rewrite(node, model.graph), node.inputs[1]
+        axis = node.attributes.get_int("axis", 0)
+        found = new.op("Cast", new.op("Gather", weight, ids, axis=axis), to=_FLOAT)
         by_row = config.per_channel and (axis == 1 or not how.products)
-        new.take_place(new.op("Mul", codes, new.op("Gather", scale, ids) if by_row else scale))
+        new.take_place(new.op("Mul", found, new.op("Gather", scale, ids) if by_row else scale))
     return scale
 
 
-def _replace_int8(weight: ir.Value, over: int | tuple[int, ...] | None, model: ir.Model) -> Array:
-    """Store a weight as int8 around zero; return its scales, of size 1 along the axes ``over``."""
-    assert weight.const_value is not None
-    values = values_of(weight.const_value)
+def _int8(values: Array, over: int | tuple[int, ...] | None) -> tuple[Array, Array]:
+    """Return int8 codes around zero, and their scales, of size 1 along the axes ``over``."""
     scale = np.abs(values).max(axis=over, keepdims=True) / np.float32(127)
     scale[scale == 0] = 1
-    _replace(weight, ir.Tensor(np.rint(values / scale).astype(np.int8)))
-    return scale
+    return np.rint(values / scale).astype(np.int8), scale
 
 
 def _replace(weight: ir.Value, tensor: ir.TensorProtocol) -> None:
-    weight.const_value, weight.dtype, weight.shape = tensor, tensor.dtype, tensor.shape
+    weight.const_value, weight.dtype = tensor, tensor.dtype
+    weight.shape = ir.Shape(shape_of(tensor))
 
 
-def _dequantize(
-    codes: ir.Value, parts: Sequence[ir.Value], model: ir.Model, **attributes: int
+def _store_parts(
+    model: ir.Model, value: ir.Value, tensors: Sequence[ir.TensorProtocol]
+) -> list[ir.Value]:
+    """Store the scale, and the zero point if there is one, that belong to a value."""
+    return [
+        store(model.graph, f"{value.name}/{part}", tensor)
+        for part, tensor in zip(("scale", "zero"), tensors, strict=False)
+    ]
+
+
+def _read_through(
+    weight: ir.Value, codes: ir.TensorProtocol, parts: Sequence[ir.Value], model: ir.Model,
+    **attributes: int,
+) -> None:  # fmt: skip
+    """Store ``codes`` as the weight and let all its consumers read one DequantizeLinear."""
+    uses = weight.uses()
+    _replace(weight, codes)
+    _connect(uses, _after("DequantizeLinear", [weight, *parts], model, **attributes))
+
+
+def _after(
+    op_type: str, inputs: Sequence[ir.Value], model: ir.Model, **attributes: int
 ) -> ir.Value:
-    floats = ir.Value(name=f"{codes.name}/float")
-    model.graph.append(
-        ir.Node(
-            "", "DequantizeLinear", [codes, *parts], ir.convenience.convert_attributes(attributes),
-            outputs=[floats], name=f"{codes.name}/DequantizeLinear",
-        )
-    )  # fmt: skip
-    return floats
+    """Return the output of a new node, called after its first input."""
+    name = f"{inputs[0].name}/{op_type}"
+    output = ir.Value(name=name)
+    given = ir.convenience.convert_attributes(attributes)
+    model.graph.append(ir.Node("", op_type, inputs, given, outputs=[output], name=name))
+    return output
+
+
+def _connect(uses: Iterable[tuple[ir.Node, int]], value: ir.Value) -> None:
+    for node, index in tuple(uses):
+        node.replace_input_with(index, value)
 
 
 def _middle(bits: int) -> np.float32:
