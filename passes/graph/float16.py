@@ -45,7 +45,8 @@ def to_float16(model: ir.Model) -> Iterator[Skip]:
         if not blocked and weight.graph is main and not _seen_outside(weight):
             weight.const_value = rewritten(tensor, _halved, _HALF, shape_of(tensor))
         elif tensor.nbytes > SMALL:
-            why = f"{blocked[0].op_type} node {blocked[0].name}" if blocked else "the caller"
+            causes = [node for node in blocked if _blocked(node, weights)] or blocked
+            why = f"{causes[0].op_type} node {causes[0].name}" if causes else "the caller"
             yield Skip(weight.name or "", f"FLOAT: {why} reads it in float32")
     halves = {weight for weight in weights if _type(weight) == _HALF}
     for node in nodes:
