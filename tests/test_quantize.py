@@ -198,12 +198,19 @@ def test_int4_table_alone(symmetric):
     assert relative(values, table) < 0.12
 
 
+def test_an_input_of_several_weights_is_quantized_once():
+    text = "(float[n,64] x) => (float[n,64] y) { p = MatMul(x, W) q = MatMul(x, V) y = Add(p, q) }"
+    model = build(text, W=normal(64, 64), V=normal(64, 64, seed=1))
+    assert ops(share(model, dtype="int8").model)["DynamicQuantizeLinear"] == 1
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("precision", LOWER)
-def test_tied_table_and_head_are_one_tensor(precision, tmp_path):
+def test_tied_table_and_head_are_one_tensor(precision, symmetric, tmp_path):
     table, x = normal(97, 64), normal(2, 3, 64, seed=1)
     tie = Tie("W", ("W", "head"))
     first = share(build(TIED, W=table), [tie])
-    result = lower(first.model, precision, {"i": IDS, "x": x})
+    result = lower(first.model, precision, {"i": IDS, "x": x}, symmetric=symmetric)
     bits, scales = (4 if precision == "int4" else 8), {"int4": 97 * 2, "int8-weights": 97 * 2}
     assert array(result.model, "W").nbytes == 97 * 64 * bits // 8
     assert array(result.model, "W/scale").size == scales.get(precision, 97)
@@ -265,6 +272,7 @@ def test_static_ranges_are_those_of_the_calibration_batches():
 CASES = {
     "tiny": ("y = MatMul(x, W)", normal(64, 8), "too few"),
     "not finite": ("y = MatMul(x, W)", np.full((64, 64), np.inf, "f"), "not finite"),
+    "mask": ("y = Add(x, W)", np.triu(np.full((64, 64), -3.4e38, "f")), "is a mask"),
     "vector": ("y = MatMul(x, W)", normal(64), "too few"),
     "both ways": ("h = MatMul(x, W) y = Gemm<transB=1>(h, W)", normal(64, 64), "transposed"),
     "scaled": ("y = Gemm<alpha=2.0>(x, W)", normal(64, 64), "reads it as input 1"),
@@ -287,7 +295,7 @@ def test_what_stays_in_more_bits_is_listed_with_the_reason(case, precision):
     assert skip.name == "W" and reason in skip.reason
     kept = array(result.model, "W").dtype == np.float32
     assert skip.reason.startswith("FLOAT" if kept else "INT8")
-    assert kept == (case in ("tiny", "not finite", "vector"))
+    assert kept == (case in ("tiny", "not finite", "mask", "vector"))
     if np.isfinite(expected).all():
         assert relative(run(result.model, x=x)[0], expected) < 0.03
 

@@ -17,7 +17,7 @@ from onnx_ir.passes.common import ShapeInferencePass
 
 from ffmerge.errors import InputError
 from ffmerge.models.manifest import Skip
-from ffmerge.passes.graph.float16 import to_float16
+from ffmerge.passes.graph.float16 import MASK, to_float16
 from ffmerge.passes.graph.matmul import Readers, Rewrite, readers, store, straighten
 from ffmerge.passes.graph.tensors import Array, is_op, shape_of, stored, values_of
 
@@ -145,17 +145,6 @@ def _ranges(
             low, high = found[value]
             found[value] = min(low, float(array.min())), max(high, float(array.max()))
     return found
-
-
-def _int4(model: ir.Model, config: QuantizeConfig) -> Iterator[Skip]:
-    if config.standard:
-        yield from _blocked(model, config)
-    else:
-        yield from _nbits(model, config, 4)
-
-
-def _int8_weights(model: ir.Model, config: QuantizeConfig) -> Iterator[Skip]:
-    yield from _nbits(model, config, 8)
 
 
 def _nbits(model: ir.Model, config: QuantizeConfig, bits: int) -> Iterator[Skip]:
@@ -291,8 +280,8 @@ def _stays_float(value: ir.Value, tensor: ir.TensorProtocol, main: ir.Graph) -> 
         return "only float32 is quantized"
     if tensor.size < FLOOR or len(tensor.shape) < 2:
         return f"{tensor.size} elements, too few to gain by it"
-    if not np.isfinite(values_of(tensor)).all():
-        return "it holds values that are not finite"
+    if not (np.abs(values_of(tensor)) < MASK).all():
+        return "it is a mask, or holds values that are not finite"
     return None
 
 
@@ -397,6 +386,8 @@ PRECISIONS: dict[str, Callable[[ir.Model, QuantizeConfig], Iterator[Skip]]] = {
     "fp16": lambda model, _: to_float16(model),
     "int8": _dynamic_int8,
     "int8-static": _static_int8,
-    "int8-weights": _int8_weights,
-    "int4": _int4,
+    "int8-weights": lambda model, config: _nbits(model, config, 8),
+    "int4": lambda model, config: (
+        _blocked(model, config) if config.standard else _nbits(model, config, 4)
+    ),
 }
