@@ -68,7 +68,7 @@ def test_two_gemms_of_one_square_weight_where_quantize_dynamic_is_wrong(tmp_path
     ir.save(build(GEMMS, **weights), tmp_path / "in.onnx")
     quantize_dynamic(tmp_path / "in.onnx", tmp_path / "ort.onnx", weight_type=QuantType.QInt8)
     expected = np.maximum(x @ weights["W"].T + weights["c"], 0) @ weights["W"].T + weights["c"]
-    assert relative(run(str(tmp_path / "ort.onnx"), x=x)[0], expected) > 0.5  # measured 1.27
+    assert relative(run(str(tmp_path / "ort.onnx"), x=x)[0], expected) > 0.5  # measured 1.05
     result = share(build(GEMMS, **weights), dtype="int8")
     assert relative(run(result.model, x=x)[0], expected) < 0.02  # measured 0.008
     assert ops(result.model)["MatMulInteger"] == 2
@@ -93,7 +93,7 @@ def test_four_bits_for_dequantize_linear_where_ort_writes_an_invalid_graph():
     values = codes.astype(np.float32) * np.repeat(scale, 32, axis=0)
     assert np.abs(values - weights["W"]).max() <= np.abs(scale).max() * 1.001
     (got,) = run(result.model, x=x)
-    assert relative(got, np.maximum(x @ values, 0) @ values) < 1e-2  # measured 6e-3
+    assert relative(got, np.maximum(x @ values, 0) @ values) < 1e-4  # measured 0
     assert ops(result.model)["DequantizeLinear"] == 1
 
 
@@ -117,7 +117,7 @@ def test_stock_export_that_quantize_dynamic_cannot_read(tmp_path):
     x = normal(1, 3, 16, 16)
     expected = run(str(tmp_path / "stock.onnx"), pixel_values=x)[0]
     result = share(ir.load(tmp_path / "stock.onnx"), dtype="int8")
-    assert relative(run(result.model, pixel_values=x)[0], expected) < 0.05  # measured 0.02
+    assert relative(run(result.model, pixel_values=x)[0], expected) < 0.05  # measured 0.018
 
 
 @pytest.mark.parametrize("per_channel", [True, False])
@@ -140,7 +140,7 @@ def test_dynamic_int8_is_the_arithmetic_of_the_specification(text, per_channel):
 
     expected = product(np.maximum(product(x), 0))
     # a code on a rounding edge may go the other way: one step of one input
-    assert relative(run(result.model, x=x)[0], expected) < 5e-3  # measured 1e-7
+    assert relative(run(result.model, x=x)[0], expected) < 5e-3  # measured 0
     assert array(result.model, "W").tolist() == codes.tolist()
     assert array(result.model, "W/scale").size == (64 if per_channel else 1)
 
@@ -179,7 +179,7 @@ def test_weights_in_blocks_by_hand(transposed, precision, symmetric):
     step = np.repeat(np.abs(scale), 32, 1)[:, :72].T
     assert (np.abs(values - weight) <= step * (1.001 if symmetric else 0.501)).all()
     assert np.mean(np.abs(values - weight) <= step * 0.501) > 0.95
-    assert relative(run(result.model, x=x)[0], x @ values) < 2e-2  # measured 8e-3: x in int8
+    assert relative(run(result.model, x=x)[0], x @ values) < 2e-2  # measured 6e-3: x in int8
     zeros = 0 if symmetric else 48 * (2 if bits == 4 else 3)
     assert result.bytes_after == 48 * 96 * bits // 8 + 48 * 3 * 4 + zeros
 
@@ -372,7 +372,7 @@ def test_families_are_whole_and_close(family, precision, tmp_path):
             decoded(ir.from_proto(onnx.ModelProto.FromString(proto)), result.model), **feeds
         )[0].ravel()
     cosine = got @ expected / np.linalg.norm(got) / np.linalg.norm(expected)
-    assert cosine > (0.99999 if precision == "fp16" else 0.997)  # measured 0.9978 and more
+    assert cosine > (0.99999 if precision == "fp16" else 0.997)
 
 
 SEEDED = """
