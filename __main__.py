@@ -108,6 +108,7 @@ def export(
     out: Annotated[Path, typer.Argument(help="New folder for the package.")],
     task: Task = None,
     opset: Annotated[int, typer.Option(help="ONNX operator set, 18 to 23.")] = 20,
+    dtype: Annotated[str, typer.Option(help="fp32, fp16, int8 or int4.")] = "fp32",
     as_json: Json = False,
 ) -> None:
     """Export a checkpoint, merged or not, as an ONNX package.
@@ -118,7 +119,7 @@ def export(
     from ffmerge.exporter.package import ExportConfig
     from ffmerge.tables import package_table
 
-    package = pipeline.export(model, out, ExportConfig(task, opset))
+    package = pipeline.export(model, out, ExportConfig(task, opset, dtype))
     _emit(as_json, package.to_json(), package_table(package))
 
 
@@ -133,6 +134,9 @@ def share(
             "quantizes next, which looks for weights on the right of a product."
         ),
     ] = True,
+    dtype: Annotated[
+        str | None, typer.Option(help="fp16, int8 or int4; as it is if not given.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Store equal weights of any ONNX file once, in the form that stays shared when loaded.
@@ -142,7 +146,7 @@ def share(
     from ffmerge.passes.graph.run import share_file
     from ffmerge.tables import share_table
 
-    result = share_file(source, target, resident)
+    result = share_file(source, target, dtype, resident)
     _emit(as_json, result.to_json(), share_table(result, target))
 
 

@@ -20,6 +20,8 @@ from ffmerge.models import checkpoint, tasks
 from ffmerge.models.inputs import probe
 from ffmerge.models.manifest import Manifest, record_files
 from ffmerge.models.probe import stored_elements
+from ffmerge.passes.graph.quantize import PRECISIONS
+from ffmerge.passes.graph.run import share
 
 GRAPH, WEIGHTS, REFERENCE = "model.onnx", "model.onnx_data", "reference.safetensors"
 OPSETS = range(18, 24)  # what PyTorch's exporter writes by itself
@@ -28,10 +30,14 @@ _VERSIONS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy")
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Settings of an export; ``task`` None means: inferred from the model's class."""
+    """Settings of an export; ``task`` None means: inferred from the model's class.
+
+    ``dtype`` is fp32 or one of :data:`ffmerge.passes.graph.quantize.PRECISIONS`.
+    """
 
     task: str | None = None
     opset: int = 20
+    dtype: str = "fp32"
 
 
 @dataclass(frozen=True)
@@ -75,8 +81,12 @@ def export(
     parameters = list(model.parameters())
     if config.opset not in OPSETS:
         raise InputError(f"opset {config.opset} is not one of {OPSETS[0]} to {OPSETS[-1]}.")
+    if config.dtype not in ("fp32", *PRECISIONS):
+        raise InputError(f"no dtype {config.dtype!r}: there is fp32, {', '.join(PRECISIONS)}.")
     with staged(Path(target)) as folder:
         shared = to_onnx(model, task, config.opset)
+        if config.dtype != "fp32":
+            shared = share(shared.model, dtype=config.dtype)
         ir.save(shared.model, folder / GRAPH, external_data=WEIGHTS)
         _write_reference(folder / REFERENCE, reference_outputs(model, task))
         _write_config(folder, model)
@@ -93,7 +103,7 @@ def export(
             source={"files": checkpoint.fingerprint(source) if source else {}},
             model_type=model.config.model_type,
             task=task,
-            dtype="fp32",
+            dtype=config.dtype,
             opset=shared.model.opset_imports[""],
             parameters=sum(p.numel() for p in parameters),
             parameter_bytes=sum(p.nbytes for p in parameters),

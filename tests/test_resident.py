@@ -90,7 +90,7 @@ def test_a_quantizer_finds_the_weight_on_the_right_only(tmp_path, resident):
     """On the left the weight is stored as int8, but the product stays one of floats."""
     ir.save(tied(), tmp_path / "m.onnx")
     share_file(tmp_path / "m.onnx", tmp_path / "left.onnx")
-    share_file(tmp_path / "left.onnx", tmp_path / "s.onnx", resident)
+    share_file(tmp_path / "left.onnx", tmp_path / "s.onnx", resident=resident)
     quantize_dynamic(tmp_path / "s.onnx", tmp_path / "q.onnx")
     quantized = ops(ir.load(tmp_path / "q.onnx"))
     assert (quantized["MatMul"], quantized["MatMulInteger"]) == ((1, 0) if resident else (0, 1))

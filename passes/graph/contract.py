@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -69,8 +69,8 @@ def check_ties(model: ir.Model, ties: Sequence[Tie], file: str = "") -> list[Tie
 
     A tie holds when exactly one of its members is an initializer, no other stored tensor has
     its bytes or their transpose, no node of ``VIEWS`` reads it, and it is used at least once
-    per member, uses in subgraphs counted; where the tie says how many of its places are in this
-    ``file`` of several, that often.
+    per member, uses in subgraphs and behind a DequantizeLinear counted; where the tie says how
+    many of its places are in this ``file`` of several, that often.
     """
     if not ties:
         return []
@@ -103,9 +103,16 @@ def _check(
         first = f"{hiding[0].op_type} node {hiding[0].name}"
         more = f" and {len(hiding) - 1} more" if len(hiding) > 1 else ""
         return broken(f"{weight.name} is hidden behind {first}{more}; quantizers do not see it")
-    uses = weight.uses()
+    uses = [use for value in (weight, *_dequantized(weight)) for use in value.uses()]
+    uses = [use for use in uses if not is_op(use.node, "DequantizeLinear")]
     if len(uses) < wanted:
         nodes = ", ".join(str(use.node.name) for use in uses) or "none"
         places = f"stands for {wanted} places"
         return broken(f"{weight.name} {places} but is used {len(uses)} times: {nodes}")
     return TieCheck(tie.name, True)
+
+
+def _dequantized(weight: ir.Value) -> Iterator[ir.Value]:
+    for node, index in weight.uses():
+        if is_op(node, "DequantizeLinear") and index == 0:
+            yield node.outputs[0]

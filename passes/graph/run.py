@@ -22,6 +22,7 @@ from ffmerge.models.manifest import Skip
 from ffmerge.models.plan import Tie
 from ffmerge.passes.graph.contract import check_ties, read_ties, write_ties
 from ffmerge.passes.graph.prepare import ReachPass, infer_ranks
+from ffmerge.passes.graph.quantize import QuantizeConfig, quantize
 from ffmerge.passes.graph.read import read_model
 from ffmerge.passes.graph.resident import ResidentPass, RightPass
 from ffmerge.passes.graph.share import SharePass
@@ -61,17 +62,35 @@ class ShareResult:
         }
 
 
-def share(model: ir.Model, ties: Sequence[Tie] = (), resident: bool = True) -> ShareResult:
+def share(
+    model: ir.Model,
+    ties: Sequence[Tie] = (),
+    dtype: str | None = None,
+    config: QuantizeConfig = QuantizeConfig(),
+    resident: bool = True,
+) -> ShareResult:
     """Store every tensor of ``model`` once and let its consumers read it directly, in place.
 
     Constant nodes become initializers whatever their size, so that equal scalars are one; ONNX
-    Runtime does the same when it loads a model. Ties recorded in the model are kept. With
-    ``resident`` a tied embedding is in memory once, too; without, every weight stands on the
-    right of its products, where quantizers look for it.
+    Runtime does the same when it loads a model. Ties recorded in the model are kept. With a
+    ``dtype`` of :data:`ffmerge.passes.graph.quantize.PRECISIONS` the shared weights are then
+    brought to it, each once. With ``resident`` a tied float embedding is in memory once, too;
+    without, every weight stands on the right of its products, where quantizers look for it.
 
     Raises:
         TieError: a given or a recorded tie does not hold in the result.
+        InputError: the model cannot be brought to ``dtype``.
     """
+    first = _share(model, ties, resident and dtype is None)
+    if dtype is None:
+        return first
+    skipped = quantize(model, dtype, config)
+    last = _share(model, (), resident)
+    reasons = dict.fromkeys((*first.skipped, *skipped, *last.skipped))
+    return replace(last, skipped=tuple(reasons), bytes_before=first.bytes_before)
+
+
+def _share(model: ir.Model, ties: Sequence[Tie], resident: bool) -> ShareResult:
     before = bytes_stored(model)
     untangling, sharing = UntanglePass(), SharePass([*ties, *read_ties(model)])
     last = [ResidentPass()] if resident else []
@@ -100,8 +119,10 @@ def share(model: ir.Model, ties: Sequence[Tie] = (), resident: bool = True) -> S
     return ShareResult(model, skipped, before, bytes_stored(model), sharing.ties)
 
 
-def share_file(source: Path, target: Path, resident: bool = True) -> ShareResult:
-    """Share the weights of the ONNX file ``source`` and write it to ``target``.
+def share_file(
+    source: Path, target: Path, dtype: str | None = None, resident: bool = True
+) -> ShareResult:
+    """Share the weights of the ONNX file ``source``, in ``dtype``, and write it to ``target``.
 
     Tensors go to ``target`` + ``_data`` beside it if they take more than 1 MB or were external,
     else into the one file. Both are written in a folder beside and renamed; on an error nothing
@@ -118,7 +139,7 @@ def share_file(source: Path, target: Path, resident: bool = True) -> ShareResult
             raise InputError(f"{path} exists already: remove it or choose another output.")
     model = read_model(source)
     external = any(isinstance(item.tensor, ir.ExternalTensor) for item in stored(model))
-    result = share(model, resident=resident)
+    result = share(model, dtype=dtype, resident=resident)
     external = external or result.bytes_after > EMBEDDED
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

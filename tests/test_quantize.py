@@ -1,0 +1,422 @@
+"""Weights in fewer bits stay shared, and mean what they meant; other tools' results beside."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import tiny
+import torch
+from graphs import build, names, normal, ops, run
+from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic
+from onnxruntime.quantization.matmul_nbits_quantizer import (
+    DefaultWeightOnlyQuantConfig,
+    MatMulNBitsQuantizer,
+)
+
+from ffmerge.errors import InputError
+from ffmerge.exporter.package import ExportConfig, export
+from ffmerge.exporter.torch_onnx import to_onnx
+from ffmerge.models import tasks
+from ffmerge.models.inputs import probe
+from ffmerge.models.plan import Tie
+from ffmerge.passes.graph.audit import audit
+from ffmerge.passes.graph.contract import check_ties, read_ties
+from ffmerge.passes.graph.quantize import PRECISIONS, QuantizeConfig
+from ffmerge.passes.graph.run import share
+from ffmerge.passes.weights.merge import MergeConfig, merge_
+from ffmerge.runtime_tests.validate import validate
+
+LOWER = [name for name in PRECISIONS if name != "fp16"]
+TWO = "(float[n,64] x) => (float[n,64] y) { h = MatMul(x, W) t = Relu(h) y = MatMul(t, W) }"
+GEMMS = """(float[n,64] x) => (float[n,64] y) {
+    h = Gemm<transB=1>(x, W, c) t = Relu(h) y = Gemm<transB=1>(t, W, c) }"""
+TIED = """(int64[b,s] i, float[b,s,64] x) => (float[b,s,64] e, float[b,s,97] y) {
+    e = Gather(W, i) T = Transpose<perm=[1, 0]>(W) y = MatMul(x, T) }"""
+IDS = np.array([[1, 5, 96], [0, 2, 5]])
+
+
+def relative(got, expected):
+    return np.abs(got - expected).max() / np.abs(expected).max()
+
+
+def lower(model, precision, feeds=None, **settings):
+    if precision == "int8-static":
+        settings["calibration"] = [feeds]
+    return share(model, dtype=precision, config=QuantizeConfig(**settings))
+
+
+def array(model, name):
+    return model.graph.initializers[name].const_value.numpy()
+
+
+def nibbles(packed):
+    """Return the values of bytes [..., n] as [..., 2n], the low half of each byte first."""
+    return np.stack([packed & 15, packed >> 4], -1).reshape(*packed.shape[:-1], -1)
+
+
+def test_two_gemms_of_one_square_weight_where_quantize_dynamic_is_wrong(tmp_path):
+    weights = {"W": normal(64, 64), "c": normal(64, seed=1)}
+    x = normal(5, 64, seed=2)
+    ir.save(build(GEMMS, **weights), tmp_path / "in.onnx")
+    quantize_dynamic(tmp_path / "in.onnx", tmp_path / "ort.onnx", weight_type=QuantType.QInt8)
+    expected = np.maximum(x @ weights["W"].T + weights["c"], 0) @ weights["W"].T + weights["c"]
+    assert relative(run(str(tmp_path / "ort.onnx"), x=x)[0], expected) > 0.5  # measured 1.05
+    result = share(build(GEMMS, **weights), dtype="int8")
+    assert relative(run(result.model, x=x)[0], expected) < 0.02  # measured 0.008
+    assert ops(result.model)["MatMulInteger"] == 2
+    assert array(result.model, "W").dtype == np.int8
+
+
+def test_four_bits_for_dequantize_linear_where_ort_writes_an_invalid_graph():
+    weights, x = {"W": normal(64, 64)}, normal(5, 64, seed=2)
+    model = build(TWO, 21, **weights)
+    config = DefaultWeightOnlyQuantConfig(
+        block_size=32, is_symmetric=True, quant_format=QuantFormat.QDQ
+    )
+    theirs = MatMulNBitsQuantizer(ir.to_proto(model), algo_config=config)
+    theirs.process()
+    made = [out for node in theirs.model.model.graph.node for out in node.output]
+    assert len(made) > len(set(made))
+    with pytest.raises(Exception, match="Duplicate definition"):
+        onnxruntime.InferenceSession(theirs.model.model.SerializeToString())
+    result = lower(model, "int4", standard=True)
+    onnx.checker.check_model(ir.to_proto(result.model), full_check=True)
+    codes, scale = array(result.model, "W"), array(result.model, "W/scale")
+    values = codes.astype(np.float32) * np.repeat(scale, 32, axis=0)
+    assert np.abs(values - weights["W"]).max() <= np.abs(scale).max() * 1.001
+    (got,) = run(result.model, x=x)
+    assert relative(got, np.maximum(x @ values, 0) @ values) < 1e-4  # measured 0
+    assert ops(result.model)["DequantizeLinear"] == 1
+
+
+def test_gpt2_whose_gemms_the_int4_quantizer_leaves_in_float():
+    model = to_onnx(tiny.gpt2(), "text-generation", 20).model
+    gemms = ops(model)["Gemm"]
+    theirs = MatMulNBitsQuantizer(ir.to_proto(model), block_size=32, is_symmetric=True)
+    theirs.process()
+    assert ops(ir.from_proto(theirs.model.model))["Gemm"] >= gemms - 1
+    result = share(model, dtype="int4")
+    assert (ops(result.model)["Gemm"], ops(result.model)["MatMulNBits"]) == (0, gemms)
+
+
+def test_stock_export_that_quantize_dynamic_cannot_read(tmp_path):
+    program = torch.onnx.export(
+        tiny.vit(), (torch.zeros(1, 3, 16, 16),), dynamo=True, verbose=False, opset_version=20
+    )
+    program.save(tmp_path / "stock.onnx")
+    with pytest.raises(Exception, match="ShapeInferenceError"):
+        quantize_dynamic(tmp_path / "stock.onnx", tmp_path / "ort.onnx")
+    x = normal(1, 3, 16, 16)
+    expected = run(str(tmp_path / "stock.onnx"), pixel_values=x)[0]
+    result = share(ir.load(tmp_path / "stock.onnx"), dtype="int8")
+    assert relative(run(result.model, pixel_values=x)[0], expected) < 0.05  # measured 0.018
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("text", [TWO, GEMMS])
+def test_dynamic_int8_is_the_arithmetic_of_the_specification(text, per_channel):
+    weights, x = {"W": normal(64, 64)}, normal(5, 64, seed=2)
+    if text == GEMMS:
+        weights["c"] = normal(64, seed=1)
+    result = lower(build(text, **weights), "int8", per_channel=per_channel)
+    w = weights["W"].T if text == GEMMS else weights["W"]
+    scale = np.abs(w).max(0 if per_channel else None) / 127
+    codes = np.rint(w / scale)
+
+    def product(values):
+        low, high = min(values.min(), 0), max(values.max(), 0)
+        step = (high - low) / 255
+        zero = np.rint(-low / step)
+        whole = np.clip(np.rint(values / step) + zero, 0, 255) - zero
+        return whole @ codes * (step * scale) + weights.get("c", 0)
+
+    expected = product(np.maximum(product(x), 0))
+    # a code on a rounding edge may go the other way: one step of one input
+    assert relative(run(result.model, x=x)[0], expected) < 5e-3  # measured 0
+    assert array(result.model, "W").tolist() == codes.tolist()
+    assert array(result.model, "W/scale").size == (64 if per_channel else 1)
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_int8_table_is_read_row_by_row(per_channel):
+    table = normal(50, 40) * np.linspace(0.1, 10, 50, dtype="f")[:, None]
+    model = build("(int64[b,s] i) => (float[b,s,40] y) { y = Gather(W, i) }", W=table)
+    result = lower(model, "int8", per_channel=per_channel)
+    scale = np.abs(table).max(1 if per_channel else None, keepdims=True) / np.float32(127)
+    values = np.rint(table / scale) * scale
+    ids = np.array([[1, 5], [0, 49]])
+    assert np.allclose(run(result.model, i=ids)[0], values[ids], rtol=1e-6)
+    assert result.bytes_after == 50 * 40 + 4 * (50 if per_channel else 1)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("precision", ["int4", "int8-weights"])
+@pytest.mark.parametrize("transposed", [True, False])
+def test_weights_in_blocks_by_hand(transposed, precision, symmetric):
+    weight, x = normal(72, 48), normal(5, 72, seed=1)  # 72 is not whole blocks of 32
+    node = "Gemm<transB=1>" if transposed else "MatMul"
+    model = build(
+        f"(float[n,72] x) => (float[n,48] y) {{ y = {node}(x, W) }}",
+        W=weight.T.copy() if transposed else weight,
+    )
+    result = lower(model, precision, symmetric=symmetric)
+    bits = 4 if precision == "int4" else 8
+    unpack = nibbles if bits == 4 else np.asarray
+    codes = unpack(array(result.model, "W")).reshape(48, 3, 32).astype(np.float32)
+    scale, zero = array(result.model, "W/scale"), np.full((48, 3), 2 ** (bits - 1))
+    if not symmetric:
+        zero = unpack(array(result.model, "W/zero"))[:, :3].astype(np.float32)
+    values = ((codes - zero[..., None]) * scale[..., None]).reshape(48, 96)[:, :72].T
+    # half a step, and a whole one where a symmetric block's other end is cut off
+    step = np.repeat(np.abs(scale), 32, 1)[:, :72].T
+    assert (np.abs(values - weight) <= step * (1.001 if symmetric else 0.501)).all()
+    assert np.mean(np.abs(values - weight) <= step * 0.501) > 0.95
+    assert relative(run(result.model, x=x)[0], x @ values) < 2e-2  # measured 6e-3: x in int8
+    zeros = 0 if symmetric else 48 * (2 if bits == 4 else 3)
+    assert result.bytes_after == 48 * 96 * bits // 8 + 48 * 3 * 4 + zeros
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_int4_table_alone(symmetric):
+    table = normal(50, 96)
+    model = build("(int64[b,s] i) => (float[b,s,96] y) { y = Gather(W, i) }", W=table)
+    result = lower(model, "int4", symmetric=symmetric)
+    assert ops(result.model) == {"GatherBlockQuantized": 1}
+    codes = nibbles(array(result.model, "W")).reshape(50, 3, 32).astype(np.float32)
+    zero = 8 if symmetric else nibbles(array(result.model, "W/zero"))[:, :3, None].astype("f")
+    values = ((codes - zero) * array(result.model, "W/scale")[..., None]).reshape(50, 96)
+    ids = np.array([[1, 5], [0, 49]])
+    assert np.allclose(run(result.model, i=ids)[0], values[ids], atol=1e-6)
+    assert relative(values, table) < 0.12
+
+
+def test_an_input_of_several_weights_is_quantized_once():
+    text = "(float[n,64] x) => (float[n,64] y) { p = MatMul(x, W) q = MatMul(x, V) y = Add(p, q) }"
+    model = build(text, W=normal(64, 64), V=normal(64, 64, seed=1))
+    assert ops(share(model, dtype="int8").model)["DynamicQuantizeLinear"] == 1
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("precision", LOWER)
+def test_tied_table_and_head_are_one_tensor(precision, symmetric, tmp_path):
+    table, x = normal(97, 64), normal(2, 3, 64, seed=1)
+    tie = Tie("W", ("W", "head"))
+    first = share(build(TIED, W=table), [tie])
+    result = lower(first.model, precision, {"i": IDS, "x": x}, symmetric=symmetric)
+    bits, scales = (4 if precision == "int4" else 8), {"int4": 97 * 2, "int8-weights": 97 * 2}
+    assert array(result.model, "W").nbytes == 97 * 64 * bits // 8
+    assert array(result.model, "W/scale").size == scales.get(precision, 97)
+    ir.save(result.model, tmp_path / "m.onnx")
+    found = audit(tmp_path / "m.onnx")
+    assert found.ok and [check.group for check in found.ties] == ["W"]
+    rows, logits = run(result.model, i=IDS, x=x)
+    limit = 0.12 if bits == 4 else 0.02  # measured 0.09 and 0.01
+    assert relative(rows, table[IDS]) < limit
+    assert relative(logits, x @ table.T) < limit
+    assert not result.skipped
+
+
+@pytest.mark.parametrize("precision", LOWER)
+@pytest.mark.parametrize("text", [TWO, GEMMS], ids=["matmul", "gemm"])
+def test_one_weight_for_all_and_the_tie_holds(text, precision, tmp_path):
+    weights, x = {"W": normal(64, 64)}, normal(5, 64, seed=2)
+    if text == GEMMS:
+        weights["c"] = normal(64, seed=1)
+    (expected,) = run(build(text, **weights), x=x)
+    first = share(build(text, **weights), [Tie("a", ("a", "W"))])
+    result = lower(first.model, precision, {"x": x})
+    assert result.ties == (Tie("a", ("a", "W")),)
+    assert check_ties(result.model, result.ties)[0].ok
+    ir.save(result.model, tmp_path / "m.onnx")
+    assert audit(tmp_path / "m.onnx").ok
+    big = [n for n in names(result.model) if array(result.model, n).size >= 1024]
+    assert big == ["a"]
+    assert relative(run(result.model, x=x)[0], expected) < (0.25 if precision == "int4" else 0.03)
+    labels = [node.name for node in ir.traversal.RecursiveGraphIterator(result.model.graph)]
+    assert len(labels) == len(set(labels))
+
+
+def test_a_broken_tie_is_seen_behind_dequantize_linear():
+    first = share(build(TWO, W=normal(64, 64)), [Tie("W", ("W", "V"))])
+    model = lower(first.model, "int8-static", {"x": normal(5, 64)}).model
+    last = [node for node in model.graph if node.op_type == "MatMul"][-1]
+    last.replace_input_with(1, last.inputs[0])
+    (check,) = check_ties(model, [Tie("W", ("W", "V"))])
+    assert not check.ok and "used 1 times" in check.reason
+
+
+def test_static_ranges_are_those_of_the_calibration_batches():
+    weight = normal(64, 64)
+    batches = [{"x": normal(5, 64, seed=s)} for s in (1, 2)]
+    config = QuantizeConfig(calibration=batches)
+    result = share(build(GEMMS, W=weight, c=normal(64, seed=1)), (), "int8-static", config)
+    every = np.stack([batch["x"] for batch in batches])
+    step = (every.max() - every.min()) / 255
+    assert np.isclose(array(result.model, "x/scale"), step, rtol=1e-6)
+    assert array(result.model, "x/zero") == np.rint(-every.min() / step)
+    reads = [n.inputs[0].name for n in result.model.graph if n.op_type == "DequantizeLinear"]
+    assert reads.count("W") == 1 and len(reads) == 5  # W, and in and out of two products
+    assert [skip.name for skip in result.skipped] == ["c", "c"]
+    with pytest.raises(InputError, match="calibration"):
+        share(build(TWO, W=weight), dtype="int8-static")
+
+
+CASES = {
+    "tiny": ("y = MatMul(x, W)", normal(64, 8), "too few"),
+    "not finite": ("y = MatMul(x, W)", np.full((64, 64), np.inf, "f"), "not finite"),
+    "mask": ("y = Add(x, W)", np.triu(np.full((64, 64), -3.4e38, "f")), "is a mask"),
+    "vector": ("y = MatMul(x, W)", normal(64), "too few"),
+    "both ways": ("h = MatMul(x, W) y = Gemm<transB=1>(h, W)", normal(64, 64), "transposed"),
+    "scaled": ("y = Gemm<alpha=2.0>(x, W)", normal(64, 64), "reads it as input 1"),
+    "left": ("t = Transpose(x) y = MatMul(W, t)", normal(64, 64), "reads it as input 0"),
+    "batched": ("y = MatMul(x, W)", normal(2, 64, 64), "not a matrix"),
+    "added": ("h = MatMul(x, W) y = Add(h, W)", normal(64, 64), "reads it as input 1"),
+}
+
+
+@pytest.mark.parametrize("precision", LOWER)
+@pytest.mark.parametrize("case", CASES)
+def test_what_stays_in_more_bits_is_listed_with_the_reason(case, precision):
+    nodes, weight, reason = CASES[case]
+    x = normal(64, 64, seed=3)
+    model = build(f"(float[64,64] x) => (float y) {{ {nodes} }}", W=weight)
+    model.graph.outputs[0].shape = None
+    (expected,) = run(model, x=x)
+    result = lower(model, precision, {"x": x})
+    (skip,) = result.skipped
+    assert skip.name == "W" and reason in skip.reason
+    kept = array(result.model, "W").dtype == np.float32
+    assert skip.reason.startswith("FLOAT" if kept else "INT8")
+    assert kept == (case in ("tiny", "not finite", "mask", "vector"))
+    if np.isfinite(expected).all():
+        assert relative(run(result.model, x=x)[0], expected) < 0.03
+
+
+def test_float64_weights_stay():
+    text = "(double[n,64] x) => (double[n,64] y) { y = MatMul(x, W) }"
+    model = build(text, W=normal(64, 64, dtype="d"))
+    (skip,) = share(model, dtype="int8").skipped
+    assert skip.reason == "DOUBLE: only float32 is quantized"
+
+
+def test_bad_requests_say_what_to_do():
+    with pytest.raises(InputError, match="there is fp32, fp16, int8"):
+        share(build(TWO, W=normal(64, 64)), dtype="int3")
+    with pytest.raises(InputError, match="needs opset 13, the model has 12"):
+        share(build(TWO, 12, W=normal(64, 64)), dtype="int8")
+    with pytest.raises(InputError, match="needs opset 21"):
+        lower(build(TWO, W=normal(64, 64)), "int4", standard=True)
+    with pytest.raises(InputError, match="power of two"):
+        lower(build(TWO, W=normal(64, 64)), "int4", block=24)
+
+
+@functools.cache
+def exported(family):
+    """Return the graph of a merged model as bytes, inputs, and what it computes."""
+    model = family()
+    merge_(model, None, MergeConfig(window=(1, 3), method="average"))
+    graph = to_onnx(model, tasks.infer(type(model)), 20).model
+    drawn = probe(model).draw(0)
+    feeds = {value.name: drawn[value.name] for value in graph.graph.inputs}
+    return ir.to_proto(graph).SerializeToString(), feeds, run(graph, **feeds)[0].ravel()
+
+
+def decoded(floats, packed):
+    """Give the float graph the values that the packed graph's bytes stand for."""
+    for name, value in floats.graph.initializers.items():
+        scale = packed.graph.initializers.get(f"{name}/scale")
+        if scale is None:
+            continue
+        codes, shape = array(packed, name), value.const_value.numpy().shape
+        if codes.dtype == np.int8:  # per channel of the first axis longer than one
+            values = codes * array(packed, f"{name}/scale").reshape(
+                -1, *[1] * (codes.ndim - 1 - (codes.shape[0] == 1))
+            )
+        else:
+            width = scale.const_value.shape[1] * 32
+            values = nibbles(codes).reshape(len(codes), -1, 32) - 8.0
+            values = (values * array(packed, f"{name}/scale")[..., None]).reshape(-1, width)
+            use = value.uses()[0].node
+            straight = use.op_type == "Gather" or use.attributes.get_int("transB", 0)
+            values = values if straight else values.T
+        value.const_value = ir.Tensor(np.ascontiguousarray(values.reshape(shape), dtype="f"))
+    return floats
+
+
+@pytest.mark.parametrize("precision", [*LOWER, "fp16"])
+def test_families_are_whole_and_close(family, precision, tmp_path):
+    proto, feeds, expected = exported(family)
+    model = ir.from_proto(onnx.ModelProto.FromString(proto))
+    before = read_ties(model)
+    result = lower(model, precision, feeds)
+    assert len(before) >= 4 and result.ties == before
+    ir.save(result.model, tmp_path / "m.onnx")
+    assert audit(tmp_path / "m.onnx").ok
+    listed = {skip.name for skip in result.skipped}
+    for node in ir.traversal.RecursiveGraphIterator(result.model.graph):
+        if node.op_type in ("MatMul", "Gemm", "Conv", "Gather"):
+            for value in node.inputs[: 1 if node.op_type == "Gather" else 2]:
+                if value.const_value is not None and value.const_value.dtype == ir.DataType.FLOAT:
+                    assert value.name in listed or value.name.endswith("/scale")
+    got = run(result.model, **feeds)[0].ravel()
+    if precision == "int4":  # what float32 computes with the values that are stored
+        expected = run(
+            decoded(ir.from_proto(onnx.ModelProto.FromString(proto)), result.model), **feeds
+        )[0].ravel()
+    cosine = got @ expected / np.linalg.norm(got) / np.linalg.norm(expected)
+    assert cosine > (0.99999 if precision == "fp16" else 0.997)
+
+
+SEEDED = """
+import hashlib, sys
+sys.path.insert(0, "tests")
+import test_quantize as t
+for precision in [*t.LOWER, "fp16"]:
+    model = t.build(t.GEMMS, W=t.normal(64, 64), c=t.normal(64))
+    model = t.lower(model, precision, {"x": t.normal(5, 64)}).model
+    print(hashlib.sha256(t.ir.to_proto(model).SerializeToString()).hexdigest())
+"""
+
+
+def test_result_does_not_depend_on_the_hash_seed():
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-c", SEEDED], env={**os.environ, "PYTHONHASHSEED": seed},
+            cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }  # fmt: skip
+    assert len(outputs) == 1
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "int8", "int4"])
+def test_package_of_a_lower_dtype_validates(dtype, tmp_path):
+    model = tiny.vit(128, 512)
+    merge_(model, None, MergeConfig(window=(1, 4), method="average"))
+    package = export(model, tmp_path / "out", ExportConfig(dtype=dtype))
+    assert package.manifest.dtype == dtype
+    assert validate(package.path).ok
+    assert audit(package.path).ok
+    per_weight = {"fp16": 2.0, "int8": 1.0, "int4": 0.5 + 4 / 32}[dtype]
+    assert package.manifest.bytes_unique < 1.1 * per_weight * package.manifest.parameters
+
+
+def test_share_command_takes_a_dtype(tmp_path):
+    ir.save(build(TWO, W=normal(64, 64)), tmp_path / "in.onnx")
+    command = [sys.executable, "-m", "ffmerge", "share", "in.onnx"]
+
+    def call(*more):
+        return subprocess.run([*command, *more], cwd=tmp_path, capture_output=True, text=True)
+
+    done = call("out.onnx", "--dtype", "int4", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["bytes_unique"] == 64 * 32 + 64 * 2 * 4
+    assert call("other.onnx", "--dtype", "int5").returncode == 2
