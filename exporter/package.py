@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 from safetensors.numpy import save_file
 
 import ffmerge
@@ -20,6 +19,7 @@ from ffmerge.models import checkpoint, tasks
 from ffmerge.models.inputs import probe
 from ffmerge.models.manifest import Manifest, record_files
 from ffmerge.models.probe import stored_elements
+from ffmerge.passes.graph.write import write_models
 
 GRAPH, WEIGHTS, REFERENCE = "model.onnx", "model.onnx_data", "reference.safetensors"
 OPSETS = range(18, 24)  # what PyTorch's exporter writes by itself
@@ -77,7 +77,7 @@ def export(
         raise InputError(f"opset {config.opset} is not one of {OPSETS[0]} to {OPSETS[-1]}.")
     with staged(Path(target)) as folder:
         shared = to_onnx(model, task, config.opset)
-        ir.save(shared.model, folder / GRAPH, external_data=WEIGHTS)
+        write_models({folder / GRAPH: shared.model}, folder / WEIGHTS)
         _write_reference(folder / REFERENCE, reference_outputs(model, task))
         _write_config(folder, model)
         if source:

@@ -1,13 +1,11 @@
 """The graph passes in their order, on a model in memory and on a file."""
 
-import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import (
     LiftConstantsToInitializersPass,
@@ -26,6 +24,7 @@ from ffmerge.passes.graph.share import SharePass
 from ffmerge.passes.graph.strip import StripPass
 from ffmerge.passes.graph.tensors import bytes_stored, stored
 from ffmerge.passes.graph.untangle import UntanglePass
+from ffmerge.passes.graph.write import refuse_existing, write_models
 
 EMBEDDED = 1_000_000  # bytes of tensors up to which a model stays one file
 ROUNDS = 8  # untangling can make tensors equal, sharing can add uses: two rounds are usual
@@ -66,8 +65,12 @@ def share(model: ir.Model, ties: Sequence[Tie] = ()) -> ShareResult:
     Runtime does the same when it loads a model. Ties recorded in the model are kept.
 
     Raises:
+        InputError: the model's opset is not known: its operators may mean something else.
         TieError: a given or a recorded tie does not hold in the result.
     """
+    opset, known = model.opset_imports.get("", 0), onnx.defs.onnx_opset_version()
+    if opset > known:
+        raise InputError(f"opset {opset} is newer than {known}, the last that this onnx knows.")
     before = bytes_stored(model)
     untangling, sharing = UntanglePass(), SharePass([*ties, *read_ties(model)])
     ir.passes.Sequential(
@@ -101,26 +104,9 @@ def share_file(source: Path, target: Path) -> ShareResult:
     """
     source, target = Path(source), Path(target)
     data = target.with_name(target.name + "_data")
-    for path in (target, data):
-        if path.exists() or path.is_symlink():
-            raise InputError(f"{path} exists already: remove it or choose another output.")
+    refuse_existing(target, data)
     model = read_model(source)
     external = any(isinstance(item.tensor, ir.ExternalTensor) for item in stored(model))
     result = share(model)
     external = external or result.bytes_after > EMBEDDED
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-    except OSError as error:
-        raise InputError(f"cannot write {target}: {error.strerror or error}.") from error
-    try:
-        ir.save(model, folder / target.name, "protobuf", data.name if external else None)
-        for path in (data, target):  # a model never stands without its data
-            if (folder / path.name).exists():
-                os.replace(folder / path.name, path)
-    except OSError as error:
-        data.unlink(missing_ok=True)
-        raise InputError(f"cannot write {target}: {error.strerror or error}.") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    return replace(result, files=tuple(path for path in (target, data) if path.exists()))
+    return replace(result, files=write_models({target: model}, data if external else None))
