@@ -108,6 +108,13 @@ def export(
     out: Annotated[Path, typer.Argument(help="New folder for the package.")],
     task: Task = None,
     opset: Annotated[int, typer.Option(help="ONNX operator set, 18 to 23.")] = 20,
+    ort: Annotated[
+        bool, typer.Option("--ort", help="Also model.ort and its required_operators.config.")
+    ] = False,
+    prepack: Annotated[
+        bool,
+        typer.Option("--prepack", help="Also weights packed for this processor; says the costs."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Export a checkpoint, merged or not, as an ONNX package.
@@ -118,7 +125,7 @@ def export(
     from ffmerge.exporter.package import ExportConfig
     from ffmerge.tables import package_table
 
-    package = pipeline.export(model, out, ExportConfig(task, opset))
+    package = pipeline.export(model, out, ExportConfig(task, opset, ort, prepack))
     _emit(as_json, package.to_json(), package_table(package))
 
 

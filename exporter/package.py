@@ -1,8 +1,8 @@
 """A model as a folder that a runtime serves: graph, weights, configuration, manifest, card."""
 
 import platform
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from safetensors.numpy import save_file
 import ffmerge
 from ffmerge.errors import InputError
 from ffmerge.exporter.card import card
+from ffmerge.exporter.ort_format import write_ort
+from ffmerge.exporter.prepack import write_prepacked
 from ffmerge.exporter.torch_onnx import reference_outputs, to_onnx
 from ffmerge.files import staged
 from ffmerge.models import checkpoint, tasks
@@ -28,18 +30,24 @@ _VERSIONS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy")
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Settings of an export; ``task`` None means: inferred from the model's class."""
+    """Settings of an export; ``task`` None means: inferred from the model's class.
+
+    ``ort`` and ``prepack`` add the graph in ONNX Runtime's format, and with packed weights.
+    """
 
     task: str | None = None
     opset: int = 20
+    ort: bool = False
+    prepack: bool = False
 
 
 @dataclass(frozen=True)
 class Package:
-    """A package on disk."""
+    """A package on disk; ``costs`` are the footprints of its graph and variants, if measured."""
 
     path: Path
     manifest: Manifest
+    costs: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -50,6 +58,8 @@ class Package:
             "bytes_total": self.manifest.bytes_total,
             "bytes_unique": self.manifest.bytes_unique,
             "skipped": [vars(skip) for skip in self.manifest.skipped],
+            "variants": [vars(variant) for variant in self.manifest.variants],
+            "costs": dict(self.costs),
         }
 
 
@@ -78,6 +88,13 @@ def export(
     with staged(Path(target)) as folder:
         shared = to_onnx(model, task, config.opset)
         write_models({folder / GRAPH: shared.model}, folder / WEIGHTS)
+        recipe = probe(model)
+        feeds = [recipe.draw(case) for case in range(len(recipe.cases))]
+        variants = [
+            write(folder / GRAPH, feeds)
+            for wanted, write in ((config.ort, write_ort), (config.prepack, write_prepacked))
+            if wanted
+        ]
         _write_reference(folder / REFERENCE, reference_outputs(model, task))
         _write_config(folder, model)
         if source:
@@ -103,8 +120,9 @@ def export(
             ties=shared.ties,
             skipped=shared.skipped,
             outputs=tasks.OUTPUTS[task],
-            probe=probe(model),
+            probe=recipe,
             files=files,
+            variants=tuple(variants),
         )
         manifest.write(folder)
     return Package(Path(target), manifest)

@@ -33,6 +33,18 @@ class Skip:
 
 
 @dataclass(frozen=True)
+class Variant:
+    """The same graph in another form: ``path`` is what a runtime opens.
+
+    If it is not ``portable`` it depends on the processor it was made on, and so do its bytes.
+    """
+
+    kind: str
+    path: str
+    portable: bool
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The package's contents; the same bytes for the same input (no times, no measurements).
 
@@ -56,6 +68,7 @@ class Manifest:
     outputs: tuple[str, ...]
     probe: Probe
     files: tuple[FileRecord, ...]
+    variants: tuple[Variant, ...] = ()
 
     def write(self, folder: Path) -> None:
         """Write ``ffmerge.json`` into ``folder``."""
@@ -68,6 +81,7 @@ class Manifest:
             "outputs": list(self.outputs),
             "probe": self.probe.to_json(),
             "files": [asdict(file) for file in self.files],
+            "variants": [asdict(variant) for variant in self.variants],
         }
         write_json(folder / NAME, value)
 
@@ -93,6 +107,7 @@ class Manifest:
                     "outputs": tuple(value["outputs"]),
                     "probe": Probe.from_json(value["probe"]),
                     "files": tuple(FileRecord(**file) for file in value["files"]),
+                    "variants": tuple(Variant(**each) for each in value.get("variants", ())),
                 }
             )
         except (TypeError, KeyError) as error:

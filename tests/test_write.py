@@ -185,6 +185,14 @@ def test_a_failure_leaves_nothing(tmp_path, monkeypatch, failing):
     assert (tmp_path / "d").read_bytes() == b"mine"
 
 
+def test_a_graph_never_stands_without_its_data(tmp_path, monkeypatch):
+    replace, order = os.replace, []
+    monkeypatch.setattr(write.os, "replace", lambda a, b: (order.append(b.name), replace(a, b)))
+    models = {tmp_path / n: build(TWO, A=W, B=W.T.copy()) for n in ("one.onnx", "two.onnx")}
+    write_models(models, tmp_path / "d")
+    assert order[0] == "d" and set(order) == {"d", "one.onnx", "two.onnx"}
+
+
 def test_the_computed_values_are_those_of_the_source(tmp_path):
     """A transposed external weight is a view of the mapped file until it is written."""
     path = tmp_path / "m.onnx"
