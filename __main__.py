@@ -107,7 +107,7 @@ def export(
     model: Model,
     out: Annotated[Path, typer.Argument(help="New folder for the package.")],
     task: Task = None,
-    opset: Annotated[int, typer.Option(help="ONNX operator set, 18 to 23.")] = 20,
+    opset: Annotated[int, typer.Option(help="ONNX operator set, 7 to 23.")] = 20,
     ort: Annotated[
         bool, typer.Option("--ort", help="Also model.ort and its required_operators.config.")
     ] = False,
@@ -133,6 +133,9 @@ def export(
 def share(
     source: Annotated[Path, typer.Argument(help="An ONNX file from any exporter.")],
     target: Annotated[Path, typer.Argument(help="New ONNX file.")],
+    opset: Annotated[
+        int | None, typer.Option(help="ONNX operator set; the file's if not given.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Store equal weights of any ONNX file once, in the form that stays shared when loaded.
@@ -142,7 +145,7 @@ def share(
     from ffmerge.passes.graph.run import share_file
     from ffmerge.tables import share_table
 
-    result = share_file(source, target)
+    result = share_file(source, target, opset)
     _emit(as_json, result.to_json(), share_table(result, target))
 
 

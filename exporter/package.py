@@ -21,10 +21,13 @@ from ffmerge.models import checkpoint, tasks
 from ffmerge.models.inputs import probe
 from ffmerge.models.manifest import Manifest, record_files
 from ffmerge.models.probe import stored_elements
+from ffmerge.passes.graph.opset import OLDEST, to_opset
+from ffmerge.passes.graph.run import share
 from ffmerge.passes.graph.write import write_models
 
 GRAPH, WEIGHTS, REFERENCE = "model.onnx", "model.onnx_data", "reference.safetensors"
-OPSETS = range(18, 24)  # what PyTorch's exporter writes by itself
+OPSETS = range(OLDEST, 24)
+DIRECT = 18  # the first that PyTorch's exporter writes by itself; older ones are converted
 _VERSIONS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy")
 
 
@@ -86,7 +89,9 @@ def export(
     if config.opset not in OPSETS:
         raise InputError(f"opset {config.opset} is not one of {OPSETS[0]} to {OPSETS[-1]}.")
     with staged(Path(target)) as folder:
-        shared = to_onnx(model, task, config.opset)
+        shared = to_onnx(model, task, max(config.opset, DIRECT))
+        if config.opset < DIRECT:
+            shared = share(to_opset(shared.model, config.opset))
         write_models({folder / GRAPH: shared.model}, folder / WEIGHTS)
         recipe = probe(model)
         feeds = [recipe.draw(case) for case in range(len(recipe.cases))]

@@ -19,6 +19,7 @@ from ffmerge.errors import InputError, TieError
 from ffmerge.models.manifest import Skip
 from ffmerge.models.plan import Tie
 from ffmerge.passes.graph.contract import check_ties, read_ties, write_ties
+from ffmerge.passes.graph.opset import to_opset
 from ffmerge.passes.graph.read import read_model
 from ffmerge.passes.graph.share import SharePass
 from ffmerge.passes.graph.strip import StripPass
@@ -91,15 +92,16 @@ def share(model: ir.Model, ties: Sequence[Tie] = ()) -> ShareResult:
     return ShareResult(model, skipped, before, bytes_stored(model), sharing.ties)
 
 
-def share_file(source: Path, target: Path) -> ShareResult:
-    """Share the weights of the ONNX file ``source`` and write it to ``target``.
+def share_file(source: Path, target: Path, opset: int | None = None) -> ShareResult:
+    """Share the weights of the ONNX file ``source`` and write it to ``target``, at ``opset``.
 
     Tensors go to ``target`` + ``_data`` beside it if they take more than 1 MB or were external,
     else into the one file. Both are written in a folder beside and renamed; on an error nothing
     is left.
 
     Raises:
-        InputError: ``source`` cannot be read, or ``target`` exists or cannot be written.
+        InputError: ``source`` cannot be read or be of that opset, or ``target`` exists or
+            cannot be written.
         TieError: a recorded tie does not hold in the result.
     """
     source, target = Path(source), Path(target)
@@ -107,6 +109,6 @@ def share_file(source: Path, target: Path) -> ShareResult:
     refuse_existing(target, data)
     model = read_model(source)
     external = any(isinstance(item.tensor, ir.ExternalTensor) for item in stored(model))
-    result = share(model)
+    result = share(model if opset is None else to_opset(model, opset))
     external = external or result.bytes_after > EMBEDDED
-    return replace(result, files=write_models({target: model}, data if external else None))
+    return replace(result, files=write_models({target: result.model}, data if external else None))
