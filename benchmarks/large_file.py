@@ -36,7 +36,7 @@ def write_large(path: Path, weights: int, width: int = WIDTH) -> int:
         for index in range(weights):
             kind = KINDS[index % len(KINDS)]
             if kind in ("own", "turned"):
-                latest = random.random((width, width), np.float32)
+                latest = random.standard_normal((width, width), np.float32) / width**0.5
             values = np.ascontiguousarray(latest.T if kind == "transposed" else latest)
             name = f"w{index}"
             initializers.append(_external(name, path.name + "_data", file.tell(), width))

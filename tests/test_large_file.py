@@ -3,9 +3,13 @@
 import importlib.util
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from graphs import run
+
+from ffmerge.passes.graph.run import share_file
 
 
 @pytest.fixture
@@ -32,3 +36,17 @@ def test_memory_does_not_grow_with_the_file_and_copies_go(tmp_path, large_file):
     assert kinds == {"MatMul", "Gemm"}  # the transposed are read through transB
     onnx.checker.check_model(str(folder / "shared.onnx"))
     assert "x the copy" in large_file.table(found[64])
+
+
+@pytest.mark.slow
+def test_more_than_two_gigabytes_of_distinct_weights(tmp_path, large_file, monkeypatch):
+    """The last weights lie beyond 2^31 bytes; ONNX Runtime computes the same with both files."""
+    monkeypatch.setattr(large_file, "KINDS", ("own", "turned"))
+    large_file.write_large(tmp_path / "in.onnx", 136)
+    result = share_file(tmp_path / "in.onnx", tmp_path / "out.onnx")
+    assert result.bytes_after > 1 << 31
+    last = list(ir.load(tmp_path / "out.onnx").graph.initializers.values())[-1].const_value
+    assert last.offset > 1 << 31
+    x = np.random.default_rng(1).standard_normal((1, large_file.WIDTH)).astype(np.float32)
+    one, other = (run(str(tmp_path / name), x0=x)[0] for name in ("in.onnx", "out.onnx"))
+    assert np.isfinite(one).all() and np.array_equal(one, other)

@@ -9,6 +9,7 @@ import pytest
 from graphs import build, normal, run
 from tiny import vit
 
+import ffmerge.__main__ as command_line
 from ffmerge.errors import InputError
 from ffmerge.exporter.package import ExportConfig, export
 from ffmerge.passes.graph import opset as converting
@@ -103,3 +104,16 @@ def test_a_package_below_what_pytorch_writes(tmp_path):
     with pytest.raises(InputError, match="LayerNormalization"):
         export(model, tmp_path / "q", ExportConfig(opset=13))
     assert not (tmp_path / "q").exists()
+
+
+def test_the_command_line(tmp_path, monkeypatch, capsys):
+    ir.save(build(TEXT, W=normal(64, 64), V=normal(64, 64)), tmp_path / "in.onnx")
+    for target, code in (("17", 0), ("3", 2)):
+        line = ["share", str(tmp_path / "in.onnx"), str(tmp_path / f"{target}.onnx")]
+        monkeypatch.setattr("sys.argv", ["ffmerge", *line, "--opset", target])
+        with pytest.raises(SystemExit) as ended:
+            command_line.main()
+        assert (ended.value.code or 0) == code
+    assert capsys.readouterr().err.startswith("ffmerge: opset 3 is not one of")
+    assert ir.load(tmp_path / "17.onnx").opset_imports[""] == 17
+    assert not (tmp_path / "3.onnx").exists()

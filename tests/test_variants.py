@@ -9,13 +9,15 @@ import onnxruntime as ort
 import pytest
 from graphs import build, normal, run
 from packages import linear_package
-from tiny import gpt2
+from tiny import gpt2, vit
 
+import ffmerge.__main__ as command_line
 from ffmerge.errors import ExportError, InputError, TieError
 from ffmerge.exporter import ort_format
 from ffmerge.exporter.ort_format import check_same, write_ort
 from ffmerge.exporter.package import ExportConfig, Package, export
 from ffmerge.exporter.prepack import write_prepacked
+from ffmerge.models import checkpoint
 from ffmerge.models.manifest import Manifest, Variant
 from ffmerge.passes.graph.audit import audit
 from ffmerge.passes.graph.write import write_models
@@ -77,6 +79,7 @@ def test_every_operator_of_the_file_is_listed(package, tmp_path):
     assert "/" not in "".join(lines)  # no path of the machine it was made on
     entries = [line.split(";") for line in lines if not line.startswith("#")]
     assert all(len(entry) == 3 and entry[1].isdigit() for entry in entries)
+    assert {entry[0] for entry in entries} == {"ai.onnx"}  # no fused operator of one processor
     assert {op for entry in entries for op in entry[2].split(",")} == needed
 
 
@@ -123,3 +126,20 @@ def test_packed_weights_stay_in_the_file(tmp_path):
         Path(folder / path).stat().st_size for path in ("model.onnx_data", f"{variant.path}_data")
     ]
     assert sizes[1] > 1.9 * sizes[0]
+
+
+def test_the_command_tells_what_packing_costs(tmp_path, monkeypatch, capsys):
+    checkpoint.save(vit(64, 256), tmp_path / "vit")
+    out = tmp_path / "package"
+    line = ["ffmerge", "export", str(tmp_path / "vit"), str(out), "--ort", "--prepack"]
+    monkeypatch.setattr("sys.argv", [*line, "--json"])
+    with pytest.raises(SystemExit) as ended:
+        command_line.main()
+    assert not ended.value.code
+    found = json.loads(capsys.readouterr().out)
+    assert [v["portable"] for v in found["variants"]] == [True, False]
+    assert list(found["costs"]) == ["model.onnx", "model.ort", "prepacked/model.onnx"]
+    for path, cost in found["costs"].items():
+        files = [out / path, out / f"{path}_data"]
+        assert cost["bytes"] == sum(file.stat().st_size for file in files if file.exists())
+        assert cost["load_s"] > 0 and cost["median_ms"] > 0
