@@ -1,6 +1,6 @@
 """``share`` on a large file: time against a plain copy, and the memory it takes.
 
-``python benchmarks/large_file.py [--gigabytes 3] [--folder DIR]`` writes an ONNX file of MatMuls
+``python benchmarks/large_file.py [--gigabytes 3] [--runs 5]`` writes an ONNX file of MatMuls
 whose external weights are half copies (as they are, stored transposed, or read through a
 Transpose; an eighth is read through a Transpose and has no copy), shares it in a process of its
 own, and prints a table. It needs twice the size on the disk.
@@ -10,14 +10,16 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -103,29 +105,37 @@ def share_here(source: Path, target: Path) -> dict[str, float]:
     return {"seconds": seconds, **found, "written": sum(p.stat().st_size for p in result.files)}
 
 
-def measure(folder: Path, weights: int, width: int = WIDTH) -> dict[str, float]:
-    """Return the bytes, the seconds of a copy and of ``share``, and the peak memory of it."""
-    source = folder / "large.onnx"
-    size = write_large(source, weights, width)
-    os.sync()
-    start = time.perf_counter()
-    subprocess.run(["cp", f"{source}_data", folder / "copy"], check=True)
-    copied = time.perf_counter() - start
-    (folder / "copy").unlink()
-    os.sync()
-    command = [sys.executable, __file__, "--share", source, folder / "shared.onnx"]
-    child = subprocess.run(command, check=True, capture_output=True, text=True)
-    return {"bytes": size, "copy": copied, **json.loads(child.stdout)}
+def measure(folder: Path, weights: int, width: int = WIDTH, runs: int = 1) -> dict[str, Any]:
+    """Return the bytes, the seconds of a copy and of ``share`` in turn, and its peak memory."""
+    source, shared = folder / "large.onnx", folder / "shared.onnx"
+    found: dict[str, Any] = {"bytes": write_large(source, weights, width), "copies": [], "all": []}
+    for _ in range(runs):
+        for path in (folder / "copy", shared, folder / "shared.onnx_data"):
+            path.unlink(missing_ok=True)
+        os.sync()
+        start = time.perf_counter()
+        subprocess.run(["cp", f"{source}_data", folder / "copy"], check=True)
+        found["copies"].append(time.perf_counter() - start)
+        (folder / "copy").unlink()
+        os.sync()
+        command = [sys.executable, __file__, "--share", source, shared]
+        child = subprocess.run(command, check=True, capture_output=True, text=True)
+        found |= json.loads(child.stdout)
+        found["all"].append(found["seconds"])
+    found["copy"] = statistics.median(found["copies"])
+    found["seconds"] = statistics.median(found["all"])
+    return found
 
 
-def table(found: dict[str, float]) -> str:
+def table(found: dict[str, Any]) -> str:
     """Return the figures as lines of Markdown."""
     ratio, memory = found["seconds"] / found["copy"], found["bytes"] / 100
     rows = [
         ("weights read", f"{found['bytes'] / 1e6:,.1f} MB"),
         ("weights written", f"{found['written'] / 1e6:,.1f} MB"),
-        ("plain copy", f"{found['copy']:.2f} s"),
-        ("share", f"{found['seconds']:.2f} s, {ratio:.2f} x the copy"),
+        ("plain copy", f"{found['copy']:.2f} s; runs: {_runs(found['copies'])}"),
+        ("share", f"{found['seconds']:.2f} s; runs: {_runs(found['all'])}"),
+        ("ratio of the medians", f"{ratio:.2f} x the copy"),
         *(
             (f"peak {kind} memory", f"{found[kind] / 1e6:,.1f} MB, {found[kind] / memory:.1f} %")
             for kind in ("anonymous", "resident")
@@ -135,10 +145,15 @@ def table(found: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
+def _runs(seconds: Sequence[float]) -> str:
+    return ", ".join(f"{each:.2f}" for each in seconds)
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gigabytes", type=float, default=3.0)
+    parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="where to write; a temporary folder else")
     parser.add_argument("--share", type=Path, nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -147,7 +162,8 @@ def main() -> None:
         return
     folder = Path(tempfile.mkdtemp(prefix="ffmerge-large-", dir=arguments.folder))
     try:
-        print(table(measure(folder, round(arguments.gigabytes * 1e9 / (4 * WIDTH * WIDTH)))))
+        weights = round(arguments.gigabytes * 1e9 / (4 * WIDTH * WIDTH))
+        print(table(measure(folder, weights, runs=arguments.runs)))
     finally:
         shutil.rmtree(folder)
 

@@ -11,8 +11,8 @@ import onnx_ir as ir
 
 Array = npt.NDArray[Any]
 
-BLOCK = 1 << 24  # bytes hashed, compared, turned or written at a time
-TILE = 128  # columns turned at a time: numpy's own transposing copy misses the cache, 4 x slower
+BLOCK = 1 << 22  # bytes hashed, compared, turned or written at a time
+TILE = 64  # columns turned at a time: numpy's own transposing copy misses the cache, 4 x slower
 SAMPLES = 16  # elements that must be equal before tensors are read to the end
 _SAMPLE = "ffmerge.sample"
 
