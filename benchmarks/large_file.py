@@ -82,7 +82,7 @@ def peak() -> Iterator[dict[str, int]]:
             sizes = {line.split(":")[0]: line.split()[1] for line in lines if line.endswith("kB")}
             found["resident"] = 1024 * int(sizes["VmHWM"])
             found["anonymous"] = max(found["anonymous"], 1024 * int(sizes["RssAnon"]))
-            if stop.wait(0.002):
+            if stop.wait(0.02):
                 return
 
     thread = threading.Thread(target=look)

@@ -132,6 +132,7 @@ def test_a_swap_between_check_and_open_is_refused(tmp_path, monkeypatch):
 
 def test_descriptors_are_closed(tmp_path):
     path = attack(tmp_path, "good")
+    gc.collect()  # models of other tests
     before = len(os.listdir("/proc/self/fd"))
     model = read_model(path)
     assert len(os.listdir("/proc/self/fd")) == before + 1
