@@ -107,8 +107,15 @@ def export(
     model: Model,
     out: Annotated[Path, typer.Argument(help="New folder for the package.")],
     task: Task = None,
-    opset: Annotated[int, typer.Option(help="ONNX operator set, 18 to 23.")] = 20,
+    opset: Annotated[int, typer.Option(help="ONNX operator set, 7 to 23.")] = 20,
     dtype: Annotated[str, typer.Option(help="fp32, fp16, int8 or int4.")] = "fp32",
+    ort: Annotated[
+        bool, typer.Option("--ort", help="Also model.ort and its required_operators.config.")
+    ] = False,
+    prepack: Annotated[
+        bool,
+        typer.Option("--prepack", help="Also weights packed for this processor; says the costs."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Export a checkpoint, merged or not, as an ONNX package.
@@ -119,7 +126,7 @@ def export(
     from ffmerge.exporter.package import ExportConfig
     from ffmerge.tables import package_table
 
-    package = pipeline.export(model, out, ExportConfig(task, opset, dtype))
+    package = pipeline.export(model, out, ExportConfig(task, opset, dtype, ort, prepack))
     _emit(as_json, package.to_json(), package_table(package))
 
 
@@ -127,6 +134,9 @@ def export(
 def share(
     source: Annotated[Path, typer.Argument(help="An ONNX file from any exporter.")],
     target: Annotated[Path, typer.Argument(help="New ONNX file.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="fp16, int8 or int4; as it is if not given.")
+    ] = None,
     resident: Annotated[
         bool,
         typer.Option(
@@ -134,8 +144,8 @@ def share(
             "quantizes next, which looks for weights on the right of a product."
         ),
     ] = True,
-    dtype: Annotated[
-        str | None, typer.Option(help="fp16, int8 or int4; as it is if not given.")
+    opset: Annotated[
+        int | None, typer.Option(help="ONNX operator set; the file's if not given.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -146,7 +156,7 @@ def share(
     from ffmerge.passes.graph.run import share_file
     from ffmerge.tables import share_table
 
-    result = share_file(source, target, dtype, resident)
+    result = share_file(source, target, dtype, resident, opset)
     _emit(as_json, result.to_json(), share_table(result, target))
 
 

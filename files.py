@@ -1,12 +1,15 @@
-"""Writing without half-written results: beside the target, then one rename."""
+"""Writing beside the target, then one rename; reading only what is really in the folder."""
 
+import errno
 import hashlib
 import json
+import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from ffmerge.errors import InputError
@@ -44,10 +47,60 @@ def staged(target: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def sha256(path: Path) -> str:
-    """Return the hex SHA-256 of a file, read in blocks."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def open_inside(folder: Path, location: str) -> int:
+    """Return a descriptor of a regular file below ``folder``, opened once for reading.
+
+    No part of ``location`` is ``..`` or a link, nothing is absolute, and the file has one name.
+    What is checked is what is open: each part is opened relative to the one before without
+    following links, so that a swap in between is refused or has no effect. Where the system
+    cannot do that (Windows), the parts are looked at before and the file after it is open.
+
+    Raises:
+        InputError: it is not so; the message is the reason, to be put after a name.
+    """
+    parts = [part for part in location.split("/") if part not in ("", ".")]
+    windows = PureWindowsPath(location)
+    if not parts or "\0" in location or "\\" in location:
+        raise InputError("is not a path with forward slashes.")
+    if ".." in parts or windows.drive or windows.root:
+        raise InputError("is outside the folder.")
+    relative = os.open in os.supports_dir_fd
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    path, below = Path(folder), None
+    try:
+        below = os.open(folder, os.O_RDONLY) if relative else None
+        for part in parts:
+            path /= part
+            if path.is_symlink():
+                raise OSError(errno.ELOOP, "link")
+            if relative:  # a pipe must not block: it is refused once it is open
+                inner = os.open(part, flags | os.O_NONBLOCK, dir_fd=below)
+                os.close(below)  # type: ignore[arg-type]
+                below = inner
+        descriptor = os.open(path, flags) if below is None else below
+    except OSError as error:
+        if below is not None:
+            os.close(below)
+        if error.errno in (errno.ELOOP, errno.ENOTDIR):
+            reason = "is or is below a link, as in a hub cache: copy the folder, links resolved."
+        elif error.errno == errno.ENOENT:
+            reason = "is missing."
+        else:
+            reason = f"cannot be opened: {error.strerror}."
+        raise InputError(reason) from error
+    state = os.fstat(descriptor)
+    if stat.S_ISREG(state.st_mode) and state.st_nlink == 1:
+        return descriptor
+    os.close(descriptor)
+    if stat.S_ISREG(state.st_mode):
+        raise InputError("is a hard link, so what it holds is not the folder's own: copy it.")
+    raise InputError("is not a file.")
+
+
+def sha256(file: Path | int) -> str:
+    """Return the hex SHA-256 of a file, read in blocks; an open descriptor is left open."""
+    with open(file, "rb", closefd=not isinstance(file, int)) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def size_text(count: float) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from ffmerge.passes.weights.evaluate import score_for
 from ffmerge.passes.weights.merge import Merge, MergeConfig
 from ffmerge.runtime_tests import report
 from ffmerge.runtime_tests import validate as validation
+from ffmerge.runtime_tests.footprint import measure_footprint
 from ffmerge.runtime_tests.report import Losses, Summary
 from ffmerge.runtime_tests.validate import Validation
 
@@ -55,7 +56,18 @@ def export(source: str, out: Path, config: ExportConfig) -> Package:
         folder = checkpoint.resolve(source)
         model = checkpoint.load(folder).float()
         show("tracing and writing", 0, 0)
-        return package.export(model, out, config, folder)
+        result = package.export(model, out, config, folder)
+        show("measuring", 0, 0)
+        return replace(result, costs=_costs(result.manifest, out) if config.prepack else {})
+
+
+def _costs(manifest: Manifest, folder: Path) -> dict[str, Any]:
+    """Return bytes and footprint of the graph and of each variant, by path."""
+    costs = {}
+    for path in (package.GRAPH, *(variant.path for variant in manifest.variants)):
+        files = [file.bytes for file in manifest.files if file.path in (path, f"{path}_data")]
+        costs[path] = {"bytes": sum(files), **asdict(measure_footprint(folder, model=path))}
+    return costs
 
 
 def validate(folder: Path, providers: tuple[str, ...], data_source: str | None) -> Validation:

@@ -57,6 +57,11 @@ def package_table(package: Any) -> Table:
     rows = [(file.path, size_text(file.bytes)) for file in manifest.files]
     rows.append(("all files", size_text(manifest.bytes_total)))
     rows.append(("distinct parameters", size_text(manifest.parameter_bytes)))
+    for path, cost in package.costs.items():
+        sizes = [cost[key] for key in ("bytes", "rss_bytes", "anonymous_bytes")]
+        shown = ["not known" if size is None else size_text(size) for size in sizes]
+        text = "{} on disk, {} resident, {} anonymous".format(*shown)
+        rows.append((path, f"{text}, {cost['load_s']:.2f} s load, {cost['median_ms']:.3g} ms run"))
     return _table(f"{package.path}: {manifest.task}", ("file", "size"), rows)
 
 

@@ -1,30 +1,34 @@
 """A model as a folder that a runtime serves: graph, weights, configuration, manifest, card."""
 
 import platform
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 from safetensors.numpy import save_file
 
 import ffmerge
 from ffmerge.errors import InputError
 from ffmerge.exporter.card import card
+from ffmerge.exporter.ort_format import write_ort
+from ffmerge.exporter.prepack import write_prepacked
 from ffmerge.exporter.torch_onnx import reference_outputs, to_onnx
 from ffmerge.files import staged
 from ffmerge.models import checkpoint, tasks
 from ffmerge.models.inputs import probe
 from ffmerge.models.manifest import Manifest, record_files
 from ffmerge.models.probe import stored_elements
+from ffmerge.passes.graph.opset import OLDEST, to_opset
 from ffmerge.passes.graph.quantize import PRECISIONS
 from ffmerge.passes.graph.run import share
+from ffmerge.passes.graph.write import write_models
 
 GRAPH, WEIGHTS, REFERENCE = "model.onnx", "model.onnx_data", "reference.safetensors"
-OPSETS = range(18, 24)  # what PyTorch's exporter writes by itself
+OPSETS = range(OLDEST, 24)
+DIRECT = 18  # the first that PyTorch's exporter writes by itself; older ones are converted
 _VERSIONS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy")
 
 
@@ -32,20 +36,24 @@ _VERSIONS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy")
 class ExportConfig:
     """Settings of an export; ``task`` None means: inferred from the model's class.
 
-    ``dtype`` is fp32 or one of :data:`ffmerge.passes.graph.quantize.PRECISIONS`.
+    ``dtype`` is fp32 or one of :data:`ffmerge.passes.graph.quantize.PRECISIONS`; ``ort`` and
+    ``prepack`` add the graph in ONNX Runtime's format, and with packed weights.
     """
 
     task: str | None = None
     opset: int = 20
     dtype: str = "fp32"
+    ort: bool = False
+    prepack: bool = False
 
 
 @dataclass(frozen=True)
 class Package:
-    """A package on disk."""
+    """A package on disk; ``costs`` are the footprints of its graph and variants, if measured."""
 
     path: Path
     manifest: Manifest
+    costs: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -56,6 +64,8 @@ class Package:
             "bytes_total": self.manifest.bytes_total,
             "bytes_unique": self.manifest.bytes_unique,
             "skipped": [vars(skip) for skip in self.manifest.skipped],
+            "variants": [vars(variant) for variant in self.manifest.variants],
+            "costs": dict(self.costs),
         }
 
 
@@ -84,10 +94,19 @@ def export(
     if config.dtype not in ("fp32", *PRECISIONS):
         raise InputError(f"no dtype {config.dtype!r}: there is fp32, {', '.join(PRECISIONS)}.")
     with staged(Path(target)) as folder:
-        shared = to_onnx(model, task, config.opset)
+        shared = to_onnx(model, task, max(config.opset, DIRECT))
+        if config.opset < DIRECT:
+            shared = share(to_opset(shared.model, config.opset))
         if config.dtype != "fp32":
             shared = share(shared.model, dtype=config.dtype)
-        ir.save(shared.model, folder / GRAPH, external_data=WEIGHTS)
+        write_models({folder / GRAPH: shared.model}, folder / WEIGHTS)
+        recipe = probe(model)
+        feeds = [recipe.draw(case) for case in range(len(recipe.cases))]
+        variants = [
+            write(folder / GRAPH, feeds)
+            for wanted, write in ((config.ort, write_ort), (config.prepack, write_prepacked))
+            if wanted
+        ]
         _write_reference(folder / REFERENCE, reference_outputs(model, task))
         _write_config(folder, model)
         if source:
@@ -113,8 +132,9 @@ def export(
             ties=shared.ties,
             skipped=shared.skipped,
             outputs=tasks.OUTPUTS[task],
-            probe=probe(model),
+            probe=recipe,
             files=files,
+            variants=tuple(variants),
         )
         manifest.write(folder)
     return Package(Path(target), manifest)

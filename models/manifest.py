@@ -1,12 +1,13 @@
 """``ffmerge.json``: what a package holds and promises, as data."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ffmerge.errors import InputError
-from ffmerge.files import read_json, sha256, write_json
+from ffmerge.files import open_inside, read_json, sha256, write_json
 from ffmerge.models.plan import MergeRecord, Tie
 from ffmerge.models.probe import Probe
 
@@ -29,6 +30,18 @@ class Skip:
 
     name: str
     reason: str
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The same graph in another form: ``path`` is what a runtime opens.
+
+    If it is not ``portable`` it depends on the processor it was made on, and so do its bytes.
+    """
+
+    kind: str
+    path: str
+    portable: bool
 
 
 @dataclass(frozen=True)
@@ -55,6 +68,7 @@ class Manifest:
     outputs: tuple[str, ...]
     probe: Probe
     files: tuple[FileRecord, ...]
+    variants: tuple[Variant, ...] = ()
 
     def write(self, folder: Path) -> None:
         """Write ``ffmerge.json`` into ``folder``."""
@@ -67,6 +81,7 @@ class Manifest:
             "outputs": list(self.outputs),
             "probe": self.probe.to_json(),
             "files": [asdict(file) for file in self.files],
+            "variants": [asdict(variant) for variant in self.variants],
         }
         write_json(folder / NAME, value)
 
@@ -92,6 +107,7 @@ class Manifest:
                     "outputs": tuple(value["outputs"]),
                     "probe": Probe.from_json(value["probe"]),
                     "files": tuple(FileRecord(**file) for file in value["files"]),
+                    "variants": tuple(Variant(**each) for each in value.get("variants", ())),
                 }
             )
         except (TypeError, KeyError) as error:
@@ -100,17 +116,20 @@ class Manifest:
             ) from error
 
     def check_files(self, folder: Path) -> None:
-        """Raise InputError at the first listed file that is outside, missing or changed."""
+        """Raise InputError at the first listed file that is outside, a link, missing or changed."""
         for file in self.files:
-            path = folder / file.path
-            if Path(file.path).is_absolute() or ".." in Path(file.path).parts:
-                raise InputError(
-                    f"{folder / NAME} lists {file.path!r}, which is outside the package."
-                )
-            if path.is_symlink() or not path.is_file():
-                raise InputError(f"{path} is listed in {NAME} but is not a file of the package.")
-            if path.stat().st_size != file.bytes or sha256(path) != file.sha256:
-                raise InputError(f"{path} is not the file that {NAME} describes: export again.")
+            try:
+                descriptor = open_inside(folder, file.path)
+            except InputError as error:
+                raise InputError(f"{folder / NAME} lists {file.path!r}, which {error}") from error
+            try:
+                size = os.fstat(descriptor).st_size
+                if size != file.bytes or sha256(descriptor) != file.sha256:
+                    raise InputError(
+                        f"{folder / file.path} is not the file that {NAME} describes: export again."
+                    )
+            finally:
+                os.close(descriptor)
 
 
 def record_files(folder: Path) -> tuple[FileRecord, ...]:

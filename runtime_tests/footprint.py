@@ -1,6 +1,6 @@
 """Memory and latency of a package, measured in a fresh process.
 
-``python -m ffmerge.runtime_tests.footprint MODEL --provider cpu --threads 1`` prints one JSON
+``python -m ffmerge.runtime_tests.footprint PACKAGE --provider cpu --threads 1`` prints one JSON
 object. A fresh process, because memory that another model left behind would be counted or
 reused.
 """
@@ -52,27 +52,31 @@ class Footprint:
     threads: int
 
 
-def measure_footprint(folder: Path, provider: str = "cpu", threads: int = 1) -> Footprint:
+def measure_footprint(
+    folder: Path, provider: str = "cpu", threads: int = 1, model: str = MODEL
+) -> Footprint:
     """Return what a new process measured; one thread, so that machines and days compare.
+
+    ``model`` is the graph or a variant of it, relative to the package.
 
     Raises:
         RuntimeCheckError: the process failed; the message is its last line.
     """
     command = f"-P -m ffmerge.runtime_tests.footprint --provider {provider} --threads {threads}"
     child = subprocess.run(
-        [sys.executable, *command.split(), str(folder / MODEL)],
+        [sys.executable, *command.split(), str(folder), "--model", model],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         capture_output=True,
         text=True,
     )
     if child.returncode:
         lines = child.stderr.strip().splitlines() or [f"exit status {child.returncode}"]
-        raise RuntimeCheckError(f"measuring {folder / MODEL} failed: {lines[-1]}")
+        raise RuntimeCheckError(f"measuring {folder / model} failed: {lines[-1]}")
     return Footprint(**json.loads(child.stdout))
 
 
-def _measure_here(model: Path, provider: str, threads: int) -> Footprint:
-    manifest = Manifest.read(model.parent)
+def _measure_here(folder: Path, model: str, provider: str, threads: int) -> Footprint:
+    manifest = Manifest.read(folder)
     single = {**manifest.probe.cases[0], "batch_size": 1}
     feeds = replace(manifest.probe, cases=(single,)).draw(0)
     threads = min(threads, os.cpu_count() or 1)
@@ -81,7 +85,7 @@ def _measure_here(model: Path, provider: str, threads: int) -> Footprint:
 
     before = resident()
     start = time.perf_counter()
-    session = open_session(model, provider, threads=threads)
+    session = open_session(folder / model, provider, threads=threads)
     load_s = time.perf_counter() - start
     after = resident()
 
@@ -127,14 +131,17 @@ def resident(trim: bool = True) -> tuple[int, int] | None:
 
 
 def main() -> None:
-    """Print the footprint of the model named on the command line, as JSON."""
+    """Print the footprint of the package named on the command line, as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", type=Path)
+    parser.add_argument("package", type=Path)
+    parser.add_argument("--model", default=MODEL)
     parser.add_argument("--provider", choices=PROVIDERS, default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     try:
-        footprint = _measure_here(arguments.model, arguments.provider, arguments.threads)
+        footprint = _measure_here(
+            arguments.package, arguments.model, arguments.provider, arguments.threads
+        )
     except FfmergeError as error:
         sys.exit(str(error))
     print(json.dumps(asdict(footprint)))

@@ -84,7 +84,7 @@ def test_batch_is_one_whatever_the_probe_says(
         return run(session, names, feeds)
 
     monkeypatch.setattr(footprint, "run_session", spy)
-    footprint._measure_here(tmp_path / "package" / "model.onnx", "cpu", 1)
+    footprint._measure_here(tmp_path / "package", "model.onnx", "cpu", 1)
     assert shapes == {(1,), (1, 4)}  # the trivial model's, then the package's
 
 
@@ -93,7 +93,7 @@ def test_memory_is_null_with_a_reason_where_the_system_does_not_tell(
 ) -> None:
     linear_package(tmp_path / "package", np.eye(4, dtype=np.float32), np.zeros(4, np.float32))
     monkeypatch.setattr(footprint, "resident", lambda: None)
-    cost = asdict(footprint._measure_here(tmp_path / "package" / "model.onnx", "cpu", 1))
+    cost = asdict(footprint._measure_here(tmp_path / "package", "model.onnx", "cpu", 1))
     assert (cost["rss_bytes"], cost["anonymous_bytes"]) == (None, None)
     assert "smaps_rollup" in cost["memory_reason"]
     assert cost["median_ms"] > 0

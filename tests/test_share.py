@@ -18,6 +18,7 @@ from ffmerge.errors import InputError, TieError
 from ffmerge.models.plan import Tie
 from ffmerge.passes.graph.contract import check_ties, join_ties, read_ties, write_ties
 from ffmerge.passes.graph.run import share, share_file
+from ffmerge.passes.graph.tensors import find_copies
 
 # Gemm against MatMul on the same numbers, sums of 64 products of N(0, 1)
 GEMM = 3e-5
@@ -307,14 +308,27 @@ def test_large_tensors_are_compared_in_blocks(monkeypatch):
 
 def test_a_collision_of_hashes_is_not_an_equality(monkeypatch):
     monkeypatch.setattr("ffmerge.passes.graph.tensors._digest", lambda array: "same")
-    middle = np.float32([1, 2, 3])
-    model = build(
-        "() => (float[3] a, float[3] b) {a = Relu(A) b = Relu(B)}",
-        A=middle,
-        B=np.float32([1, 9, 3]),
-    )
+    monkeypatch.setattr("ffmerge.passes.graph.tensors.SAMPLES", 2)
+    weights = [np.float32([1, middle, 3]) for middle in (2, 9, 5, 9, 5)]
+    text = "() => (float[3] a, float[3] b, float[3] c, float[3] d, float[3] e) {"
+    text += " ".join(f"{name.lower()} = Relu({name})" for name in "ABCDE") + "}"
+    model = build(text, **dict(zip("ABCDE", weights, strict=True)))
     share(model)
-    assert names(model) == ["A", "B"]
+    assert names(model)[:3] == ["A", "B", "C"]  # D is found, E is hidden by the collision
+    assert "D" not in names(model)
+
+
+def test_many_that_differ_late_are_told_apart(monkeypatch):
+    monkeypatch.setattr("ffmerge.passes.graph.tensors.BLOCK", 1000)
+    weights = []
+    for place in (5, 9, 5, 3, 9, 9, 5):
+        w = np.zeros((40, 60), np.float32)
+        w[place, place + 1] = 1  # off the diagonal, which is sampled
+        weights.append(w)
+    weights[2], weights[5] = weights[2].T.copy(), weights[5].T.copy()
+    tensors = [ir.tensor(w) for w in weights]
+    found = [(c.first, c.identical, c.transposed) for c in find_copies(tensors)]
+    assert found == [(0, [6], [2]), (1, [4], [5])]
 
 
 def test_ties_survive_the_metadata():
@@ -457,7 +471,7 @@ def test_nothing_is_overwritten_and_nothing_left_behind(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         replace(one, other)
 
-    monkeypatch.setattr("ffmerge.passes.graph.run.os.replace", full)
+    monkeypatch.setattr("ffmerge.passes.graph.write.os.replace", full)
     with pytest.raises(InputError, match="No space left on device"):
         share_file(tmp_path / "ext.onnx", tmp_path / "out.onnx")
     left = sorted(p.name for p in tmp_path.iterdir())

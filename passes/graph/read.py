@@ -1,29 +1,108 @@
 """Reading an ONNX file that may be broken or hostile; tensors stay mapped on disk."""
 
+import mmap
+import os
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
 from ffmerge.errors import InputError
-from ffmerge.passes.graph.tensors import stored
+from ffmerge.files import open_inside
+from ffmerge.passes.graph.tensors import Array, graphs, shape_of
+
+
+class DataFile:
+    """A data file opened once; the descriptor is closed with the last tensor that reads it."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self.size = os.fstat(descriptor).st_size
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+
+
+class MappedTensor(ir.ExternalTensor):
+    """External data read from the very file that was checked, mapped while it is in use.
+
+    Renaming or replacing the file has no effect; cutting the same file short under a running
+    process is not survived (SIGBUS), as with any mapped file.
+    """
+
+    __slots__ = ("_file",)
+
+    def __init__(self, tensor: ir.ExternalTensor, file: DataFile) -> None:
+        super().__init__(
+            tensor.location,
+            tensor.offset,
+            tensor.length,
+            tensor.dtype,
+            shape=tensor.shape,
+            name=tensor.name or "",
+            doc_string=tensor.doc_string,
+            metadata_props=tensor.metadata_props,
+            base_dir=tensor.base_dir,
+        )
+        self._file = file
+
+    def bytes_mapped(self) -> Array:
+        """Return the stored bytes."""
+        if not self.nbytes:
+            return np.empty(0, np.uint8)
+        inside = (self.offset or 0) % mmap.ALLOCATIONGRANULARITY
+        mapped = mmap.mmap(
+            self._file.descriptor,
+            inside + self.nbytes,
+            offset=(self.offset or 0) - inside,
+            access=mmap.ACCESS_READ,
+        )
+        return np.frombuffer(mapped, np.uint8, self.nbytes, inside)
+
+    def numpy(self) -> Array:
+        """Return the values."""
+        raw, shape = self.bytes_mapped(), shape_of(self)
+        if self.dtype.bitwidth < 8:
+            return ir.PackedTensor(raw, self.dtype, shape=ir.Shape(shape)).numpy()
+        return raw.view(self.dtype.numpy()).reshape(shape)
+
+    def __array__(self, dtype: Any = None) -> Array:
+        return self.numpy().__array__(dtype)
+
+    def tobytes(self) -> bytes:
+        """Return the stored bytes as an object of their own."""
+        return self.bytes_mapped().tobytes()
+
+    def tofile(self, file: Any) -> None:
+        """Write the stored bytes."""
+        file.write(self.bytes_mapped().data)
 
 
 def read_model(path: Path) -> ir.Model:
     """Return the model in an ONNX file; all its tensors are there and can be read.
 
-    External data must be a regular file in the model's folder or below, whole, and reached
-    neither by ``..`` nor by an absolute path nor by a link out of the folder.
+    External data must be a whole regular file in the model's folder or below, reached neither
+    by ``..`` nor by an absolute path nor by a link; it is opened once, and read from there even
+    if another file takes its place. Nodes are put into an order in which they can run.
+    Operators, domains and versions that are not known pass.
 
     Raises:
-        InputError: the file is missing, truncated or not ONNX, or its external data is not so.
+        InputError: the file is missing, truncated or not ONNX, has a name twice or a cycle, or
+            its external data is not so.
     """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path} {'is not a file' if path.exists() else 'does not exist'}.")
     try:
         proto = onnx.load(path, format="protobuf", load_external_data=False)
+        _check_names(path, proto.graph)
         model = ir.from_proto(proto)
+    except InputError:
+        raise
     except Exception as error:  # onnx, protobuf and onnx_ir raise whatever the broken part hits
         raise InputError(f"{path} is truncated or not ONNX: {_first_line(error)}.") from error
     if not proto.ir_version or not proto.opset_import or not proto.graph.output:
@@ -35,44 +114,69 @@ def read_model(path: Path) -> ir.Model:
             raise InputError(
                 f"{path} is not valid ONNX: {node.op_type} {node.name!r} has no output."
             )
-    ir.external_data.set_base_dir(model.graph, path.parent)
-    for item in stored(model):
+    files: dict[str, DataFile] = {}
+    for graph in graphs(model):
         try:
-            if isinstance(item.tensor, ir.ExternalTensor):
-                _check_external(path, item.tensor)
-            elif item.tensor.dtype != ir.DataType.STRING:
-                item.tensor.numpy()
-        except InputError:
-            raise
-        except Exception as error:  # as above
-            what = f"{path}: tensor {item.name!r} is not what its shape says"
-            raise InputError(f"{what}: {_first_line(error)}.") from error
+            graph.sort()
+        except ValueError as error:
+            raise InputError(f"{path} is not valid ONNX: its nodes form a cycle.") from error
+        for holder, name, tensor in tuple(_tensors(graph)):
+            if isinstance(tensor, ir.ExternalTensor):
+                tensor = MappedTensor(tensor, _open_data(path, tensor, files))
+                if isinstance(holder, ir.Value):
+                    holder.const_value = tensor
+                else:
+                    holder.attributes.add(ir.AttrTensor(name, tensor))
+            elif tensor.dtype != ir.DataType.STRING:
+                try:
+                    tensor.numpy()
+                except Exception as error:  # as above
+                    what = f"{path}: tensor {tensor.name!r} is not what its shape says"
+                    raise InputError(f"{what}: {_first_line(error)}.") from error
     return model
 
 
-def _check_external(path: Path, tensor: ir.ExternalTensor) -> None:
-    location = Path(tensor.location)
-    data = path.parent / location
-    where = f"{path}: the external data of {tensor.name!r}, {str(location)!r},"
-    if location.is_absolute() or ".." in location.parts:
-        raise InputError(f"{where} is outside the model's folder.")
-    if not data.is_file():
-        raise InputError(f"{where} is missing.")
-    if not data.resolve().is_relative_to(path.parent.resolve()):
-        raise InputError(f"{where} is a link to outside the model's folder.")
-    if data.stat().st_nlink > 1:
-        raise InputError(
-            f"{where} is a hard link, so what it holds is not the model's own: copy it."
-        )
+def _check_names(path: Path, graph: onnx.GraphProto) -> None:
+    """Nothing in a graph is given twice: which of two would count depends on the reader."""
+    names = [tensor.name for tensor in graph.initializer]
+    given = [name for node in graph.node for name in node.output if name]
+    produced = set(given) & {*names, *(value.name for value in graph.input)}
+    twice = [name for each in (names, given) for name, n in Counter(each).items() if n > 1]
+    for name in (*twice, *produced):
+        raise InputError(f"{path} is not valid ONNX: {name!r} is defined twice.")
+    for node in graph.node:
+        for attribute in node.attribute:
+            for subgraph in (attribute.g, *attribute.graphs):
+                _check_names(path, subgraph)
+
+
+def _tensors(graph: ir.Graph) -> Iterator[tuple[ir.Value | ir.Node, str, ir.TensorProtocol]]:
+    """Yield initializers and the tensors in attributes, with what holds them."""
+    for value in graph.initializers.values():
+        if value.const_value is not None:
+            yield value, value.name or "", value.const_value
+    for node in graph:
+        for attribute in node.attributes.values():
+            if not attribute.is_ref() and attribute.type == ir.AttributeType.TENSOR:
+                yield node, attribute.name, attribute.as_tensor()
+
+
+def _open_data(path: Path, tensor: ir.ExternalTensor, files: dict[str, DataFile]) -> DataFile:
+    location = str(tensor.location)
+    where = f"{path}: the external data of {tensor.name!r}, {location!r},"
+    if location not in files:
+        try:
+            files[location] = DataFile(open_inside(path.parent, location))
+        except InputError as error:
+            raise InputError(f"{where} {error}") from error
     offset, length = tensor.offset or 0, tensor.length
-    if offset < 0 or (length is not None and length != tensor.nbytes):
-        raise InputError(
-            f"{where} has {length} bytes at {offset}; its shape needs {tensor.nbytes}."
-        )
-    if offset + tensor.nbytes > data.stat().st_size:
-        raise InputError(
-            f"{where} is too short: {data.stat().st_size} bytes of {offset + tensor.nbytes}."
-        )
+    needed = tensor.nbytes
+    if offset < 0 or (length is not None and length != needed):
+        raise InputError(f"{where} has {length} bytes at {offset}; its shape needs {needed}.")
+    if offset + needed > files[location].size:
+        size = files[location].size
+        raise InputError(f"{where} is too short: {size} bytes of {offset + needed}.")
+    return files[location]
 
 
 def _first_line(error: Exception) -> str:

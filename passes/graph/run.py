@@ -1,13 +1,11 @@
 """The graph passes in their order, on a model in memory and on a file."""
 
-import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import (
     LiftConstantsToInitializersPass,
@@ -21,6 +19,7 @@ from ffmerge.errors import InputError, TieError
 from ffmerge.models.manifest import Skip
 from ffmerge.models.plan import Tie
 from ffmerge.passes.graph.contract import check_ties, read_ties, write_ties
+from ffmerge.passes.graph.opset import to_opset
 from ffmerge.passes.graph.prepare import ReachPass, infer_ranks
 from ffmerge.passes.graph.quantize import QuantizeConfig, quantize
 from ffmerge.passes.graph.read import read_model
@@ -29,6 +28,7 @@ from ffmerge.passes.graph.share import SharePass
 from ffmerge.passes.graph.strip import StripPass
 from ffmerge.passes.graph.tensors import bytes_stored, stored
 from ffmerge.passes.graph.untangle import UntanglePass
+from ffmerge.passes.graph.write import refuse_existing, write_models
 
 EMBEDDED = 1_000_000  # bytes of tensors up to which a model stays one file
 ROUNDS = 8  # untangling can make tensors equal, sharing can add uses: two rounds are usual
@@ -78,9 +78,13 @@ def share(
     without, every weight stands on the right of its products, where quantizers look for it.
 
     Raises:
+        InputError: the model's opset is not known, so its operators may mean something else, or
+            it cannot be brought to ``dtype``.
         TieError: a given or a recorded tie does not hold in the result.
-        InputError: the model cannot be brought to ``dtype``.
     """
+    opset, known = model.opset_imports.get("", 0), onnx.defs.onnx_opset_version()
+    if opset > known:
+        raise InputError(f"opset {opset} is newer than {known}, the last that this onnx knows.")
     first = _share(model, ties, resident and dtype is None)
     if dtype is None:
         return first
@@ -120,40 +124,31 @@ def _share(model: ir.Model, ties: Sequence[Tie], resident: bool) -> ShareResult:
 
 
 def share_file(
-    source: Path, target: Path, dtype: str | None = None, resident: bool = True
+    source: Path,
+    target: Path,
+    dtype: str | None = None,
+    resident: bool = True,
+    opset: int | None = None,
 ) -> ShareResult:
-    """Share the weights of the ONNX file ``source``, in ``dtype``, and write it to ``target``.
+    """Share the weights of the ONNX file ``source`` and write it to ``target``.
+
+    ``dtype`` and ``resident`` are those of :func:`share`; ``opset`` None keeps the file's.
 
     Tensors go to ``target`` + ``_data`` beside it if they take more than 1 MB or were external,
     else into the one file. Both are written in a folder beside and renamed; on an error nothing
     is left.
 
     Raises:
-        InputError: ``source`` cannot be read, or ``target`` exists or cannot be written.
+        InputError: ``source`` cannot be read or be of that opset, or ``target`` exists or
+            cannot be written.
         TieError: a recorded tie does not hold in the result.
     """
     source, target = Path(source), Path(target)
     data = target.with_name(target.name + "_data")
-    for path in (target, data):
-        if path.exists() or path.is_symlink():
-            raise InputError(f"{path} exists already: remove it or choose another output.")
+    refuse_existing(target, data)
     model = read_model(source)
     external = any(isinstance(item.tensor, ir.ExternalTensor) for item in stored(model))
-    result = share(model, dtype=dtype, resident=resident)
+    converted = model if opset is None else to_opset(model, opset)
+    result = share(converted, dtype=dtype, resident=resident)
     external = external or result.bytes_after > EMBEDDED
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-    except OSError as error:
-        raise InputError(f"cannot write {target}: {error.strerror or error}.") from error
-    try:
-        ir.save(model, folder / target.name, "protobuf", data.name if external else None)
-        for path in (data, target):  # a model never stands without its data
-            if (folder / path.name).exists():
-                os.replace(folder / path.name, path)
-    except OSError as error:
-        data.unlink(missing_ok=True)
-        raise InputError(f"cannot write {target}: {error.strerror or error}.") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    return replace(result, files=tuple(path for path in (target, data) if path.exists()))
+    return replace(result, files=write_models({target: result.model}, data if external else None))

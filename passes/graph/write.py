@@ -1,0 +1,220 @@
+"""Writing graphs whose weights lie in one data file, equal bytes once."""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import onnx_ir as ir
+
+from ffmerge.errors import InputError
+from ffmerge.passes.graph.read import MappedTensor
+from ffmerge.passes.graph.tensors import (
+    BLOCK,
+    SAMPLES,
+    Array,
+    blocks,
+    bytes_stored,
+    graphs,
+    is_op,
+    shape_of,
+    values_of,
+)
+
+EMBEDDED_TENSOR = 256  # bytes below which a tensor stays in the graph, as onnx and onnx_ir have it
+PAGE, LARGE = 4096, 1 << 20  # tensors above LARGE bytes start a page, so that mapping is exact
+ALIGNMENT = 64  # what every element type and vector unit asks for
+PROTOBUF_LIMIT = (1 << 31) - 1
+_WORD = 16
+
+
+def write_models(models: Mapping[Path, ir.Model], data: Path | None = None) -> tuple[Path, ...]:
+    """Write each graph to its path, their tensors of 256 bytes or more once in ``data``.
+
+    Tensors with equal bytes, whatever their names, shapes, types and graphs, are one place in
+    the file. They are streamed in their order, a block at a time; what is computed lazily is
+    computed when its turn comes and dropped. Without ``data`` each graph is one file. All are
+    written in a folder beside and renamed, the data first; on an error nothing is left, and the
+    models are what they were.
+
+    Raises:
+        InputError: a path exists, cannot be written or is not beside the data, or a graph would
+            be larger than the 2 GB that one file of protobuf can be.
+    """
+    targets = (*models, *((data,) if data else ()))
+    refuse_existing(*targets)
+    parent = targets[0].parent
+    if any(path.parent != parent for path in targets):
+        raise InputError(f"{', '.join(map(str, targets))} are not in one folder.")
+    for path, model in models.items():
+        if data is None and bytes_stored(model) > PROTOBUF_LIMIT:
+            raise InputError(
+                f"{path} would be larger than 2 GB, which one ONNX file cannot be: keep its "
+                "weights in a data file."
+            )
+    done: list[Path] = []
+    folder = None
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{targets[0].name}.partial-", dir=parent))
+        if data:
+            with open(folder / data.name, "w+b") as file:
+                store = _Store(file, data.name)
+                for path, model in models.items():
+                    _write(model, folder / path.name, store.place)
+        else:
+            for path, model in models.items():
+                _write(model, folder / path.name)
+        for path in reversed(targets):  # a graph never stands without its data
+            os.replace(folder / path.name, path)
+            done.append(path)
+    except OSError as error:
+        for path in done:
+            path.unlink()
+        raise InputError(f"cannot write {targets[0]}: {error.strerror or error}.") from error
+    finally:
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
+    return targets
+
+
+def refuse_existing(*paths: Path) -> None:
+    """Raise InputError if something is there already."""
+    for path in paths:
+        if path.exists() or path.is_symlink():
+            raise InputError(f"{path} exists already: remove it or choose another output.")
+
+
+def _write(
+    model: ir.Model,
+    path: Path,
+    place: Callable[[ir.TensorProtocol], ir.TensorProtocol] | None = None,
+) -> None:
+    """Serialize a graph with its tensors placed, and put the model back as it was."""
+    before: list[tuple[ir.Value | ir.Node, ir.TensorProtocol]] = []
+    try:
+        for graph in graphs(model):
+            for value in graph.initializers.values():
+                if value.const_value is not None:
+                    before.append((value, value.const_value))
+                    value.const_value = (place or _embedded)(value.const_value)
+                    value.const_value.name = value.name or ""
+            for node in graph:
+                if is_op(node, "Constant") and "value" in node.attributes:
+                    attribute = node.attributes["value"]
+                    if not attribute.is_ref():
+                        before.append((node, attribute.as_tensor()))
+                        _set(node, _embedded(attribute.as_tensor()))
+        ir.save(model, path, "protobuf")
+    finally:
+        for holder, tensor in before:
+            _set(holder, tensor)
+
+
+def _set(holder: ir.Value | ir.Node, tensor: ir.TensorProtocol) -> None:
+    if isinstance(holder, ir.Value):
+        holder.const_value = tensor
+    else:
+        holder.attributes.add(ir.AttrTensor("value", tensor))
+
+
+def _embedded(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    """Return a tensor that is written into the graph: external data would keep its old place."""
+    if not isinstance(tensor, ir.ExternalTensor):
+        return tensor
+    return ir.LazyTensor(
+        lambda: ir.Tensor(values_of(tensor), dtype=tensor.dtype),
+        dtype=tensor.dtype,
+        shape=tensor.shape,
+        name=tensor.name,
+    )
+
+
+@dataclass
+class _Entry:
+    """A place in the data file, and the SHA-256 of its bytes once that was asked for."""
+
+    offset: int
+    nbytes: int
+    digest: bytes = b""
+
+
+class _Store:
+    """A data file in which no bytes are twice.
+
+    Tensors of one length are told apart by a sample of their bytes, then by SHA-256, then byte
+    by byte; nothing is hashed that has no candidate.
+    """
+
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        self.file, self.name = file, name
+        self.end = 0
+        self.entries: dict[bytes, list[_Entry]] = {}
+
+    def place(self, tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+        """Return the tensor as a place in the file, where its bytes now are."""
+        if tensor.nbytes < EMBEDDED_TENSOR or tensor.dtype == ir.DataType.STRING:
+            return _embedded(tensor)
+        array = _stored_values(tensor)
+        candidates = self.entries.setdefault(_sample(array), [])
+        entry = self._find(array, candidates) if candidates else None
+        if entry is None:
+            entry = self._append(array)
+            candidates.append(entry)
+        return ir.ExternalTensor(
+            self.name, entry.offset, entry.nbytes, tensor.dtype,
+            shape=ir.Shape(shape_of(tensor)), name=tensor.name or "",
+        )  # fmt: skip
+
+    def _find(self, array: Array, candidates: list[_Entry]) -> _Entry | None:
+        digest = _digest(blocks(array))
+        for entry in candidates:
+            entry.digest = entry.digest or _digest(self._read(entry))
+            if entry.digest == digest:
+                self.file.seek(entry.offset)
+                if all(self.file.read(len(block)) == block.data for block in blocks(array)):
+                    return entry
+        return None
+
+    def _read(self, entry: _Entry) -> Iterator[bytes]:
+        self.file.seek(entry.offset)
+        for start in range(0, entry.nbytes, BLOCK):
+            yield self.file.read(min(BLOCK, entry.nbytes - start))
+
+    def _append(self, array: Array) -> _Entry:
+        step = PAGE if array.nbytes > LARGE else ALIGNMENT
+        entry = _Entry(-(-self.end // step) * step, array.nbytes)
+        self.file.seek(entry.offset)
+        for block in blocks(array):
+            self.file.write(block.data)
+        self.end = entry.offset + entry.nbytes
+        return entry
+
+
+def _stored_values(tensor: ir.TensorProtocol) -> Array:
+    """Return an array with the bytes the file has, which for types below a byte are packed."""
+    if isinstance(tensor, MappedTensor):
+        return tensor.bytes_mapped()
+    if tensor.dtype.bitwidth < 8:
+        return np.frombuffer(tensor.tobytes(), np.uint8)
+    return values_of(tensor)
+
+
+def _sample(array: Array) -> bytes:
+    """Return the length and some words of the bytes in C order, the same for any type and shape."""
+    step = max(_WORD // array.itemsize, 1)
+    words = np.linspace(0, array.nbytes // _WORD - 1, SAMPLES).astype(np.intp)
+    where = np.unravel_index((words[:, None] * step + np.arange(step)).reshape(-1), array.shape)
+    return array.nbytes.to_bytes(8, "little") + array[where].tobytes()
+
+
+def _digest(parts: Iterator[Any]) -> bytes:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.digest()

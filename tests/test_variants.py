@@ -1,0 +1,145 @@
+"""The graph in ONNX Runtime's format and with packed weights: same results, nothing twice."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from graphs import build, normal, run
+from packages import linear_package
+from tiny import gpt2, vit
+
+import ffmerge.__main__ as command_line
+from ffmerge.errors import ExportError, InputError, TieError
+from ffmerge.exporter import ort_format
+from ffmerge.exporter.ort_format import check_same, write_ort
+from ffmerge.exporter.package import ExportConfig, Package, export
+from ffmerge.exporter.prepack import write_prepacked
+from ffmerge.models import checkpoint
+from ffmerge.models.manifest import Manifest, Variant
+from ffmerge.passes.graph.audit import audit
+from ffmerge.passes.graph.write import write_models
+from ffmerge.passes.weights.merge import MergeConfig, merge_
+from ffmerge.runtime_tests.footprint import measure_footprint
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Package:
+    """GPT-2 with a tied head and four merged sublayers, with both variants."""
+    model = gpt2(128, 512)
+    random = np.random.default_rng(0)
+    ids = random.integers(0, 97, (8, 13))
+    inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    merge_(model, inputs, MergeConfig(window=(1, 4)))
+    target = tmp_path_factory.mktemp("variants") / "package"
+    return export(model, target, ExportConfig(ort=True, prepack=True))
+
+
+def test_the_manifest_names_the_variants_and_the_package_stays_whole(package):
+    manifest = Manifest.read(package.path)
+    assert manifest.variants == (
+        Variant("ort", "model.ort", True),
+        Variant("prepacked", "prepacked/model.onnx", False),
+    )
+    manifest.check_files(package.path)
+    listed = {file.path for file in manifest.files}
+    assert {"model.ort", "required_operators.config", "prepacked/model.onnx_data"} <= listed
+    assert audit(package.path).ok
+    value = json.loads((package.path / "ffmerge.json").read_text())
+    del value["variants"]  # as written before there were any
+    (package.path / "ffmerge.json").write_text(json.dumps(value))
+    assert Manifest.read(package.path).variants == ()
+    manifest.write(package.path)
+
+
+@pytest.mark.parametrize("variant", ["model.ort", "prepacked/model.onnx"])
+def test_a_variant_computes_the_same(package, variant):
+    for case in range(len(package.manifest.probe.cases)):
+        feeds = package.manifest.probe.draw(case)
+        one, two = (run(str(package.path / name), **feeds) for name in ("model.onnx", variant))
+        for a, b in zip(one, two, strict=True):
+            assert np.abs(a - b).max() < 1e-5  # measured 2.4e-7
+
+
+def test_shared_weights_stay_once_in_the_ort_file(package):
+    """Three more copies of a sublayer would be 1.6 MB."""
+    written = (package.path / "model.ort").stat().st_size
+    assert written < package.manifest.parameter_bytes * 1.02 + 200_000
+
+
+def test_every_operator_of_the_file_is_listed(package, tmp_path):
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "same.onnx")
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    ort.InferenceSession(package.path / "model.ort", options)
+    needed = {node.op_type for node in onnx.load(tmp_path / "same.onnx").graph.node}
+    lines = (package.path / "required_operators.config").read_text().splitlines()
+    assert "/" not in "".join(lines)  # no path of the machine it was made on
+    entries = [line.split(";") for line in lines if not line.startswith("#")]
+    assert all(len(entry) == 3 and entry[1].isdigit() for entry in entries)
+    assert {entry[0] for entry in entries} == {"ai.onnx"}  # no fused operator of one processor
+    assert {op for entry in entries for op in entry[2].split(",")} == needed
+
+
+def test_a_weight_that_would_be_stored_twice_is_refused(tmp_path):
+    """Two reads through different transposes: folded, they are two tensors."""
+    w = normal(64, 64, 64)
+    text = """(float[64,64,64] x) => (float[64,64,64] a, float[64,64,64] b, float[64,64,64] c) {
+        t = Transpose<perm=[1,0,2]>(W) u = Transpose<perm=[2,1,0]>(W)
+        a = Mul(x, t) b = Mul(x, u) c = Mul(x, W)}"""
+    write_models({tmp_path / "m.onnx": build(text, W=w)}, tmp_path / "m.onnx_data")
+    with pytest.raises(TieError, match="stored twice"):
+        write_ort(tmp_path / "m.onnx", [])
+
+
+def test_more_than_the_format_holds_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(ort_format, "PROTOBUF_LIMIT", 1000)
+    linear_package(tmp_path / "p", normal(64, 64), normal(64))
+    with pytest.raises(InputError, match="more than 2 GB"):
+        write_ort(tmp_path / "p" / "model.onnx", [])
+    assert not (tmp_path / "p" / "model.ort").exists()
+
+
+def test_another_result_is_refused(tmp_path):
+    for name, seed in (("one", 0), ("two", 1)):
+        linear_package(tmp_path / name, normal(64, 64, seed=seed), normal(64))
+    paths = [tmp_path / name / "model.onnx" for name in ("one", "two")]
+    check_same(paths[0], paths[0], [{"x": normal(2, 64)}])
+    with pytest.raises(ExportError, match="does not compute"):
+        check_same(*paths, [{"x": normal(2, 64)}])
+
+
+def test_packed_weights_stay_in_the_file(tmp_path):
+    """A weight of 17 MB: packed at load it is anonymous memory, packed in the file it is not."""
+    folder = tmp_path / "p"
+    linear_package(folder, normal(2048, 2048), normal(2048))
+    variant = write_prepacked(folder / "model.onnx", [{"x": normal(2, 2048)}])
+    plain, packed = (measure_footprint(folder, model=m) for m in ("model.onnx", variant.path))
+    if plain.anonymous_bytes is None:
+        pytest.skip(plain.memory_reason)
+    weight = 4 * 2048**2
+    assert plain.anonymous_bytes > 0.9 * weight
+    assert packed.anonymous_bytes < 0.1 * weight
+    sizes = [
+        Path(folder / path).stat().st_size for path in ("model.onnx_data", f"{variant.path}_data")
+    ]
+    assert sizes[1] > 1.9 * sizes[0]
+
+
+def test_the_command_tells_what_packing_costs(tmp_path, monkeypatch, capsys):
+    checkpoint.save(vit(64, 256), tmp_path / "vit")
+    out = tmp_path / "package"
+    line = ["ffmerge", "export", str(tmp_path / "vit"), str(out), "--ort", "--prepack"]
+    monkeypatch.setattr("sys.argv", [*line, "--json"])
+    with pytest.raises(SystemExit) as ended:
+        command_line.main()
+    assert not ended.value.code
+    found = json.loads(capsys.readouterr().out)
+    assert [v["portable"] for v in found["variants"]] == [True, False]
+    assert list(found["costs"]) == ["model.onnx", "model.ort", "prepacked/model.onnx"]
+    for path, cost in found["costs"].items():
+        files = [out / path, out / f"{path}_data"]
+        assert cost["bytes"] == sum(file.stat().st_size for file in files if file.exists())
+        assert cost["load_s"] > 0 and cost["median_ms"] > 0
