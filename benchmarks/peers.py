@@ -120,6 +120,20 @@ def ort_int8(source: Path, target: Path) -> None:
     quantize_dynamic(source, target, weight_type=QuantType.QInt8)
 
 
+def ort_int8_without_shapes(source: Path, target: Path) -> None:
+    """Drop the recorded shapes first, which make the quantizer stop."""
+    model = onnx.load(source)
+    del model.graph.value_info[:]
+    quantize_dynamic(model, target, weight_type=QuantType.QInt8)
+
+
+def slim_then_share(source: Path, target: Path) -> None:
+    """Repair what OnnxSlim wrote."""
+    with tempfile.TemporaryDirectory() as folder:
+        onnxslim(source, Path(folder) / "slim.onnx")
+        share_file(Path(folder) / "slim.onnx", target)
+
+
 def ort_int4(source: Path, target: Path) -> None:
     quantizer = MatMulNBitsQuantizer(onnx.load(source), bits=4, block_size=32, is_symmetric=True)
     quantizer.process()
@@ -134,7 +148,7 @@ def ir_dedup(source: Path, target: Path) -> None:
 
 def ffmerge_share(dtype: str | None) -> Callable[[Path, Path], None]:
     def share(source: Path, target: Path) -> None:
-        share_file(source, target, dtype) if dtype else share_file(source, target)
+        share_file(source, target, dtype)
 
     return share
 
@@ -142,6 +156,7 @@ def ffmerge_share(dtype: str | None) -> Callable[[Path, Path], None]:
 # (row, the file it starts from, the tool); "dynamo" and "torchscript" are PyTorch's exporters
 TOOLS: tuple[tuple[str, str, Callable[[Path, Path], None]], ...] = (
     ("OnnxSlim", "torchscript", onnxslim),
+    ("OnnxSlim, then ffmerge share", "torchscript", slim_then_share),
     ("onnxsim", "dynamo", onnxsim),
     ("ONNX Runtime optimizer", "dynamo", ort_optimizer),
     ("onnx_ir deduplication", "dynamo", ir_dedup),
@@ -149,6 +164,7 @@ TOOLS: tuple[tuple[str, str, Callable[[Path, Path], None]], ...] = (
     ("ffmerge share (TorchScript)", "torchscript", ffmerge_share(None)),
     ("ffmerge share fp16", "dynamo", ffmerge_share("fp16")),
     ("ONNX Runtime int8", "dynamo", ort_int8),
+    ("ONNX Runtime int8, no shapes", "dynamo", ort_int8_without_shapes),
     ("ffmerge share int8", "dynamo", ffmerge_share("int8")),
     ("ONNX Runtime int4", "dynamo", ort_int4),
     ("ffmerge share int4", "dynamo", ffmerge_share("int4")),

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -220,8 +221,16 @@ def blocks(array: Array) -> Iterator[npt.NDArray[np.uint8]]:
             yield flat[start : start + BLOCK]
         return
     rows = max(1, BLOCK * len(array) // array.nbytes)
-    for start in range(0, len(array), rows):
-        yield _contiguous(array[start : start + rows]).reshape(-1).view(np.uint8)
+
+    def turned(start: int) -> npt.NDArray[np.uint8]:
+        return _contiguous(array[start : start + rows]).reshape(-1).view(np.uint8)
+
+    with ThreadPoolExecutor(1) as ahead:  # numpy copies without the GIL: one is turned, one used
+        following = ahead.submit(turned, 0)
+        for start in range(0, len(array), rows):
+            block = following.result()
+            following = ahead.submit(turned, start + rows)  # nothing, behind the last
+            yield block
 
 
 def _contiguous(array: Array) -> Array:
