@@ -1,0 +1,31 @@
+"""The demo: the whole line on the shipped model and data."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import ffmerge.__main__ as command_line
+from ffmerge.passes.graph.audit import audit
+
+
+def test_the_demo_keeps_its_promises(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["ffmerge", "demo", "--out", str(tmp_path / "d"), "--json"])
+    with pytest.raises(SystemExit) as ended:
+        command_line.main()
+    assert not ended.value.code
+    result = json.loads(capsys.readouterr().out)
+    losses, before, after = result["losses"], result["before"], result["after"]
+    assert losses["original"] >= 0.97  # measured 0.975 of 400 test digits
+    assert losses["merged"] >= 0.95 * losses["original"]  # measured 0.9725
+    assert losses["exported"] == losses["merged"] == after["metric"]
+    assert before["parameters"] - after["parameters"] == 4 * (2 * 64 * 256 + 64 + 256)
+    assert before["bytes_on_disk"] - after["bytes_on_disk"] > 0.99 * 4 * 4 * (2 * 64 * 256)
+    assert sorted(p.name for p in (tmp_path / "d").iterdir()) == [
+        "checkpoint", "merged", "original", "report.html",
+    ]  # fmt: skip
+    assert audit(tmp_path / "d" / "merged").ok
+    assert json.loads((tmp_path / "d" / "merged" / "validation.json").read_text())["ok"] is True
