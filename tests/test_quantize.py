@@ -153,7 +153,7 @@ def test_int8_table_is_read_row_by_row(per_channel):
     scale = np.abs(table).max(1 if per_channel else None, keepdims=True) / np.float32(127)
     values = np.rint(table / scale) * scale
     ids = np.array([[1, 5], [0, 49]])
-    assert np.allclose(run(result.model, i=ids)[0], values[ids], rtol=1e-6)
+    assert np.allclose(run(result.model, i=ids)[0], values[ids], rtol=1e-6)  # measured 0
     assert result.bytes_after == 50 * 40 + 4 * (50 if per_channel else 1)
 
 
