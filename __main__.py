@@ -109,6 +109,9 @@ def export(
     task: Task = None,
     opset: Annotated[int, typer.Option(help="ONNX operator set, 7 to 23.")] = 20,
     dtype: Annotated[str, typer.Option(help="fp32, fp16, int8 or int4.")] = "fp32",
+    layout: Annotated[
+        str, typer.Option(help="optimum, or transformers.js with its folder and file names.")
+    ] = "optimum",
     ort: Annotated[
         bool, typer.Option("--ort", help="Also model.ort and its required_operators.config.")
     ] = False,
@@ -126,7 +129,7 @@ def export(
     from ffmerge.exporter.package import ExportConfig
     from ffmerge.tables import package_table
 
-    package = pipeline.export(model, out, ExportConfig(task, opset, dtype, ort, prepack))
+    package = pipeline.export(model, out, ExportConfig(task, opset, dtype, ort, prepack, layout))
     _emit(as_json, package.to_json(), package_table(package))
 
 

@@ -41,7 +41,7 @@ def merge(
     with _progress() as show:
         folder = checkpoint.resolve(source)
         model = checkpoint.load(folder)
-        task = tasks.check(config.task) if config.task else tasks.infer(type(model))
+        task = tasks.check(config.task) if config.task else tasks.infer(model)
         calibration = data.read(data_source, folder, task) if data_source else None
         held_out = data.read(validation_source, folder, task) if validation_source else None
         result = merging.merge_(model, calibration, config, held_out, show)
@@ -62,11 +62,13 @@ def export(source: str, out: Path, config: ExportConfig) -> Package:
 
 
 def _costs(manifest: Manifest, folder: Path) -> dict[str, Any]:
-    """Return bytes and footprint of the graph and of each variant, by path."""
+    """Return bytes and footprint of the graphs and of their variants, by kind."""
     costs = {}
-    for path in (package.GRAPH, *(variant.path for variant in manifest.variants)):
-        files = [file.bytes for file in manifest.files if file.path in (path, f"{path}_data")]
-        costs[path] = {"bytes": sum(files), **asdict(measure_footprint(folder, model=path))}
+    for kind in dict.fromkeys(("onnx", *(variant.kind for variant in manifest.variants))):
+        opened = {*manifest.served(kind), *(f"{path}_data" for path in manifest.served(kind))}
+        opened |= {package.WEIGHTS} if kind == "onnx" else set()
+        size = sum(file.bytes for file in manifest.files if file.path in opened)
+        costs[kind] = {"bytes": size, **asdict(measure_footprint(folder, kind=kind))}
     return costs
 
 

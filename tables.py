@@ -1,6 +1,7 @@
 """Results as tables for a terminal; the numbers are those of the results' JSON."""
 
 from collections.abc import Iterable
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -107,16 +108,17 @@ def audit_table(found: Any) -> Group:
 def validation_table(result: Any) -> Group:
     """Show a Validation: what each provider computed, then what it cost."""
     value = result.to_json()
-    outputs = [
-        (
-            f"{p['name']}, {o['optimization']}: {o['name']}",
-            "-" if o["max_abs"] is None else f"{o['max_abs']:.2g}",
-            f"{o['atol']:.2g} + {o['rtol']:.2g} |x|",
-            "ok" if o["ok"] else o["reason"],
-        )
-        for p in value["providers"]
-        for o in p["outputs"]
-    ]
+    outputs = []
+    for p in value["providers"]:
+        by_graph = groupby(p["outputs"], lambda o: (o["graph"], o["optimization"]))
+        for (graph, level), each in by_graph:
+            worst = max(each, key=lambda o: (not o["ok"], o["max_abs"] or 0))
+            outputs.append((
+                f"{p['name']}, {level}: {graph}, {worst['name']}",
+                "-" if worst["max_abs"] is None else f"{worst['max_abs']:.2g}",
+                f"{worst['atol']:.2g} + {worst['rtol']:.2g} |x|",
+                "ok" if worst["ok"] else worst["reason"],
+            ))  # fmt: skip
     outputs += [(p["name"], "-", "-", p["reason"]) for p in value["providers"] if not p["outputs"]]
     costs = []
     for p in value["providers"]:
@@ -138,7 +140,7 @@ def validation_table(result: Any) -> Group:
     return Group(
         _table(
             "ok" if result.ok else "NOT ok",
-            ("output", "largest difference", "tolerance", "verdict"),
+            ("worst output of each graph", "largest difference", "tolerance", "verdict"),
             outputs,
         ),
         _table("Cost", ("", ""), costs),

@@ -9,24 +9,22 @@ import numpy as np
 import onnxruntime
 
 from ffmerge.errors import ExportError, InputError, TieError
-from ffmerge.models.manifest import Variant
+from ffmerge.models.manifest import GraphRecord, Variant
 from ffmerge.passes.graph.read import read_model
 from ffmerge.passes.graph.tensors import bytes_stored
 from ffmerge.passes.graph.write import PROTOBUF_LIMIT
 
-ORT, OPERATORS = "model.ort", "required_operators.config"
+OPERATORS = "required_operators.config"
 OVERHEAD = 1.02, 200_000  # what the format may add to the tensors: a share of them, and the graph
 CLOSE = 1e-4  # of the largest output: other fusions, other order of sums (measured 1e-6)
 
-Feeds = Sequence[Mapping[str, Any]]
 
+def write_ort(folder: Path, records: Sequence[GraphRecord]) -> list[Variant]:
+    """Write each graph as ``.ort`` beside it, and one ``required_operators.config`` for all.
 
-def write_ort(graph: Path, feeds: Feeds) -> Variant:
-    """Write ``model.ort`` and ``required_operators.config`` beside ``graph``.
-
-    The file is optimized at the level ``basic``, which folds constants and nothing else, so it
-    loads on any processor, in the browser and in a minimal build with the listed operators. Its
-    weights are stored once and it computes what ``graph`` computes on ``feeds``.
+    The files are optimized at the level ``basic``, which folds constants and nothing else, so
+    they load on any processor, in the browser and in a minimal build with the listed operators.
+    Their weights are stored once and they compute what the graphs compute.
 
     Raises:
         InputError: the tensors take more than the 2 GB that the format can hold.
@@ -36,20 +34,29 @@ def write_ort(graph: Path, feeds: Feeds) -> Variant:
     # Its import sets up logging for a command line of its own.
     from onnxruntime.tools.ort_format_model import create_config_from_models
 
-    target, config = graph.with_name(ORT), graph.with_name(OPERATORS)
-    size = bytes_stored(read_model(graph))
-    if size > PROTOBUF_LIMIT:
-        raise InputError(f"{graph.name} holds more than 2 GB, which {ORT} cannot: leave out --ort.")
-    save_optimized(graph, target, "BASIC", {"session.save_model_format": "ORT"})
-    written = target.stat().st_size
-    if written > OVERHEAD[0] * size + OVERHEAD[1]:
-        raise TieError(f"{ORT} takes {written} bytes for tensors of {size}: one is stored twice.")
-    check_same(graph, target, feeds)
+    targets = [(folder / record.path).with_suffix(".ort") for record in records]
+    for record, target in zip(records, targets, strict=True):
+        size = bytes_stored(read_model(folder / record.path))
+        if size > PROTOBUF_LIMIT:
+            raise InputError(
+                f"{record.path} holds more than 2 GB, which {target.name} cannot: leave out --ort."
+            )
+        save_optimized(folder / record.path, target, "BASIC", {"session.save_model_format": "ORT"})
+        written = target.stat().st_size
+        if written > OVERHEAD[0] * size + OVERHEAD[1]:
+            raise TieError(
+                f"{target.name} takes {written} bytes for tensors of {size}: one is stored twice."
+            )
+        check_same(folder / record.path, target, record)
     logging.getLogger("ort_format_model.utils").setLevel(logging.WARNING)
-    create_config_from_models([target], config, False)
+    config = folder / OPERATORS
+    create_config_from_models(targets, config, False)
     lines = [line for line in config.read_text().splitlines() if not line.startswith("#")]
-    config.write_text("\n".join([f"# what {ORT} needs: domain;opset;operators", *lines]) + "\n")
-    return Variant("ort", ORT, portable=True)
+    config.write_text("\n".join(["# what the .ort need: domain;opset;operators", *lines]) + "\n")
+    return [
+        Variant("ort", target.relative_to(folder).as_posix(), portable=True, graph=record.path)
+        for record, target in zip(records, targets, strict=True)
+    ]
 
 
 def save_optimized(graph: Path, target: Path, level: str, entries: Mapping[str, str]) -> None:
@@ -69,10 +76,11 @@ def save_optimized(graph: Path, target: Path, level: str, entries: Mapping[str, 
     _open(graph, options)
 
 
-def check_same(graph: Path, other: Path, feeds: Feeds) -> None:
-    """Raise ExportError unless two files give the same outputs."""
+def check_same(graph: Path, other: Path, record: GraphRecord) -> None:
+    """Raise ExportError unless two files give the same outputs on the graph's probe."""
     one, two = _open(graph), _open(other)
-    for feed in feeds:
+    for case in range(len(record.probe.cases)):
+        feed = record.probe.draw(case)
         for a, b in zip(one.run(None, feed), two.run(None, feed), strict=True):
             if a.shape != b.shape or np.abs(a - b).max(initial=0) > CLOSE * np.abs(a).max(
                 initial=0

@@ -1,8 +1,8 @@
 """A model as a folder that a runtime serves: graph, weights, configuration, manifest, card."""
 
 import platform
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,22 +13,31 @@ from safetensors.numpy import save_file
 import ffmerge
 from ffmerge.errors import InputError
 from ffmerge.exporter.card import card
+from ffmerge.exporter.graphs import Graph, graphs
+from ffmerge.exporter.merged import either
 from ffmerge.exporter.ort_format import write_ort
 from ffmerge.exporter.prepack import write_prepacked
 from ffmerge.exporter.torch_onnx import reference_outputs, to_onnx
 from ffmerge.files import staged
 from ffmerge.models import checkpoint, tasks
-from ffmerge.models.inputs import probe
-from ffmerge.models.manifest import Manifest, record_files
+from ffmerge.models.manifest import REFERENCE, GraphRecord, Manifest, record_files, reference_key
 from ffmerge.models.probe import stored_elements
+from ffmerge.passes.graph.contract import join_ties
 from ffmerge.passes.graph.opset import OLDEST, to_opset
 from ffmerge.passes.graph.quantize import PRECISIONS
-from ffmerge.passes.graph.run import share
-from ffmerge.passes.graph.write import write_models
+from ffmerge.passes.graph.read import read_model
+from ffmerge.passes.graph.run import ShareResult, share
+from ffmerge.passes.graph.tensors import bytes_stored, distinct_bytes
+from ffmerge.passes.graph.write import PROTOBUF_LIMIT, write_models
 
-GRAPH, WEIGHTS, REFERENCE = "model.onnx", "model.onnx_data", "reference.safetensors"
+WEIGHTS = "model.onnx_data"  # of all graphs, each weight once
 OPSETS = range(OLDEST, 24)
 DIRECT = 18  # the first that PyTorch's exporter writes by itself; older ones are converted
+# layout -> folder of the graphs, suffix of their names by dtype
+LAYOUTS: dict[str, tuple[str, Mapping[str, str]]] = {
+    "optimum": ("", {}),
+    "transformers.js": ("onnx/", {"fp16": "_fp16", "int8": "_quantized", "int4": "_q4"}),
+}
 _VERSIONS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy")
 
 
@@ -37,7 +46,9 @@ class ExportConfig:
     """Settings of an export; ``task`` None means: inferred from the model's class.
 
     ``dtype`` is fp32 or one of :data:`ffmerge.passes.graph.quantize.PRECISIONS`; ``ort`` and
-    ``prepack`` add the graph in ONNX Runtime's format, and with packed weights.
+    ``prepack`` add the graphs in ONNX Runtime's format, and with packed weights. ``layout`` is
+    one of :data:`LAYOUTS`: optimum's has all its graphs and one data file for them, that of
+    transformers.js only the graphs that it loads, each with its weights.
     """
 
     task: str | None = None
@@ -45,6 +56,7 @@ class ExportConfig:
     dtype: str = "fp32"
     ort: bool = False
     prepack: bool = False
+    layout: str = "optimum"
 
 
 @dataclass(frozen=True)
@@ -85,29 +97,30 @@ def export(
         TieError: a shared weight would be stored twice.
         InputError: the task is not served, or ``target`` exists or cannot be written.
     """
-    task = tasks.infer(type(model))
-    if config.task and tasks.check(config.task) != task:
-        raise InputError(f"{type(model).__name__} does not serve {config.task}: it serves {task}.")
+    task = tasks.fit(config.task, model) if config.task else tasks.infer(model)
     parameters = list(model.parameters())
     if config.opset not in OPSETS:
         raise InputError(f"opset {config.opset} is not one of {OPSETS[0]} to {OPSETS[-1]}.")
     if config.dtype not in ("fp32", *PRECISIONS):
         raise InputError(f"no dtype {config.dtype!r}: there is fp32, {', '.join(PRECISIONS)}.")
+    if config.layout not in LAYOUTS:
+        raise InputError(f"no layout {config.layout!r}: there is {', '.join(LAYOUTS)}.")
     with staged(Path(target)) as folder:
-        shared = to_onnx(model, task, max(config.opset, DIRECT))
-        if config.opset < DIRECT:
-            shared = share(to_opset(shared.model, config.opset))
-        if config.dtype != "fp32":
-            shared = share(shared.model, dtype=config.dtype)
-        write_models({folder / GRAPH: shared.model}, folder / WEIGHTS)
-        recipe = probe(model)
-        feeds = [recipe.draw(case) for case in range(len(recipe.cases))]
+        plan = graphs(model, task)
+        shared = _to_onnx(plan, config)
+        if config.layout == "transformers.js":  # it opens no graph that another one contains
+            parts = {part for graph in plan for part in graph.parts}
+            plan = tuple(replace(g, parts=()) for g in plan if g.name not in parts)
+        records = _write_graphs(folder, plan, shared, config)
+        parts = {part for record in records for part in record.parts}
+        served = [record for record in records if record.path not in parts]
         variants = [
-            write(folder / GRAPH, feeds)
+            variant
             for wanted, write in ((config.ort, write_ort), (config.prepack, write_prepacked))
             if wanted
+            for variant in write(folder, served)
         ]
-        _write_reference(folder / REFERENCE, reference_outputs(model, task))
+        _write_reference(folder / REFERENCE, zip(plan, records, strict=True))
         _write_config(folder, model)
         if source:
             checkpoint.copy_companions(source, folder)
@@ -123,16 +136,15 @@ def export(
             model_type=model.config.model_type,
             task=task,
             dtype=config.dtype,
-            opset=shared.model.opset_imports[""],
+            opset=max(each.model.opset_imports[""] for each in shared.values()),
             parameters=sum(p.numel() for p in parameters),
             parameter_bytes=sum(p.nbytes for p in parameters),
             bytes_total=sum(file.bytes for file in files),
-            bytes_unique=shared.bytes_after,
+            bytes_unique=distinct_bytes(read_model(folder / record.path) for record in records),
             merge=checkpoint.merge_record(model.config),
-            ties=shared.ties,
-            skipped=shared.skipped,
-            outputs=tasks.OUTPUTS[task],
-            probe=recipe,
+            ties=join_ties(tie for each in shared.values() for tie in each.ties),
+            skipped=tuple(dict.fromkeys(s for each in shared.values() for s in each.skipped)),
+            graphs=records,
             files=files,
             variants=tuple(variants),
         )
@@ -140,12 +152,51 @@ def export(
     return Package(Path(target), manifest)
 
 
-def _write_reference(path: Path, outputs: Sequence[dict[str, Any]]) -> None:
-    """Store the sampled outputs of every case, as ``CASE.NAME``."""
+def _to_onnx(plan: Sequence[Graph], config: ExportConfig) -> dict[str, ShareResult]:
+    """Return every graph of the plan by name, in the opset and precision that were asked for."""
+    done: dict[str, ShareResult] = {}
+    for graph in plan:
+        if graph.parts:
+            first, later = (done[part].model for part in graph.parts)
+            done[graph.name] = either(first, later, graph)
+            continue
+        shared = to_onnx(graph, max(config.opset, DIRECT))
+        if config.opset < DIRECT:
+            shared = share(to_opset(shared.model, config.opset))
+        if config.dtype != "fp32":
+            shared = share(shared.model, dtype=config.dtype)
+        done[graph.name] = shared
+    return done
+
+
+def _write_graphs(
+    folder: Path, plan: Sequence[Graph], shared: Mapping[str, ShareResult], config: ExportConfig
+) -> tuple[GraphRecord, ...]:
+    """Write the graphs where the layout has them."""
+    prefix, suffixes = LAYOUTS[config.layout]
+    paths = {g.name: f"{prefix}{g.name}{suffixes.get(config.dtype, '')}.onnx" for g in plan}
+    models = {folder / paths[g.name]: shared[g.name].model for g in plan}
+    if config.layout == "optimum":
+        write_models(models, folder / WEIGHTS)
+    else:
+        for path, model in models.items():
+            large = bytes_stored(model) > PROTOBUF_LIMIT
+            write_models({path: model}, path.with_name(f"{path.name}_data") if large else None)
+    return tuple(
+        GraphRecord(paths[g.name], g.outputs, g.probe, tuple(paths[p] for p in g.parts))
+        for g in plan
+    )
+
+
+def _write_reference(path: Path, graphs: Iterable[tuple[Graph, GraphRecord]]) -> None:
+    """Store the sampled outputs of every graph and case."""
     tensors = {
-        f"{case}.{name}": np.ascontiguousarray(stored_elements(array))
-        for case, by_name in enumerate(outputs)
-        for name, array in by_name.items()
+        reference_key(record.path, case, name): np.ascontiguousarray(
+            stored_elements(array, len(graph.outputs))
+        )
+        for graph, record in graphs
+        for case, outputs in enumerate(reference_outputs(graph))
+        for name, array in outputs.items()
     }
     save_file(tensors, path)
 

@@ -6,44 +6,28 @@ with the ties in hand.
 """
 
 import contextlib
-import inspect
 import io
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import onnx_ir as ir
 import onnxscript.optimizer
 import torch
-from torch import Tensor, nn
 
 from ffmerge.errors import ExportError
-from ffmerge.models import tasks, ties
-from ffmerge.models.inputs import probe, to_tensors
+from ffmerge.exporter.graphs import Graph
+from ffmerge.models import ties
+from ffmerge.models.inputs import to_tensors
 from ffmerge.models.plan import Tie
 from ffmerge.passes.graph.contract import write_ties
 from ffmerge.passes.graph.run import ShareResult, share
 
 
-class _Outputs(nn.Module):
-    """The model as a function from a dictionary of inputs to the task's outputs in order."""
-
-    def __init__(self, model: Any, task: str) -> None:
-        super().__init__()
-        self.model = model
-        self.names = tasks.OUTPUTS[task]
-        accepted = inspect.signature(model.forward).parameters
-        self.settings = {"use_cache": False} if "use_cache" in accepted else {}
-
-    def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        out = self.model(**inputs, **self.settings, return_dict=True)
-        return tuple(out[name] for name in self.names)
-
-
-def to_onnx(model: Any, task: str, opset: int) -> ShareResult:
-    """Return the graph of ``model`` for ``task``, its initializers called by parameter name.
+def to_onnx(graph: Graph, opset: int) -> ShareResult:
+    """Return ``graph`` as ONNX, its initializers called by parameter name.
 
     A tied parameter is one initializer under the name :func:`ffmerge.models.ties.ties` gives;
     parameters that happen to be equal are one under the first's.
@@ -52,39 +36,20 @@ def to_onnx(model: Any, task: str, opset: int) -> ShareResult:
         ExportError: PyTorch cannot trace or translate the model, or it is not float32.
         TieError: a tied parameter would be stored twice.
     """
-    wrapper = _Outputs(model, task).eval()
+    model, recipe = graph.module.model, graph.probe
     if any(p.dtype != torch.float32 for p in model.parameters()):
         raise ExportError("only float32 models are exported: call model.float() first.")
-    recipe = probe(model)
     example = to_tensors(recipe.draw(len(recipe.cases) - 1), model)
     axes = {
         spec.name: {i: d for i, d in enumerate(spec.shape) if isinstance(d, str)}
         for spec in recipe.inputs
     }
-    return translate(wrapper, {"inputs": example}, {"inputs": axes}, example, wrapper.names, opset)
-
-
-def translate(
-    wrapper: Any,
-    arguments: Mapping[str, Any],
-    axes: Mapping[str, Any],
-    inputs: Iterable[str],
-    outputs: Iterable[str],
-    opset: int,
-    file: str = "model.onnx",
-) -> ShareResult:
-    """Return the graph of a module that wraps the transformers model ``wrapper.model``.
-
-    ``arguments`` are those of ``forward`` and ``axes`` name their dynamic dimensions; ``inputs``
-    and ``outputs`` are the names in the graph, in order; ``file`` is what it will be called.
-    """
-    model = wrapper.model
     try:
-        with _quiet():
+        with _quiet(), _traceable(model):
             program = torch.onnx.export(
-                wrapper, kwargs=dict(arguments), dynamic_shapes=dict(axes), dynamo=True,
-                optimize=False, verbose=False, opset_version=opset,
-                input_names=list(inputs), output_names=list(outputs),
+                graph.module.eval(), kwargs={"inputs": example}, dynamic_shapes={"inputs": axes},
+                dynamo=True, optimize=False, verbose=False, opset_version=opset,
+                input_names=list(example), output_names=list(graph.outputs),
             )  # fmt: skip
     except Exception as error:  # torch.export and torch.onnx raise errors of many kinds
         cause = error.__cause__ or error  # torch.onnx says how to report it, its cause says what
@@ -98,27 +63,33 @@ def translate(
     known = ties.ties(model)
     _rename(graph_model, known)
     held = graph_model.graph.initializers
-    known = tuple(replace(tie, places={file: 1}) for tie in known if tie.name in held)
+    known = tuple(replace(tie, places={graph.name: 1}) for tie in known if tie.name in held)
     # Share before the optimizer, whose own deduplication does not know the ties, and after it,
     # for the constants it folds.
     share(graph_model, known, resident=False)
     onnxscript.optimizer.optimize_ir(graph_model)
-    shared = share(graph_model)
-    counted = tuple(replace(tie, places={file: _uses(graph_model, tie)}) for tie in shared.ties)
-    write_ties(graph_model, counted)
+    return placed(share(graph_model), f"{graph.name}.onnx")
+
+
+def placed(shared: ShareResult, file: str) -> ShareResult:
+    """Return the result with its ties' places counted: how many nodes of ``file`` read each.
+
+    At most one per member, as a graph of two branches reads each in both.
+    """
+    held = shared.model.graph.initializers
+    counts = {t.name: min(len(held[t.name].uses()), len(t.members)) for t in shared.ties}
+    counted = tuple(replace(tie, places={file: counts[tie.name]}) for tie in shared.ties)
+    write_ties(shared.model, counted)
     return replace(shared, ties=counted)
 
 
-def reference_outputs(model: Any, task: str) -> list[dict[str, Any]]:
-    """Return what PyTorch gives on each case of the probe, by output name, as arrays."""
-    wrapper = _Outputs(model, task).eval()
-    recipe = probe(model)
-    outputs = []
-    with torch.no_grad():
-        for case in range(len(recipe.cases)):
-            got = wrapper(to_tensors(recipe.draw(case), model))
-            outputs.append({n: t.cpu().numpy() for n, t in zip(wrapper.names, got, strict=True)})
-    return outputs
+def reference_outputs(graph: Graph) -> Iterator[dict[str, Any]]:
+    """Yield what PyTorch gives on each case of the probe, by output name, as arrays."""
+    model = graph.module.eval()
+    for case in range(len(graph.probe.cases)):
+        with torch.no_grad():
+            got = model(to_tensors(graph.probe.draw(case), model))
+        yield {n: t.cpu().numpy() for n, t in zip(graph.outputs, got, strict=True)}
 
 
 def _rename(model: ir.Model, known: tuple[Tie, ...]) -> None:
@@ -130,9 +101,25 @@ def _rename(model: ir.Model, known: tuple[Tie, ...]) -> None:
             value.name = canonical.get(plain, plain)
 
 
-def _uses(model: ir.Model, tie: Tie) -> int:
-    """Return how many nodes read a tie's initializer, at most one per member."""
-    return min(len(model.graph.initializers[tie.name].uses()), len(tie.members))
+@contextlib.contextmanager
+def _traceable(model: Any) -> Iterator[None]:
+    """Let the model compute attention and experts by plain matrix products.
+
+    The fused kernels are not all translated, and give rows that attend to nothing other values
+    than PyTorch does: left padding has such rows.
+    """
+    config = model.config
+    attention = config._attn_implementation
+    experts = getattr(config, "_experts_implementation", None)
+    model.set_attn_implementation("eager")
+    if experts:
+        model.set_experts_implementation("batched_mm")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(attention)
+        if experts:
+            model.set_experts_implementation(experts)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from ffmerge.models.probe import InputSpec, Probe
 # Batch sizes and lengths on which a package is compared with PyTorch.
 _CASES = ((1, 7), (3, 5), (8, 11))
 _IMAGE_SIZE = 224  # convolutional models name none: any will do
-_SAMPLES = 4000  # a quarter of a second of sound
+_SAMPLES = 400  # of sound for one length of text: convolutions shorten it before the layers
 
 
 def input_specs(model: Any) -> tuple[InputSpec, ...]:
@@ -38,18 +38,18 @@ def input_specs(model: Any) -> tuple[InputSpec, ...]:
         sound = ("batch_size", int(config.num_mel_bins), int(frames))
         specs.append(InputSpec("input_features", "float32", sound))
     if "input_values" in accepted:
-        specs.append(InputSpec("input_values", "float32", ("batch_size", _SAMPLES)))
+        specs.append(InputSpec("input_values", "float32", ("batch_size", "samples")))
     shape = ("batch_size", "sequence_length")
     if "input_ids" in accepted:
-        specs.append(InputSpec("input_ids", "int64", shape, high=text.vocab_size))
-        specs.append(InputSpec("attention_mask", "int64", shape, mask=True))
+        specs.append(InputSpec("input_ids", "int64", shape, "integer", text.vocab_size))
+        specs.append(InputSpec("attention_mask", "int64", shape, "mask"))
     kinds = getattr(config, "type_vocab_size", 0)
     if "token_type_ids" in accepted and kinds > 1:
-        specs.append(InputSpec("token_type_ids", "int64", shape, high=kinds))
+        specs.append(InputSpec("token_type_ids", "int64", shape, "integer", kinds))
     if config.is_encoder_decoder:
         behind = ("batch_size", "decoder_sequence_length")
         vocabulary = getattr(config, "decoder_vocab_size", None) or text.vocab_size
-        specs.append(InputSpec("decoder_input_ids", "int64", behind, high=vocabulary))
+        specs.append(InputSpec("decoder_input_ids", "int64", behind, "integer", vocabulary))
     if not specs:
         raise InputError(
             f"{type(model).__name__} takes no images, sound or text that is known here."
@@ -62,9 +62,9 @@ def probe(model: Any) -> Probe:
     specs = input_specs(model)
     longest = getattr(model.config, "max_position_embeddings", None) or _CASES[-1][1]
     sizes = [
-        {"batch_size": b, "sequence_length": min(s, longest), "decoder_sequence_length": s - 2}
-        for b, s in _CASES
-    ]
+        {"batch_size": b, "sequence_length": min(s, longest), "decoder_sequence_length": s - 2,
+         "samples": s * _SAMPLES} for b, s in _CASES
+    ]  # fmt: skip
     dynamic = {d for spec in specs for d in spec.shape if isinstance(d, str)}
     return Probe(specs, tuple({k: v for k, v in case.items() if k in dynamic} for case in sizes))
 
@@ -85,7 +85,7 @@ def example_inputs(model: nn.Module) -> dict[str, Tensor]:
     A mask would have to be looked at, which a model on the meta device cannot do.
     """
     recipe = probe(model)
-    masks = {spec.name for spec in recipe.inputs if spec.mask}
+    masks = {spec.name for spec in recipe.inputs if spec.kind == "mask"}
     return to_tensors({k: v for k, v in recipe.draw(1).items() if k not in masks}, model)
 
 

@@ -11,8 +11,8 @@ from ffmerge.files import open_inside, read_json, sha256, write_json
 from ffmerge.models.plan import MergeRecord, Tie
 from ffmerge.models.probe import Probe
 
-NAME = "ffmerge.json"
-SCHEMA = 1
+NAME, REFERENCE = "ffmerge.json", "reference.safetensors"
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,36 @@ class Skip:
 
 
 @dataclass(frozen=True)
+class GraphRecord:
+    """A graph: its file, its outputs, and the inputs on which it is compared with PyTorch.
+
+    With ``parts`` it does what those other graphs do, which are then there for who wants them.
+    """
+
+    path: str
+    outputs: tuple[str, ...]
+    probe: Probe
+    parts: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {
+            "path": self.path,
+            "outputs": list(self.outputs),
+            "parts": list(self.parts),
+            "probe": self.probe.to_json(),
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "GraphRecord":
+        """Read a record."""
+        probe = Probe.from_json(value["probe"])
+        return cls(value["path"], tuple(value["outputs"]), probe, tuple(value["parts"]))
+
+
+@dataclass(frozen=True)
 class Variant:
-    """The same graph in another form: ``path`` is what a runtime opens.
+    """A ``graph`` in another form: ``path`` is what a runtime opens.
 
     If it is not ``portable`` it depends on the processor it was made on, and so do its bytes.
     """
@@ -42,6 +70,7 @@ class Variant:
     kind: str
     path: str
     portable: bool
+    graph: str
 
 
 @dataclass(frozen=True)
@@ -65,10 +94,17 @@ class Manifest:
     merge: MergeRecord | None
     ties: tuple[Tie, ...]
     skipped: tuple[Skip, ...]
-    outputs: tuple[str, ...]
-    probe: Probe
+    graphs: tuple[GraphRecord, ...]
     files: tuple[FileRecord, ...]
     variants: tuple[Variant, ...] = ()
+
+    def served(self, kind: str = "onnx") -> dict[str, GraphRecord]:
+        """Return the graphs that are used together, none another's part, by path of that kind."""
+        parts = {part for graph in self.graphs for part in graph.parts}
+        records = {graph.path: graph for graph in self.graphs if graph.path not in parts}
+        if kind == "onnx":
+            return records
+        return {v.path: records[v.graph] for v in self.variants if v.kind == kind}
 
     def write(self, folder: Path) -> None:
         """Write ``ffmerge.json`` into ``folder``."""
@@ -78,8 +114,7 @@ class Manifest:
             "merge": self.merge.to_json() if self.merge else None,
             "ties": [tie.to_json() for tie in self.ties],
             "skipped": [asdict(skip) for skip in self.skipped],
-            "outputs": list(self.outputs),
-            "probe": self.probe.to_json(),
+            "graphs": [graph.to_json() for graph in self.graphs],
             "files": [asdict(file) for file in self.files],
             "variants": [asdict(variant) for variant in self.variants],
         }
@@ -104,8 +139,7 @@ class Manifest:
                     "merge": MergeRecord.from_json(value["merge"]) if value["merge"] else None,
                     "ties": tuple(Tie.from_json(tie) for tie in value["ties"]),
                     "skipped": tuple(Skip(**skip) for skip in value["skipped"]),
-                    "outputs": tuple(value["outputs"]),
-                    "probe": Probe.from_json(value["probe"]),
+                    "graphs": tuple(GraphRecord.from_json(graph) for graph in value["graphs"]),
                     "files": tuple(FileRecord(**file) for file in value["files"]),
                     "variants": tuple(Variant(**each) for each in value.get("variants", ())),
                 }
@@ -130,6 +164,11 @@ class Manifest:
                     )
             finally:
                 os.close(descriptor)
+
+
+def reference_key(graph: str, case: int, output: str) -> str:
+    """Return the name under which what PyTorch gave is kept in ``REFERENCE``."""
+    return f"{graph}/{case}.{output}"
 
 
 def record_files(folder: Path) -> tuple[FileRecord, ...]:

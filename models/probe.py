@@ -13,24 +13,25 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 
-# At most this many elements of one output are stored per case (a language model at batch 8
-# would otherwise add 16 MB of logits to the package).
+# At most this many elements of all outputs are stored per case (a language model at batch 8
+# would otherwise add 16 MB of logits to the package, and as much for its cache).
 STORED = 1 << 16
 
 
 @dataclass(frozen=True)
 class InputSpec:
-    """One model input: a float drawn from N(0, 1), or an integer below ``high``.
+    """One model input; ``shape`` mixes numbers and the names of dynamic dimensions.
 
-    ``shape`` mixes numbers and the names of dynamic dimensions. ``high`` is 0 for floats, and
-    for an attention mask (``mask``) the values are ones with padding at the end of some rows.
+    ``kind`` says what it is drawn from: "normal" is N(0, 1), "integer" are numbers below
+    ``high``, "mask" is ones with padding at the end of some rows, "position" counts on from the
+    length of the past, "flag" is the size of that name.
     """
 
     name: str
     dtype: str
     shape: tuple[int | str, ...]
+    kind: str = "normal"
     high: int = 0
-    mask: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,36 @@ class Probe:
     cases: tuple[Mapping[str, int], ...]
     seed: int = 0
 
-    def draw(self, case: int) -> dict[str, Array]:
-        """Return the inputs of one case; the same values on every machine."""
+    def draw(self, case: int, batch: int | None = None) -> dict[str, Array]:
+        """Return the inputs of one case; the same values on every machine.
+
+        With ``batch``, every dimension that ends in ``batch_size`` is that.
+        """
         generator = np.random.Generator(np.random.PCG64([self.seed, case]))
-        sizes = self.cases[case]
+        sizes = dict(self.cases[case])
+        if batch:
+            sizes |= {name: batch for name in sizes if name.endswith("batch_size")}
         return {spec.name: _draw(spec, sizes, generator) for spec in self.inputs}
+
+    def complete(self, batch: Mapping[str, Array]) -> dict[str, Array]:
+        """Return the inputs for a batch of data; what it lacks is that of an empty past.
+
+        Positions count the tokens that are not padding, as transformers' ``generate`` does.
+        """
+        rows, length = batch[self.inputs[0].name].shape[:2]
+        whole = np.ones((rows, length), np.int64)
+        mask = batch.get("attention_mask", whole)
+        filled = {
+            "mask": mask,
+            "position": np.maximum(mask.cumsum(-1) - 1, 0),
+            "integer": 0 * whole,  # the first kind of token, where there are several
+        }
+        return {
+            spec.name: batch[spec.name]
+            if spec.name in batch
+            else filled.get(spec.kind, np.zeros(_sized(spec, rows), spec.dtype))
+            for spec in self.inputs
+        }
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -61,26 +87,36 @@ class Probe:
         return cls(inputs, tuple(value["cases"]), value["seed"])
 
 
+def _sized(spec: InputSpec, rows: int) -> tuple[int, ...]:
+    """Return the shape of a past that is empty."""
+    return tuple(d if isinstance(d, int) else rows * (d == "batch_size") for d in spec.shape)
+
+
 def _draw(spec: InputSpec, sizes: Mapping[str, int], generator: np.random.Generator) -> Array:
     shape = tuple(sizes[d] if isinstance(d, str) else d for d in spec.shape)
-    if spec.mask:  # row i ends in i % 3 padded positions, and never has none left
+    if spec.kind == "flag":
+        return np.full(shape, sizes[spec.name], spec.dtype)
+    if spec.kind == "position":
+        count = np.arange(shape[1]) + sizes.get("past_sequence_length", 0)
+        return np.broadcast_to(count, shape).astype(spec.dtype)
+    if spec.kind == "mask":  # row i ends in i % 3 padded positions, and never has none left
         padding = np.minimum(np.arange(shape[0]) % 3, shape[1] - 1)
         return (np.arange(shape[1]) < shape[1] - padding[:, None]).astype(spec.dtype)
-    if spec.high:
+    if spec.kind == "integer":
         return generator.integers(0, spec.high, shape).astype(spec.dtype)
     return generator.standard_normal(shape, dtype=np.float32).astype(spec.dtype)
 
 
-def stored_elements(output: Array) -> Array:
-    """Return the flat sample of an output that the package keeps: every n-th element, n odd.
+def stored_elements(output: Array, of: int = 1) -> Array:
+    """Return the flat sample of one ``of`` several outputs that the package keeps.
 
-    All elements when there are at most ``STORED``. An odd stride visits every residue of the
-    usual even row lengths.
+    Every n-th element, n odd: an odd stride visits every residue of the usual even row lengths.
+    All elements when there are at most ``STORED // of``.
     """
-    return output.reshape(-1)[:: stride(output.size)]
+    return output.reshape(-1)[:: stride(output.size, of)]
 
 
-def stride(size: int) -> int:
+def stride(size: int, of: int = 1) -> int:
     """Return the step between stored elements of an output of ``size`` elements."""
-    step = -(-size // STORED)
+    step = -(-size // max(STORED // of, 1))
     return step + (step + 1) % 2 if step > 1 else 1

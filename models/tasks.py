@@ -1,48 +1,79 @@
-"""Tasks by their optimum names: what each puts out, and which one a model class serves."""
+"""Tasks by their optimum names: what each puts out, and which one a model serves."""
 
 from typing import Any
 
 from ffmerge.errors import InputError
 
+PAST = "-with-past"  # with a cache of keys and values, as optimum calls it
+
 # task -> names of the graph outputs, as optimum names them
 OUTPUTS: dict[str, tuple[str, ...]] = {
+    "audio-classification": ("logits",),
+    "automatic-speech-recognition": ("logits",),
     "feature-extraction": ("last_hidden_state",),
     "fill-mask": ("logits",),
     "image-classification": ("logits",),
     "question-answering": ("start_logits", "end_logits"),
     "text-classification": ("logits",),
     "text-generation": ("logits",),
+    "text2text-generation": ("logits",),
     "token-classification": ("logits",),
-}
+    "zero-shot-image-classification": (
+        "logits_per_image", "logits_per_text", "text_embeds", "image_embeds",
+    ),
+}  # fmt: skip
+# Those that produce a sequence token by token; speech recognition does with a decoder only.
+GENERATE = ("text-generation", "text2text-generation", "automatic-speech-recognition")
 
+# What optimum's table does not tell: DeiT, for one, and BART it takes for a masked LM.
 _BY_SUFFIX = {
     "ForImageClassification": "image-classification",
-    "ForSequenceClassification": "text-classification",
-    "ForTokenClassification": "token-classification",
-    "ForQuestionAnswering": "question-answering",
-    "ForMaskedLM": "fill-mask",
-    "ForCausalLM": "text-generation",
+    "ForConditionalGeneration": "text2text-generation",
 }
 
 
-def infer(model_class: type[Any]) -> str:
-    """Return the task of a transformers class, as optimum's TasksManager tells it.
+def base(task: str) -> str:
+    """Return a task without the cache: what it is about and how it is measured."""
+    return task.removesuffix(PAST)
+
+
+def infer(model: Any) -> str:
+    """Return the task of a transformers model, as optimum's TasksManager tells it by its class.
+
+    A model that generates gets the one with a cache.
 
     Raises:
         InputError: optimum knows none, or ffmerge does not serve it.
     """
     from optimum.exporters.tasks import TasksManager
 
-    name = model_class.__name__
+    name = type(model).__name__
     try:
-        task = str(TasksManager.infer_task_from_model(model_class))
-    except (ValueError, KeyError, RuntimeError) as error:
-        # optimum's table has gaps (DeiT, for one); the class says it as well
-        known = [task for suffix, task in _BY_SUFFIX.items() if name.endswith(suffix)]
-        if not known:
-            raise InputError(f"no task is known for {name}.") from error
-        (task,) = known
-    return check(task)
+        task = str(TasksManager.infer_task_from_model(type(model)))
+    except (ValueError, KeyError, RuntimeError):
+        task = ""
+    if task in ("", "fill-mask"):
+        task = next((t for suffix, t in _BY_SUFFIX.items() if name.endswith(suffix)), task)
+    if hasattr(model.config, "text_config") and hasattr(model.config, "vision_config"):
+        task = "zero-shot-image-classification" if task == "feature-extraction" else task
+    if not task:
+        raise InputError(f"no task is known for {name}.")
+    return check(task + PAST * _caches(model, task))
+
+
+def fit(task: str, model: Any) -> str:
+    """Return ``task`` if ``model`` serves it.
+
+    Raises:
+        InputError: it does not, or ffmerge serves no such task.
+    """
+    served = infer(model)
+    if base(check(task)) != base(served) or (task.endswith(PAST) and task != served):
+        other = f" or {base(served)}" * (base(served) != served)
+        raise InputError(
+            f"{type(model).__name__} does not serve {task}: it serves {served}{other}."
+        )
+    return task
 
 
 def check(task: str) -> str:
@@ -51,6 +82,12 @@ def check(task: str) -> str:
     Raises:
         InputError: it does not.
     """
-    if task not in OUTPUTS:
-        raise InputError(f"task {task!r} is not served: choose one of {', '.join(OUTPUTS)}.")
+    if base(task) not in OUTPUTS or (task.endswith(PAST) and base(task) not in GENERATE):
+        named = [*OUTPUTS, *(each + PAST for each in GENERATE)]
+        raise InputError(f"task {task!r} is not served: choose one of {', '.join(named)}.")
     return task
+
+
+def _caches(model: Any, task: str) -> bool:
+    decoder = model.config.is_encoder_decoder or task == "text-generation"
+    return task in GENERATE and decoder

@@ -14,14 +14,14 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from ffmerge.errors import FfmergeError, RuntimeCheckError
 from ffmerge.models.manifest import Manifest
-from ffmerge.runtime_tests.parity import MODEL, run_session
+from ffmerge.runtime_tests.parity import run_session
 from ffmerge.runtime_tests.session import PROVIDERS, open_session
 
 # y = Identity(x), ONNX opset 17: a first session that pays for the library's own start.
@@ -34,11 +34,12 @@ RUNS, SECONDS = 50, 2.0  # latency is taken over at most this many runs and abou
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a session costs at batch 1.
+    """What the sessions of a package cost, one run of each at batch 1.
 
-    The bytes are what creating the session added to the process: all resident memory, and its
-    anonymous part (a weight that stays in the mapped file is resident, not anonymous). They
-    are None where the system does not tell, and ``memory_reason`` says so.
+    A graph that generates makes one token. The bytes are what creating the sessions added to
+    the process: all resident memory, and its anonymous part (a weight that stays in the mapped
+    file is resident, not anonymous). They are None where the system does not tell,
+    and ``memory_reason`` says so.
     """
 
     rss_bytes: int | None
@@ -53,47 +54,50 @@ class Footprint:
 
 
 def measure_footprint(
-    folder: Path, provider: str = "cpu", threads: int = 1, model: str = MODEL
+    folder: Path, provider: str = "cpu", threads: int = 1, kind: str = "onnx"
 ) -> Footprint:
     """Return what a new process measured; one thread, so that machines and days compare.
 
-    ``model`` is the graph or a variant of it, relative to the package.
+    ``kind`` is "onnx" for the graphs, or that of a variant of them.
 
     Raises:
         RuntimeCheckError: the process failed; the message is its last line.
     """
     command = f"-P -m ffmerge.runtime_tests.footprint --provider {provider} --threads {threads}"
     child = subprocess.run(
-        [sys.executable, *command.split(), str(folder), "--model", model],
+        [sys.executable, *command.split(), str(folder), "--kind", kind],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         capture_output=True,
         text=True,
     )
     if child.returncode:
         lines = child.stderr.strip().splitlines() or [f"exit status {child.returncode}"]
-        raise RuntimeCheckError(f"measuring {folder / model} failed: {lines[-1]}")
+        raise RuntimeCheckError(f"measuring {folder} ({kind}) failed: {lines[-1]}")
     return Footprint(**json.loads(child.stdout))
 
 
-def _measure_here(folder: Path, model: str, provider: str, threads: int) -> Footprint:
-    manifest = Manifest.read(folder)
-    single = {**manifest.probe.cases[0], "batch_size": 1}
-    feeds = replace(manifest.probe, cases=(single,)).draw(0)
+def _measure_here(folder: Path, kind: str, provider: str, threads: int) -> Footprint:
+    served = Manifest.read(folder).served(kind)
     threads = min(threads, os.cpu_count() or 1)
     trivial = open_session(TRIVIAL, provider, threads=threads)
     run_session(trivial, ["y"], {"x": np.zeros(1, np.float32)})
 
     before = resident()
     start = time.perf_counter()
-    session = open_session(folder / model, provider, threads=threads)
+    sessions = [open_session(folder / path, provider, threads=threads) for path in served]
     load_s = time.perf_counter() - start
     after = resident()
 
+    runs = [
+        (session, graph.outputs, graph.probe.draw(0, batch=1))
+        for session, graph in zip(sessions, served.values(), strict=True)
+    ]
     times: list[float] = []
     end = time.perf_counter() + SECONDS
     while len(times) < 4 or (len(times) <= RUNS and time.perf_counter() < end):
         start = time.perf_counter()
-        run_session(session, manifest.outputs, feeds)
+        for session, outputs, feeds in runs:
+            run_session(session, outputs, feeds)
         times.append(1e3 * (time.perf_counter() - start))
     first_ms, *warm = times
     growth = [b - a for a, b in zip(before, after, strict=True)] if before and after else None
@@ -134,13 +138,13 @@ def main() -> None:
     """Print the footprint of the package named on the command line, as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("package", type=Path)
-    parser.add_argument("--model", default=MODEL)
+    parser.add_argument("--kind", default="onnx")
     parser.add_argument("--provider", choices=PROVIDERS, default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     try:
         footprint = _measure_here(
-            arguments.package, arguments.model, arguments.provider, arguments.threads
+            arguments.package, arguments.kind, arguments.provider, arguments.threads
         )
     except FfmergeError as error:
         sys.exit(str(error))

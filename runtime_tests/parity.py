@@ -10,13 +10,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from ffmerge.errors import InputError, RuntimeCheckError
-from ffmerge.models.manifest import Manifest
+from ffmerge.models.manifest import REFERENCE, GraphRecord, Manifest, reference_key
 from ffmerge.models.probe import Array, stored_elements, stride
 from ffmerge.runtime_tests.session import open_session
 from ffmerge.runtime_tests.tolerance import NOISE, Tolerance, for_dtype
-
-MODEL = "model.onnx"
-REFERENCE = "reference.safetensors"
 
 
 @dataclass(frozen=True)
@@ -31,13 +28,14 @@ class Worst:
 
 @dataclass(frozen=True)
 class OutputParity:
-    """One output over all cases, at one optimization level.
+    """One output of a graph over all cases, at one optimization level.
 
     ``max_rel`` is over the elements whose expected size exceeds ``atol``. The differences are
     None when they could not be computed; ``reason`` then says why, as it does whenever not
     ``ok``. ``compared`` of ``elements`` were stored with the package.
     """
 
+    graph: str
     name: str
     optimization: str
     max_abs: float | None
@@ -70,18 +68,22 @@ def check_parity(
         InputError: the package has no readable reference, or names no output.
         RuntimeCheckError: the provider was not used, or the model does not load or run.
     """
-    if not manifest.outputs:
+    if not any(graph.outputs for graph in manifest.graphs):
         raise InputError(f"the manifest in {folder} names no output: export the package again.")
     tolerance = for_dtype(manifest.dtype)
     reference = _load_reference(folder / REFERENCE)
-    session = open_session(folder / MODEL, provider, optimization)
-    samples: dict[str, list[_Sample]] = {name: [] for name in manifest.outputs}
-    for case in range(len(manifest.probe.cases)):
-        outputs = run_session(session, manifest.outputs, manifest.probe.draw(case))
-        for name, output in outputs.items():
-            expected = reference.get(f"{case}.{name}")
-            samples[name].append(_Sample(expected, stored_elements(output), output.shape))
-    return [_compare(name, optimization, s, tolerance) for name, s in samples.items()]
+    found: list[OutputParity] = []
+    for graph in manifest.graphs:
+        session = open_session(folder / graph.path, provider, optimization)
+        samples: dict[str, list[_Sample]] = {name: [] for name in graph.outputs}
+        for case in range(len(graph.probe.cases)):
+            outputs = run_session(session, graph.outputs, graph.probe.draw(case))
+            for name, output in outputs.items():
+                expected = reference.get(reference_key(graph.path, case, name))
+                got = stored_elements(output, len(outputs))
+                samples[name].append(_Sample(expected, got, output.shape))
+        found += [_compare(graph, name, optimization, s, tolerance) for name, s in samples.items()]
+    return found
 
 
 def run_session(
@@ -106,7 +108,11 @@ def _load_reference(path: Path) -> dict[str, Array]:
 
 
 def _compare(
-    name: str, optimization: str, samples: list[_Sample], tolerance: Tolerance
+    graph: GraphRecord,
+    name: str,
+    optimization: str,
+    samples: list[_Sample],
+    tolerance: Tolerance,
 ) -> OutputParity:
     compared = sum(s.got.size for s in samples)
     elements = sum(int(np.prod(s.shape)) for s in samples)
@@ -119,7 +125,7 @@ def _compare(
         cosine: float | None = None,
     ) -> OutputParity:
         return OutputParity(
-            name, optimization, max_abs, max_rel, cosine, worst, compared, elements,
+            graph.path, name, optimization, max_abs, max_rel, cosine, worst, compared, elements,
             tolerance.atol, tolerance.rtol, reason is None, reason,
         )  # fmt: skip
 
@@ -140,7 +146,7 @@ def _compare(
     finite = np.isfinite(difference)
     bound = tolerance.atol + tolerance.rtol * np.abs(np.where(finite, expected, 0))
     at = int(np.argmax(np.where(finite, difference, np.inf) / bound))
-    worst = _locate(at, samples, float(expected[at]), float(got[at]))
+    worst = _locate(at, graph, samples, float(expected[at]), float(got[at]))
     if not finite.all():
         return result(f"NaN or infinity in {(~finite).sum()} of {compared} elements", worst)
 
@@ -156,12 +162,14 @@ def _compare(
     return result(reason, worst, float(difference.max()), max_rel, cosine)
 
 
-def _locate(at: int, samples: list[_Sample], expected: float, got: float) -> Worst:
+def _locate(
+    at: int, graph: GraphRecord, samples: list[_Sample], expected: float, got: float
+) -> Worst:
     case = 0
     while at >= samples[case].got.size:
         at -= samples[case].got.size
         case += 1
     shape = samples[case].shape
-    flat = at * stride(int(np.prod(shape)))
+    flat = at * stride(int(np.prod(shape)), len(graph.outputs))
     index = tuple(int(i) for i in np.unravel_index(flat, shape))
     return Worst(case, index, expected, got)

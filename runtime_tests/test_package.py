@@ -6,7 +6,7 @@ import onnx_ir as ir
 import pytest
 
 from ffmerge.models.manifest import Manifest
-from ffmerge.runtime_tests.parity import MODEL, check_parity
+from ffmerge.runtime_tests.parity import check_parity
 from ffmerge.runtime_tests.session import LEVELS
 
 # Smaller initializers (norms, shapes) may be equal by chance and cost next to nothing.
@@ -25,16 +25,19 @@ def test_outputs_are_those_of_pytorch(package: Path, optimization: str) -> None:
 
 
 def test_no_large_initializer_is_stored_twice(package: Path) -> None:
-    first: dict[object, str] = {}
-    for name, key in _contents(package / MODEL):
-        assert key not in first, f"{name} holds the same bytes as {first[key]}"
-        first[key] = name
+    for graph in Manifest.read(package).graphs:
+        first: dict[object, str] = {}
+        for name, key in _contents(package / graph.path):
+            assert key not in first, f"{name} holds the same bytes as {first[key]}"
+            first[key] = name
 
 
 def test_members_of_a_tie_have_one_initializer(package: Path) -> None:
-    stored = {name for name, _ in _contents(package / MODEL)}
-    for tie in Manifest.read(package).ties:
-        assert len(stored.intersection(tie.members)) <= 1, f"tie {tie.name} is stored twice"
+    manifest = Manifest.read(package)
+    for graph in manifest.graphs:
+        stored = {name for name, _ in _contents(package / graph.path)}
+        for tie in manifest.ties:
+            assert len(stored.intersection(tie.members)) <= 1, f"tie {tie.name} is stored twice"
 
 
 def _contents(model: Path) -> Iterator[tuple[str, object]]:

@@ -17,8 +17,9 @@ from ffmerge.errors import RuntimeCheckError
 from ffmerge.models.manifest import Manifest
 from ffmerge.models.metrics import for_task, labels_of
 from ffmerge.models.probe import Array
+from ffmerge.models.tasks import base
 from ffmerge.runtime_tests.footprint import Footprint, measure_footprint
-from ffmerge.runtime_tests.parity import MODEL, OutputParity, check_parity, run_session
+from ffmerge.runtime_tests.parity import OutputParity, check_parity, run_session
 from ffmerge.runtime_tests.session import LEVELS, find_provider, open_session
 
 NAME = "validation.json"
@@ -156,7 +157,9 @@ def _validate_on(
             outputs += check_parity(folder, manifest, name, level)
         progress(f"measuring memory and latency on {name}")
         footprint = measure_footprint(folder, name, threads)
-        failed = [f"{o.name} ({o.optimization}): {o.reason}" for o in outputs if not o.ok]
+        failed = [
+            f"{o.graph}: {o.name} ({o.optimization}): {o.reason}" for o in outputs if not o.ok
+        ]
         reason = "; ".join(failed) or None
     except RuntimeCheckError as error:
         reason = str(error)
@@ -176,19 +179,18 @@ def _validate_on(
 def _measure_metric(
     folder: Path, manifest: Manifest, provider: str, examples: Examples
 ) -> MetricResult | None:
-    metric = for_task(manifest.task)
-    if not metric:
+    metric = for_task(base(manifest.task))
+    if not metric or len(manifest.served()) > 1:
         return None
-    session = open_session(folder / MODEL, provider)
-    names = {node.name for node in session.get_inputs()}
-    logits = "logits" if "logits" in manifest.outputs else manifest.outputs[0]
+    ((path, graph),) = manifest.served().items()
+    session = open_session(folder / path, provider)
+    logits = "logits" if "logits" in graph.outputs else graph.outputs[0]
     total, count, seen = 0.0, 0, 0
     for batch in examples.batches(BATCH):
-        if "labels" not in batch and manifest.task != "text-generation":
+        if "labels" not in batch and base(manifest.task) != "text-generation":
             return None
-        feeds = {name: value for name, value in batch.items() if name in names}
-        output = run_session(session, [logits], feeds)[logits]
-        part, labels = metric.add(output, labels_of(manifest.task, batch))
+        output = run_session(session, [logits], graph.probe.complete(batch))[logits]
+        part, labels = metric.add(output, labels_of(base(manifest.task), batch))
         total, count, seen = total + part, count + labels, seen + len(output)
     return MetricResult(metric.name, metric.value(total, count), seen)
 

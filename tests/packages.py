@@ -1,5 +1,6 @@
 """Packages made by hand: y = x W + b, the reference computed in numpy."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save_file
 
-from ffmerge.models.manifest import Manifest, record_files
+from ffmerge.models.manifest import GraphRecord, Manifest, record_files, reference_key
 from ffmerge.models.probe import Array, InputSpec, Probe, stored_elements
 
 CASES = ({"batch_size": 1}, {"batch_size": 3})
@@ -36,7 +37,7 @@ def linear_package(
     reference = {}
     for case in range(len(cases)):
         logits = probe.draw(case)["x"].astype(np.float64) @ weight + bias
-        reference[f"{case}.logits"] = np.ascontiguousarray(
+        reference[reference_key("model.onnx", case, "logits")] = np.ascontiguousarray(
             stored_elements(logits.astype(np.float32))
         )
     return write_package(folder, nodes, served, reference, probe, **fields)
@@ -85,10 +86,14 @@ def write_package(
         "merge": None,
         "ties": (),
         "skipped": (),
-        "outputs": ("logits",),
-        "probe": probe,
+        "graphs": (GraphRecord("model.onnx", ("logits",), probe),),
         "files": record_files(folder),
     }
     manifest = Manifest(**{**defaults, **fields})
     manifest.write(folder)
     return manifest
+
+
+def regraphed(manifest: Manifest, **fields: Any) -> Manifest:
+    """Return the manifest of a package of one graph with other fields of that graph."""
+    return replace(manifest, graphs=(replace(manifest.graphs[0], **fields),))

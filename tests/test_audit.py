@@ -17,7 +17,6 @@ from transformers import ViTConfig, ViTForImageClassification
 from ffmerge.errors import InputError
 from ffmerge.models import manifest
 from ffmerge.models.plan import Tie
-from ffmerge.models.probe import Probe
 from ffmerge.passes.graph.audit import audit
 from ffmerge.passes.graph.contract import write_ties
 from ffmerge.passes.graph.run import share_file
@@ -202,7 +201,7 @@ def package(folder: Path, ties: tuple[Tie, ...]) -> None:
     manifest.Manifest(
         versions={}, source={}, model_type="vit", task="t", dtype="fp32", opset=20, parameters=0,
         parameter_bytes=0, bytes_total=0, bytes_unique=0, merge=None, ties=ties, skipped=(),
-        outputs=(), probe=Probe((), ()), files=(),
+        graphs=(), files=(),
     ).write(folder)  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from onnxruntime.quantization.matmul_nbits_quantizer import (
 )
 
 from ffmerge.errors import InputError
+from ffmerge.exporter.graphs import graphs
 from ffmerge.exporter.package import ExportConfig, export
 from ffmerge.exporter.torch_onnx import to_onnx
 from ffmerge.models import tasks
@@ -323,7 +324,7 @@ def exported(family):
     """Return the graph of a merged model as bytes, inputs, and what it computes."""
     model = family()
     merge_(model, None, MergeConfig(window=(1, 3), method="average"))
-    graph = to_onnx(model, tasks.infer(type(model)), 20).model
+    graph = to_onnx(graphs(model, tasks.infer(model))[0], 20).model
     drawn = probe(model).draw(0)
     feeds = {value.name: drawn[value.name] for value in graph.graph.inputs}
     return ir.to_proto(graph).SerializeToString(), feeds, run(graph, **feeds)[0].ravel()

@@ -9,6 +9,7 @@ from onnx import helper
 from packages import CASES, linear_package, write_package
 
 from ffmerge.errors import RuntimeCheckError
+from ffmerge.models.manifest import reference_key
 from ffmerge.models.probe import InputSpec, Probe
 from ffmerge.runtime_tests import footprint
 from ffmerge.runtime_tests.footprint import measure_footprint
@@ -31,7 +32,7 @@ def two_products(folder: Path, second: str, width: int = WIDTH, external: bool =
         helper.make_node("MatMul", ["hidden", second], ["logits"]),
     ]
     probe = Probe((InputSpec("x", "float32", ("batch_size", width)),), CASES)
-    reference = {"0.logits": np.zeros(1, np.float32)}
+    reference = {reference_key("model.onnx", 0, "logits"): np.zeros(1, np.float32)}
     write_package(folder, nodes, weights, reference, probe, external)
 
 
@@ -84,7 +85,7 @@ def test_batch_is_one_whatever_the_probe_says(
         return run(session, names, feeds)
 
     monkeypatch.setattr(footprint, "run_session", spy)
-    footprint._measure_here(tmp_path / "package", "model.onnx", "cpu", 1)
+    footprint._measure_here(tmp_path / "package", "onnx", "cpu", 1)
     assert shapes == {(1,), (1, 4)}  # the trivial model's, then the package's
 
 
@@ -93,7 +94,7 @@ def test_memory_is_null_with_a_reason_where_the_system_does_not_tell(
 ) -> None:
     linear_package(tmp_path / "package", np.eye(4, dtype=np.float32), np.zeros(4, np.float32))
     monkeypatch.setattr(footprint, "resident", lambda: None)
-    cost = asdict(footprint._measure_here(tmp_path / "package", "model.onnx", "cpu", 1))
+    cost = asdict(footprint._measure_here(tmp_path / "package", "onnx", "cpu", 1))
     assert (cost["rss_bytes"], cost["anonymous_bytes"]) == (None, None)
     assert "smaps_rollup" in cost["memory_reason"]
     assert cost["median_ms"] > 0

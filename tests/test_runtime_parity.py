@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 import pytest
-from packages import linear_package
+from packages import linear_package, regraphed
 
 from ffmerge.errors import InputError, RuntimeCheckError
 from ffmerge.models.probe import stored_elements
@@ -33,7 +33,7 @@ def test_a_weight_that_is_off_is_found_and_placed(tmp_path: Path) -> None:
     served[2, 3] += 1e-3  # moves logits[:, 3] by 1e-3 x[:, 2]
     manifest = linear_package(tmp_path / "package", WEIGHT, BIAS, served)
     (output,) = check_parity(tmp_path / "package", manifest)
-    driving = [(abs(manifest.probe.draw(case)["x"][:, 2]), case) for case in (0, 1)]
+    driving = [(abs(manifest.graphs[0].probe.draw(case)["x"][:, 2]), case) for case in (0, 1)]
     largest, case, row = max((x.max(), case, int(x.argmax())) for x, case in driving)
 
     assert not output.ok
@@ -52,7 +52,7 @@ def test_a_sampled_output_is_placed_in_the_full_one(tmp_path: Path) -> None:
         tmp_path / "package", weight, bias, served, cases=({"batch_size": 100},)
     )
     (output,) = check_parity(tmp_path / "package", manifest)
-    x = manifest.probe.draw(0)["x"]
+    x = manifest.graphs[0].probe.draw(0)["x"]
     assert (output.compared, output.elements) == (33334, 100_000)  # every third
     assert output.worst is not None
     row, column = output.worst.index
@@ -101,8 +101,8 @@ def test_the_worst_element_is_the_one_that_uses_most_of_its_bound(tmp_path: Path
 
 def test_another_shape_fails_with_both_sizes(tmp_path: Path) -> None:
     manifest = linear_package(tmp_path / "package", WEIGHT, BIAS, WEIGHT[:, :1].copy())
-    other = replace(manifest.probe, cases=({"batch_size": 1}, {"batch_size": 4}))
-    (output,) = check_parity(tmp_path / "package", replace(manifest, probe=other))
+    other = replace(manifest.graphs[0].probe, cases=({"batch_size": 1}, {"batch_size": 4}))
+    (output,) = check_parity(tmp_path / "package", regraphed(manifest, probe=other))
     assert not output.ok
     assert "case 1: 15 reference elements" in str(output.reason)
     assert "[4, 5] has 20" in str(output.reason)
@@ -110,8 +110,9 @@ def test_another_shape_fails_with_both_sizes(tmp_path: Path) -> None:
 
 def test_a_case_without_reference_fails(tmp_path: Path) -> None:
     manifest = linear_package(tmp_path / "package", WEIGHT, BIAS)
-    more = replace(manifest.probe, cases=(*manifest.probe.cases, {"batch_size": 2}))
-    (output,) = check_parity(tmp_path / "package", replace(manifest, probe=more))
+    probe = manifest.graphs[0].probe
+    more = replace(probe, cases=(*probe.cases, {"batch_size": 2}))
+    (output,) = check_parity(tmp_path / "package", regraphed(manifest, probe=more))
     assert output.reason == "the package has no reference for case 2"
     assert not output.ok
 
@@ -143,7 +144,7 @@ def test_zeros_are_in_parity_with_zeros_only(tmp_path: Path) -> None:
 def test_outputs_and_inputs_the_graph_lacks_are_errors(tmp_path: Path) -> None:
     manifest = linear_package(tmp_path / "package", WEIGHT, BIAS)
     with pytest.raises(RuntimeCheckError, match="hidden"):
-        check_parity(tmp_path / "package", replace(manifest, outputs=("hidden",)))
+        check_parity(tmp_path / "package", regraphed(manifest, outputs=("hidden",)))
     (tmp_path / "package" / "reference.safetensors").write_bytes(b"no")
     with pytest.raises(InputError, match=r"reference\.safetensors cannot be read"):
         check_parity(tmp_path / "package", manifest)

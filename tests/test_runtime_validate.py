@@ -132,6 +132,6 @@ def test_without_labels_or_without_a_metric_there_is_none(package: Path) -> None
 
 
 def test_a_package_that_names_no_output_is_refused(package: Path) -> None:
-    replace(Manifest.read(package), outputs=()).write(package)
+    replace(Manifest.read(package), graphs=()).write(package)
     with pytest.raises(InputError, match="names no output"):
         validate(package)

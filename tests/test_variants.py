@@ -56,8 +56,8 @@ def test_the_manifest_names_the_variants_and_the_package_stays_whole(package):
 
 @pytest.mark.parametrize("variant", ["model.ort", "prepacked/model.onnx"])
 def test_a_variant_computes_the_same(package, variant):
-    for case in range(len(package.manifest.probe.cases)):
-        feeds = package.manifest.probe.draw(case)
+    for case in range(len(package.manifest.graphs[0].probe.cases)):
+        feeds = package.manifest.graphs[0].probe.draw(case)
         one, two = (run(str(package.path / name), **feeds) for name in ("model.onnx", variant))
         for a, b in zip(one, two, strict=True):
             assert np.abs(a - b).max() < 1e-5  # measured 2.4e-7

@@ -1,9 +1,10 @@
 """The tensors a model stores, read one at a time, and which of them are the same bytes."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,20 @@ def stored(model: ir.Model) -> list[Stored]:
 def bytes_stored(model: ir.Model) -> int:
     """Return the content bytes of all stored tensors."""
     return sum(item.tensor.nbytes for item in stored(model))
+
+
+def distinct_bytes(models: Iterable[ir.Model]) -> int:
+    """Return the content bytes of all stored tensors, those in one place of one file once."""
+    return sum(
+        {place_of(item.tensor): item.tensor.nbytes for m in models for item in stored(m)}.values()
+    )
+
+
+def place_of(tensor: ir.TensorProtocol) -> object:
+    """Return where the bytes are on disk, equal for the same bytes of the same data file."""
+    if isinstance(tensor, ir.ExternalTensor):
+        return Path(tensor.path).resolve(), tensor.offset or 0
+    return tensor
 
 
 def shape_of(tensor: ir.TensorProtocol) -> tuple[int, ...]:

@@ -88,7 +88,7 @@ def merge_(
         moments = statistics.collect(model, wanted, pairs, batches, config.tokens)
     score = None
     if held_out is not None:
-        task = config.task or tasks.infer(type(model))
+        task = config.task or tasks.infer(model)
         score = score_for(model, task, held_out, config.batch_size)
     before = _size(model)
     quality = score.measure(model) if score else None
