@@ -18,6 +18,7 @@ _HOMES = {
     "export": "exporter.package",
     "inspect": "models.inspection",
     "load": "models.checkpoint",
+    "load_package": "serving",
     "merge_": "passes.weights.merge",
     "save": "models.checkpoint",
     "share": "passes.graph.run",

@@ -22,7 +22,7 @@ from ffmerge.exporter.graphs import Graph
 from ffmerge.models import ties
 from ffmerge.models.inputs import to_tensors
 from ffmerge.models.plan import Tie
-from ffmerge.passes.graph.contract import write_ties
+from ffmerge.passes.graph.contract import read_ties, write_ties
 from ffmerge.passes.graph.run import ShareResult, share
 
 
@@ -68,6 +68,11 @@ def to_onnx(graph: Graph, opset: int) -> ShareResult:
     # for the constants it folds.
     share(graph_model, known, resident=False)
     onnxscript.optimizer.optimize_ir(graph_model)
+    # It leaves out biases that are zero, tied or not. Any other tie that is gone is an error.
+    known = read_ties(graph_model)
+    write_ties(
+        graph_model, [t for t in known if t.name in held or model.get_parameter(t.name).any()]
+    )
     return placed(share(graph_model), f"{graph.name}.onnx")
 
 

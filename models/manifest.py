@@ -99,12 +99,19 @@ class Manifest:
     variants: tuple[Variant, ...] = ()
 
     def served(self, kind: str = "onnx") -> dict[str, GraphRecord]:
-        """Return the graphs that are used together, none another's part, by path of that kind."""
+        """Return the graphs that are used together, none another's part, by path of that kind.
+
+        Raises:
+            InputError: the package has none of that kind.
+        """
         parts = {part for graph in self.graphs for part in graph.parts}
         records = {graph.path: graph for graph in self.graphs if graph.path not in parts}
         if kind == "onnx":
             return records
-        return {v.path: records[v.graph] for v in self.variants if v.kind == kind}
+        found = {v.path: records[v.graph] for v in self.variants if v.kind == kind}
+        if not found:
+            raise InputError(f"the package holds no graph of the kind {kind!r}.")
+        return found
 
     def write(self, folder: Path) -> None:
         """Write ``ffmerge.json`` into ``folder``."""

@@ -54,22 +54,24 @@ class Probe:
         return {spec.name: _draw(spec, sizes, generator) for spec in self.inputs}
 
     def complete(self, batch: Mapping[str, Array]) -> dict[str, Array]:
-        """Return the inputs for a batch of data; what it lacks is that of an empty past.
+        """Return the inputs for a batch of data; what it lacks is no padding and an empty past.
 
         Positions count the tokens that are not padding, as transformers' ``generate`` does.
         """
-        rows, length = batch[self.inputs[0].name].shape[:2]
-        whole = np.ones((rows, length), np.int64)
-        mask = batch.get("attention_mask", whole)
-        filled = {
-            "mask": mask,
-            "position": np.maximum(mask.cumsum(-1) - 1, 0),
-            "integer": 0 * whole,  # the first kind of token, where there are several
-        }
+        ids = batch.get("input_ids", next(iter(batch.values())))
+        rows, length = ids.shape[:2]
+        past = next((x.shape[2] for k, x in batch.items() if k.startswith("past_key_values")), 0)
+        mask = batch.get("attention_mask", np.ones((rows, past + length), np.int64))
+        positions = np.maximum(mask.cumsum(-1) - 1, 0)[:, -length:]
+        # a missing integer is the first kind of token, where there are several
+        filled = {"mask": mask, "position": positions, "integer": np.zeros_like(ids)}
         return {
-            spec.name: batch[spec.name]
-            if spec.name in batch
-            else filled.get(spec.kind, np.zeros(_sized(spec, rows), spec.dtype))
+            spec.name: np.asarray(
+                batch[spec.name]
+                if spec.name in batch
+                else filled.get(spec.kind, np.zeros(_sized(spec, rows), spec.dtype)),
+                spec.dtype,
+            )
             for spec in self.inputs
         }
 

@@ -26,7 +26,6 @@ from ffmerge.exporter.graphs import graphs
 from ffmerge.exporter.package import ExportConfig, export
 from ffmerge.exporter.torch_onnx import to_onnx
 from ffmerge.models import tasks
-from ffmerge.models.inputs import probe
 from ffmerge.models.plan import Tie
 from ffmerge.passes.graph.audit import audit
 from ffmerge.passes.graph.contract import check_ties, read_ties
@@ -99,7 +98,7 @@ def test_four_bits_for_dequantize_linear_where_ort_writes_an_invalid_graph():
 
 
 def test_gpt2_whose_gemms_the_int4_quantizer_leaves_in_float():
-    model = to_onnx(tiny.gpt2(), "text-generation", 20).model
+    model = to_onnx(*graphs(tiny.gpt2(), "text-generation"), 20).model
     gemms = ops(model)["Gemm"]
     theirs = MatMulNBitsQuantizer(ir.to_proto(model), block_size=32, is_symmetric=True)
     theirs.process()
@@ -324,9 +323,9 @@ def exported(family):
     """Return the graph of a merged model as bytes, inputs, and what it computes."""
     model = family()
     merge_(model, None, MergeConfig(window=(1, 3), method="average"))
-    graph = to_onnx(graphs(model, tasks.infer(model))[0], 20).model
-    drawn = probe(model).draw(0)
-    feeds = {value.name: drawn[value.name] for value in graph.graph.inputs}
+    (plan,) = graphs(model, tasks.infer(model))
+    graph = to_onnx(plan, 20).model
+    feeds = plan.probe.draw(1)
     return ir.to_proto(graph).SerializeToString(), feeds, run(graph, **feeds)[0].ravel()
 
 

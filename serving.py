@@ -1,0 +1,151 @@
+"""A package as the Hugging Face class it came from: its forward pass runs on ONNX Runtime.
+
+The class is made on the meta device, without weights, and keeps everything but ``forward``:
+``generate``, configuration and pipelines are those of transformers.
+"""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.utils import ModelOutput
+
+from ffmerge.exporter.graphs import FLAG
+from ffmerge.models import checkpoint
+from ffmerge.models.manifest import GraphRecord, Manifest
+from ffmerge.runtime_tests.parity import run_session
+from ffmerge.runtime_tests.session import open_session
+
+_PAST, _PRESENT = "past_key_values.", "present."
+
+
+def load_package(
+    folder: str | Path, provider: str = "cpu", threads: int = 0, kind: str = "onnx"
+) -> Any:
+    """Return the package in ``folder`` as its Hugging Face class, running on ONNX Runtime.
+
+    ``forward`` takes and gives CPU tensors and, without a cache, ``generate`` uses none.
+    ``kind`` is "onnx", or that of a variant: "ort" or "prepacked". The files are checked first;
+    no PyTorch weights are read or allocated.
+
+    Raises:
+        InputError: the package is not whole, or its class is not known.
+        RuntimeCheckError: the provider was not used, or the model does not load.
+    """
+    folder = Path(folder)
+    manifest = Manifest.read(folder)
+    manifest.check_files(folder)
+    model = checkpoint.skeleton(folder)
+    served = [
+        _Session(open_session(folder / path, provider, threads=threads), graph)
+        for path, graph in manifest.served(kind).items()
+    ]
+    cached = any(name.startswith(_PRESENT) for each in served for name in each.graph.outputs)
+    if model.can_generate():
+        if (folder / "generation_config.json").exists():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        model.generation_config.use_cache = cached
+    if len(served) == 1:
+        return _swap(model, lambda given: _step(served[0], given))
+    encoder, decoder = served
+    _swap(model.get_encoder(), lambda given: _outputs(encoder.run(given)))
+    return _swap(model, lambda given: _encode_and_decode(model, decoder, given))
+
+
+@dataclass(frozen=True)
+class _Session:
+    session: Any
+    graph: GraphRecord
+
+    def run(self, given: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return all outputs; an input that is not given is that of an empty past or no padding."""
+        feeds = {
+            name: x.detach().cpu().numpy() for name, x in given.items() if isinstance(x, Tensor)
+        }
+        outputs = run_session(self.session, self.graph.outputs, self.graph.probe.complete(feeds))
+        return {name: torch.from_numpy(array) for name, array in outputs.items()}
+
+
+def _swap(module: Any, run: Any) -> Any:
+    """Give a module of the meta device a ``forward`` that runs elsewhere; return the module."""
+    original = type(module)
+    signature = inspect.signature(original.forward)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(self, *args, **kwargs).arguments
+        given = {**bound, **bound.pop("kwargs", {})}
+        return run({name: x for name, x in given.items() if x is not None})
+
+    forward.__signature__ = signature  # type: ignore[attr-defined]  # generate looks at it
+    here = property(lambda self: torch.device("cpu"))
+    names = {"forward": forward, "device": here, "__module__": original.__module__}
+    module.__class__ = type(original.__name__, (original,), names)
+    return module
+
+
+def _step(served: _Session, given: Mapping[str, Any]) -> ModelOutput:
+    """Run the whole model, or a step of a decoder that continues the cache it is given."""
+    cache = given.get("past_key_values")
+    feeds = {**given, **_named(cache, "")}
+    outputs = served.run(feeds)
+    present = _pairs(outputs, "")
+    if present:
+        outputs["past_key_values"] = DynamicCache(present)
+    return _outputs(outputs)
+
+
+def _encode_and_decode(model: Any, decoder: _Session, given: Mapping[str, Any]) -> ModelOutput:
+    """Run a step of an encoder-decoder; the encoder first if its outputs are not given."""
+    states = given.get("encoder_outputs")
+    if states is None:
+        accepted = inspect.signature(model.get_encoder().forward).parameters
+        states = model.get_encoder()(**{k: x for k, x in given.items() if k in accepted})
+    cache = given.get("past_key_values")
+    own = _named(getattr(cache, "self_attention_cache", None), "decoder.")
+    crossed = _named(getattr(cache, "cross_attention_cache", None), "encoder.")
+    whole = torch.ones(states[0].shape[:2], dtype=torch.int64)
+    outputs = decoder.run(
+        {
+            "input_ids": given["decoder_input_ids"],
+            "encoder_hidden_states": states[0],
+            "encoder_attention_mask": given.get("attention_mask", whole),
+            FLAG: torch.tensor([bool(own)]),
+            **own,
+            **crossed,
+        }
+    )
+    present = _pairs(outputs, "decoder.")
+    if present:
+        kept = _pairs(crossed or outputs, "encoder.")  # what a later step gives of it is empty
+        outputs["past_key_values"] = EncoderDecoderCache(DynamicCache(present), DynamicCache(kept))
+    return _outputs({**outputs, "encoder_last_hidden_state": states[0]})
+
+
+def _outputs(tensors: Mapping[str, Any]) -> ModelOutput:
+    out = ModelOutput()
+    for name, tensor in tensors.items():
+        if not name.startswith(_PRESENT):
+            out[name] = tensor
+    return out
+
+
+def _named(cache: Any, side: str) -> dict[str, Tensor]:
+    """Return keys and values of a cache that holds any, by the names of the graph's inputs."""
+    if cache is None or not cache.get_seq_length():
+        return {}
+    return {
+        f"{_PAST}{i}.{side}{part[:-1]}": getattr(layer, part)
+        for i, layer in enumerate(cache.layers)
+        for part in ("keys", "values")
+    }
+
+
+def _pairs(tensors: Mapping[str, Any], side: str) -> list[tuple[Any, Any]]:
+    ordered = [x for name, x in tensors.items() if name.endswith((f".{side}key", f".{side}value"))]
+    return list(zip(ordered[::2], ordered[1::2], strict=True))

@@ -1,0 +1,240 @@
+"""Packages that generate: token by token the same as PyTorch, and without its weights."""
+
+from pathlib import Path
+from typing import Any
+
+import onnxruntime as ort
+import pytest
+import torch
+from test_architectures import CASES, _model
+from tiny import gpt2, vit
+
+import ffmerge
+from ffmerge.errors import InputError, RuntimeCheckError
+from ffmerge.exporter.package import ExportConfig, export
+from ffmerge.models.manifest import Manifest
+from ffmerge.passes.graph.audit import audit
+from ffmerge.passes.weights.merge import MergeConfig, merge_
+from ffmerge.runtime_tests.validate import validate
+
+# class -> the stack that is merged; T5's first entry in CASES is the plain one
+GENERATE = {
+    "GPT2LMHeadModel": None,
+    "LlamaForCausalLM": None,
+    "MarianMTModel": "decoder",
+    "T5ForConditionalGeneration": "encoder",
+    "WhisperForConditionalGeneration": "decoder",
+}
+WAYS: dict[str, dict[str, Any]] = {
+    "greedy": {"do_sample": False},
+    "beam-4": {"num_beams": 4, "do_sample": False},
+    "sampling": {"do_sample": True, "top_k": 0, "temperature": 2.0},
+}
+NEW = 8
+
+
+def _inputs(model: Any, rows: int, length: int) -> dict[str, torch.Tensor]:
+    """Return prompts of unlike length: padded on the left, for encoders on the right."""
+    generator = torch.Generator().manual_seed(length)
+    config = model.config
+    if hasattr(config, "num_mel_bins"):
+        shape = (rows, config.num_mel_bins, 2 * config.max_source_positions)
+        return {"input_features": torch.randn(shape, generator=generator)}
+    ids = torch.randint(3, 60, (rows, length), generator=generator)
+    mask = torch.ones_like(ids)
+    for row in range(rows):
+        padding = 2 * row % length
+        if config.is_encoder_decoder:
+            mask[row, length - padding :] = 0
+        else:
+            mask[row, :padding] = 0
+    pad = config.pad_token_id or 0
+    return {"input_ids": torch.where(mask == 1, ids, pad), "attention_mask": mask}
+
+
+def _generate(model: Any, inputs: dict[str, torch.Tensor], **settings: Any) -> torch.Tensor:
+    torch.manual_seed(7)
+    tokens = {"max_new_tokens": NEW, "min_new_tokens": NEW, "pad_token_id": 0}
+    ids: torch.Tensor = model.generate(**inputs, **tokens, **settings)
+    return ids
+
+
+Case = tuple[Any, Path]
+
+
+@pytest.fixture(scope="module", params=GENERATE)
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    name = request.param
+    case = next(case for case in CASES if case[0] == name)
+    longer = {"n_positions": 64, "max_position_embeddings": 64}
+    model = _model(name, case[1], {**case[2], **longer})
+    config = MergeConfig(window=(0, 1), stack=GENERATE[name], method="average")
+    merge_(model, None, config)
+    path = tmp_path_factory.mktemp(name) / "package"
+    export(model, path)
+    return model, path
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_generate_gives_the_tokens_of_pytorch(served: Case, way: str) -> None:
+    model, path = served
+    loaded = ffmerge.load_package(path)
+    assert type(loaded).__name__ == type(model).__name__
+    seen = set()
+    for rows, length in ((1, 1), (3, 7), (2, 40)):  # one token, padded rows, a long prompt
+        inputs = _inputs(model, rows, length)
+        expected = _generate(model, inputs, **WAYS[way])
+        assert torch.equal(_generate(loaded, inputs, **WAYS[way]), expected)
+        seen.update(expected.unique().tolist())
+    assert len(seen) > (20 if way == "sampling" else 3)  # not one token over and over
+
+
+def test_no_weight_of_pytorch_is_held(served: Case) -> None:
+    _, path = served
+    loaded = ffmerge.load_package(path)
+    assert {p.device.type for p in loaded.parameters()} == {"meta"}
+    assert loaded.device.type == "cpu"
+
+
+def test_forward_continues_a_cache(served: Case) -> None:
+    """Two calls with the cache of the first give what one call gives."""
+    model, path = served
+    loaded = ffmerge.load_package(path)
+    if model.config.is_encoder_decoder:
+        inputs = _inputs(model, 2, 5)
+        decoder = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10]])
+        whole = loaded(**inputs, decoder_input_ids=decoder)
+        first = loaded(**inputs, decoder_input_ids=decoder[:, :3])
+        then = loaded(
+            **inputs, encoder_outputs=(first.encoder_last_hidden_state,),
+            decoder_input_ids=decoder[:, 3:], past_key_values=first.past_key_values,
+        )  # fmt: skip
+        with torch.no_grad():
+            expected = model(**inputs, decoder_input_ids=decoder).logits
+    else:
+        inputs = {"input_ids": torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10]])}
+        whole = loaded(**inputs)
+        first = loaded(input_ids=inputs["input_ids"][:, :3])
+        then = loaded(input_ids=inputs["input_ids"][:, 3:], past_key_values=first.past_key_values)
+        with torch.no_grad():
+            expected = model(**inputs).logits
+    assert then.past_key_values.get_seq_length() == 4
+    assert (whole.logits - expected).abs().max() < 5e-6  # measured 9.5e-7
+    assert (then.logits[:, -1] - expected[:, -1]).abs().max() < 5e-6  # measured 9.5e-7
+
+
+def test_the_package_keeps_its_promises(served: Case) -> None:
+    _, path = served
+    found = audit(path)
+    assert found.ok
+    result = validate(path)
+    assert result.ok, [p.reason for p in result.providers]
+    assert {o.graph for p in result.providers for o in p.outputs} == {
+        graph.path for graph in Manifest.read(path).graphs
+    }
+
+
+def test_inputs_and_outputs_are_called_as_optimum_calls_them(served: Case) -> None:
+    model, path = served
+    names = {
+        file.name: (
+            [node.name for node in session.get_inputs()],
+            [node.name for node in session.get_outputs()],
+            {dim for node in session.get_inputs() for dim in node.shape[:1]},
+        )
+        for file in path.glob("*.onnx")
+        for session in [ort.InferenceSession(file)]
+    }
+    assert all(first <= {"batch_size", 1} for *_, first in names.values())  # 1: the flag
+    if not model.config.is_encoder_decoder:
+        inputs, outputs, _ = names["model.onnx"]
+        assert inputs[:3] == ["input_ids", "attention_mask", "position_ids"]
+        assert inputs[3:5] == ["past_key_values.0.key", "past_key_values.0.value"]
+        assert outputs[:3] == ["logits", "present.0.key", "present.0.value"]
+        return
+    sides = [f"{s}.{part}" for s in ("decoder", "encoder") for part in ("key", "value")]
+    assert set(names) == {
+        "encoder_model.onnx", "decoder_model.onnx", "decoder_with_past_model.onnx",
+        "decoder_model_merged.onnx",
+    }  # fmt: skip
+    inputs, outputs, _ = names["decoder_model_merged.onnx"]
+    assert [n for n in inputs if ".0." in n] == [f"past_key_values.0.{side}" for side in sides]
+    assert outputs[:5] == ["logits", *(f"present.0.{side}" for side in sides)]
+    assert {"input_ids", "encoder_hidden_states", "use_cache_branch"} <= set(inputs)
+    assert "encoder_hidden_states" not in names["decoder_with_past_model.onnx"][0]
+
+
+def test_all_graphs_read_one_data_file(served: Case) -> None:
+    """What encoder, decoder and decoder with past share is on disk once."""
+    model, path = served
+    distinct = {
+        (tuple(p.shape), p.detach().numpy().tobytes()) for p in model.parameters()
+    }  # sinusoidal positions of encoder and decoder are equal and trained by nobody
+    size = sum(len(content) for _, content in distinct)
+    written = (path / "model.onnx_data").stat().st_size
+    assert [p.name for p in path.glob("*data*")] == ["model.onnx_data"]
+    assert written < 1.05 * size + 5000  # alignment; measured 1.003 to 1.02
+
+
+def test_without_a_cache(tmp_path: Path) -> None:
+    model = gpt2(layers=2)
+    package = export(model, tmp_path / "package", ExportConfig(task="text-generation"))
+    assert [graph.outputs for graph in package.manifest.graphs] == [("logits",)]
+    loaded = ffmerge.load_package(package.path)
+    inputs = _inputs(model, 3, 7)
+    assert torch.equal(_generate(loaded, inputs), _generate(model, inputs, use_cache=False))
+
+
+def test_an_encoder_decoder_without_a_cache(tmp_path: Path) -> None:
+    case = next(case for case in CASES if case[0] == "MarianMTModel")
+    model = _model(*case[:3])
+    package = export(model, tmp_path / "package", ExportConfig(task="text2text-generation"))
+    assert [graph.path for graph in package.manifest.graphs] == [
+        "encoder_model.onnx", "decoder_model.onnx",
+    ]  # fmt: skip
+    loaded = ffmerge.load_package(package.path)
+    inputs = _inputs(model, 3, 7)
+    assert torch.equal(
+        _generate(loaded, inputs, num_beams=2), _generate(model, inputs, num_beams=2)
+    )
+
+
+def test_other_classes_and_forms(tmp_path: Path) -> None:
+    model = vit(layers=2)
+    export(model, tmp_path / "package", ExportConfig(ort=True, prepack=True))
+    pixels = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(pixels).logits
+    for kind in ("onnx", "ort", "prepacked"):
+        got = ffmerge.load_package(tmp_path / "package", kind=kind)(pixels).logits
+        assert (got - expected).abs().max() < 2e-6  # measured 3e-7
+
+
+def test_the_layout_of_transformers_js(tmp_path: Path) -> None:
+    case = next(case for case in CASES if case[0] == "MarianMTModel")
+    model = _model(*case[:3])
+    config = ExportConfig(layout="transformers.js", dtype="int8")
+    package = export(model, tmp_path / "package", config)
+    files = {p.relative_to(package.path).as_posix() for p in package.path.rglob("*.onnx*")}
+    assert files == {
+        "onnx/encoder_model_quantized.onnx", "onnx/decoder_model_merged_quantized.onnx",
+    }  # fmt: skip
+    assert audit(package.path).ok
+    assert validate(package.path).ok
+    inputs = _inputs(model, 2, 5)
+    shape = _generate(ffmerge.load_package(package.path), inputs).shape
+    assert shape == _generate(model, inputs).shape
+
+
+def test_what_cannot_be_loaded(tmp_path: Path) -> None:
+    export(vit(layers=2), tmp_path / "package")
+    with pytest.raises(InputError, match=r"ffmerge\.json does not exist"):
+        ffmerge.load_package(tmp_path)
+    with pytest.raises(RuntimeCheckError, match="WebGpuExecutionProvider"):
+        ffmerge.load_package(tmp_path / "package", provider="webgpu")
+    with pytest.raises(InputError, match=r"holds no .*'ort'"):
+        ffmerge.load_package(tmp_path / "package", kind="ort")
+    data = tmp_path / "package" / "model.onnx_data"
+    data.write_bytes(data.read_bytes()[:-1])
+    with pytest.raises(InputError, match="is not the file that"):
+        ffmerge.load_package(tmp_path / "package")
