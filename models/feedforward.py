@@ -39,6 +39,7 @@ _WITHOUT_VALUES: dict[str, Callable[..., Any]] = {
 }
 
 EXPERTS = "mixture-of-experts: a router gives every expert other tokens"
+REJECTED = "reordering its hidden neurons changes its output"
 
 
 @dataclass(frozen=True)

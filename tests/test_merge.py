@@ -142,7 +142,7 @@ def test_every_start_is_tried_the_last_too_and_the_best_is_taken() -> None:
     data = _data(model, 64)
     data["labels"] = model(torch.from_numpy(data["pixel_values"])).logits.argmax(-1).numpy()
     result = merge_(model, data, MergeConfig(k=2))
-    assert [c.layers for c in result.candidates] == [(s, s + 1) for s in range(5)]
+    assert [c.groups[0].layers for c in result.candidates] == [(s, s + 1) for s in range(5)]
     assert result.record.groups[0].layers == (4, 5)
     assert result.record.metric["merged"] == result.record.metric["before"] == 1.0
 
@@ -199,7 +199,7 @@ def test_without_labels_the_original_is_the_judge() -> None:
         (MergeConfig(k=1), "k = 1"),
         (MergeConfig(), "either"),
         (MergeConfig(k=2, method="magic"), "no method"),
-        (MergeConfig(k=2, stack="decoder"), "no stack"),
+        (MergeConfig(k=2, stacks=("decoder",)), "no stack"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(config: MergeConfig, message: str) -> None:
