@@ -4,7 +4,7 @@ Trains small SwiGLU language models on the bytes of Python's own standard librar
 window of k layers by each candidate, and prints the perplexity of the merged, untuned models on
 files the model has not seen. docs/merging.md holds the result.
 
-    python benchmarks/gated.py [--steps 1000] [--seeds 2]
+    python benchmarks/gated.py [--steps 700] [--seeds 2]
 """
 
 import argparse
@@ -26,7 +26,7 @@ from ffmerge.passes.weights.statistics import Moments
 
 LENGTH, LAYERS = 128, 6
 KINDS = ("gate", "up", "product")
-METHODS = ("average", "up", "gate", "both", "product")
+METHODS = ("average", "up", "gate", "product", "both", "all three")
 
 
 def corpus() -> tuple[Tensor, Tensor, Tensor]:
@@ -87,7 +87,7 @@ def moments(model: Any, sublayers: Sequence[FeedForward], rows: Tensor) -> dict[
     for part in rows.split(16):
         model(input_ids=part)
         for kind in KINDS:
-            found[kind].update({i: x.flatten(0, 1) for i, x in features[kind].items()})
+            found[kind].update({i: x.flatten(0, 1)[None] for i, x in features[kind].items()})
     return found
 
 
@@ -96,7 +96,8 @@ def orders(
 ) -> list[Tensor | None]:
     """Return the order of each member's hidden neurons, None: as they are."""
     anchor, *others = [m.layer for m in members]
-    kinds = {"average": (), "both": ("gate", "up")}.get(method, (method,))
+    sums = {"average": (), "both": ("gate", "up"), "all three": KINDS}
+    kinds = sums.get(method, (method,))
     if not kinds:
         return [None] * len(members)
     return [None] + [
@@ -108,7 +109,7 @@ def orders(
 def main() -> None:
     """Train, merge every window by every method, print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--seeds", type=int, default=2)
     settings = parser.parse_args()
     training, calibration, held_out = corpus()

@@ -356,7 +356,9 @@ def _banks(model: nn.Module) -> list[str]:
         owners = [m for m in (module, *module.children()) if not hasattr(m, "kernel_size")]
         shapes = [p.shape for m in owners for p in m.parameters(recurse=False) if p.ndim == 3]
         if any(
-            n == m > 1 and ((c == b and a in (e, 2 * e)) or (e == a and b in (c, 2 * c)))
+            n == m > 1
+            and (a, b) != (c, e)
+            and ((c == b and a in (e, 2 * e)) or (e == a and b in (c, 2 * c)))
             for i, (n, a, b) in enumerate(shapes)
             for j, (m, c, e) in enumerate(shapes)
             if i != j

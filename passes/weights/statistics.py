@@ -1,8 +1,8 @@
 """Moments of hidden neurons, in one pass over the data.
 
 The features X of a plain sublayer are the outputs of its map d -> f, before the nonlinearity
-(arXiv 2501.06126, section 3.3); those of a gated one are what its map f -> d takes, the product of
-both branches (docs/merging.md). Batches are merged by the update of Chan, Golub and LeVeque (1979):
+(arXiv 2501.06126, section 3.3). A gated one has two such outputs for each neuron, gate and up, and
+both count (docs/merging.md). Batches are merged by the update of Chan, Golub and LeVeque (1979):
 every batch is centred on its own mean before it is squared, so nothing cancels however far the
 mean lies from zero.
 """
@@ -29,8 +29,9 @@ Pair = tuple[int, int]
 class Moments:
     """Count, means, sums of squares and of cross products of the layers' features.
 
-    ``cross`` holds, for each pair (anchor, other), the (f, f) sums of products of deviations,
-    in float32; means and squares are (f,) in float64.
+    Features have v views of the same f neurons: 1, or the branches of a gated sublayer. ``cross``
+    holds, for each pair (anchor, other), the (v, f, f) sums of products of deviations, in float32;
+    means and squares are (v, f) in float64.
     """
 
     pairs: tuple[Pair, ...]
@@ -40,32 +41,40 @@ class Moments:
     cross: dict[Pair, Tensor] = field(default_factory=dict)
 
     def update(self, features: Mapping[int, Tensor]) -> None:
-        """Add a batch: (n, f) features of every layer, the same n rows in each."""
-        n = len(next(iter(features.values())))
+        """Add a batch: (v, n, f) features of every layer, the same n rows in each."""
+        views, n, _ = next(iter(features.values())).shape
         if n == 0:
             return
         total = self.count + n
-        means = {layer: x.double().mean(0) for layer, x in features.items()}
-        centred = {layer: (x.double() - means[layer]).float() for layer, x in features.items()}
+        means = {layer: x.double().mean(1) for layer, x in features.items()}
+        centred = {layer: (x - means[layer][:, None]).float() for layer, x in features.items()}
         shift = {layer: m - self.mean.get(layer, m) for layer, m in means.items()}
         scale = self.count * n / total
         for layer, x in centred.items():
-            squares = x.double().square().sum(0) + scale * shift[layer].square()
+            squares = x.double().square().sum(1) + scale * shift[layer].square()
             self.squares[layer] = self.squares.get(layer, 0) + squares
             self.mean[layer] = self.mean.get(layer, means[layer]) + shift[layer] * (n / total)
         for a, b in self.pairs:
-            cross = self.cross.setdefault((a, b), x.new_zeros(len(means[a]), len(means[b])))
-            cross.addmm_(centred[a].T, centred[b])
-            cross.addr_((scale * shift[a]).float(), shift[b].float())
+            shape = (views, means[a].shape[1], means[b].shape[1])
+            cross = self.cross.setdefault((a, b), centred[a].new_zeros(shape))
+            for view in range(views):
+                cross[view].addmm_(centred[a][view].T, centred[b][view])
+                cross[view].addr_((scale * shift[a][view]).float(), shift[b][view].float())
         self.count = total
 
     def correlation(self, anchor: int, other: int) -> Tensor:
         """Return equation (1), the (f, f) Pearson correlation; rows are the anchor's neurons.
 
-        A neuron that never changes correlates with nothing: its row or column is 0.
+        Summed over the views. A neuron that never changes correlates with nothing: its row or
+        column is 0.
         """
-        spread = torch.outer(self.squares[anchor].sqrt(), self.squares[other].sqrt()).float()
-        return torch.where(spread > 0, self.cross[anchor, other] / spread, 0.0)
+        total = torch.zeros_like(self.cross[anchor, other][0])
+        for cross, a, b in zip(
+            self.cross[anchor, other], self.squares[anchor], self.squares[other], strict=True
+        ):
+            spread = torch.outer(a.sqrt(), b.sqrt()).float()
+            total += torch.where(spread > 0, cross / spread, 0.0)
+        return total
 
 
 def collect(
@@ -88,23 +97,20 @@ def collect(
         name: Moments(tuple(sorted({(a.layer, b.layer) for a, b in found})))
         for name, found in pairs.items()
     }
-    features: dict[tuple[str, int], list[Tensor]] = {}
+    outputs: dict[str, list[Tensor]] = {}
     with ExitStack() as stack, torch.no_grad():
-        for name, sublayers in members.items():
-            for sublayer in sublayers.values():
-                kept = features.setdefault((name, sublayer.layer), [])
-                stack.callback(_hook(model, sublayer, kept).remove)
+        for path in (p for found in members.values() for s in found.values() for p in s.inputs):
+            stack.callback(_keep(model.get_submodule(path), outputs.setdefault(path, [])).remove)
         for batch in batches:
-            for kept in features.values():
+            for kept in outputs.values():
                 kept.clear()
             forward(model, batch)
             for name, sublayers in members.items():
-                # a chunked sublayer runs on one part of the sequence after the other
-                whole = {i: torch.cat(features[name, i], dim=-2) for i in sublayers}
-                shape = next(iter(whole.values())).shape[:-1]
-                reads = next(iter(sublayers.values())).reads
-                counted = positions(model, batch, reads, shape)
-                moments[name].update({i: x[counted.to(x.device)] for i, x in whole.items()})
+                features = {layer: _features(s, outputs) for layer, s in sublayers.items()}
+                first = next(iter(features))
+                shape = features[first].shape[1:-1]
+                counted = positions(model, batch, sublayers[first].reads, shape)
+                moments[name].update({i: x[:, counted.to(x.device)] for i, x in features.items()})
             if all(m.count >= tokens for m in moments.values()):
                 break
     for name, found in moments.items():
@@ -186,10 +192,15 @@ def forward(model: Any, batch: Mapping[str, Array]) -> Any:
         ) from error
 
 
-def _hook(model: Any, sublayer: FeedForward, kept: list[Tensor]) -> Any:
-    """Append the features of a sublayer to ``kept`` whenever it runs, until removed."""
-    if sublayer.gated:
-        output = model.get_submodule(sublayer.output)
-        return output.register_forward_pre_hook(lambda module, args: kept.append(args[0]))
-    first = model.get_submodule(sublayer.inputs[0])
-    return first.register_forward_hook(lambda module, args, out: kept.append(out))
+def _keep(module: Any, kept: list[Tensor]) -> Any:
+    return module.register_forward_hook(lambda module, args, out: kept.append(out))
+
+
+def _features(sublayer: FeedForward, outputs: Mapping[str, Sequence[Tensor]]) -> Tensor:
+    """Return (views, ..., f) of a sublayer from what its maps d -> f put out.
+
+    A chunked sublayer runs on one part of the sequence after the other; a fused map puts out gate
+    and up side by side.
+    """
+    wholes = [torch.cat(list(outputs[path]), dim=-2) for path in sublayer.inputs]
+    return torch.stack([x for out in wholes for x in out.chunk(sublayer.weights[0].blocks, -1)])
