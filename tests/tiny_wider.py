@@ -17,12 +17,15 @@ _T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, **_TOKENS, "decoder
 
 
 def seeded(model: str, config: str, **settings: Any) -> Any:
-    """Return a model of transformers with random weights, biases and norms perturbed."""
+    """Return a model of transformers with random weights, biases and norms perturbed.
+
+    What a model computes (Marian's positions) is left as it is: no checkpoint holds it.
+    """
     torch.manual_seed(0)
     made = getattr(transformers, model)(getattr(transformers, config)(**settings)).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in made.parameters():
+        for parameter in (p for p in made.parameters() if p.requires_grad):
             parameter += torch.randn(parameter.shape, generator=generator) * 0.05
     return made
 
