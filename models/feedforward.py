@@ -10,7 +10,7 @@ that tells neurons apart) is left alone, with the reason.
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -227,16 +227,23 @@ def _forward(model: nn.Module, trace: _Trace | None = None) -> None:
             if t.ndim == 2 and not t.is_floating_point():
                 length = t.shape[1]
                 inputs[name] = t[:, torch.arange(-(-length // chunk) * chunk) % length]
+    blind = any(p.is_meta for p in model.parameters())
+    autocast = torch.autocast
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         if trace is not None:
             trace.inputs = {id(tensor): name for name, tensor in inputs.items()}
             trace.alive += inputs.values()
             stack.enter_context(trace)
+        if (
+            blind
+        ):  # the device has no autocast, and rotary positions in transformers 4 switch it off
+            stack.callback(setattr, torch, "autocast", autocast)
+            torch.autocast = lambda *_, **__: nullcontext()
         try:
             model(**inputs)
         except Exception as error:  # a model's code may raise anything
-            if not any(p.is_meta for p in model.parameters()):
+            if not blind:
                 raise
             raise InputError(
                 f"the code of {type(model).__name__} cannot be followed without weights: give a "

@@ -78,9 +78,15 @@ def test_features_are_those_before_the_activation() -> None:
     assert set(moments.mean) == {2, 3}  # of the windows only
 
 
+def _activated(gate: np.ndarray, name: str) -> np.ndarray:
+    functional = torch.nn.functional
+    activation = functional.gelu if name == "modernbert" else functional.silu
+    return activation(torch.from_numpy(gate)).numpy()
+
+
 @pytest.mark.parametrize("name", GATED)
-def test_both_branches_of_a_gated_sublayer_count(name: str) -> None:
-    """The sum of two correlations by NumPy; a fused map holds gate and up one after the other."""
+def test_both_branches_of_a_gated_sublayer_count_and_their_product(name: str) -> None:
+    """The sum of correlations by NumPy; a fused map holds gate and up one after the other."""
     model = GATED[name]()
     ids = np.random.default_rng(0).integers(3, 61, (3, 25))
     first, second = find(model)[1:3]
@@ -92,7 +98,8 @@ def test_both_branches_of_a_gated_sublayer_count(name: str) -> None:
             np.concatenate([_rows(model, path, {"input_ids": row}) for row in ids])
             for path in sublayer.inputs
         ]
-        branches.append(rows if len(rows) == 2 else np.split(rows[0], 2, axis=1))
+        gate, up = rows if len(rows) == 2 else np.split(rows[0], 2, axis=1)
+        branches.append([gate, up, _activated(gate, name) * up])
     expected = sum(_correlation(x, y) for x, y in zip(*branches, strict=True))
     error = np.abs(moments.correlation(1, 2).numpy() - expected).max()
     assert error < 2e-6  # measured 3e-7

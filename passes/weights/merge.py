@@ -1,7 +1,7 @@
 """Merge feed-forward sublayers of one or several stacks: choose windows, compute, tie."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -181,18 +181,17 @@ def _choices(by_name: Mapping[str, tuple[FeedForward, ...]], config: MergeConfig
     if (config.k is None) == (config.window is None):
         raise InputError("give either a window or the number k of layers to merge.")
     numbers = {name: [s.layer for s in members] for name, members in by_name.items()}
-    if config.window is not None:
-        windows = []
+    given = config.window
+    spans: list[list[Sequence[int]]] = [[]]
+    if given is not None:
         for name, layers in numbers.items():
-            by_stack = isinstance(config.window, Mapping)
-            first, last = config.window[name] if by_stack else config.window
+            first, last = given[name] if isinstance(given, Mapping) else given
             if first not in layers or last not in layers or last <= first:
                 raise InputError(
                     f"window {first}-{last} is out of range: stack {name!r} has layers "
                     f"{layers[0]} to {layers[-1]}."
                 )
-            windows.append(range(first, last + 1))
-        spans = [windows]
+            spans[0].append(range(first, last + 1))
     else:
         k = config.k or 0
         for name, layers in numbers.items():

@@ -1,10 +1,10 @@
 """Moments of hidden neurons, in one pass over the data.
 
 The features X of a plain sublayer are the outputs of its map d -> f, before the nonlinearity
-(arXiv 2501.06126, section 3.3). A gated one has two such outputs for each neuron, gate and up, and
-both count (docs/merging.md). Batches are merged by the update of Chan, Golub and LeVeque (1979):
-every batch is centred on its own mean before it is squared, so nothing cancels however far the
-mean lies from zero.
+(arXiv 2501.06126, section 3.3). A gated one has two such outputs for each neuron, gate and up; both
+count, and so does their product that the map f -> d takes (docs/merging.md). Batches are merged by
+the update of Chan, Golub and LeVeque (1979): every batch is centred on its own mean before it is
+squared, so nothing cancels however far the mean lies from zero.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,7 +29,7 @@ Pair = tuple[int, int]
 class Moments:
     """Count, means, sums of squares and of cross products of the layers' features.
 
-    Features have v views of the same f neurons: 1, or the branches of a gated sublayer. ``cross``
+    Features have v views of the same f neurons: 1, or 3 of a gated sublayer. ``cross``
     holds, for each pair (anchor, other), the (v, f, f) sums of products of deviations, in float32;
     means and squares are (v, f) in float64.
     """
@@ -97,16 +97,19 @@ def collect(
         name: Moments(tuple(sorted({(a.layer, b.layer) for a, b in found})))
         for name, found in pairs.items()
     }
-    outputs: dict[str, list[Tensor]] = {}
+    seen: dict[str, list[Tensor]] = {}
     with ExitStack() as stack, torch.no_grad():
-        for path in (p for found in members.values() for s in found.values() for p in s.inputs):
-            stack.callback(_keep(model.get_submodule(path), outputs.setdefault(path, [])).remove)
+        for sublayer in (s for found in members.values() for s in found.values()):
+            for path in (*sublayer.inputs, *((sublayer.output,) if sublayer.gated else ())):
+                kept = seen.setdefault(path, [])
+                hook = _keep_input if path == sublayer.output else _keep_output
+                stack.callback(hook(model.get_submodule(path), kept).remove)
         for batch in batches:
-            for kept in outputs.values():
+            for kept in seen.values():
                 kept.clear()
             forward(model, batch)
             for name, sublayers in members.items():
-                features = {layer: _features(s, outputs) for layer, s in sublayers.items()}
+                features = {layer: _features(s, seen) for layer, s in sublayers.items()}
                 first = next(iter(features))
                 shape = features[first].shape[1:-1]
                 counted = positions(model, batch, sublayers[first].reads, shape)
@@ -192,15 +195,22 @@ def forward(model: Any, batch: Mapping[str, Array]) -> Any:
         ) from error
 
 
-def _keep(module: Any, kept: list[Tensor]) -> Any:
+def _keep_input(module: Any, kept: list[Tensor]) -> Any:
+    return module.register_forward_pre_hook(lambda module, args: kept.append(args[0]))
+
+
+def _keep_output(module: Any, kept: list[Tensor]) -> Any:
     return module.register_forward_hook(lambda module, args, out: kept.append(out))
 
 
-def _features(sublayer: FeedForward, outputs: Mapping[str, Sequence[Tensor]]) -> Tensor:
-    """Return (views, ..., f) of a sublayer from what its maps d -> f put out.
+def _features(sublayer: FeedForward, seen: Mapping[str, Sequence[Tensor]]) -> Tensor:
+    """Return (views, ..., f) of a sublayer: its pre-activations, and if gated what W_out takes.
 
     A chunked sublayer runs on one part of the sequence after the other; a fused map puts out gate
     and up side by side.
     """
-    wholes = [torch.cat(list(outputs[path]), dim=-2) for path in sublayer.inputs]
-    return torch.stack([x for out in wholes for x in out.chunk(sublayer.weights[0].blocks, -1)])
+    wholes = [torch.cat(list(seen[path]), dim=-2) for path in sublayer.inputs]
+    views = [x for out in wholes for x in out.chunk(sublayer.weights[0].blocks, -1)]
+    if sublayer.gated:
+        views.append(torch.cat(list(seen[sublayer.output]), dim=-2))
+    return torch.stack(views)
