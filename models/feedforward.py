@@ -12,6 +12,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
+from itertools import permutations
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ _VIEWS = {"view", "_unsafe_view", "clone", "_to_copy", "detach", "alias", "squee
 _UNTAGGED_POINTWISE = {"hardswish"}
 _HALVES = {"split", "chunk", "split_with_sizes", "slice"}  # of a fused gate and up projection
 _MOVES = {"transpose", "t", "permute", "native_dropout"}  # keep neurons apart, not in their place
+_PRODUCTS = {"convolution", "dot", "embedding"}  # and what is called mm or attention
 _PICKS = {"index", "index_select", "gather"}  # how a router hands tokens to an expert
 
 # On the meta device there is no value to look at: any will do, only the structure is read.
@@ -116,13 +118,13 @@ def survey(model: nn.Module) -> tuple[tuple[FeedForward, ...], tuple[LeftAlone, 
     found: dict[_Match, list[int]] = {}
     for match, source in _matches(trace):
         if _maker(trace, _origin(trace, source, _VIEWS | _HALVES)) in _PICKS:
-            left[_common_prefix([*match.inputs, match.output]).rpartition(".")[0]] = EXPERTS
+            left[match.path.rpartition(".")[0]] = EXPERTS
         elif _place(model, match.output) and _reads(trace, source):
             found.setdefault(match, []).append(source)
     known = {match.output for match in found}
-    for maps, reason in _lookalikes(model, trace):
-        if maps[-1] not in known and not any(maps[-1].startswith(f"{path}.") for path in left):
-            left[_common_prefix(maps)] = reason
+    for path, reason in _lookalikes(model, trace, known):
+        if not any(path.startswith(f"{experts}.") for experts in left):
+            left[path] = reason
     return _named(model, trace, found), tuple(LeftAlone(*item) for item in left.items())
 
 
@@ -153,6 +155,10 @@ class _Match:
     output: str
     blocks: int
 
+    @property
+    def path(self) -> str:
+        return _common_prefix([*self.inputs, self.output])
+
 
 @dataclass
 class _Trace(TorchDispatchMode):
@@ -162,7 +168,6 @@ class _Trace(TorchDispatchMode):
     calls: list[tuple[str, int, int]] = field(default_factory=list)
     linear: dict[str, tuple[int, int]] = field(default_factory=dict)
     convolutions: set[str] = field(default_factory=set)  # of the maps, those of size 1
-    depthwise: set[int] = field(default_factory=set)  # results of convolutions by channel
     changed: dict[int, tuple[int, ...]] = field(default_factory=dict)  # in place, from which
     inputs: dict[int, str] = field(default_factory=dict)  # of the model
     alive: list[Tensor] = field(default_factory=list)  # an id is only an address while it lives
@@ -172,6 +177,8 @@ class _Trace(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
+        if name == "convolution" and args[8] > 1:
+            name = "depthwise_convolution"
         blind = bool(args) and isinstance(args[0], Tensor) and args[0].is_meta
         call = _WITHOUT_VALUES.get(name, func) if blind else func
         out = call(*args, **(kwargs or {}))
@@ -183,8 +190,6 @@ class _Trace(TorchDispatchMode):
             elif isinstance(tensor, Tensor):
                 self.made_by[id(tensor)] = (name, torch.Tag.pointwise in func.tags, ids)
                 self.alive += [tensor, *sources]
-                if name == "convolution" and args[8] > 1:
-                    self.depthwise.add(id(tensor))
         return out
 
     def hook(self, name: str) -> Any:
@@ -235,9 +240,7 @@ def _forward(model: nn.Module, trace: _Trace | None = None) -> None:
             trace.inputs = {id(tensor): name for name, tensor in inputs.items()}
             trace.alive += inputs.values()
             stack.enter_context(trace)
-        if (
-            blind
-        ):  # the device has no autocast, and rotary positions in transformers 4 switch it off
+        if blind:  # has no autocast, which rotary positions in transformers 4 switch off
             stack.callback(setattr, torch, "autocast", autocast)
             torch.autocast = lambda *_, **__: nullcontext()
         try:
@@ -313,47 +316,39 @@ def _reads(trace: _Trace, tensor: int) -> tuple[str, ...]:
     return tuple(name for at, name in trace.inputs.items() if at in seen)
 
 
-def _lookalikes(model: nn.Module, trace: _Trace) -> Iterator[tuple[list[str], str]]:
-    """Yield maps d -> f and f -> d of one block, f > d, and what keeps them from a sublayer."""
+def _lookalikes(model: nn.Module, trace: _Trace, known: set[str]) -> Iterator[tuple[str, str]]:
+    """Yield maps d -> f -> d of one block, f > d, by their path, and why they are no sublayer."""
     maps = {out: name for name, _, out in trace.calls}
     for name, hidden, _ in trace.calls:
         d_ff, d_model = trace.linear[name]
         place = _place(model, name)
-        if place is None or d_ff <= d_model or not _reads(trace, hidden):
+        if name in known or place is None or d_ff <= d_model:
             continue
         between, roots, queue, seen = set(), set(), [hidden], set()
         while queue:
             current = queue.pop()
             op, pointwise, sources = trace.made_by.get(current, ("", False, ()))
-            if current in seen:
-                continue
-            seen.add(current)
             if current in maps:
                 roots.add(maps[current])
-            elif op.endswith("mm") or "attention" in op or op in ("embedding", "dot"):
-                roots.add("")
-            elif op == "convolution" and current not in trace.depthwise:
-                roots.add("")
-            else:
-                if not (pointwise or op in _VIEWS | _HALVES | _MOVES | _UNTAGGED_POINTWISE | {""}):
+            elif op.endswith("mm") or "attention" in op or op in _PRODUCTS:
+                break
+            elif current not in seen:
+                seen.add(current)
+                if not (pointwise or op in _VIEWS | _HALVES | _MOVES | _UNTAGGED_POINTWISE):
                     between.add(op.strip("_"))
                 queue += sources
-            if "" in roots:
-                break
-        shapes = {trace.linear.get(root) for root in roots}
-        if not roots or not shapes <= {(d_model, d_ff), (d_model, 2 * d_ff)}:
-            continue
-        if {_place(model, root) for root in roots} != {place}:
-            continue
+        between.discard("")  # parameters
+        shapes = {trace.linear[root] for root in roots}
+        alike = shapes and shapes <= {(d_model, d_ff), (d_model, 2 * d_ff)}
+        in_block = {_place(model, root) for root in roots} == {place}
+        if queue or not (alike and in_block and _reads(trace, hidden)):
+            continue  # a product of tensors, as in attention, or other maps
+        reason = "its maps d -> f read several tensors, or another tensor enters after them"
+        if between:
+            reason = f"{min(between)} between its maps does not treat every neuron alike"
         if trace.convolutions & {name, *roots}:
             reason = "its maps are convolutions"
-        elif "convolution" in between:
-            reason = "a convolution stands between its maps"
-        elif between:
-            reason = f"{min(between)} between its maps does not treat every neuron alike"
-        else:
-            reason = "its maps d -> f do not read one tensor, or another tensor enters after them"
-        yield [*sorted(roots), name], reason
+        yield _common_prefix([*roots, name]), reason
 
 
 def _banks(model: nn.Module) -> list[str]:
@@ -362,15 +357,10 @@ def _banks(model: nn.Module) -> list[str]:
     for path, module in model.named_modules():
         owners = [m for m in (module, *module.children()) if not hasattr(m, "kernel_size")]
         shapes = [p.shape for m in owners for p in m.parameters(recurse=False) if p.ndim == 3]
-        if any(
-            n == m > 1
-            and (a, b) != (c, e)
-            and ((c == b and a in (e, 2 * e)) or (e == a and b in (c, 2 * c)))
-            for i, (n, a, b) in enumerate(shapes)
-            for j, (m, c, e) in enumerate(shapes)
-            if i != j
-        ):
-            paths = [other for other in paths if not path.startswith(f"{other}.")] + [path]
+        for (n, a, b), (m, c, e) in permutations(shapes, 2):
+            maps = (c == b and a in (e, 2 * e)) or (e == a and b in (c, 2 * c))
+            if n == m > 1 and (a, b) != (c, e) and maps:
+                paths = [p for p in paths if p != path and not path.startswith(f"{p}.")] + [path]
     return paths
 
 
@@ -382,7 +372,7 @@ def _place(model: nn.Module, path: str) -> tuple[str, int] | None:
     parts = path.split(".")
     for end in range(len(parts) - 1, 0, -1):
         owner = model.get_submodule(".".join(parts[:end]))
-        blocks = isinstance(owner, (nn.ModuleList, nn.Sequential))
+        blocks = isinstance(owner, (nn.ModuleList, nn.Sequential)) and parts[end].isdigit()
         if blocks and len({type(block) for block in owner.children()}) == 1:
             return ".".join(parts[:end]), int(parts[end])
     return None
@@ -403,36 +393,24 @@ def _named(
     model: nn.Module, trace: _Trace, found: Mapping[_Match, list[int]]
 ) -> tuple[FeedForward, ...]:
     """Return the sublayers with their stacks: one for each list of blocks and place in a block."""
-    places = [_place(model, match.output) or ("", 0) for match in found]
-    paths = [_common_prefix([*match.inputs, match.output]) for match in found]
-    inner = [
-        path.removeprefix(f"{blocks}.{layer}")
-        for path, (blocks, layer) in zip(paths, places, strict=True)
-    ]
-    several = {
-        blocks
-        for blocks in {blocks for blocks, _ in places}
-        if len({i for i, place in zip(inner, places, strict=True) if place[0] == blocks}) > 1
-    }
-    keys = [
-        blocks + (rest if blocks in several else "")
-        for rest, (blocks, _) in zip(inner, places, strict=True)
-    ]
-    unique = list(dict.fromkeys(keys))
+    places = {match: _place(model, match.output) or ("", 0) for match in found}
+    inner = {m: m.path.removeprefix(f"{blocks}.{layer}") for m, (blocks, layer) in places.items()}
+    inners: dict[str, set[str]] = {}
+    for match, (blocks, _) in places.items():
+        inners.setdefault(blocks, set()).add(inner[match])
+    keys = {m: at + (inner[m] if len(inners[at]) > 1 else "") for m, (at, _) in places.items()}
+    unique = list(dict.fromkeys(keys.values()))
     names = dict(zip(unique, _distinguish(unique), strict=True))
     return tuple(
-        _sublayer(model, match, path, names[key], layer, _reads(trace, sources[0]),
+        _sublayer(model, match, names[keys[match]], places[match][1], _reads(trace, sources[0]),
                   len({_origin(trace, source, _VIEWS | _HALVES) for source in sources}))
-        for (match, sources), path, key, (_, layer) in zip(
-            found.items(), paths, keys, places, strict=True
-        )
+        for match, sources in found.items()
     )  # fmt: skip
 
 
 def _sublayer(
-    model: nn.Module, match: _Match, path: str, stack: str, layer: int, reads: tuple[str, ...],
-    runs: int,
-) -> FeedForward:  # fmt: skip
+    model: nn.Module, match: _Match, stack: str, layer: int, reads: tuple[str, ...], runs: int
+) -> FeedForward:
     weights: list[Weight] = []
     for name in (*match.inputs, match.output):
         module = model.get_submodule(name)
@@ -446,8 +424,9 @@ def _sublayer(
     shape = model.get_parameter(final.name).shape
     d_ff, d_model = shape[final.neurons or 0], shape[1 - (final.neurons or 0)]
     return FeedForward(
-        stack, layer, path, match.inputs, match.output, d_model, d_ff, tuple(weights), reads, runs
-    )
+        stack, layer, match.path, match.inputs, match.output, d_model, d_ff, tuple(weights),
+        reads, runs,
+    )  # fmt: skip
 
 
 def _common_prefix(paths: Sequence[str]) -> str:

@@ -210,7 +210,7 @@ LOOKALIKES: list[tuple[str, str, dict[str, Any], dict[str, int], int, str]] = [
       "shared_expert_intermediate_size": 40, "mlp_only_layers": [0]},
      {"layers": 1, "shared_expert": 2}, 2, EXPERTS),
     ("SegformerForImageClassification", "SegformerConfig", _PICTURES, {}, sum(_STAGES),
-     "a convolution stands between its maps"),
+     "depthwise_convolution between its maps does not treat every neuron alike"),
     ("PoolFormerForImageClassification", "PoolFormerConfig",
      {"hidden_sizes": [16, 16, 32, 32], "depths": list(_STAGES)}, {}, sum(_STAGES),
      "its maps are convolutions"),

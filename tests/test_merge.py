@@ -281,7 +281,7 @@ _STAGES = {
         ("MambaForCausalLM", "MambaConfig",
          {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 60, "state_size": 4},
          "no feed-forward sublayer"),
-        ("SegformerForImageClassification", "SegformerConfig", _STAGES, "alone: a convolution"),
+        ("SegformerForImageClassification", "SegformerConfig", _STAGES, "depthwise_convolution"),
     ],
 )  # fmt: skip
 def test_what_holds_nothing_to_merge_says_why(model, config, settings, message: str) -> None:
