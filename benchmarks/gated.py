@@ -4,7 +4,7 @@ Trains small SwiGLU language models on the bytes of Python's own standard librar
 window of k layers by each candidate, and prints the perplexity of the merged, untuned models on
 files the model has not seen. docs/merging.md holds the result.
 
-    python benchmarks/gated.py [--steps 700] [--seeds 2]
+    python benchmarks/gated.py [--steps 600] [--seeds 2]
 """
 
 import argparse
@@ -109,7 +109,7 @@ def orders(
 def main() -> None:
     """Train, merge every window by every method, print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seeds", type=int, default=2)
     settings = parser.parse_args()
     training, calibration, held_out = corpus()

@@ -204,6 +204,13 @@ LOOKALIKES: list[tuple[str, str, dict[str, Any], dict[str, int], int, str]] = [
      {}, 3, EXPERTS),
     ("GraniteMoeForCausalLM", "GraniteMoeConfig", {**_LANGUAGE, "num_local_experts": 4},
      {}, 3, EXPERTS),
+    # experts in a dictionary, every second layer
+    ("NllbMoeForConditionalGeneration", "NllbMoeConfig",
+     {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+      "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48,
+      "num_experts": 4, "encoder_sparse_step": 2, "decoder_sparse_step": 2, "vocab_size": 60,
+      "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "decoder_start_token_id": 2},
+     {"encoder": 1, "decoder": 1}, 2, EXPERTS),
     # one dense layer, then experts beside a sublayer that every token passes
     ("Qwen2MoeForCausalLM", "Qwen2MoeConfig",
      {**_LANGUAGE, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
