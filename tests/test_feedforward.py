@@ -226,6 +226,10 @@ LOOKALIKES: list[tuple[str, str, dict[str, Any], dict[str, int], int, str]] = [
       **{f"{part}_groups": 1 for part in ("q", "k", "v", "post_attention", "intermediate",
                                           "output")}},
      {}, 3, "its maps are convolutions"),
+    # the position biases of Swin v2 come from maps 2 -> 512 -> heads, which read no input
+    ("Swinv2ForImageClassification", "Swinv2Config",
+     {"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4],
+      "window_size": 4}, {"0": 2, "1": 2}, 0, ""),
     # a mixer of states is neither
     ("MambaForCausalLM", "MambaConfig",
      {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 60, "state_size": 4}, {}, 0, ""),

@@ -365,6 +365,20 @@ def test_the_metric_of_an_encoder_decoder_is_its_loss_on_the_labels() -> None:
     assert metric["before"] == pytest.approx(1, abs=1e-6)
 
 
+def test_fidelity_counts_no_padding() -> None:
+    data = _pairs_of_texts(6)
+    data["decoder_input_ids"] = np.where(data["labels"] == -100, 2, data.pop("labels"))
+    counted = torch.from_numpy(data["decoder_input_ids"][1::2] != 2)
+    model, original = t5(), t5()
+    metric = merge_(model, data, MergeConfig(window=(0, 2), task=TASK)).record.metric
+    odd = {name: torch.from_numpy(array[1::2].copy()) for name, array in data.items()}
+    with torch.no_grad():
+        cosines = torch.cosine_similarity(original(**odd).logits, model(**odd).logits, dim=-1)
+    assert not counted.all()
+    assert abs(metric["merged"] - float(cosines[counted].mean())) < 1e-6  # measured 1e-7
+    assert abs(metric["merged"] - float(cosines.mean())) > 1e-5
+
+
 def test_stacks_may_be_chosen_and_have_windows_of_their_own() -> None:
     model = t5()
     record = merge_(model, None, MergeConfig(k=4, stacks=("decoder",), method="average")).record
