@@ -71,7 +71,11 @@ def merge(
     model: Model,
     out: Annotated[Path, typer.Argument(help="New folder for the merged checkpoint.")],
     window: Annotated[
-        str | None, typer.Option(help="First and last layer, from 0, inclusive: 3-7.")
+        list[str] | None,
+        typer.Option(
+            help="First and last layer, from 0, inclusive: 3-7; by stack: --window encoder:1-3 "
+            "--window decoder:0-2."
+        ),
     ] = None,
     k: Annotated[
         int | None, typer.Option("--k", help="Merge k layers; the best window is chosen.")
@@ -81,7 +85,14 @@ def merge(
         str | None, typer.Option(help="Data that chooses the window; else half of --data.")
     ] = None,
     method: Annotated[str, typer.Option(help="permute or average.")] = "permute",
-    stack: Annotated[str | None, typer.Option(help="Which stack, where there are several.")] = None,
+    stack: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Which stack, where there are several; may be given several times. Encoder and "
+            "decoder are both merged if none is given."
+        ),
+    ] = None,
+    sync: Annotated[bool, typer.Option("--sync", help="The same layers in all stacks.")] = False,
     tokens: Annotated[int, typer.Option(help="Positions the statistics are taken from.")] = 10_000,
     batch_size: Annotated[int, typer.Option(help="Examples per forward pass.")] = 32,
     task: Task = None,
@@ -92,12 +103,12 @@ def merge(
     Example: [bold]ffmerge merge gpt2 merged --k 5 --data validation.txt[/bold]
     """
     from ffmerge import pipeline
-    from ffmerge.models.plan import parse_window
+    from ffmerge.models.plan import parse_windows
     from ffmerge.passes.weights.merge import MergeConfig
     from ffmerge.tables import merge_table
 
-    span = parse_window(window) if window else None
-    config = MergeConfig(k, span, stack, method, tokens, batch_size, task)
+    windows, stacks = parse_windows(window or ()), tuple(stack or ())
+    config = MergeConfig(k, windows, stacks, sync, method, tokens, batch_size, task)
     result = pipeline.merge(model, out, config, data, validation)
     _emit(as_json, result.to_json(), merge_table(result, out))
 

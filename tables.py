@@ -24,9 +24,12 @@ def inspection_table(found: Any) -> Group:
     """Show the stacks of an Inspection and what tying removes."""
     stacks = _table(
         f"{found.model_type}: {found.parameters:,} parameters",
-        ("stack", "layers", "d_model", "d_ff", "gated", "parameters each"),
+        ("stack", "layers", "runs", "distinct", "d_model", "d_ff", "gated", "parameters each"),
         (
-            (name, len(m), m[0].d_model, m[0].d_ff, m[0].gated, f"{found.sizes[m[0].path]:,}")
+            (
+                *(name, len(m), found.runs(name), found.distinct[name]),
+                *(m[0].d_model, m[0].d_ff, m[0].gated, f"{found.sizes[m[0].path]:,}"),
+            )
             for name, m in found.stacks.items()
         ),
     )
@@ -35,7 +38,10 @@ def inspection_table(found: Any) -> Group:
         ("stack", "k", "parameters", "of all"),
         ((r.stack, r.k, f"{r.parameters:,}", f"{r.fraction:.2%}") for r in found.removable),
     )
-    return Group(stacks, removable)
+    left = _table(
+        "Left alone", ("part", "why"), ((part.path, part.reason) for part in found.left_alone)
+    )
+    return Group(stacks, removable, *([left] if found.left_alone else []))
 
 
 def merge_table(merge: Any, out: Path) -> Table:

@@ -1,5 +1,6 @@
 """What a model holds and what tying k of its feed-forward sublayers would remove."""
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,14 @@ from torch import nn
 
 from ffmerge.errors import InputError
 from ffmerge.models.checkpoint import skeleton
-from ffmerge.models.feedforward import FeedForward, find, prove, stacks
+from ffmerge.models.feedforward import (
+    REJECTED,
+    FeedForward,
+    LeftAlone,
+    prove,
+    stacks,
+    survey,
+)
 
 
 @dataclass(frozen=True)
@@ -23,14 +31,24 @@ class Removable:
 
 @dataclass(frozen=True)
 class Inspection:
-    """The feed-forward stacks of a model; ``proved`` is None where there were no weights to run."""
+    """The feed-forward stacks of a model, and what only looks like a sublayer.
+
+    ``proved`` is None where there were no weights to run. ``distinct`` counts, by stack, the
+    sublayers with weights of their own: fewer than are run means that they are shared.
+    """
 
     model_type: str
     parameters: int
     stacks: dict[str, tuple[FeedForward, ...]]
     sizes: dict[str, int]
+    distinct: dict[str, int]
     proved: bool | None
     removable: tuple[Removable, ...]
+    left_alone: tuple[LeftAlone, ...]
+
+    def runs(self, stack: str) -> int:
+        """Return how many sublayers of a stack one forward pass runs."""
+        return sum(member.runs for member in self.stacks[stack])
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -45,6 +63,9 @@ class Inspection:
                     "d_model": members[0].d_model,
                     "d_ff": members[0].d_ff,
                     "gated": members[0].gated,
+                    "runs": self.runs(name),
+                    "distinct": self.distinct[name],
+                    "shared": self.distinct[name] < self.runs(name),
                     "sublayers": [
                         {"index": m.layer, "path": m.path, "parameters": self.sizes[m.path]}
                         for m in members
@@ -53,6 +74,7 @@ class Inspection:
                 for name, members in self.stacks.items()
             ],
             "removable": [vars(r) for r in self.removable],
+            "left_alone": [vars(part) for part in self.left_alone],
         }
 
 
@@ -62,29 +84,33 @@ def inspect(model: str | Path | nn.Module) -> Inspection:
     A path or hub id is read on the meta device: only its ``config.json`` is needed.
 
     Raises:
-        InputError: the model cannot be read, or has no feed-forward sublayer.
+        InputError: the model cannot be read, or has nothing that looks like a feed-forward
+            sublayer.
     """
     network: Any = model if isinstance(model, nn.Module) else skeleton(model)
-    found = find(network)
-    if not found:
+    found, left = survey(network)
+    if not found and not left:
         raise InputError(
             f"no feed-forward sublayer found in {type(network).__name__}: nothing can be merged."
         )
     total = sum(p.numel() for p in network.parameters())
+    proved = None
+    if network.device.type != "meta":
+        verdicts = dict(zip(found, prove(network, found), strict=True))
+        left += tuple(LeftAlone(f.path, REJECTED) for f in found if not verdicts[f])
+        found = tuple(f for f in found if verdicts[f])
+        proved = True
     sizes = {f.path: sum(network.get_parameter(w.name).numel() for w in f.weights) for f in found}
-    proved = None if network.device.type == "meta" else all(prove(network, found))
-    removable = [
-        Removable(
-            name, k, (k - 1) * sizes[members[0].path], (k - 1) * sizes[members[0].path] / total
-        )
-        for name, members in stacks(found).items()
-        for k in range(2, _distinct(network, members) + 1)
-    ]
+    by_name = stacks(found)
+    distinct = {
+        name: len({id(network.get_parameter(m.weights[0].name)) for m in members})
+        for name, members in by_name.items()
+    }
+    removable = []
+    for name, members in by_name.items():
+        size, alike = Counter(sizes[m.path] for m in members).most_common(1)[0]
+        for k in range(2, min(distinct[name], alike) + 1):
+            removable.append(Removable(name, k, (k - 1) * size, (k - 1) * size / total))
     return Inspection(
-        network.config.model_type, total, stacks(found), sizes, proved, tuple(removable)
+        network.config.model_type, total, by_name, sizes, distinct, proved, tuple(removable), left
     )
-
-
-def _distinct(model: nn.Module, members: tuple[FeedForward, ...]) -> int:
-    """Return how many of the sublayers have weights of their own."""
-    return len({id(model.get_parameter(m.weights[0].name)) for m in members})

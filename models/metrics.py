@@ -26,8 +26,11 @@ class Metric:
 
 def for_task(task: str) -> Metric | None:
     """Return the metric of a task, or None when it has none here."""
+    task = task.removesuffix("-with-past")
     if task == "text-generation":
         return PERPLEXITY
+    if task == "text2text-generation":
+        return TARGET_PERPLEXITY
     if task in ("image-classification", "text-classification", "token-classification"):
         return ACCURACY
     return None
@@ -41,7 +44,7 @@ def labels_of(task: str, batch: Mapping[str, Array]) -> Array:
     """
     if "labels" in batch:
         return batch["labels"]
-    if task != "text-generation" or "input_ids" not in batch:
+    if task.removesuffix("-with-past") != "text-generation" or "input_ids" not in batch:
         raise InputError(f"the examples have no labels, and {task} is measured against labels.")
     mask = batch.get("attention_mask", np.ones_like(batch["input_ids"]))
     return np.where(mask != 0, batch["input_ids"], IGNORED)
@@ -53,8 +56,12 @@ def _count_right(logits: Array, labels: Array) -> tuple[float, int]:
 
 
 def _next_token_loss(logits: Array, labels: Array) -> tuple[float, int]:
+    return _token_loss(logits[:, :-1], labels[:, 1:])
+
+
+def _token_loss(logits: Array, labels: Array) -> tuple[float, int]:
     total, count = 0.0, 0
-    for row, targets in zip(logits[:, :-1], labels[:, 1:], strict=True):  # bounds the memory
+    for row, targets in zip(logits, labels, strict=True):  # bounds the memory
         counted = targets != IGNORED
         scores = row[counted].astype(np.float64)
         scores -= scores.max(-1, keepdims=True)
@@ -76,3 +83,5 @@ def _perplexity(total: float, count: int) -> float:
 
 ACCURACY = Metric("accuracy", True, _count_right, _mean)
 PERPLEXITY = Metric("perplexity", False, _next_token_loss, _perplexity)
+# of an encoder-decoder: position i of the decoder foretells label i
+TARGET_PERPLEXITY = Metric("perplexity", False, _token_loss, _perplexity)

@@ -1,11 +1,13 @@
 """Plans and ties as data: which layers share one feed-forward sublayer, and by which names."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ffmerge.errors import InputError
+
+Window = tuple[int, int]  # first and last layer, inclusive
 
 
 @dataclass(frozen=True)
@@ -83,16 +85,24 @@ class Tie:
         return cls(value["name"], tuple(value["members"]), dict(value.get("places", {})))
 
 
-def parse_window(text: str) -> tuple[int, int]:
-    """Return (first, last) of a window written ``A-B``, counted from 0 and inclusive.
+def parse_windows(texts: Sequence[str]) -> Window | dict[str, Window] | None:
+    """Return the window written ``A-B``, or by stack those written ``STACK:A-B``; None: no text.
 
     Raises:
-        InputError: the text is not of that form, or names fewer than two layers.
+        InputError: a text has neither form, a window has fewer than two layers, or the texts name
+            a stack twice, or none although there are several.
     """
-    match = re.fullmatch(r"(\d+)-(\d+)", text)
-    if not match:
-        raise InputError(f"window {text!r} is not of the form FIRST-LAST, for example 3-7.")
-    first, last = int(match[1]), int(match[2])
-    if last <= first:
-        raise InputError(f"window {text} has fewer than two layers: merging needs at least two.")
-    return first, last
+    windows: dict[str, Window] = {}
+    for text in texts:
+        match = re.fullmatch(r"(?:(.+):)?(\d+)-(\d+)", text)
+        if not match:
+            raise InputError(f"window {text!r} is not of the form FIRST-LAST, for example 3-7.")
+        name, first, last = match[1] or "", int(match[2]), int(match[3])
+        if last <= first:
+            raise InputError(
+                f"window {text} has fewer than two layers: merging needs at least two."
+            )
+        if name in windows or (windows and "" in (name, *windows)):
+            raise InputError(f"window {text}: give one window, or STACK:FIRST-LAST once per stack.")
+        windows[name] = (first, last)
+    return windows.get("", windows or None)

@@ -1,10 +1,13 @@
 """Sublayers are found without names and proved by running them."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from tiny import FAMILIES, vit
+from tiny_wider import GATED, SEQ2SEQ, seeded
 from torch import nn
 from transformers import (
     AlbertConfig,
@@ -15,7 +18,8 @@ from transformers import (
     ResNetForImageClassification,
 )
 
-from ffmerge.models.feedforward import Weight, find, prove, stacks
+from ffmerge.errors import InputError
+from ffmerge.models.feedforward import EXPERTS, Weight, find, prove, stacks, survey
 
 EXPECTED = {
     "vit": ("vit.layers.{}.mlp.fc1", "vit.layers.{}.mlp.fc2"),
@@ -89,11 +93,27 @@ class _Softmax(nn.Module):
         return torch.softmax(x, -1)
 
 
-@pytest.mark.parametrize("activation", [_Softmax, _Scaled])
-def test_what_is_not_the_same_for_every_neuron_is_not_found(activation) -> None:
+class _Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(256)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(torch.relu(x))
+
+
+@pytest.mark.parametrize(
+    ("activation", "reason"),
+    [(_Softmax, "softmax"), (_Scaled, "arange"), (_Normed, "native_layer_norm")],
+)
+def test_what_is_not_the_same_for_every_neuron_is_left_alone(activation, reason: str) -> None:
     model = vit()
     model.vit.layers[2].mlp.activation_fn = activation()
-    assert [f.layer for f in find(model)] == [0, 1, 3, 4, 5]
+    found, left = survey(model)
+    assert [f.layer for f in found] == [0, 1, 3, 4, 5]
+    assert [(part.path, part.reason) for part in left] == [
+        ("vit.layers.2.mlp", f"{reason} between its maps does not treat every neuron alike")
+    ]
 
 
 def test_two_maps_with_nothing_between_are_not_a_feed_forward() -> None:
@@ -115,19 +135,154 @@ def test_gated_sublayers_have_two_input_maps() -> None:
     assert prove(model, found) == (True, True)
 
 
-def test_a_sublayer_that_runs_several_times_is_one() -> None:
+def test_a_sublayer_that_runs_several_times_is_one_and_its_runs_are_counted() -> None:
     config = AlbertConfig(
         hidden_size=32, intermediate_size=48, num_attention_heads=4, num_hidden_layers=5,
         embedding_size=16, vocab_size=50,
     )  # fmt: skip
-    assert len(find(AlbertForMaskedLM(config).eval())) == 1
+    (found,) = find(AlbertForMaskedLM(config).eval())
+    assert found.runs == 5
+    assert {f.runs for f in find(vit())} == {1}
 
 
 def test_convolutional_models_have_none() -> None:
     config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], image_size=32)
-    assert find(ResNetForImageClassification(config).eval()) == ()
+    assert survey(ResNetForImageClassification(config).eval()) == ((), ())
 
 
 def test_stacks_are_sorted_by_layer() -> None:
     found = find(vit())
     assert [f.layer for f in stacks(tuple(reversed(found)))["layers"]] == list(range(6))
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_fused_and_separate_gates_are_found_and_proved(name: str) -> None:
+    model = GATED[name]()
+    found = find(model)
+    assert [(f.layer, f.d_ff, f.gated) for f in found] == [(i, 48, True) for i in range(4)]
+    assert prove(model, found) == (True,) * 4
+
+
+@pytest.mark.parametrize("name", SEQ2SEQ)
+def test_encoder_and_decoder_are_told_apart_by_what_they_read(name: str) -> None:
+    by_name = stacks(find(SEQ2SEQ[name](encoder=3, decoder=2)))
+    assert {stack: len(members) for stack, members in by_name.items()} == {
+        "encoder": 3, "decoder": 2,
+    }  # fmt: skip
+    assert {f.reads for f in by_name["encoder"]} == {("input_ids",)}
+    assert {f.reads for f in by_name["decoder"]} == {("input_ids", "decoder_input_ids")}
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 8])
+def test_a_chunked_sublayer_is_found_once_and_proved(chunk: int) -> None:
+    model = seeded(
+        "BertForMaskedLM", "BertConfig", hidden_size=32, intermediate_size=48, vocab_size=60,
+        num_hidden_layers=3, num_attention_heads=4, chunk_size_feed_forward=chunk,
+    )  # fmt: skip
+    found = find(model)
+    assert [(f.layer, f.runs) for f in found] == [(0, 1), (1, 1), (2, 1)]
+    assert prove(model, found) == (True,) * 3
+
+
+_LANGUAGE = {
+    "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48,
+    "num_key_value_heads": 2, "vocab_size": 60, "bos_token_id": 0, "eos_token_id": 1,
+    "pad_token_id": 2,
+}  # fmt: skip
+_PICTURES = {
+    "image_size": 32, "hidden_sizes": [16, 16, 32, 32], "depths": [1, 1, 2, 1],
+    "num_attention_heads": [1, 1, 2, 2],
+}  # fmt: skip
+_STAGES = (1, 1, 2, 1)
+
+# class, configuration, settings, layers found by stack, left alone, why
+LOOKALIKES: list[tuple[str, str, dict[str, Any], dict[str, int], int, str]] = [
+    ("MixtralForCausalLM", "MixtralConfig", {**_LANGUAGE, "num_local_experts": 4}, {}, 3, EXPERTS),
+    ("OlmoeForCausalLM", "OlmoeConfig", {**_LANGUAGE, "num_experts": 4, "num_experts_per_tok": 2},
+     {}, 3, EXPERTS),
+    ("GptOssForCausalLM", "GptOssConfig", {**_LANGUAGE, "num_local_experts": 4, "head_dim": 8},
+     {}, 3, EXPERTS),
+    ("GraniteMoeForCausalLM", "GraniteMoeConfig", {**_LANGUAGE, "num_local_experts": 4},
+     {}, 3, EXPERTS),
+    # experts in a dictionary, every second layer
+    ("NllbMoeForConditionalGeneration", "NllbMoeConfig",
+     {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+      "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48,
+      "num_experts": 4, "encoder_sparse_step": 2, "decoder_sparse_step": 2, "vocab_size": 60,
+      "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "decoder_start_token_id": 2},
+     {"encoder": 1, "decoder": 1}, 2, EXPERTS),
+    # one dense layer, then experts beside a sublayer that every token passes
+    ("Qwen2MoeForCausalLM", "Qwen2MoeConfig",
+     {**_LANGUAGE, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+      "shared_expert_intermediate_size": 40, "mlp_only_layers": [0]},
+     {"layers": 1, "shared_expert": 2}, 2, EXPERTS),
+    ("SegformerForImageClassification", "SegformerConfig", _PICTURES, {}, sum(_STAGES),
+     "depthwise_convolution between its maps does not treat every neuron alike"),
+    ("PoolFormerForImageClassification", "PoolFormerConfig",
+     {"hidden_sizes": [16, 16, 32, 32], "depths": list(_STAGES)}, {}, sum(_STAGES),
+     "its maps are convolutions"),
+    ("SqueezeBertForMaskedLM", "SqueezeBertConfig",
+     {**{k: v for k, v in _LANGUAGE.items() if k != "num_key_value_heads"}, "embedding_size": 32,
+      **{f"{part}_groups": 1 for part in ("q", "k", "v", "post_attention", "intermediate",
+                                          "output")}},
+     {}, 3, "its maps are convolutions"),
+    # the position biases of Swin v2 come from maps 2 -> 512 -> heads, which read no input
+    ("Swinv2ForImageClassification", "Swinv2Config",
+     {"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4],
+      "window_size": 4}, {"0": 2, "1": 2}, 0, ""),
+    # a mixer of states is neither
+    ("MambaForCausalLM", "MambaConfig",
+     {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 60, "state_size": 4}, {}, 0, ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "settings", "layers", "count", "reason"),
+    LOOKALIKES,
+    ids=[case[0] for case in LOOKALIKES],
+)
+def test_what_looks_like_one_is_left_alone_with_the_reason(
+    model, config, settings, layers, count, reason
+) -> None:
+    made = seeded(model, config, **settings)
+    found, left = survey(made)
+    assert {stack: len(members) for stack, members in stacks(found).items()} == layers
+    assert all(prove(made, found))
+    assert len(left) == count
+    assert {part.reason for part in left} <= {reason}
+    assert all(made.get_submodule(part.path) for part in left)
+
+
+def test_two_sublayers_of_one_block_are_two_stacks() -> None:
+    model = seeded(
+        "Wav2Vec2ConformerForCTC", "Wav2Vec2ConformerConfig", vocab_size=20, hidden_size=32,
+        num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, conv_dim=[8, 8],
+        conv_kernel=[3, 3], conv_stride=[2, 2], num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+    )  # fmt: skip
+    by_name = stacks(find(model))
+    assert {stack: [f.layer for f in members] for stack, members in by_name.items()} == {
+        "ffn1": [0, 1], "ffn2": [0, 1],
+    }  # fmt: skip
+
+
+def test_without_weights_structure_is_enough() -> None:
+    """The code of BERT in transformers 4.57 looks at a mask, that of Mixtral routes tokens."""
+    for name, config in (
+        ("BertModel", transformers.BertConfig(hidden_size=32, num_attention_heads=4)),
+        ("LlamaForCausalLM", transformers.LlamaConfig(**_LANGUAGE)),
+    ):
+        with torch.device("meta"):
+            model = getattr(transformers, name)(config).eval()
+        assert len(find(model)) == config.num_hidden_layers
+
+
+def test_code_that_needs_values_is_said_to_need_weights() -> None:
+    class Looks(transformers.BertModel):
+        def forward(self, input_ids: Any = None, attention_mask: Any = None) -> Any:
+            input_ids.cpu().tolist()
+
+    with torch.device("meta"):
+        model = Looks(transformers.BertConfig(hidden_size=32, num_attention_heads=4)).eval()
+    with pytest.raises(InputError, match="cannot be followed without weights"):
+        find(model)

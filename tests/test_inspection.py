@@ -7,10 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tiny import vit
-from transformers import GPT2Config, ResNetConfig, ViTConfig
+from tiny_wider import seeded, t5
+from transformers import AlbertConfig, GPT2Config, MixtralConfig, ResNetConfig, ViTConfig
 
 from ffmerge.errors import InputError
+from ffmerge.models.feedforward import EXPERTS, REJECTED
 from ffmerge.models.inspection import inspect
 from ffmerge.passes.weights.merge import MergeConfig, merge_
 
@@ -78,3 +81,56 @@ def test_json_is_plain(tmp_path: Path) -> None:
     PAPER["ViT-B/16"][0].save_pretrained(tmp_path)
     found = inspect(tmp_path).to_json()
     assert json.loads(json.dumps(found)) == found
+
+
+def _shared(found: dict) -> list[tuple[str, int, int, int, bool]]:
+    keys = ("name", "layers", "runs", "distinct", "shared")
+    return [tuple(stack[key] for key in keys) for stack in found["stacks"]]
+
+
+def test_what_shares_already_is_said_to_share(tmp_path: Path) -> None:
+    AlbertConfig().save_pretrained(tmp_path)  # one sublayer, run 12 times
+    found = inspect(tmp_path).to_json()
+    assert _shared(found) == [("layers", 1, 12, 1, True)]
+    assert found["removable"] == found["left_alone"] == []
+    model = vit()
+    assert _shared(inspect(model).to_json()) == [("layers", 6, 6, 6, False)]
+    merge_(model, None, MergeConfig(window=(1, 4), method="average"))
+    assert _shared(inspect(model).to_json()) == [("layers", 6, 6, 3, True)]
+
+
+def test_stacks_of_an_encoder_decoder_are_counted_apart() -> None:
+    found = inspect(t5(encoder=4, decoder=3)).to_json()
+    assert found["proved"] is True
+    assert _shared(found) == [("encoder", 4, 4, 4, False), ("decoder", 3, 3, 3, False)]
+    offered = [(r["stack"], r["k"]) for r in found["removable"]]
+    assert offered == [("encoder", 2), ("encoder", 3), ("encoder", 4), ("decoder", 2),
+                       ("decoder", 3)]  # fmt: skip
+
+
+def test_experts_are_left_alone_with_the_reason() -> None:
+    config = MixtralConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+        intermediate_size=48, vocab_size=60, num_local_experts=2,
+    )  # fmt: skip
+    found = inspect(seeded("MixtralForCausalLM", "MixtralConfig", **config.to_diff_dict()))
+    assert found.to_json()["stacks"] == []
+    assert [part["reason"] for part in found.to_json()["left_alone"]] == [EXPERTS] * 2
+    assert all(part["path"].endswith("experts") for part in found.to_json()["left_alone"])
+
+
+class _InPlace(torch.nn.Module):
+    """Elementwise to the eye: the second factor of the product in place is not followed."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x).mul_(torch.arange(x.shape[-1], device=x.device))
+
+
+def test_what_the_proof_rejects_is_left_alone() -> None:
+    model = vit(layers=3)
+    model.vit.layers[1].mlp.activation_fn = _InPlace()
+    found = inspect(model)
+    assert [m.layer for m in found.stacks["layers"]] == [0, 2]
+    assert [(part.path, part.reason) for part in found.left_alone] == [
+        ("vit.layers.1.mlp", REJECTED)
+    ]

@@ -1,15 +1,19 @@
 """Merging against the paper's equations written out, and its exact cases."""
 
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from tiny import FAMILIES, bert, gpt2, vit
+from tiny_wider import GATED, SEQ2SEQ, seeded, t5
 
 from ffmerge.errors import InputError
-from ffmerge.models import ties
-from ffmerge.models.feedforward import find
+from ffmerge.models import checkpoint, ties
+from ffmerge.models.feedforward import find, stacks
+from ffmerge.models.plan import Group
 from ffmerge.passes.weights.align import match
 from ffmerge.passes.weights.merge import MergeConfig, merge_
 
@@ -21,7 +25,7 @@ def _data(model, rows: int = 24) -> dict[str, np.ndarray]:
             "pixel_values": generator.standard_normal((rows, 3, 16, 16)).astype(np.float32),
             "labels": generator.integers(0, 7, rows),
         }
-    ids = generator.integers(1, 97, (rows, 9))
+    ids = generator.integers(1, 61, (rows, 9))
     if "Sequence" in type(model).__name__:
         return {"input_ids": ids, "labels": generator.integers(0, 3, rows)}
     return {"input_ids": ids}
@@ -38,9 +42,7 @@ def _permute_neurons(model, source: int, target: int) -> None:
     order = torch.randperm(sublayers[source].d_ff, generator=torch.Generator().manual_seed(3))
     for a, b in zip(sublayers[source].weights, sublayers[target].weights, strict=True):
         value = model.get_parameter(a.name).detach().clone()
-        if a.neurons is not None:
-            value = value.index_select(a.neurons, order)
-        model.get_parameter(b.name).data = value
+        model.get_parameter(b.name).data = a.reordered(value, order)
 
 
 def _features(model, inputs: torch.Tensor) -> dict[int, np.ndarray]:
@@ -106,14 +108,17 @@ def test_permute_follows_equations_1_to_6() -> None:
             assert np.abs(got - want).max() < 2e-8  # measured 7.5e-9
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+EVERY: dict[str, Callable[..., Any]] = {**FAMILIES, **GATED}
+
+
+@pytest.mark.parametrize("name", EVERY)
 def test_a_permuted_copy_merges_without_loss(name: str) -> None:
-    model = FAMILIES[name]()
+    model = EVERY[name]()
     _permute_neurons(model, 1, 2)
     data = _data(model)
     main = torch.from_numpy(data[model.main_input_name])
     before = model(**{model.main_input_name: main}).logits.detach()
-    spoiled = FAMILIES[name]()
+    spoiled = EVERY[name]()
     _permute_neurons(spoiled, 1, 2)
     merge_(spoiled, data, MergeConfig(window=(1, 2), method="average"))
     merge_(model, data, MergeConfig(window=(1, 2), method="permute"))
@@ -121,6 +126,22 @@ def test_a_permuted_copy_merges_without_loss(name: str) -> None:
     assert (merged - before).abs().max() < 5e-6  # measured 6.0e-7
     averaged = spoiled(**{model.main_input_name: main}).logits
     assert (averaged - before).abs().max() > 1e-2  # without the alignment: 0.059 to 0.76
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_order_in_which_a_member_holds_its_neurons_changes_nothing(name: str) -> None:
+    """Gate, up and down of one member reordered together before: bit for bit the same merge."""
+    models = EVERY[name](), EVERY[name]()
+    sublayer = find(models[0])[2]
+    order = torch.randperm(sublayer.d_ff, generator=torch.Generator().manual_seed(5))
+    for weight in sublayer.weights:
+        parameter = models[1].get_parameter(weight.name)
+        parameter.data = weight.reordered(parameter.data, order)
+    assert not np.array_equal(_weights(models[0], 2)[0], _weights(models[1], 2)[0])
+    for model in models:
+        merge_(model, _data(model), MergeConfig(window=(1, 3), method="permute"))
+    for first, second in zip(_weights(models[0], 2), _weights(models[1], 2), strict=True):
+        assert np.array_equal(first, second)
 
 
 @pytest.mark.parametrize("method", ["average", "permute"])
@@ -142,7 +163,7 @@ def test_every_start_is_tried_the_last_too_and_the_best_is_taken() -> None:
     data = _data(model, 64)
     data["labels"] = model(torch.from_numpy(data["pixel_values"])).logits.argmax(-1).numpy()
     result = merge_(model, data, MergeConfig(k=2))
-    assert [c.layers for c in result.candidates] == [(s, s + 1) for s in range(5)]
+    assert [c.groups[0].layers for c in result.candidates] == [(s, s + 1) for s in range(5)]
     assert result.record.groups[0].layers == (4, 5)
     assert result.record.metric["merged"] == result.record.metric["before"] == 1.0
 
@@ -199,7 +220,8 @@ def test_without_labels_the_original_is_the_judge() -> None:
         (MergeConfig(k=1), "k = 1"),
         (MergeConfig(), "either"),
         (MergeConfig(k=2, method="magic"), "no method"),
-        (MergeConfig(k=2, stack="decoder"), "no stack"),
+        (MergeConfig(k=2, stacks=("decoder",)), "no stack"),
+        (MergeConfig(window={"layers": (1, 2)}, stacks=("layers", "decoder")), "for each of"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(config: MergeConfig, message: str) -> None:
@@ -217,3 +239,196 @@ def test_a_merged_model_is_not_merged_again() -> None:
     merge_(model, _data(model), MergeConfig(k=2))
     with pytest.raises(InputError, match="merged already"):
         merge_(model, _data(model), MergeConfig(k=2))
+
+
+class _InPlace(torch.nn.Module):
+    """Elementwise to the eye: the second factor of the product in place is not followed."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x).mul_(torch.arange(x.shape[-1], device=x.device))
+
+
+def test_what_the_proof_rejects_is_left_out_of_every_window() -> None:
+    model = vit()
+    model.vit.layers[2].mlp.activation_fn = _InPlace()
+    assert len(find(model)) == 6
+    result = merge_(model, _data(model), MergeConfig(k=3, method="average"))
+    tried = [c.groups[0].layers for c in result.candidates]
+    assert tried == [(0, 1, 3), (1, 3, 4), (3, 4, 5)]
+    for sublayer in model.vit.layers:
+        sublayer.mlp.activation_fn = _InPlace()
+    with pytest.raises(InputError, match="merged already"):
+        merge_(model, _data(model), MergeConfig(k=2))
+
+
+_PLAIN = {
+    "hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 48, "vocab_size": 60,
+    "num_attention_heads": 4,
+}  # fmt: skip
+_STAGES = {
+    "hidden_sizes": [16, 16, 32, 32], "depths": [1, 1, 1, 1], "image_size": 32,
+    "num_attention_heads": [1, 1, 2, 2],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "settings", "message"),
+    [
+        ("MixtralForCausalLM", "MixtralConfig",
+         {**_PLAIN, "num_local_experts": 2, "num_key_value_heads": 4}, "mixture-of-experts"),
+        ("AlbertForMaskedLM", "AlbertConfig", {**_PLAIN, "embedding_size": 8},
+         "shared already.* 3 times"),
+        ("MambaForCausalLM", "MambaConfig",
+         {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 60, "state_size": 4},
+         "no feed-forward sublayer"),
+        ("SegformerForImageClassification", "SegformerConfig", _STAGES, "depthwise_convolution"),
+    ],
+)  # fmt: skip
+def test_what_holds_nothing_to_merge_says_why(model, config, settings, message: str) -> None:
+    made = seeded(model, config, **settings)
+    before = {name: id(p) for name, p in made.named_parameters()}
+    with pytest.raises(InputError, match=message) as caught:
+        merge_(made, None, MergeConfig(k=2, method="average"))
+    assert len(str(caught.value).splitlines()) == 1
+    assert {name: id(p) for name, p in made.named_parameters()} == before
+
+
+def _pairs_of_texts(rows: int = 12) -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(2)
+    labels = generator.integers(3, 61, (rows, 7))
+    labels[::3, 5:] = -100
+    mask = np.ones((rows, 6), int)
+    mask[1::3, 4:] = 0
+    return {
+        "input_ids": generator.integers(3, 61, (rows, 6)), "attention_mask": mask, "labels": labels,
+    }  # fmt: skip
+
+
+TASK = "text2text-generation"
+
+
+@pytest.mark.parametrize("sync", [False, True])
+@pytest.mark.parametrize("name", SEQ2SEQ)
+def test_encoder_and_decoder_merge_in_one_call_and_come_back_tied(name, sync, tmp_path) -> None:
+    model, data = SEQ2SEQ[name](), _pairs_of_texts()
+    one = {
+        stack: sum(model.get_parameter(w.name).numel() for w in members[0].weights)
+        for stack, members in stacks(find(model)).items()
+    }
+    result = merge_(model, data, MergeConfig(k=3, sync=sync, task=TASK))
+    record = result.record
+    assert [group.stack for group in record.groups] == ["encoder", "decoder"]
+    assert {len(group.layers) for group in record.groups} == {3}
+    removed = record.parameters_before - record.parameters_after
+    assert removed == 2 * (one["encoder"] + one["decoder"])
+    tried = [[(g.stack, g.layers[0]) for g in c.groups] for c in result.candidates]
+    if sync:
+        assert tried == [[("encoder", i), ("decoder", i)] for i in (0, 1)]
+        assert record.groups[0].layers == record.groups[1].layers
+    else:
+        assert tried == [[(stack, i)] for stack in ("encoder", "decoder") for i in (0, 1)]
+    last = [c for c in result.candidates if c.groups[-1].stack == "decoder"]
+    assert record.metric["name"] == "perplexity"
+    assert record.metric["merged"] == min(c.value for c in last)
+    checkpoint.save(model, tmp_path / "m")
+    again = checkpoint.load(tmp_path / "m")
+    assert ties.ties(again) == ties.ties(model)
+    inputs = {"input_ids": torch.arange(3, 15).view(2, 6), "labels": torch.arange(3, 17).view(2, 7)}
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, again(**inputs).logits)
+
+
+def test_each_stack_is_searched_with_those_before_it_merged() -> None:
+    """The greedy search redone by hand: every value is that of a model merged so far by hand."""
+    data = _pairs_of_texts()
+    result = merge_(t5(), data, MergeConfig(k=3, method="average", task=TASK))
+    encoder = min(result.candidates[:2], key=lambda c: c.value)
+    for candidate in result.candidates[2:]:
+        windows = {c.groups[0].stack: (c.groups[0].layers[0], c.groups[0].layers[-1])
+                   for c in (encoder, candidate)}  # fmt: skip
+        config = MergeConfig(window=windows, method="average", task=TASK)
+        by_hand = merge_(t5(), data, config).record
+        assert by_hand.groups == (*encoder.groups, *candidate.groups)
+        assert by_hand.metric["merged"] == candidate.value
+
+
+def test_the_metric_of_an_encoder_decoder_is_its_loss_on_the_labels() -> None:
+    model, data = t5(), _pairs_of_texts(6)
+    odd = {name: torch.from_numpy(array[1::2].copy()) for name, array in data.items()}
+    expected = float(t5()(**odd).loss.detach().exp())
+    metric = merge_(model, data, MergeConfig(window=(0, 1), task=TASK)).record.metric
+    assert abs(metric["before"] / expected - 1) < 1e-5  # measured 1e-7
+    without = {name: array for name, array in data.items() if name != "labels"}
+    without["decoder_input_ids"] = np.where(data["labels"] == -100, 2, data["labels"])
+    metric = merge_(t5(), without, MergeConfig(window=(0, 1), task=TASK)).record.metric
+    assert metric["name"] == "fidelity"
+    assert metric["before"] == pytest.approx(1, abs=1e-6)
+
+
+def test_fidelity_counts_no_padding() -> None:
+    data = _pairs_of_texts(6)
+    data["decoder_input_ids"] = np.where(data["labels"] == -100, 2, data.pop("labels"))
+    counted = torch.from_numpy(data["decoder_input_ids"][1::2] != 2)
+    model, original = t5(), t5()
+    metric = merge_(model, data, MergeConfig(window=(0, 2), task=TASK)).record.metric
+    odd = {name: torch.from_numpy(array[1::2].copy()) for name, array in data.items()}
+    with torch.no_grad():
+        cosines = torch.cosine_similarity(original(**odd).logits, model(**odd).logits, dim=-1)
+    assert not counted.all()
+    assert abs(metric["merged"] - float(cosines[counted].mean())) < 1e-6  # measured 1e-7
+    assert abs(metric["merged"] - float(cosines.mean())) > 1e-5
+
+
+def test_stacks_may_be_chosen_and_have_windows_of_their_own() -> None:
+    model = t5()
+    record = merge_(model, None, MergeConfig(k=4, stacks=("decoder",), method="average")).record
+    assert record.groups == (Group("decoder", (0, 1, 2, 3)),)
+    windows = {"decoder": (0, 1), "encoder": (1, 3)}
+    record = merge_(t5(), None, MergeConfig(window=windows, method="average")).record
+    assert record.groups == (Group("decoder", (0, 1)), Group("encoder", (1, 2, 3)))
+
+
+def test_towers_are_merged_by_name(tmp_path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+             "num_attention_heads": 4}  # fmt: skip
+    model = seeded(
+        "CLIPModel", "CLIPConfig", vision_config={**sizes, "image_size": 16, "patch_size": 4},
+        text_config={**sizes, "vocab_size": 60, "max_position_embeddings": 20, "eos_token_id": 1},
+    )  # fmt: skip
+    with pytest.raises(InputError, match=r"several stacks .*: choose one"):
+        merge_(model, None, MergeConfig(k=2, method="average"))
+    generator = np.random.default_rng(0)
+    ids = generator.integers(3, 60, (8, 17))  # as long as the picture has patches, and padded
+    mask = np.ones_like(ids)
+    mask[:, 9:] = 0
+    data = {
+        "input_ids": ids, "attention_mask": mask,
+        "pixel_values": generator.standard_normal((8, 3, 16, 16)).astype("f"),
+    }  # fmt: skip
+    config = MergeConfig(window=(0, 1), stacks=("text_model", "vision_model"), task="none")
+    merge_(model, data, config)
+    checkpoint.save(model, tmp_path / "m")
+    assert ties.ties(checkpoint.load(tmp_path / "m")) == ties.ties(model)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (MergeConfig(k=3), r"k = 3 does not fit: stack 'decoder' has 2 layers"),
+        (MergeConfig(window=(1, 2)), r"window 1-2 .* stack 'decoder' has layers 0 to 1"),
+        (MergeConfig(k=2, stacks=("encoder", "middle")), "no stack 'middle'"),
+        (MergeConfig(window={"encoder": (0, 1), "middle": (0, 1)}), "no stack 'middle'"),
+    ],
+)
+def test_settings_that_fit_one_stack_only_are_refused(config: MergeConfig, message: str) -> None:
+    model = t5(encoder=4, decoder=2)
+    with pytest.raises(InputError, match=message):
+        merge_(model, _pairs_of_texts(), config)
+    assert not [tie for tie in ties.ties(model) if "wi" in tie.name]
+
+
+def test_labels_that_do_not_fit_the_decoder_are_refused() -> None:
+    data = _pairs_of_texts()
+    data["decoder_input_ids"] = data["labels"][:, :3].clip(2)
+    with pytest.raises(InputError, match="do not fit"):
+        merge_(t5(), data, MergeConfig(k=2, method="average", task=TASK))

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from ffmerge.errors import InputError
 from ffmerge.models.data import Examples
 from ffmerge.models.metrics import Metric, for_task, labels_of
 from ffmerge.models.probe import Array
-from ffmerge.passes.weights.statistics import forward
+from ffmerge.passes.weights.statistics import forward, positions
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,9 @@ def score_for(model: Any, task: str, examples: Examples, batch_size: int) -> Sco
     Fidelity is the mean cosine between the outputs of the model that is measured and those of
     the original: it needs no labels and is 1 for the original.
     """
+    task = task.removesuffix("-with-past")
+    if task == "automatic-speech-recognition" and model.config.is_encoder_decoder:
+        task = "text2text-generation"  # other models of this task give frames, not tokens
     metric = for_task(task)
     first = next(iter(examples.batches(batch_size)))
     if metric and ("labels" in first or task == "text-generation"):
@@ -48,8 +52,12 @@ def _labelled(
     def measure(model: Any) -> float:
         total, count = 0.0, 0
         for batch in examples.batches(batch_size):
-            logits = _output(model, batch)
-            part, seen = metric.add(logits, labels_of(task, batch))
+            logits, labels = _output(model, batch), labels_of(task, batch)
+            if logits.shape[: labels.ndim] != labels.shape:
+                raise InputError(
+                    f"labels of shape {labels.shape} do not fit outputs of shape {logits.shape}."
+                )
+            part, seen = metric.add(logits, labels)
             total, count = total + part, count + seen
         return metric.value(total, count)
 
@@ -63,9 +71,10 @@ def _fidelity(original: list[Array], examples: Examples, batch_size: int) -> Cal
             got = _output(model, batch)
             dots = (got * expected).sum(-1)
             cosine = dots / (np.linalg.norm(got, axis=-1) * np.linalg.norm(expected, axis=-1))
-            mask = batch.get("attention_mask")
-            counted = mask != 0 if mask is not None and mask.shape == cosine.shape else ...
-            cosines.append(cosine[counted].ravel())
+            last = "decoder_input_ids" if model.config.is_encoder_decoder else model.main_input_name
+            if cosine.ndim == 2:
+                cosine = cosine[positions(model, batch, (last,), cosine.shape).numpy()]
+            cosines.append(cosine.ravel())
         return float(np.concatenate(cosines).mean())
 
     return measure

@@ -1,20 +1,24 @@
-"""Merge the feed-forward sublayers of one window: choose it, compute the shared weights, tie."""
+"""Merge feed-forward sublayers of one or several stacks: choose windows, compute, tie."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ffmerge.errors import InputError
 from ffmerge.models import tasks, ties
 from ffmerge.models.data import Examples, from_arrays
-from ffmerge.models.feedforward import FeedForward, find, prove, stacks
-from ffmerge.models.plan import Group, MergeRecord
+from ffmerge.models.feedforward import EXPERTS, REJECTED, FeedForward, prove, stacks, survey
+from ffmerge.models.plan import Group, MergeRecord, Window, group_json
 from ffmerge.models.probe import Array
 from ffmerge.passes.weights import methods, statistics
-from ffmerge.passes.weights.evaluate import Score, score_for
+from ffmerge.passes.weights.evaluate import score_for
 
+# The sublayers that one candidate would tie: for each stack of the search its members.
+Choice = tuple[tuple[FeedForward, ...], ...]
 Progress = Callable[[str, int, int], None]
 
 
@@ -22,14 +26,17 @@ Progress = Callable[[str, int, int], None]
 class MergeConfig:
     """Settings of a merge.
 
-    Give ``window`` (first and last layer, inclusive) or ``k`` (every window of k layers is
-    tried). ``stack`` may stay None when the model has one. ``tokens`` are the positions the
-    statistics are taken from, about 10,000 in the paper.
+    Give ``window`` (first and last layer, inclusive; one for every stack, or by stack) or ``k``
+    (every window of k layers is tried). ``stacks`` may be empty for a model's only stack, and for
+    encoder and decoder. Each stack is searched alone, with those before it merged already; with
+    ``sync`` all take the same layers. ``tokens`` are the positions the statistics of each stack
+    are taken from, about 10,000 in the paper.
     """
 
     k: int | None = None
-    window: tuple[int, int] | None = None
-    stack: str | None = None
+    window: Window | Mapping[str, Window] | None = None
+    stacks: tuple[str, ...] = ()
+    sync: bool = False
     method: str = "permute"
     tokens: int = 10_000
     batch_size: int = 32
@@ -38,22 +45,24 @@ class MergeConfig:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A window that was tried, and the metric of the merged, untuned model."""
+    """Layers that were tried, and the metric of the merged, untuned model."""
 
-    layers: tuple[int, ...]
+    groups: tuple[Group, ...]
     value: float
 
 
 @dataclass(frozen=True)
 class Merge:
-    """What was done, and every window that was tried on the way."""
+    """What was done, and all that was tried on the way."""
 
     record: MergeRecord
     candidates: tuple[Candidate, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        tried = [{"layers": list(c.layers), "value": c.value} for c in self.candidates]
+        tried = [
+            {"groups": [group_json(g) for g in c.groups], "value": c.value} for c in self.candidates
+        ]
         return {**self.record.to_json(), "candidates": tried}
 
 
@@ -74,87 +83,150 @@ def merge_(
         InputError: the window does not fit the model, or the data does not.
     """
     method = methods.get(config.method)
-    sublayers = _stack(model, config.stack)
-    windows = _windows(sublayers, config)
+    chosen = _stacks(model, config)
+    together = [list(chosen)] if config.sync else [[name] for name in chosen]
+    searches = [_choices({name: chosen[name] for name in names}, config) for names in together]
+    tried = sum(map(len, searches))
     calibration, held_out = _split(data, validation)
-    if calibration is None and (method.needs_data or len(windows) > 1):
-        raise InputError(f"method {method.name!r} with {len(windows)} windows to try needs data.")
-    moments = None
+    if calibration is None and (method.needs_data or tried > len(searches)):
+        raise InputError(f"method {method.name!r} with {tried} windows to try needs data.")
+    moments: Mapping[str, statistics.Moments] = {}
     if calibration is not None and method.needs_data:
-        layers = [s.layer for s in sublayers]
-        pairs = statistics.window_pairs(layers, windows)
-        wanted = [s for s in sublayers if any(s.layer in pair for pair in pairs)]
+        pairs: dict[str, list[tuple[FeedForward, FeedForward]]] = {name: [] for name in chosen}
+        for members in (members for search in searches for choice in search for members in choice):
+            pairs[members[0].stack] += [(members[0], other) for other in members[1:]]
         batches = _watched(calibration, config.batch_size, progress)
-        moments = statistics.collect(model, wanted, pairs, batches, config.tokens)
+        moments = statistics.collect(model, pairs, batches, config.tokens)
     score = None
     if held_out is not None:
         task = config.task or tasks.infer(model)
         score = score_for(model, task, held_out, config.batch_size)
     before = _size(model)
-    quality = score.measure(model) if score else None
-    candidates = []
-    if score:
-        for done, window in enumerate(windows):
-            members = [sublayers[i] for i in window]
-            with ties.tied(model, members, method.merge(model, members, moments)):
-                candidates.append(Candidate(tuple(m.layer for m in members), score.measure(model)))
-            progress("windows", done + 1, len(windows))
-    best = _best(candidates, score) if score else 0
-    members = [sublayers[i] for i in windows[best]]
-    ties.tie_(model, members, method.merge(model, members, moments))
+    quality = value = score.measure(model) if score else None
+    candidates: list[Candidate] = []
+    groups: list[Group] = []
+    for search in searches:
+        best: tuple[float, Choice, list[list[Tensor]]] = (-math.inf, (), [])
+        for choice in search:
+            shared = [method.merge(model, m, moments.get(m[0].stack)) for m in choice]
+            rank = 0.0
+            if score:
+                with ExitStack() as stack:
+                    for members, tensors in zip(choice, shared, strict=True):
+                        stack.enter_context(ties.tied(model, members, tensors))
+                    candidates.append(Candidate(_groups(choice), score.measure(model)))
+                rank = score.rank(candidates[-1].value)
+                progress("windows", len(candidates), tried)
+            if not best[1] or rank > best[0]:  # the earliest of equals
+                best = (rank, choice, shared)
+        for members, tensors in zip(best[1], best[2], strict=True):
+            ties.tie_(model, members, tensors)
+        groups += _groups(best[1])
+        value = score.rank(best[0]) if score else None
     metric = {
         "name": score.name if score else None,
         "before": quality,
-        "merged": candidates[best].value if score else None,
+        "merged": value,
         "recovered": None,
         "examples": len(held_out) if held_out else 0,
     }
-    group = Group(members[0].stack, tuple(m.layer for m in members))
     after = _size(model)
-    record = MergeRecord(method.name, (group,), before[0], after[0], before[1], after[1], metric)
+    record = MergeRecord(
+        method.name, tuple(groups), before[0], after[0], before[1], after[1], metric
+    )
     model.config.ffmerge = record.to_json()
     return Merge(record, tuple(candidates))
 
 
-def _stack(model: Any, name: str | None) -> tuple[FeedForward, ...]:
-    """Return the sublayers to choose from, each proved to be one."""
+def _stacks(model: Any, config: MergeConfig) -> dict[str, tuple[FeedForward, ...]]:
+    """Return the sublayers to choose from by stack, each proved to be one."""
     if getattr(model.config, "ffmerge", None):
         raise InputError("this model is merged already: start from the original checkpoint.")
-    by_name = stacks(find(model))
+    found, left = survey(model)
+    by_name = stacks(found)
     if not by_name:
-        raise InputError(f"no feed-forward sublayer found in {type(model).__name__}.")
-    if name is None and len(by_name) > 1:
-        raise InputError(f"the model has several stacks ({', '.join(by_name)}): choose one.")
-    if name is not None and name not in by_name:
-        raise InputError(f"no stack {name!r} in the model: it has {', '.join(by_name)}.")
-    chosen = by_name[name or next(iter(by_name))]
-    for sublayer, proved in zip(chosen, prove(model, chosen), strict=True):
-        if not proved:
+        why = [
+            "its feed-forward sublayers are mixture-of-experts layers, whose experts are not merged"
+            if part.reason == EXPERTS
+            else f"{part.path} is left alone: {part.reason}"
+            for part in left[:1]
+        ]
+        why = why or ["no feed-forward sublayer is found in it"]
+        raise InputError(f"{type(model).__name__} cannot be merged: {why[0]}.")
+    names = config.stacks
+    if isinstance(config.window, Mapping):
+        names = names or tuple(config.window)
+        if set(names) != set(config.window):
+            raise InputError("give a window for each of the stacks, or one for all of them.")
+    if not names:
+        if len(by_name) > 1 and not model.config.is_encoder_decoder:
+            raise InputError(f"the model has several stacks ({', '.join(by_name)}): choose one.")
+        names = tuple(by_name)
+    chosen = {}
+    for name in names:
+        if name not in by_name:
+            raise InputError(f"no stack {name!r} in the model: it has {', '.join(by_name)}.")
+        verdicts = prove(model, by_name[name])
+        chosen[name] = tuple(s for s, ok in zip(by_name[name], verdicts, strict=True) if ok)
+        if not chosen[name]:
             raise InputError(
-                f"{sublayer.path} looks like a feed-forward sublayer, but reordering its hidden "
-                "neurons changes its output: it cannot be merged."
+                f"{by_name[name][0].path} looks like a feed-forward sublayer, but {REJECTED}: it "
+                "cannot be merged."
             )
     return chosen
 
 
-def _windows(sublayers: Sequence[FeedForward], config: MergeConfig) -> list[range]:
-    """Return the windows to try, as positions in the stack: all starts 0 to N - k."""
-    layers = [sublayer.layer for sublayer in sublayers]
-    n = len(layers)
+def _choices(by_name: Mapping[str, tuple[FeedForward, ...]], config: MergeConfig) -> list[Choice]:
+    """Return what to try: the given windows, or all windows of k layers of every stack alike."""
     if (config.k is None) == (config.window is None):
         raise InputError("give either a window or the number k of layers to merge.")
-    if config.window is not None:
-        first, end = config.window
-        if first not in layers or end not in layers or end <= first:
-            raise InputError(
-                f"window {first}-{end} is out of range: the stack has layers {layers[0]} to "
-                f"{layers[-1]}."
-            )
-        return [range(layers.index(first), layers.index(end) + 1)]
-    k = config.k or 0
-    if not 2 <= k <= n:
-        raise InputError(f"k = {k} does not fit: the stack has {n} layers, so k is 2 to {n}.")
-    return [range(start, start + k) for start in range(n - k + 1)]
+    numbers = {name: [s.layer for s in members] for name, members in by_name.items()}
+    given = config.window
+    spans: list[list[Sequence[int]]] = [[]]
+    if given is not None:
+        for name, layers in numbers.items():
+            first, last = given[name] if isinstance(given, Mapping) else given
+            if first not in layers or last not in layers or last <= first:
+                raise InputError(
+                    f"window {first}-{last} is out of range: stack {name!r} has layers "
+                    f"{layers[0]} to {layers[-1]}."
+                )
+            spans[0].append(range(first, last + 1))
+    else:
+        k = config.k or 0
+        for name, layers in numbers.items():
+            runs = by_name[name][0].runs
+            if len(layers) == 1 and runs > 1:
+                raise InputError(
+                    f"stack {name!r} is shared already: one sublayer is run {runs} times."
+                )
+            if not 2 <= k <= len(layers):
+                raise InputError(
+                    f"k = {k} does not fit: stack {name!r} has {len(layers)} layers, so k is 2 to "
+                    f"{len(layers)}."
+                )
+        common = sorted(set.intersection(*map(set, numbers.values())))
+        spans = [[common[i : i + k]] * len(numbers) for i in range(len(common) - k + 1)]
+    choices = [
+        tuple(
+            tuple(s for s in members if s.layer in layers)
+            for members, layers in zip(by_name.values(), windows, strict=True)
+        )
+        for windows in spans
+    ]
+    alike = [c for c in choices if all(len({_form(s) for s in members}) == 1 for members in c)]
+    if not alike:
+        raise InputError("no window holds sublayers of one size: they cannot share weights.")
+    return alike
+
+
+def _form(sublayer: FeedForward) -> tuple[Any, ...]:
+    weights = [(w.neurons, w.blocks) for w in sublayer.weights]
+    return (sublayer.d_model, sublayer.d_ff, *weights)
+
+
+def _groups(choice: Choice) -> tuple[Group, ...]:
+    return tuple(Group(m[0].stack, tuple(s.layer for s in m)) for m in choice)
 
 
 def _split(
@@ -172,12 +244,6 @@ def _watched(examples: Examples, size: int, progress: Progress) -> Iterator[dict
         progress("statistics", done * size, len(examples))
         yield batch
     progress("statistics", len(examples), len(examples))
-
-
-def _best(candidates: Sequence[Candidate], score: Score) -> int:
-    """Return the place of the best candidate, the earliest of equals."""
-    ranks = [score.rank(c.value) for c in candidates]
-    return ranks.index(max(ranks))
 
 
 def _size(model: nn.Module) -> tuple[int, int]:

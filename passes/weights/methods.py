@@ -56,7 +56,7 @@ def get(name: str) -> Method:
 @method("average", source="arXiv 2501.06126, 'vanilla'", needs_data=False)
 def average(model: Any, members: Sequence[FeedForward], moments: Moments | None) -> list[Tensor]:
     """Return the plain mean of the members' weights."""
-    return _mean(model, members, [None] * len(members))
+    return mean(model, members, [None] * len(members))
 
 
 @method("permute", source="arXiv 2501.06126, equations (1) to (6)")
@@ -70,10 +70,10 @@ def permute(model: Any, members: Sequence[FeedForward], moments: Moments | None)
         raise InputError("method 'permute' aligns activations: it needs calibration data.")
     anchor, *others = members
     orders = [match(moments.correlation(anchor.layer, other.layer)) for other in others]
-    return _mean(model, members, [None, *orders])
+    return mean(model, members, [None, *orders])
 
 
-def _mean(
+def mean(
     model: Any, members: Sequence[FeedForward], orders: Sequence[Tensor | None]
 ) -> list[Tensor]:
     """Return equations (3) to (6): the mean over members, reordered where ``orders`` says so.

@@ -1,9 +1,10 @@
-"""Moments of hidden pre-activations, in one pass over the data.
+"""Moments of hidden neurons, in one pass over the data.
 
-The features X of a sublayer are the outputs of its map d -> f, before the nonlinearity
-(arXiv 2501.06126, section 3.3). Batches are merged by the update of Chan, Golub and LeVeque
-(1979): every batch is centred on its own mean before it is squared, so nothing cancels however
-far the mean lies from zero.
+The features X of a plain sublayer are the outputs of its map d -> f, before the nonlinearity
+(arXiv 2501.06126, section 3.3). A gated one has two such outputs for each neuron, gate and up; both
+count, and so does their product that the map f -> d takes (docs/merging.md). Batches are merged by
+the update of Chan, Golub and LeVeque (1979): every batch is centred on its own mean before it is
+squared, so nothing cancels however far the mean lies from zero.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,12 +12,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ffmerge.errors import InputError
 from ffmerge.models.feedforward import FeedForward
 from ffmerge.models.inputs import to_tensors
+from ffmerge.models.metrics import IGNORED
 from ffmerge.models.probe import Array
 
 Pair = tuple[int, int]
@@ -26,8 +29,9 @@ Pair = tuple[int, int]
 class Moments:
     """Count, means, sums of squares and of cross products of the layers' features.
 
-    ``cross`` holds, for each pair (anchor, other), the (f, f) sums of products of deviations,
-    in float32; means and squares are (f,) in float64.
+    Features have v views of the same f neurons: 1, or 3 of a gated sublayer. ``cross``
+    holds, for each pair (anchor, other), the (v, f, f) sums of products of deviations, in float32;
+    means and squares are (v, f) in float64.
     """
 
     pairs: tuple[Pair, ...]
@@ -37,80 +41,150 @@ class Moments:
     cross: dict[Pair, Tensor] = field(default_factory=dict)
 
     def update(self, features: Mapping[int, Tensor]) -> None:
-        """Add a batch: (n, f) features of every layer, the same n rows in each."""
-        n = len(next(iter(features.values())))
+        """Add a batch: (v, n, f) features of every layer, the same n rows in each."""
+        views, n, _ = next(iter(features.values())).shape
         if n == 0:
             return
         total = self.count + n
-        means = {layer: x.double().mean(0) for layer, x in features.items()}
-        centred = {layer: (x.double() - means[layer]).float() for layer, x in features.items()}
+        means = {layer: x.double().mean(1) for layer, x in features.items()}
+        centred = {layer: (x - means[layer][:, None]).float() for layer, x in features.items()}
         shift = {layer: m - self.mean.get(layer, m) for layer, m in means.items()}
         scale = self.count * n / total
         for layer, x in centred.items():
-            squares = x.double().square().sum(0) + scale * shift[layer].square()
+            squares = x.double().square().sum(1) + scale * shift[layer].square()
             self.squares[layer] = self.squares.get(layer, 0) + squares
             self.mean[layer] = self.mean.get(layer, means[layer]) + shift[layer] * (n / total)
         for a, b in self.pairs:
-            cross = self.cross.setdefault((a, b), x.new_zeros(len(means[a]), len(means[b])))
-            cross.addmm_(centred[a].T, centred[b])
-            cross.addr_((scale * shift[a]).float(), shift[b].float())
+            shape = (views, means[a].shape[1], means[b].shape[1])
+            cross = self.cross.setdefault((a, b), centred[a].new_zeros(shape))
+            for view in range(views):
+                cross[view].addmm_(centred[a][view].T, centred[b][view])
+                cross[view].addr_((scale * shift[a][view]).float(), shift[b][view].float())
         self.count = total
 
     def correlation(self, anchor: int, other: int) -> Tensor:
         """Return equation (1), the (f, f) Pearson correlation; rows are the anchor's neurons.
 
-        A neuron that never changes correlates with nothing: its row or column is 0.
+        Summed over the views. A neuron that never changes correlates with nothing: its row or
+        column is 0.
         """
-        spread = torch.outer(self.squares[anchor].sqrt(), self.squares[other].sqrt()).float()
-        return torch.where(spread > 0, self.cross[anchor, other] / spread, 0.0)
-
-
-def window_pairs(layers: Sequence[int], windows: Iterable[Sequence[int]]) -> tuple[Pair, ...]:
-    """Return every (anchor, member) pair that some window needs, once, in layer order."""
-    pairs = {(layers[w[0]], layers[i]) for w in windows for i in w[1:]}
-    return tuple(sorted(pairs))
+        total = torch.zeros_like(self.cross[anchor, other][0])
+        for cross, a, b in zip(
+            self.cross[anchor, other], self.squares[anchor], self.squares[other], strict=True
+        ):
+            spread = torch.outer(a.sqrt(), b.sqrt()).float()
+            total += torch.where(spread > 0, cross / spread, 0.0)
+        return total
 
 
 def collect(
     model: Any,
-    sublayers: Sequence[FeedForward],
-    pairs: Iterable[Pair],
+    pairs: Mapping[str, Iterable[tuple[FeedForward, FeedForward]]],
     batches: Iterable[Mapping[str, Array]],
     tokens: int,
-) -> Moments:
-    """Return the moments of the sublayers' pre-activations over at least ``tokens`` positions.
+) -> dict[str, Moments]:
+    """Return, by stack, the moments of the sublayers' features over at least ``tokens`` positions.
 
-    Positions whose ``attention_mask`` is 0 are left out. Stops with the batch that reaches
+    ``pairs`` are anchors and members by stack. A stack counts its own positions: a decoder those
+    of its own input, and none counts padding. Stops with the batch that brings every stack to
     ``tokens``, or with the data.
 
     Raises:
-        InputError: the data has no position that counts, or the model does not take it.
+        InputError: a stack has no two positions that count, or the model does not take the data.
     """
-    moments = Moments(tuple(pairs))
-    features: dict[int, Tensor] = {}
+    members = {name: {s.layer: s for pair in found for s in pair} for name, found in pairs.items()}
+    moments = {
+        name: Moments(tuple(sorted({(a.layer, b.layer) for a, b in found})))
+        for name, found in pairs.items()
+    }
+    seen: dict[str, list[Tensor]] = {}
     with ExitStack() as stack, torch.no_grad():
-        for sublayer in sublayers:
-            module = model.get_submodule(sublayer.inputs[-1])
-            handle = module.register_forward_hook(_keep(features, sublayer.layer))
-            stack.callback(handle.remove)
+        for sublayer in (s for found in members.values() for s in found.values()):
+            for path in (*sublayer.inputs, *((sublayer.output,) if sublayer.gated else ())):
+                kept = seen.setdefault(path, [])
+                hook = _keep_input if path == sublayer.output else _keep_output
+                stack.callback(hook(model.get_submodule(path), kept).remove)
         for batch in batches:
-            features.clear()
+            for kept in seen.values():
+                kept.clear()
             forward(model, batch)
-            moments.update({layer: _counted(x, batch) for layer, x in features.items()})
-            if moments.count >= tokens:
+            for name, sublayers in members.items():
+                features = {layer: _features(s, seen) for layer, s in sublayers.items()}
+                first = next(iter(features))
+                shape = features[first].shape[1:-1]
+                counted = positions(model, batch, sublayers[first].reads, shape)
+                moments[name].update({i: x[:, counted.to(x.device)] for i, x in features.items()})
+            if all(m.count >= tokens for m in moments.values()):
                 break
-    if moments.count < 2:
-        raise InputError("the data holds fewer than two positions to take statistics from.")
+    for name, found in moments.items():
+        if found.count < 2:
+            raise InputError(f"the data holds fewer than two positions that count for {name!r}.")
     return moments
 
 
+def positions(
+    model: Any, batch: Mapping[str, Array], reads: Sequence[str], shape: Sequence[int]
+) -> Tensor:
+    """Return which positions of a tensor of ``shape`` that depends on ``reads`` are no padding.
+
+    Sound is masked by sample and counted by frame, as far as the model's convolutions tell.
+
+    Raises:
+        InputError: rows are padded and it cannot be told which of the positions are padding.
+    """
+    known = _mask(model.config, batch, reads)
+    if known is None:
+        return torch.ones(tuple(shape), dtype=torch.bool)
+    mask = torch.as_tensor(known)
+    rows, length = mask.shape
+    if tuple(shape) in ((rows, length), (rows * length,)):
+        return mask.view(tuple(shape))
+    frames = getattr(model, "_get_feat_extract_output_lengths", None)
+    if len(shape) == 2 and frames and int(frames(torch.tensor(length))) == shape[1]:
+        return torch.arange(shape[1]) < frames(mask.sum(1))[:, None]
+    if len(shape) == 2 and shape[0] == rows and shape[1] > length:  # the model itself pads
+        return torch.nn.functional.pad(mask, (0, shape[1] - length))
+    if mask.all():
+        return torch.ones(tuple(shape), dtype=torch.bool)
+    raise InputError(
+        f"{type(model).__name__} turns {length} positions into {tuple(shape)[-1]}, so it cannot be "
+        "told which are padding: give rows of one length, or a batch size of 1."
+    )
+
+
+def _mask(config: Any, batch: Mapping[str, Array], reads: Sequence[str]) -> Array | None:
+    """Return the (rows, positions) of the model input that are no padding; None: all are."""
+    if "decoder_input_ids" in reads:
+        if "decoder_attention_mask" in batch:
+            return np.asarray(batch["decoder_attention_mask"] != 0)
+        own = batch.get("decoder_input_ids")
+        labels = batch.get("labels")
+        if labels is not None and labels.ndim == 2:
+            own = np.where(labels == IGNORED, -1, labels)
+        if own is not None:
+            pad = getattr(config, "pad_token_id", None)
+            real = (own != -1) & (own != (-1 if pad is None else pad))
+            # the token for padding may start a row as well: padding is what nothing follows
+            ended = np.logical_or.accumulate(real[:, ::-1], axis=1)[:, ::-1] & (own != -1)
+            ended[:, 0] |= labels is None
+            return ended
+    if "attention_mask" in batch and {"input_ids", "input_values", "input_features"} & set(reads):
+        return np.asarray(batch["attention_mask"] != 0)
+    return None
+
+
 def forward(model: Any, batch: Mapping[str, Array]) -> Any:
-    """Return the model's output for a batch, labels left out.
+    """Return the model's output for a batch.
+
+    Labels are left out, unless an encoder-decoder has to make the decoder's input of them.
 
     Raises:
         InputError: the model does not take these arrays.
     """
     inputs = {name: array for name, array in batch.items() if name != "labels"}
+    decoded = model.config.is_encoder_decoder and "decoder_input_ids" not in batch
+    if decoded and "labels" in batch and batch["labels"].ndim == 2:
+        inputs["labels"] = batch["labels"]
     try:
         return model(**to_tensors(inputs, model))
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
@@ -121,16 +195,22 @@ def forward(model: Any, batch: Mapping[str, Array]) -> Any:
         ) from error
 
 
-def _keep(features: dict[int, Tensor], layer: int) -> Any:
-    def hook(module: Any, args: Any, out: Tensor) -> None:
-        features[layer] = out
-
-    return hook
+def _keep_input(module: Any, kept: list[Tensor]) -> Any:
+    return module.register_forward_pre_hook(lambda module, args: kept.append(args[0]))
 
 
-def _counted(features: Tensor, batch: Mapping[str, Array]) -> Tensor:
-    """Return (n, f) features of the positions that are not padding."""
-    mask = batch.get("attention_mask")
-    if mask is not None and features.shape[:-1] == mask.shape:
-        return features[torch.as_tensor(mask, device=features.device).bool()]
-    return features.flatten(0, -2)
+def _keep_output(module: Any, kept: list[Tensor]) -> Any:
+    return module.register_forward_hook(lambda module, args, out: kept.append(out))
+
+
+def _features(sublayer: FeedForward, seen: Mapping[str, Sequence[Tensor]]) -> Tensor:
+    """Return (views, ..., f) of a sublayer: its pre-activations, and if gated what W_out takes.
+
+    A chunked sublayer runs on one part of the sequence after the other; a fused map puts out gate
+    and up side by side.
+    """
+    wholes = [torch.cat(list(seen[path]), dim=-2) for path in sublayer.inputs]
+    views = [x for out in wholes for x in out.chunk(sublayer.weights[0].blocks, -1)]
+    if sublayer.gated:
+        views.append(torch.cat(list(seen[sublayer.output]), dim=-2))
+    return torch.stack(views)

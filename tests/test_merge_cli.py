@@ -1,0 +1,100 @@
+"""The merge and inspect commands on models with several stacks."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_wider import seeded
+
+import ffmerge.__main__ as command_line
+from ffmerge.errors import InputError
+from ffmerge.models.plan import parse_windows
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    made = seeded(
+        "SwinForImageClassification", "SwinConfig", image_size=32, patch_size=2, embed_dim=16,
+        depths=[4, 3], num_heads=[2, 4], window_size=4, num_labels=3,
+    )  # fmt: skip
+    made.save_pretrained(tmp_path / "swin")
+    pixels = np.random.default_rng(0).standard_normal((12, 3, 32, 32)).astype("f")
+    np.savez(tmp_path / "data.npz", pixel_values=pixels, labels=np.arange(12) % 3)
+    return tmp_path / "swin"
+
+
+def _run(monkeypatch: pytest.MonkeyPatch, capsys: Any, *arguments: object) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["ffmerge", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        command_line.main()
+    out, err = capsys.readouterr()
+    return int(stop.value.code or 0), out, err
+
+
+@pytest.mark.parametrize(
+    ("options", "groups"),
+    [
+        (["--window", "0-1", "--stack", "0", "--stack", "1"], [("0", [0, 1]), ("1", [0, 1])]),
+        (["--window", "0:1-3", "--window", "1:0-2"], [("0", [1, 2, 3]), ("1", [0, 1, 2])]),
+        (["--k", 3, "--stack", "1"], [("1", [0, 1, 2])]),
+        (["--k", 3, "--sync", "--stack", 0, "--stack", 1], [("0", [0, 1, 2]), ("1", [0, 1, 2])]),
+    ],
+)  # fmt: skip
+def test_stacks_of_one_command(options, groups, model, tmp_path, monkeypatch, capsys) -> None:
+    data = ["--data", tmp_path / "data.npz"]
+    arguments = ("merge", model, tmp_path / "out", *options, *data, "--json")
+    code, out, _ = _run(monkeypatch, capsys, *arguments)
+    assert code == 0
+    got = [(g["stack"], g["layers"]) for g in json.loads(out)["groups"]]
+    assert got == groups
+    _, out, _ = _run(monkeypatch, capsys, "inspect", tmp_path / "out", "--json")
+    shared = {s["name"]: (s["distinct"], s["shared"]) for s in json.loads(out)["stacks"]}
+    before = {"0": 4, "1": 3}
+    sizes = {stack: before[stack] - len(layers) + 1 for stack, layers in groups}
+    assert shared == {s: (sizes.get(s, n), s in sizes) for s, n in before.items()}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--k", 2],
+        ["--k", 4, "--stack", "0", "--stack", "1"],
+        ["--k", 2, "--stack", "0", "--stack", "2"],
+        ["--window", "2-3", "--stack", "0", "--stack", "1"],
+        ["--window", "0:0-1", "--window", "0:1-2"],
+        ["--window", "0:0-1", "--window", "0-1"],
+        ["--window", "0:0-1", "--stack", "1"],
+    ],
+)
+def test_what_does_not_fit_ends_with_one_sentence(options, model, tmp_path, monkeypatch, capsys):
+    data = ["--data", tmp_path / "data.npz"]
+    arguments = ("merge", model, tmp_path / "out", *options, *data)
+    code, out, err = _run(monkeypatch, capsys, *arguments)
+    assert (code, out, len(err.strip().splitlines())) == (2, "", 1)
+    assert err.startswith("ffmerge: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_inspect_shows_what_is_left_alone(tmp_path, monkeypatch, capsys) -> None:
+    seeded(
+        "Qwen2MoeForCausalLM", "Qwen2MoeConfig", hidden_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, intermediate_size=48, vocab_size=60,
+        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24,
+        shared_expert_intermediate_size=40,
+    ).save_pretrained(tmp_path / "m")  # fmt: skip
+    code, out, _ = _run(monkeypatch, capsys, "inspect", tmp_path / "m")
+    assert code == 0
+    assert "Left alone" in out
+    assert "model.layers.1.mlp.experts" in out
+
+
+def test_windows_by_stack() -> None:
+    assert parse_windows([]) is None
+    assert parse_windows(["3-7"]) == (3, 7)
+    assert parse_windows(["a.b:0-1", "c:2-5"]) == {"a.b": (0, 1), "c": (2, 5)}
+    for wrong in (["7-3"], ["a:b"], ["1-2", "1-2"], ["a:1-2", "a:2-3"]):
+        with pytest.raises(InputError):
+            parse_windows(wrong)
