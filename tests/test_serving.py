@@ -17,14 +17,10 @@ from ffmerge.passes.graph.audit import audit
 from ffmerge.passes.weights.merge import MergeConfig, merge_
 from ffmerge.runtime_tests.validate import validate
 
-# class -> the stack that is merged; T5's first entry in CASES is the plain one
-GENERATE = {
-    "GPT2LMHeadModel": None,
-    "LlamaForCausalLM": None,
-    "MarianMTModel": "decoder",
-    "T5ForConditionalGeneration": "encoder",
-    "WhisperForConditionalGeneration": "decoder",
-}
+GENERATE = (  # T5's first entry in CASES is the plain one
+    "GPT2LMHeadModel", "LlamaForCausalLM", "MarianMTModel", "T5ForConditionalGeneration",
+    "WhisperForConditionalGeneration",
+)  # fmt: skip
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
     "beam-4": {"num_beams": 4, "do_sample": False},
@@ -68,8 +64,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     case = next(case for case in CASES if case[0] == name)
     longer = {"n_positions": 64, "max_position_embeddings": 64}
     model = _model(name, case[1], {**case[2], **longer})
-    config = MergeConfig(window=(0, 1), stack=GENERATE[name], method="average")
-    merge_(model, None, config)
+    merge_(model, None, MergeConfig(window=(0, 1), method="average"))
     path = tmp_path_factory.mktemp(name) / "package"
     export(model, path)
     return model, path
