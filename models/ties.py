@@ -74,13 +74,23 @@ def dropped_names(model: nn.Module, record: MergeRecord) -> set[str]:
     }
 
 
-def retie_(model: nn.Module, record: MergeRecord) -> None:
-    """Give every member of every recorded group its anchor's Parameter objects."""
+def retie_(model: nn.Module, record: MergeRecord, equal: bool = False) -> None:
+    """Give every member of every recorded group its anchor's Parameter objects.
+
+    Raises:
+        TieError: ``equal`` is asked for, and a member holds other values than its anchor.
+    """
     for group in record.groups:
         anchor, *others = members_of(model, group)
         for member in others:
             for weight, source in zip(member.weights, anchor.weights, strict=True):
-                _place_(model, weight.name, model.get_parameter(source.name))
+                parameter = model.get_parameter(source.name)
+                if equal and not parameter.equal(model.get_parameter(weight.name)):
+                    raise TieError(
+                        f"{weight.name} differs from {source.name}, though the merge recorded that "
+                        "they are one: remove ffmerge from config.json to load them apart."
+                    )
+                _place_(model, weight.name, parameter)
 
 
 def check(model: nn.Module, record: MergeRecord) -> None:

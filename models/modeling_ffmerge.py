@@ -1,0 +1,63 @@
+"""Loads and saves this checkpoint with the weights that its layers share stored once.
+
+A copy stands beside the weights, with the class and the groups filled in, for
+``from_pretrained(..., trust_remote_code=True)``: it needs torch and transformers, not ffmerge.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+# words that the names of the stack hold, which number in a name counts its layers, the layers that
+# share: the first holds the weights, the others are stored as empty tensors
+GROUPS: list[tuple[tuple[str, ...], int, tuple[int, ...]]] = []
+
+
+def source_of(name: str) -> str | None:
+    """Return the name of the parameter that takes the place of ``name``, None if it is its own."""
+    parts = name.split(".")
+    numbers = [place for place, part in enumerate(parts) if part.isdigit()]
+    found = [
+        ".".join([*parts[:place], str(layers[0]), *parts[place + 1 :]])
+        for words, number, layers in GROUPS
+        for place in numbers[number : number + 1]
+        if set(words) <= set(parts[:place]) and int(parts[place]) in layers[1:]
+    ]
+    return found[0] if len(found) == 1 else None
+
+
+class PreTrainedModel(transformers.PreTrainedModel):
+    """The model with one Parameter in all places of a shared weight."""
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load as transformers does and tie; a weight that would be left random is an error."""
+        wants_info = kwargs.pop("output_loading_info", False)
+        new_head = kwargs.pop("ignore_mismatched_sizes", False)
+        model, info = super().from_pretrained(
+            *args,
+            **{**kwargs, "variant": kwargs.get("variant") or "ffmerge"},
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+        unset = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
+        for name in sorted(unset):
+            source = source_of(name)
+            if source and source not in unset:
+                owner, _, attribute = name.rpartition(".")
+                setattr(model.get_submodule(owner), attribute, model.get_parameter(source))
+            elif not new_head:
+                raise ValueError(f"{name} has another size in the checkpoint than in the model.")
+        return (model, info) if wants_info else model
+
+    def save_pretrained(self, folder: Any, state_dict: Any = None, **kwargs: Any) -> None:
+        """Save as transformers does, every shared weight once, with this file."""
+        state = dict(self.state_dict() if state_dict is None else state_dict)
+        for name in state:
+            source = source_of(name)
+            if source in state and self.get_parameter(name) is self.get_parameter(source):
+                state[name] = state[name].new_empty(0)
+        super().save_pretrained(folder, state_dict=state, **{**kwargs, "variant": "ffmerge"})
+        shutil.copyfile(__file__, Path(folder) / "modeling_ffmerge.py")
