@@ -161,7 +161,9 @@ def load(source: str | Path, trust_remote_code: bool = False) -> Any:
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{folder} cannot be loaded: {_line(error)}") from error
     empty = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
-    unset = empty | set(info["missing_keys"])
+    # one release stores tables of indices that another computes
+    computed = {name for name, buffer in model.named_buffers() if not buffer.is_floating_point()}
+    unset = empty | set(info["missing_keys"]) - computed
     if record:
         unset ^= ties.dropped_names(model, record) if once else set()
         ties.retie_(model, record, equal=not once)
@@ -193,7 +195,7 @@ def save(
     record = merge_record(model.config)
     known = getattr(transformers, type(model).__name__, None)
     known = known if known and isinstance(model, known) else None
-    store = partial((known or type(model)).save_pretrained, model, max_shard_size=max_shard_size)
+    store = partial(model.save_pretrained, max_shard_size=max_shard_size)
     with staged(Path(target)) as folder:
         if record:
             ties.check(model, record)

@@ -65,9 +65,7 @@ def inspect(model: str | Path | nn.Module, trust_remote_code: bool = False) -> I
     Raises:
         InputError: the model cannot be read, or has no feed-forward sublayer.
     """
-    network: Any = (
-        model if isinstance(model, nn.Module) else skeleton(model, trust_remote_code)
-    )
+    network: Any = model if isinstance(model, nn.Module) else skeleton(model, trust_remote_code)
     found = find(network)
     if not found:
         raise InputError(

@@ -29,35 +29,47 @@ def source_of(name: str) -> str | None:
 
 
 class PreTrainedModel(transformers.PreTrainedModel):
-    """The model with one Parameter in all places of a shared weight."""
+    """The model with one Parameter in all places of a shared weight.
+
+    Loading and saving are left to the class of transformers itself: it renames weights between
+    its releases for its own classes only.
+    """
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load as transformers does and tie; a weight that would be left random is an error."""
+        """Load as transformers does and tie; a parameter that would be left random is an error."""
         wants_info = kwargs.pop("output_loading_info", False)
         new_head = kwargs.pop("ignore_mismatched_sizes", False)
-        model, info = super().from_pretrained(
+        model, info = transformers.PreTrainedModel.from_pretrained(
             *args,
             **{**kwargs, "variant": kwargs.get("variant") or "ffmerge"},
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
         unset = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
+        unset |= {name for name, _ in model.named_parameters()} & set(info["missing_keys"])
         for name in sorted(unset):
             source = source_of(name)
             if source and source not in unset:
                 owner, _, attribute = name.rpartition(".")
                 setattr(model.get_submodule(owner), attribute, model.get_parameter(source))
             elif not new_head:
-                raise ValueError(f"{name} has another size in the checkpoint than in the model.")
+                raise ValueError(f"the checkpoint holds no value of the right size for {name}.")
+        model.__class__ = cls
         return (model, info) if wants_info else model
 
     def save_pretrained(self, folder: Any, state_dict: Any = None, **kwargs: Any) -> None:
         """Save as transformers does, every shared weight once, with this file."""
+        kwargs = {"variant": "ffmerge", **kwargs}
         state = dict(self.state_dict() if state_dict is None else state_dict)
-        for name in state:
+        for name in state if kwargs["variant"] == "ffmerge" else ():
             source = source_of(name)
             if source in state and self.get_parameter(name) is self.get_parameter(source):
                 state[name] = state[name].new_empty(0)
-        super().save_pretrained(folder, state_dict=state, **{**kwargs, "variant": "ffmerge"})
+        tied = type(self)
+        self.__class__ = transformers.PreTrainedModel
+        try:
+            self.save_pretrained(folder, state_dict=state, **kwargs)
+        finally:
+            self.__class__ = tied
         shutil.copyfile(__file__, Path(folder) / "modeling_ffmerge.py")
