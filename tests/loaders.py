@@ -79,9 +79,9 @@ def outcomes(root: Path) -> dict[str, str]:
                 f, trust_remote_code=True
             ),
             "pipeline": lambda f: pipeline("text-generation", str(f), tokenizer=words).model,
-            "pipeline, trusted": lambda f: pipeline(
-                "text-generation", str(f), tokenizer=words, trust_remote_code=True
-            ).model,
+            "pipeline, trusted": lambda f: (
+                pipeline("text-generation", str(f), tokenizer=words, trust_remote_code=True).model
+            ),
             "base class, trusted": lambda f: AutoModel.from_pretrained(f, trust_remote_code=True),
             "class, variant": lambda f: GPT2LMHeadModel.from_pretrained(f, variant="ffmerge"),
             "auto, variant": lambda f: AutoModelForCausalLM.from_pretrained(f, variant="ffmerge"),
