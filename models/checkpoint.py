@@ -12,7 +12,6 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +61,9 @@ def resolve(source: str | Path, weights: bool = True, code: bool = False) -> Pat
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", *(("*.safetensors", *COMPANIONS) if weights else ())]
+    patterns += ["*.py"] if code else []
     try:
-        return Path(
-            snapshot_download(str(source), allow_patterns=[*patterns, *(["*.py"] if code else [])])
-        )
+        return Path(snapshot_download(str(source), allow_patterns=patterns))
     except Exception as error:  # the hub client's errors have no common head across its releases
         raise InputError(
             f"{source} is not a local folder, and fetching it from the hub failed: {_line(error)}"
@@ -145,7 +143,7 @@ def load(source: str | Path, trust_remote_code: bool = False) -> Any:
 
     Raises:
         InputError: files are missing, truncated, not safetensors, or leave a parameter unset.
-        TieError: an expanded checkpoint's copies are no longer equal.
+        TieError: an expanded checkpoint's copies differ.
     """
     folder = resolve(source, code=trust_remote_code)
     config = read_config(folder, trust_remote_code)
@@ -166,7 +164,9 @@ def load(source: str | Path, trust_remote_code: bool = False) -> Any:
     unset = empty | set(info["missing_keys"]) - computed
     if record:
         unset ^= ties.dropped_names(model, record) if once else set()
-        ties.retie_(model, record, equal=not once)
+        if not once:
+            ties.check(model, record, torch.equal)
+        ties.retie_(model, record)
     if unset:
         raise InputError(
             f"{folder} does not hold the parameters its config.json describes: {len(unset)} "
@@ -193,20 +193,17 @@ def save(
         InputError: ``target`` exists or cannot be written.
     """
     record = merge_record(model.config)
-    known = getattr(transformers, type(model).__name__, None)
-    known = known if known and isinstance(model, known) else None
-    store = partial(model.save_pretrained, max_shard_size=max_shard_size)
+    settings: dict[str, Any] = {"max_shard_size": max_shard_size}
+    if record:
+        ties.check(model, record)
+        state = model.state_dict()
+        for name in ties.dropped_names(model, record):
+            state[name] = state[name].clone() if expanded else state[name].new_empty(0)
+        settings |= {"state_dict": state, "variant": None if expanded else VARIANT}
     with staged(Path(target)) as folder:
-        if record:
-            ties.check(model, record)
-            state = model.state_dict()
-            for name in ties.dropped_names(model, record):
-                state[name] = state[name].clone() if expanded else state[name].new_empty(0)
-            store(folder, state_dict=state, variant=None if expanded else VARIANT)
-            if known:
-                _add_code(model, record, folder, expanded)
-        else:
-            store(folder)
+        model.save_pretrained(folder, **settings)
+        if record and isinstance(model, getattr(transformers, type(model).__name__, ())):
+            _add_code(model, record, folder, expanded)
         if companions_from:
             copy_companions(companions_from, folder)
 
@@ -234,19 +231,14 @@ def _add_code(model: Any, record: MergeRecord, folder: Path, expanded: bool) -> 
         autos = [
             auto
             for auto, value in vars(modeling_auto).items()
-            if auto.startswith("AutoModel") and name in _names(value, type(model.config))
+            if auto.startswith("AutoModel")  # the value is one class, or several
+            and f".{name}'>" in str(value._model_mapping.get(type(model.config), ""))
         ]
         config["auto_map"] = dict.fromkeys(autos or ["AutoModel"], f"{_CODE.stem}.{name}")
         code = _CODE.read_text(encoding="utf-8").replace("PreTrainedModel", name)
         rules = [_rule(model, group) for group in record.groups]
         (folder / _CODE.name).write_text(code.replace("]] = []", f"]] = {rules!r}"), "utf-8")
     write_json(folder / "config.json", dict(sorted(config.items())))
-
-
-def _names(auto: Any, config_class: type[Any]) -> list[str]:
-    """Return the names of the classes that an Auto class makes of a configuration."""
-    found = auto._model_mapping.get(config_class, ())
-    return [each.__name__ for each in (found if isinstance(found, tuple) else (found,))]
 
 
 def _rule(model: Any, group: Group) -> tuple[tuple[str, ...], int, tuple[int, ...]]:
@@ -272,14 +264,13 @@ def _refuse_code(folder: Path, code: Any) -> None:
 
 
 def _refuse_pickle(folder: Path) -> None:
-    if any(folder.glob("*.safetensors")):
-        return
-    if any(path.suffix in (".bin", ".pt", ".pth", ".ckpt") for path in folder.iterdir()):
+    if not any(folder.glob("*.safetensors")):
+        pickles = any(path.suffix in (".bin", ".pt", ".pth", ".ckpt") for path in folder.iterdir())
         raise InputError(
-            f"{folder} holds its weights as pickles only, which can run code when they are read: "
-            "convert them to safetensors."
+            f"{folder} holds its weights as pickles, which can run code: convert to safetensors."
+            if pickles
+            else f"{folder} holds no weights, no .safetensors file: they are needed for this."
         )
-    raise InputError(f"{folder} holds no weights (*.safetensors), which are needed here.")
 
 
 @contextmanager
