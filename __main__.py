@@ -90,8 +90,7 @@ def merge(
     batch_size: Annotated[int, typer.Option(help="Examples per forward pass.")] = 32,
     task: Task = None,
     expanded: Annotated[
-        bool,
-        typer.Option("--expanded", help="Store every copy of a shared weight, for any loader."),
+        bool, typer.Option("--expanded", help="Store every copy, for plain loaders.")
     ] = False,
     trust_remote_code: Trust = False,
     as_json: Json = False,
@@ -107,9 +106,7 @@ def merge(
 
     span = parse_window(window) if window else None
     config = MergeConfig(k, span, stack, method, tokens, batch_size, task)
-    result = pipeline.merge(
-        model, out, config, data, validation, expanded=expanded, trust_remote_code=trust_remote_code
-    )
+    result = pipeline.merge(model, out, config, data, validation, expanded, trust_remote_code)
     _emit(as_json, result.to_json(), merge_table(result, out))
 
 

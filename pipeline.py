@@ -35,7 +35,6 @@ def merge(
     config: MergeConfig,
     data_source: str | None = None,
     validation_source: str | None = None,
-    *,
     expanded: bool = False,
     trust_remote_code: bool = False,
 ) -> Merge:
