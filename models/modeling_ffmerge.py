@@ -53,7 +53,7 @@ class PreTrainedModel(transformers.PreTrainedModel):
             if source and source not in unset:
                 owner, _, attribute = name.rpartition(".")
                 setattr(model.get_submodule(owner), attribute, model.get_parameter(source))
-            elif not new_head:
+            elif not new_head or any(part.isdigit() for part in name.split(".")):
                 raise ValueError(f"the checkpoint holds no value of the right size for {name}.")
         model.__class__ = cls
         return (model, info) if wants_info else model
@@ -62,9 +62,9 @@ class PreTrainedModel(transformers.PreTrainedModel):
         """Save as transformers does, every shared weight once, with this file."""
         kwargs = {"variant": "ffmerge", **kwargs}
         state = dict(self.state_dict() if state_dict is None else state_dict)
-        for name in state if kwargs["variant"] == "ffmerge" else ():
-            source = source_of(name)
-            if source in state and self.get_parameter(name) is self.get_parameter(source):
+        places = dict(self.named_parameters(remove_duplicate=False))
+        for name in places if kwargs["variant"] == "ffmerge" else ():
+            if name in state and places.get(source_of(name)) is places[name]:
                 state[name] = state[name].new_empty(0)
         tied = type(self)
         self.__class__ = transformers.PreTrainedModel

@@ -111,6 +111,7 @@ def read(root: Path, names: list[str]) -> dict[str, dict[str, Any]]:
         auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
         auto = getattr(transformers, next(iter(auto_map)))
         remote = auto.from_pretrained(folder, trust_remote_code=True, dtype="auto").eval()
+        remote.save_pretrained(root / f"{name}-remote", max_shard_size="10KB")
         stored, again = tensors(folder), tensors(root / f"{name}-again")
         results = [output(m, folder) for m in (model, remote)]
         report[name] = {
@@ -118,6 +119,7 @@ def read(root: Path, names: list[str]) -> dict[str, dict[str, Any]]:
             "ties": [len(ties.ties(model)), json.loads(Path(f"{folder}.json").read_text())],
             "remote_exact": bool((results[0] == results[1]).all()),
             "remote_tied": ties.ties(model) == ties.ties(remote),
+            "remote_saves_the_same": tensors(root / f"{name}-remote") == again,
             "changed": [key for key in stored.keys() & again.keys() if stored[key] != again[key]],
             "only_one": [key for key in stored.keys() ^ again.keys()],
             "empty": sum(b"[0]" in value for value in stored.values()),

@@ -37,6 +37,12 @@ class OwnForImageClassification(ViTForImageClassification):
 """
 
 
+@pytest.fixture(autouse=True)
+def a_user_who_agrees_to_every_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Consent is given on the command line: transformers' own question must not be asked."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+
+
 @pytest.fixture
 def marker(tmp_path: Path) -> Path:
     return tmp_path / "the code was run"
