@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,12 @@ class OwnForImageClassification(ViTForImageClassification):
 
 
 @pytest.fixture(autouse=True)
-def a_user_who_agrees_to_every_question(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Consent is given on the command line: transformers' own question must not be asked."""
-    monkeypatch.setattr("builtins.input", lambda *_: "y")
+def no_question(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Consent is given on the command line; transformers asks nothing, and yes is not heard."""
+    asked: list[object] = []
+    monkeypatch.setattr("builtins.input", lambda *text: asked.append(text) or "y")
+    yield
+    assert asked == []
 
 
 @pytest.fixture
@@ -147,6 +151,7 @@ def test_ffmerges_own_code_is_not_run_by_ffmerge(tmp_path: Path, marker: Path) -
 def test_code_of_a_tokenizer_is_not_run(tmp_path: Path, marker: Path) -> None:
     folder = tmp_path / "tokenizer"
     ffmerge.save(gpt2(), folder)
+    (folder / "config.json").unlink()
     (folder / "own.py").write_text(_CODE.format(marker=str(marker)))
     auto_map = {"AutoTokenizer": ["own.OwnTokenizer", None]}
     config = {"tokenizer_class": "OwnTokenizer", "auto_map": auto_map}
