@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test slow check lint types wheel clean
+.PHONY: install install-optimum demo test slow check lint types wheel clean
 
 install: .venv/installed
 
@@ -14,12 +14,22 @@ install: .venv/installed
 	$(BIN)/pip install -q -c constraints.txt -e . --group dev
 	touch $@
 
+# The second environment: optimum-onnx and transformers 4.57, for the tests that go through it.
+install-optimum: .venv-optimum/installed
+
+.venv-optimum/installed: pyproject.toml constraints-optimum.txt
+	$(PYTHON) -m venv .venv-optimum
+	.venv-optimum/bin/pip install -q --upgrade pip -c constraints.txt
+	.venv-optimum/bin/pip install -q torch==2.13.0
+	.venv-optimum/bin/pip install -q -c constraints-optimum.txt -e '.[optimum-onnx]' pytest hypothesis
+	touch $@
+
 demo: install
 	rm -rf build/demo
 	$(BIN)/ffmerge demo --out build/demo
 
-test: install
-	$(BIN)/python -m pytest -m "not slow"
+test: install install-optimum
+	FFMERGE_OPTIMUM=required $(BIN)/python -m pytest -m "not slow"
 
 slow: install
 	$(BIN)/python -m pytest -m slow
@@ -43,4 +53,4 @@ wheel: install
 	$(BIN)/check-wheel-contents dist/*.whl
 
 clean:
-	rm -rf .venv .built build dist *.egg-info
+	rm -rf .venv .venv-optimum .built build dist *.egg-info

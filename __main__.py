@@ -21,6 +21,9 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Model = Annotated[str, typer.Argument(help="A checkpoint folder or a hub id.")]
 Task = Annotated[str | None, typer.Option(help="Task by its optimum name; inferred if not given.")]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the code that comes with the checkpoint.")
+]
 Data = Annotated[
     str | None,
     typer.Option(
@@ -53,6 +56,7 @@ def inspect(
     model: Annotated[
         str, typer.Argument(help="A checkpoint, a folder with only config.json, or a hub id.")
     ],
+    trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Show the feed-forward stacks of a model and what tying k of them removes.
@@ -62,7 +66,7 @@ def inspect(
     from ffmerge.models.inspection import inspect
     from ffmerge.tables import inspection_table
 
-    found = inspect(model)
+    found = inspect(model, trust_remote_code)
     _emit(as_json, found.to_json(), inspection_table(found))
 
 
@@ -96,6 +100,10 @@ def merge(
     tokens: Annotated[int, typer.Option(help="Positions the statistics are taken from.")] = 10_000,
     batch_size: Annotated[int, typer.Option(help="Examples per forward pass.")] = 32,
     task: Task = None,
+    expanded: Annotated[
+        bool, typer.Option("--expanded", help="Store every copy, for plain loaders.")
+    ] = False,
+    trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Merge k feed-forward sublayers and save the checkpoint, every shared weight once.
@@ -109,7 +117,7 @@ def merge(
 
     windows, stacks = parse_windows(window or ()), tuple(stack or ())
     config = MergeConfig(k, windows, stacks, sync, method, tokens, batch_size, task)
-    result = pipeline.merge(model, out, config, data, validation)
+    result = pipeline.merge(model, out, config, data, validation, expanded, trust_remote_code)
     _emit(as_json, result.to_json(), merge_table(result, out))
 
 
@@ -130,6 +138,7 @@ def export(
         bool,
         typer.Option("--prepack", help="Also weights packed for this processor; says the costs."),
     ] = False,
+    trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Export a checkpoint, merged or not, as an ONNX package.
@@ -140,7 +149,8 @@ def export(
     from ffmerge.exporter.package import ExportConfig
     from ffmerge.tables import package_table
 
-    package = pipeline.export(model, out, ExportConfig(task, opset, dtype, ort, prepack, layout))
+    config = ExportConfig(task, opset, dtype, ort, prepack, layout)
+    package = pipeline.export(model, out, config, trust_remote_code)
     _emit(as_json, package.to_json(), package_table(package))
 
 
@@ -233,12 +243,12 @@ def _exit_unless(ok: bool) -> None:
         raise typer.Exit(1)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Run the command line: one line and exit code 2 for anything the user can mend."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
-        app(prog_name="ffmerge")
+        app(arguments, prog_name="ffmerge")
     except FfmergeError as error:
         print(f"ffmerge: {error}", file=sys.stderr)
         sys.exit(2)

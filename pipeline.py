@@ -35,26 +35,30 @@ def merge(
     config: MergeConfig,
     data_source: str | None = None,
     validation_source: str | None = None,
+    expanded: bool = False,
+    trust_remote_code: bool = False,
 ) -> Merge:
     """Merge the checkpoint ``source`` and save it as the new folder ``out``."""
     _refuse_existing(out)
     with _progress() as show:
-        folder = checkpoint.resolve(source)
-        model = checkpoint.load(folder)
+        folder = checkpoint.resolve(source, code=trust_remote_code)
+        model = checkpoint.load(folder, trust_remote_code)
         task = tasks.check(config.task) if config.task else tasks.infer(model)
         calibration = data.read(data_source, folder, task) if data_source else None
         held_out = data.read(validation_source, folder, task) if validation_source else None
         result = merging.merge_(model, calibration, config, held_out, show)
-        checkpoint.save(model, out, folder)
+        checkpoint.save(model, out, folder, expanded=expanded)
     return result
 
 
-def export(source: str, out: Path, config: ExportConfig) -> Package:
+def export(
+    source: str, out: Path, config: ExportConfig, trust_remote_code: bool = False
+) -> Package:
     """Export the checkpoint ``source`` as the new package ``out``."""
     _refuse_existing(out)
     with _progress() as show:
-        folder = checkpoint.resolve(source)
-        model = checkpoint.load(folder).float()
+        folder = checkpoint.resolve(source, code=trust_remote_code)
+        model = checkpoint.load(folder, trust_remote_code).float()
         show("tracing and writing", 0, 0)
         result = package.export(model, out, config, folder)
         show("measuring", 0, 0)

@@ -119,7 +119,7 @@ def _images(table: Any, column: str, folder: Path) -> Examples:
     from transformers import AutoImageProcessor
 
     try:
-        processor = AutoImageProcessor.from_pretrained(folder)
+        processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(
             f"{folder} has no preprocessor_config.json to read images with."
@@ -139,7 +139,7 @@ def _texts(table: Any, column: str, folder: Path, task: str) -> Examples:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(f"{folder} has no tokenizer to read text with.") from error
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token

@@ -78,16 +78,17 @@ class Inspection:
         }
 
 
-def inspect(model: str | Path | nn.Module) -> Inspection:
+def inspect(model: str | Path | nn.Module, trust_remote_code: bool = False) -> Inspection:
     """Return the feed-forward stacks of a model or checkpoint, and what tying removes.
 
-    A path or hub id is read on the meta device: only its ``config.json`` is needed.
+    A path or hub id is read on the meta device: only its ``config.json`` is needed. Code that
+    comes with it is run only with ``trust_remote_code``.
 
     Raises:
         InputError: the model cannot be read, or has nothing that looks like a feed-forward
             sublayer.
     """
-    network: Any = model if isinstance(model, nn.Module) else skeleton(model)
+    network: Any = model if isinstance(model, nn.Module) else skeleton(model, trust_remote_code)
     found, left = survey(network)
     if not found and not left:
         raise InputError(

@@ -1,6 +1,7 @@
 """A tie is one ``Parameter`` object that stands in several places of a model."""
 
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -66,34 +67,35 @@ def members_of(model: nn.Module, group: Group) -> tuple[FeedForward, ...]:
 
 def dropped_names(model: nn.Module, record: MergeRecord) -> set[str]:
     """Return the parameter names a merged checkpoint leaves out: all members but the anchor."""
-    return {
-        weight.name
-        for group in record.groups
-        for member in members_of(model, group)[1:]
-        for weight in member.weights
-    }
+    return {name for name, _ in _pairs(model, record)}
 
 
 def retie_(model: nn.Module, record: MergeRecord) -> None:
     """Give every member of every recorded group its anchor's Parameter objects."""
-    for group in record.groups:
-        anchor, *others = members_of(model, group)
-        for member in others:
-            for weight, source in zip(member.weights, anchor.weights, strict=True):
-                _place_(model, weight.name, model.get_parameter(source.name))
+    for name, source in _pairs(model, record):
+        _place_(model, name, model.get_parameter(source))
 
 
-def check(model: nn.Module, record: MergeRecord) -> None:
-    """Raise TieError unless every recorded group really shares its Parameter objects."""
-    for group in record.groups:
-        anchor, *others = members_of(model, group)
-        for member in others:
-            for weight, source in zip(member.weights, anchor.weights, strict=True):
-                if model.get_parameter(weight.name) is not model.get_parameter(source.name):
-                    raise TieError(
-                        f"{weight.name} no longer shares the weights of {source.name}, as the "
-                        "merge recorded: merge again, or load the checkpoint with ffmerge.load."
-                    )
+def check(
+    model: nn.Module, record: MergeRecord, same: Callable[[Any, Any], bool] = operator.is_
+) -> None:
+    """Raise TieError unless every recorded group shares its Parameter objects, or equal ones."""
+    for name, source in _pairs(model, record):
+        if not same(model.get_parameter(name), model.get_parameter(source)):
+            raise TieError(
+                f"{name} no longer shares the weights of {source}, as the merge recorded: merge "
+                "again, use ffmerge.load, or take ffmerge out of config.json to have them apart."
+            )
+
+
+def _pairs(model: nn.Module, record: MergeRecord) -> list[tuple[str, str]]:
+    """Return the name of every member's parameter with that of its anchor's."""
+    return [
+        (weight.name, source.name)
+        for anchor, *others in (members_of(model, group) for group in record.groups)
+        for member in others
+        for weight, source in zip(member.weights, anchor.weights, strict=True)
+    ]
 
 
 def _place_(model: nn.Module, name: str, parameter: Any) -> None:

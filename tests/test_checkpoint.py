@@ -6,9 +6,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, gpt2, vit
-from transformers import AutoModelForImageClassification, GPT2LMHeadModel, ViTForImageClassification
+from transformers import (
+    AutoModel,
+    AutoModelForImageClassification,
+    BertConfig,
+    BertLMHeadModel,
+    GPT2LMHeadModel,
+    ViTForImageClassification,
+)
 
 from ffmerge.errors import InputError, TieError
 from ffmerge.models import checkpoint, ties
@@ -133,3 +142,90 @@ def test_a_spoilt_checkpoint_is_refused(what: str, tmp_path: Path) -> None:
 def test_a_missing_folder_is_refused_without_asking_the_hub(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is not a folder"):
         checkpoint.load(tmp_path / "nowhere")
+
+
+def test_shards_hold_each_distinct_parameter_once_and_at_most_the_size_asked_for(
+    tmp_path: Path,
+) -> None:
+    model, inputs = _merged("vit")
+    checkpoint.save(model, tmp_path / "merged", max_shard_size="100KB")
+    files = sorted((tmp_path / "merged").glob("model.ffmerge-*.safetensors"))
+    assert len(files) > 2
+    index = json.loads((tmp_path / "merged" / "model.safetensors.index.ffmerge.json").read_text())
+    sizes = []
+    for file in files:
+        with safe_open(file, "np") as shard:
+            assert {name for name, at in index["weight_map"].items() if at == file.name} == {
+                *shard.keys()
+            }
+            sizes.append(sum(shard.get_tensor(key).nbytes for key in shard.keys()))
+    assert max(sizes) <= 100_000
+    assert sum(sizes) == sum(p.nbytes for p in {id(p): p for p in model.parameters()}.values())
+    again = checkpoint.load(tmp_path / "merged")
+    assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+    files[1].unlink()
+    with pytest.raises(InputError):
+        checkpoint.load(tmp_path / "merged")
+
+
+def test_expanded_holds_every_copy_and_is_tied_again(tmp_path: Path) -> None:
+    model, inputs = _merged("vit")
+    checkpoint.save(model, tmp_path / "expanded", expanded=True)
+    with safe_open(tmp_path / "expanded" / "model.safetensors", "np") as file:
+        stored = sum(file.get_tensor(key).nbytes for key in file.keys())
+    assert stored == sum(p.nbytes for p in vit().parameters())
+    assert sorted(p.name for p in (tmp_path / "expanded").iterdir()) == [
+        "config.json", "model.safetensors",
+    ]  # fmt: skip
+    again = checkpoint.load(tmp_path / "expanded")
+    assert [t.members for t in ties.ties(again)] == [t.members for t in ties.ties(model)]
+    assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+    checkpoint.save(again, tmp_path / "once")  # and back
+    assert len(ties.ties(checkpoint.load(tmp_path / "once"))) == 4
+
+
+def test_copies_that_differ_are_not_tied_again(tmp_path: Path) -> None:
+    model, _ = _merged("vit")
+    checkpoint.save(model, tmp_path / "expanded", expanded=True)
+    weights = load_file(tmp_path / "expanded" / "model.safetensors")
+    name = next(key for key in weights if "3.intermediate.dense.bias" in key)
+    weights[name][0] += 1e-6
+    save_file(weights, tmp_path / "expanded" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(TieError, match="no longer shares"):
+        checkpoint.load(tmp_path / "expanded")
+
+
+def test_the_generated_code_refuses_what_it_cannot_tie(tmp_path: Path) -> None:
+    model, _ = _merged("vit")
+    checkpoint.save(model, tmp_path / "merged")
+    load = AutoModelForImageClassification.from_pretrained
+    with pytest.raises(ValueError, match="classifier"):  # another head is another model ...
+        load(tmp_path / "merged", trust_remote_code=True, num_labels=3)
+    retrained = load(
+        tmp_path / "merged", trust_remote_code=True, num_labels=3, ignore_mismatched_sizes=True
+    )
+    assert len(ties.ties(retrained)) == 4  # ... unless that is said
+    code = tmp_path / "merged" / "modeling_ffmerge.py"
+    text = code.read_text()
+    for spoilt in ("(1, 2, 3)", "(0, 1, 2)"):
+        code.write_text(text.replace("(1, 2, 3, 4)", spoilt))
+        with pytest.raises(ValueError, match="holds no value"):
+            load(tmp_path / "merged", trust_remote_code=True)
+
+
+def test_a_class_that_no_auto_class_makes_is_found_through_auto_model(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+    model = BertLMHeadModel(BertConfig(**sizes, vocab_size=60, is_decoder=True)).eval()
+    model.__class__ = type("BertForNothing", (BertLMHeadModel,), {})
+    transformers.BertForNothing = model.__class__
+    try:
+        merge_(model, None, MergeConfig(window=(1, 2), method="average", task="text-generation"))
+        checkpoint.save(model, tmp_path / "merged")
+        auto_map = json.loads((tmp_path / "merged" / "config.json").read_text())["auto_map"]
+        assert auto_map == {"AutoModel": "modeling_ffmerge.BertForNothing"}
+        again = AutoModel.from_pretrained(tmp_path / "merged", trust_remote_code=True)
+        ids = torch.arange(9)[None]
+        assert torch.equal(again(ids).logits, model(ids).logits)
+    finally:
+        del transformers.BertForNothing

@@ -1,5 +1,8 @@
 """What is installed is ``ffmerge`` and nothing else, and every room is in it."""
 
+import os
+import subprocess
+import sys
 import tomllib
 import zipfile
 from pathlib import Path
@@ -20,9 +23,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     return zipfile.ZipFile(folder / name)
 
 
-def test_only_ffmerge_is_installed(wheel: zipfile.ZipFile) -> None:
-    tops = {name.split("/")[0] for name in wheel.namelist()}
-    assert {t for t in tops if not t.endswith(".dist-info")} == {"ffmerge"}
+# the one file outside ffmerge: optimum-cli looks for commands in this namespace
+PLUGIN = "optimum/commands/register/register_ffmerge.py"
+
+
+def test_only_ffmerge_and_the_command_for_optimum_are_installed(wheel: zipfile.ZipFile) -> None:
+    outside = [n for n in wheel.namelist() if n.split("/")[0] != "ffmerge"]
+    assert [n for n in outside if ".dist-info/" not in n] == [PLUGIN]
     assert not any(name.startswith("ffmerge/tests") for name in wheel.namelist())
 
 
@@ -30,13 +37,35 @@ def test_every_source_file_of_the_rooms_is_in_the_wheel(wheel: zipfile.ZipFile) 
     rooms = ("models", "passes", "exporter", "runtime_tests")
     sources = [p for room in rooms for p in (ROOT / room).rglob("*.py")] + list(ROOT.glob("*.py"))
     expected = {f"ffmerge/{p.relative_to(ROOT).as_posix()}" for p in sources}
-    assert {n for n in wheel.namelist() if n.endswith(".py")} == expected
+    moved = "ffmerge/exporter/optimum_plugin/register_ffmerge.py"
+    assert {n for n in wheel.namelist() if n.endswith(".py")} == expected - {moved} | {PLUGIN}
 
 
 def test_the_demo_model_and_the_template_are_in_the_wheel(wheel: zipfile.ZipFile) -> None:
     names = set(wheel.namelist())
     for name in ("models/digits_vit/model.safetensors", "runtime_tests/report.html.j2", "py.typed"):
         assert f"ffmerge/{name}" in names
+
+
+def test_optimum_cli_finds_the_command_of_an_installed_wheel(
+    wheel: zipfile.ZipFile, tmp_path: Path
+) -> None:
+    """The unpacked wheel stands first on the path, as it would be in site-packages."""
+    wheel.extractall(tmp_path / "site")
+    names = {p.name for p in (tmp_path / "site").iterdir() if p.suffix != ".dist-info"}
+    assert names == {"ffmerge", "optimum"}
+    # -S: without the editable installation that these tests run on
+    packages = [p for p in sys.path if p.endswith("site-packages")]
+    path = os.pathsep.join([str(tmp_path / "site"), *packages])
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", "import ffmerge; print(ffmerge.__file__)\n"
+         "from optimum.commands.optimum_cli import main; main()", "ffmerge",
+         "inspect", ROOT / "models" / "digits_vit"],
+        capture_output=True, text=True, cwd="/", env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(str(tmp_path / "site" / "ffmerge"))
+    assert "layers" in done.stdout
 
 
 def test_the_packages_list_names_every_room() -> None:
@@ -46,7 +75,7 @@ def test_the_packages_list_names_every_room() -> None:
         for room in ("models", "passes", "exporter", "runtime_tests")
         for p in (ROOT / room).rglob("__init__.py")
     }
-    assert set(listed) == found | {"ffmerge"}
+    assert set(listed) == found | {"ffmerge", "optimum.commands.register"}
 
 
 def test_the_reference_model_is_small_and_good() -> None:
