@@ -18,7 +18,7 @@ from ffmerge.exporter.merged import either
 from ffmerge.exporter.ort_format import write_ort
 from ffmerge.exporter.prepack import write_prepacked
 from ffmerge.exporter.torch_onnx import reference_outputs, to_onnx
-from ffmerge.files import staged
+from ffmerge.files import read_json, staged, write_json
 from ffmerge.models import checkpoint, tasks
 from ffmerge.models.manifest import REFERENCE, GraphRecord, Manifest, record_files, reference_key
 from ffmerge.models.probe import stored_elements
@@ -204,3 +204,9 @@ def _write_reference(path: Path, graphs: Iterable[tuple[Graph, GraphRecord]]) ->
 def _write_config(folder: Path, model: Any) -> None:
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
+    path = folder / "config.json"
+    config = read_json(path)
+    config.pop("auto_map", None)  # its code ties PyTorch weights, of which there are none
+    write_json(path, config)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
