@@ -289,7 +289,7 @@ def _to_int8(weight: ir.Value, how: Readers, config: QuantizeConfig, model: ir.M
     """Store a straightened weight as int8, let lookups scale what they find; return the scales."""
     over = None if not config.per_channel else 0 if how.products else 1
     assert weight.const_value is not None
-    codes, scales = _int8(values_of(weight.const_value), over)
+    codes, scales = _int8(values_of(weight.const_value), over, summed=bool(how.products))
     _replace(weight, ir.Tensor(codes))
     (scale,) = _store_parts(model, weight, [ir.Tensor(scales if over == 1 else scales.squeeze())])
     for node in how.lookups:
@@ -301,9 +301,19 @@ def _to_int8(weight: ir.Value, how: Readers, config: QuantizeConfig, model: ir.M
     return scale
 
 
-def _int8(values: Array, over: int | tuple[int, ...] | None) -> tuple[Array, Array]:
-    """Return int8 codes around zero, and their scales, of size 1 along the axes ``over``."""
-    scale = np.abs(values).max(axis=over, keepdims=True) / np.float32(127)
+def _int8(
+    values: Array, over: int | tuple[int, ...] | None, summed: bool = False
+) -> tuple[Array, Array]:
+    """Return int8 codes around zero, and their scales, of size 1 along the axes ``over``.
+
+    If the rows are ``summed`` over, two neighbours' codes sum to 128 at most: x86 without VNNI
+    adds 255 x both in 16 bits and saturates (ALBERT-base: 17 % of error instead of 7 %).
+    """
+    largest = np.abs(values).max(axis=over, keepdims=True)
+    if summed and len(values) > 1:
+        pairs = values[:-1:2] + values[1::2]
+        largest = np.maximum(largest, np.abs(pairs).max(axis=over, keepdims=True))
+    scale = largest / np.float32(127)
     scale[scale == 0] = 1
     return np.rint(values / scale).astype(np.int8), scale
 
