@@ -1,6 +1,5 @@
 """The tensors a model stores, read one at a time, and which of them are the same bytes."""
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ import onnx_ir as ir
 
 Array = npt.NDArray[Any]
 
-BLOCK = 1 << 22  # bytes hashed, compared, turned or written at a time
+BLOCK = 1 << 22  # bytes compared, turned or written at a time
 TILE = 64  # columns turned at a time: numpy's own transposing copy misses the cache, 4 x slower
 SAMPLES = 16  # elements that must be equal before tensors are read to the end
 _SAMPLE = "ffmerge.sample"
@@ -120,9 +119,8 @@ def find_copies(tensors: Sequence[ir.TensorProtocol]) -> list[Copies]:
 
     Transposed pairs are 2-D with more than one row and column. Candidates are found by dtype,
     shape and a sample of elements (which a transpose leaves in place), then compared byte by
-    byte with the first of them; those that differ from it are told apart by SHA-256 first.
-    Tensors without elements are ignored. One tensor is read at a time, two while they are
-    compared, and nothing to the end that has no candidate.
+    byte with the first of each set, up to where they differ. Tensors without elements are
+    ignored. Two tensors are read at a time, and nothing to the end that has no candidate.
     """
     buckets: dict[Any, list[int]] = {}
     for index, tensor in enumerate(tensors):
@@ -131,23 +129,19 @@ def find_copies(tensors: Sequence[ir.TensorProtocol]) -> list[Copies]:
             form = tuple(sorted(shape)) if _turnable(shape) else shape
             key = (tensor.dtype, form, _sample(tensor))
             buckets.setdefault(key, []).append(index)
-    found = [
-        copies
-        for bucket in buckets.values()
-        if len(bucket) > 1
-        for copies in _compare(tensors, bucket)
-    ]
+    found = []
+    for bucket in buckets.values():
+        groups: list[Copies] = []
+        for index in bucket:
+            for copies in groups:
+                turned = _relation(tensors[copies.first], tensors[index])
+                if turned is not None:
+                    (copies.transposed if turned else copies.identical).append(index)
+                    break
+            else:
+                groups.append(Copies(index))
+        found += [copies for copies in groups if copies.identical or copies.transposed]
     return sorted(found, key=lambda copies: copies.first)
-
-
-def _compare(tensors: Sequence[ir.TensorProtocol], bucket: Sequence[int]) -> list[Copies]:
-    copies = Copies(bucket[0])
-    others: list[int] = []
-    for index in bucket[1:]:
-        kind = _relation(tensors[copies.first], tensors[index])
-        (others if kind is None else copies.transposed if kind else copies.identical).append(index)
-    found = [copies, *_compare_by_hash(tensors, others)]
-    return [copies for copies in found if copies.identical or copies.transposed]
 
 
 def _relation(one: ir.TensorProtocol, other: ir.TensorProtocol) -> bool | None:
@@ -157,28 +151,6 @@ def _relation(one: ir.TensorProtocol, other: ir.TensorProtocol) -> bool | None:
         return False
     turned = _turnable(shape_of(one)) and first.T.shape == second.shape
     return True if turned and _equal(first.T, second) else None
-
-
-def _compare_by_hash(tensors: Sequence[ir.TensorProtocol], bucket: Sequence[int]) -> list[Copies]:
-    """As many candidates differ: each is read once or twice, however many there are."""
-    if len(bucket) < 2:
-        return []
-    seen: dict[tuple[tuple[int, ...], str], Copies] = {}
-    found = []
-    for index in bucket:
-        array, shape = _comparable(tensors[index]), shape_of(tensors[index])
-        key = (shape, _digest(array))
-        if key not in seen:
-            seen[key] = Copies(index)
-            found.append(seen[key])
-            if _turnable(shape):
-                seen.setdefault((shape[::-1], _digest(array.T)), seen[key])
-            continue
-        copies = seen[key]
-        kind = _relation(tensors[copies.first], tensors[index])
-        if kind is not None:
-            (copies.transposed if kind else copies.identical).append(index)
-    return found
 
 
 def _turnable(shape: tuple[int, ...]) -> bool:
@@ -240,13 +212,6 @@ def _contiguous(array: Array) -> Array:
     for start in range(0, array.shape[1], TILE):
         out[:, start : start + TILE] = array[:, start : start + TILE]
     return out
-
-
-def _digest(array: Array) -> str:
-    digest = hashlib.sha256()
-    for block in blocks(array):
-        digest.update(block.data)
-    return digest.hexdigest()
 
 
 def _equal(one: Array, other: Array) -> bool:

@@ -1,13 +1,11 @@
 """Writing graphs whose weights lie in one data file, equal bytes once."""
 
-import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import onnx_ir as ir
@@ -135,65 +133,45 @@ def _embedded(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
     )
 
 
-@dataclass
-class _Entry:
-    """A place in the data file, and the SHA-256 of its bytes once that was asked for."""
-
-    offset: int
-    nbytes: int
-    digest: bytes = b""
-
-
 class _Store:
     """A data file in which no bytes are twice.
 
-    Tensors of one length are told apart by a sample of their bytes, then by SHA-256, then byte
-    by byte; nothing is hashed that has no candidate.
+    Tensors are candidates by their length and a sample of their bytes, then compared byte by
+    byte; nothing is read back that has no candidate.
     """
 
     def __init__(self, file: BinaryIO, name: str) -> None:
         self.file, self.name = file, name
         self.end = 0
-        self.entries: dict[bytes, list[_Entry]] = {}
+        self.offsets: dict[bytes, list[int]] = {}
 
     def place(self, tensor: ir.TensorProtocol) -> ir.TensorProtocol:
         """Return the tensor as a place in the file, where its bytes now are."""
         if tensor.nbytes < EMBEDDED_TENSOR or tensor.dtype == ir.DataType.STRING:
             return _embedded(tensor)
         array = _stored_values(tensor)
-        candidates = self.entries.setdefault(_sample(array), [])
-        entry = self._find(array, candidates) if candidates else None
-        if entry is None:
-            entry = self._append(array)
-            candidates.append(entry)
+        candidates = self.offsets.setdefault(_sample(array), [])
+        offset = next((place for place in candidates if self._holds(place, array)), None)
+        if offset is None:
+            offset = self._append(array)
+            candidates.append(offset)
         return ir.ExternalTensor(
-            self.name, entry.offset, entry.nbytes, tensor.dtype,
+            self.name, offset, array.nbytes, tensor.dtype,
             shape=ir.Shape(shape_of(tensor)), name=tensor.name or "",
         )  # fmt: skip
 
-    def _find(self, array: Array, candidates: list[_Entry]) -> _Entry | None:
-        digest = _digest(blocks(array))
-        for entry in candidates:
-            entry.digest = entry.digest or _digest(self._read(entry))
-            if entry.digest == digest:
-                self.file.seek(entry.offset)
-                if all(self.file.read(len(block)) == block.data for block in blocks(array)):
-                    return entry
-        return None
+    def _holds(self, offset: int, array: Array) -> bool:
+        self.file.seek(offset)
+        return all(self.file.read(len(block)) == block.data for block in blocks(array))
 
-    def _read(self, entry: _Entry) -> Iterator[bytes]:
-        self.file.seek(entry.offset)
-        for start in range(0, entry.nbytes, BLOCK):
-            yield self.file.read(min(BLOCK, entry.nbytes - start))
-
-    def _append(self, array: Array) -> _Entry:
+    def _append(self, array: Array) -> int:
         step = PAGE if array.nbytes > LARGE else ALIGNMENT
-        entry = _Entry(-(-self.end // step) * step, array.nbytes)
-        self.file.seek(entry.offset)
+        offset = -(-self.end // step) * step
+        self.file.seek(offset)
         for block in blocks(array):
             self.file.write(block.data)
-        self.end = entry.offset + entry.nbytes
-        return entry
+        self.end = offset + array.nbytes
+        return offset
 
 
 def _stored_values(tensor: ir.TensorProtocol) -> Array:
@@ -211,10 +189,3 @@ def _sample(array: Array) -> bytes:
     words = np.linspace(0, array.nbytes // _WORD - 1, SAMPLES).astype(np.intp)
     where = np.unravel_index((words[:, None] * step + np.arange(step)).reshape(-1), array.shape)
     return array.nbytes.to_bytes(8, "little") + array[where].tobytes()
-
-
-def _digest(parts: Iterator[Any]) -> bytes:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.digest()
