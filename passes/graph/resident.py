@@ -9,6 +9,7 @@ its own when it loads the model, and keeps the original for a Gather. It packs n
 import onnx_ir as ir
 
 from ffmerge.models.manifest import Skip
+from ffmerge.passes.graph.gemm import insert
 from ffmerge.passes.graph.tensors import is_op, shape_of
 
 FLOOR = 1_000_000  # bytes of a weight; smaller ones are not worth two transposes of activations
@@ -102,22 +103,13 @@ def _obstacle(node: ir.Node) -> str | None:
 
 def _to_left(node: ir.Node, weight: ir.Value) -> None:
     """Write ``Gemm(x, W, transB=1)`` as ``Transpose(MatMul(W, Transpose(x)))``; same output."""
-    x, out, graph = node.inputs[0], node.outputs[0], node.graph
-    assert isinstance(graph, ir.Graph) and weight.const_value is not None
-    rows, width = shape_of(weight.const_value)
-    turn = ir.AttrInt64s("perm", [1, 0])
-
-    def before(op: str, inputs: list[ir.Value | None], size: int) -> ir.Value:
-        name = f"{out.name}/{op}"
-        shape = ir.Shape([size, None])
-        value = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=shape)
-        attributes = [turn] if op == "Transpose" else []
-        graph.insert_before(node, ir.Node("", op, inputs, attributes, outputs=[value], name=name))
-        return value
-
-    product = before("MatMul", [weight, before("Transpose", [x], width)], rows)
+    x = node.inputs[0]
+    assert x is not None and weight.const_value is not None
+    (rows, width), dtype = shape_of(weight.const_value), weight.const_value.dtype
+    turned = insert(node, "Transpose", [x], dtype, [width, None], perm=[1, 0])
+    product = insert(node, "MatMul", [weight, turned], dtype, [rows, None])
     node.op_type = "Transpose"
     node.attributes.clear()
-    node.attributes.add(turn)
+    node.attributes.add(ir.AttrInt64s("perm", [1, 0]))
     node.resize_inputs(1)
     node.replace_input_with(0, product)

@@ -54,17 +54,19 @@ def graphs(model: ir.Model) -> Iterator[ir.Graph]:
 
 def stored(model: ir.Model) -> list[Stored]:
     """Return all initializers and all tensors of Constant nodes, in graph order."""
-    found = []
-    for graph in graphs(model):
-        for value in graph.initializers.values():
-            if value.const_value is not None:
-                found.append(Stored(value, value.const_value))
-        for node in graph:
-            if is_op(node, "Constant") and "value" in node.attributes:
-                attribute = node.attributes["value"]
-                if not attribute.is_ref():
-                    found.append(Stored(node.outputs[0], attribute.as_tensor()))
-    return found
+    return [item for graph in graphs(model) for item in stored_in(graph)]
+
+
+def stored_in(graph: ir.Graph) -> Iterator[Stored]:
+    """Yield the initializers and the tensors of Constant nodes of one graph."""
+    for value in graph.initializers.values():
+        if value.const_value is not None:
+            yield Stored(value, value.const_value)
+    for node in graph:
+        if is_op(node, "Constant") and "value" in node.attributes:
+            attribute = node.attributes["value"]
+            if not attribute.is_ref():
+                yield Stored(node.outputs[0], attribute.as_tensor())
 
 
 def bytes_stored(model: ir.Model) -> int:

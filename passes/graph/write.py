@@ -13,14 +13,12 @@ import onnx_ir as ir
 from ffmerge.errors import InputError
 from ffmerge.passes.graph.read import MappedTensor
 from ffmerge.passes.graph.tensors import (
-    BLOCK,
     SAMPLES,
     Array,
     blocks,
     bytes_stored,
-    graphs,
-    is_op,
     shape_of,
+    stored,
     values_of,
 )
 
@@ -94,31 +92,27 @@ def _write(
     place: Callable[[ir.TensorProtocol], ir.TensorProtocol] | None = None,
 ) -> None:
     """Serialize a graph with its tensors placed, and put the model back as it was."""
-    before: list[tuple[ir.Value | ir.Node, ir.TensorProtocol]] = []
+    items = stored(model)
     try:
-        for graph in graphs(model):
-            for value in graph.initializers.values():
-                if value.const_value is not None:
-                    before.append((value, value.const_value))
-                    value.const_value = (place or _embedded)(value.const_value)
-                    value.const_value.name = value.name or ""
-            for node in graph:
-                if is_op(node, "Constant") and "value" in node.attributes:
-                    attribute = node.attributes["value"]
-                    if not attribute.is_ref():
-                        before.append((node, attribute.as_tensor()))
-                        _set(node, _embedded(attribute.as_tensor()))
+        for item in items:
+            if item.value.is_initializer():
+                tensor = (place or _embedded)(item.tensor)
+                tensor.name = item.name
+                _set(item.value, tensor)
+            else:
+                _set(item.value, _embedded(item.tensor))
         ir.save(model, path, "protobuf")
     finally:
-        for holder, tensor in before:
-            _set(holder, tensor)
+        for item in items:
+            _set(item.value, item.tensor)
 
 
-def _set(holder: ir.Value | ir.Node, tensor: ir.TensorProtocol) -> None:
-    if isinstance(holder, ir.Value):
-        holder.const_value = tensor
+def _set(value: ir.Value, tensor: ir.TensorProtocol) -> None:
+    node = value.producer()
+    if node is None:
+        value.const_value = tensor
     else:
-        holder.attributes.add(ir.AttrTensor("value", tensor))
+        node.attributes.add(ir.AttrTensor("value", tensor))
 
 
 def _embedded(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
