@@ -14,8 +14,10 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -62,17 +64,35 @@ def measure_footprint(
     Raises:
         RuntimeCheckError: the process failed; the message is its last line.
     """
-    command = f"-P -m ffmerge.runtime_tests.footprint --provider {provider} --threads {threads}"
+    options = ["--provider", provider, "--threads", str(threads), "--model", model]
+    doing = f"measuring {folder / model}"
+    return Footprint(**in_fresh_process(__spec__.name, [str(folder), *options], doing))
+
+
+def in_fresh_process(module: str, arguments: Sequence[str], doing: str) -> Any:
+    """Return the JSON that ``python -m module`` prints.
+
+    Raises:
+        RuntimeCheckError: it failed; the message names what it was ``doing``, and its last line.
+    """
     child = subprocess.run(
-        [sys.executable, *command.split(), str(folder), "--model", model],
+        [sys.executable, "-P", "-m", module, *arguments],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         capture_output=True,
         text=True,
     )
     if child.returncode:
         lines = child.stderr.strip().splitlines() or [f"exit status {child.returncode}"]
-        raise RuntimeCheckError(f"measuring {folder / model} failed: {lines[-1]}")
-    return Footprint(**json.loads(child.stdout))
+        raise RuntimeCheckError(f"{doing} failed: {lines[-1]}")
+    return json.loads(child.stdout)
+
+
+def answer(work: Callable[..., Any], **arguments: Any) -> None:
+    """Print what ``work`` returns as JSON, or exit with its error as one line."""
+    try:
+        print(json.dumps(work(**arguments), default=asdict))
+    except FfmergeError as error:
+        sys.exit(" ".join(str(error).split()))
 
 
 def _measure_here(folder: Path, model: str, provider: str, threads: int) -> Footprint:
@@ -133,18 +153,11 @@ def resident(trim: bool = True) -> tuple[int, int] | None:
 def main() -> None:
     """Print the footprint of the package named on the command line, as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("package", type=Path)
+    parser.add_argument("folder", type=Path, metavar="PACKAGE")
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--provider", choices=PROVIDERS, default="cpu")
     parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    try:
-        footprint = _measure_here(
-            arguments.package, arguments.model, arguments.provider, arguments.threads
-        )
-    except FfmergeError as error:
-        sys.exit(str(error))
-    print(json.dumps(asdict(footprint)))
+    answer(_measure_here, **vars(parser.parse_args()))
 
 
 if __name__ == "__main__":

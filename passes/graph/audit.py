@@ -147,11 +147,8 @@ def audit(path: str | Path, look: Callable[[Path], Loaded] | None = None) -> Aud
             if look:
                 loaded = look(file)
                 copied = [replace(each, name=prefix + each.name) for each in loaded.unshared]
-                memory[file.relative_to(folder).as_posix()] = {
-                    "rss_bytes": loaded.rss_bytes,
-                    "anonymous_bytes": loaded.anonymous_bytes,
-                    "freed_bytes": loaded.freed_bytes,
-                }
+                grown = {key: n for key, n in vars(loaded).items() if key != "unshared"}
+                memory[file.relative_to(folder).as_posix()] = grown
         except RuntimeCheckError as error:
             reasons.append(str(error))
         unshared += copied
