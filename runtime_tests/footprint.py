@@ -116,11 +116,12 @@ def _measure_here(folder: Path, model: str, provider: str, threads: int) -> Foot
         run_session(session, manifest.outputs, feeds)
         times.append(1e3 * (time.perf_counter() - start))
     first_ms, *warm = times
-    growth = [b - a for a, b in zip(before, after, strict=True)] if before and after else None
+    rss, anonymous = growth(before, after)
+    silent = "this system has no readable /proc/self/smaps_rollup" if rss is None else None
     return Footprint(
-        rss_bytes=growth[0] if growth else None,
-        anonymous_bytes=growth[1] if growth else None,
-        memory_reason=None if growth else "this system has no readable /proc/self/smaps_rollup",
+        rss_bytes=rss,
+        anonymous_bytes=anonymous,
+        memory_reason=silent,
         load_s=load_s,
         first_ms=first_ms,
         median_ms=statistics.median(warm),
@@ -148,6 +149,13 @@ def resident(trim: bool = True) -> tuple[int, int] | None:
         return None
     sizes = {field[0]: 1024 * int(field[1]) for field in fields if field[-1] == "kB"}
     return sizes["Rss:"], sizes["Anonymous:"]
+
+
+def growth(
+    before: tuple[int, int] | None, after: tuple[int, int] | None
+) -> tuple[int, int] | tuple[None, None]:
+    """Return what two readings of :func:`resident` differ by, None where there is none."""
+    return (after[0] - before[0], after[1] - before[1]) if before and after else (None, None)
 
 
 def main() -> None:

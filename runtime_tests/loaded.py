@@ -18,7 +18,7 @@ from ffmerge.passes.graph.audit import NOTABLE, Loaded, Unshared
 from ffmerge.passes.graph.read import read_model
 from ffmerge.passes.graph.resident import FLOOR
 from ffmerge.passes.graph.tensors import Stored, find_copies, graphs, is_op, stored
-from ffmerge.runtime_tests.footprint import TRIVIAL, answer, in_fresh_process, resident
+from ffmerge.runtime_tests.footprint import TRIVIAL, answer, growth, in_fresh_process, resident
 from ffmerge.runtime_tests.session import open_session
 
 NAME = "loaded.onnx"
@@ -131,12 +131,12 @@ def _load_here(model: Path, folder: Path) -> dict[str, int | None]:
         )
     except Exception as error:  # ONNX Runtime's errors have no common class of their own
         raise RuntimeCheckError(f"ONNX Runtime does not save the model: {error}") from error
-    if before is None or untrimmed is None or after is None:
-        return {"rss_bytes": None, "anonymous_bytes": None, "freed_bytes": None}
+    rss, anonymous = growth(before, after)
+    freed, _ = growth(after, untrimmed)
     return {
-        "rss_bytes": after[0] - before[0],
-        "anonymous_bytes": after[1] - before[1],
-        "freed_bytes": max(0, untrimmed[0] - after[0]),
+        "rss_bytes": rss,
+        "anonymous_bytes": anonymous,
+        "freed_bytes": None if freed is None else max(0, freed),
     }
 
 

@@ -55,10 +55,7 @@ def read_transposed(node: ir.Node, index: int, weight: ir.Value, main: ir.Graph)
     columns, width = shape_of(weight.const_value)
     rank, dtype = x.shape.rank(), weight.const_value.dtype
     if rank == 2:
-        node.op_type = "Gemm"
-        node.attributes.add(ir.AttrInt64("transB", 1))
-        node.replace_input_with(1, weight)
-        return
+        return become(node, "Gemm", [x, weight], transB=1)
 
     flat = insert(node, "Reshape", [x, _numbers(main, [-1, width])], dtype, [None, width])
     product = insert(node, "Gemm", [flat, weight], dtype, [None, columns], transB=1)
@@ -66,9 +63,18 @@ def read_transposed(node: ir.Node, index: int, weight: ir.Value, main: ir.Graph)
     first = _numbers(main, range(rank - 1))
     leading = insert(node, "Gather", [sizes, first], INDEX, [rank - 1])
     full = insert(node, "Concat", [leading, _numbers(main, [columns])], INDEX, [rank], axis=0)
-    node.op_type = "Reshape"
-    node.replace_input_with(0, product)
-    node.replace_input_with(1, full)
+    become(node, "Reshape", [product, full])
+
+
+def become(node: ir.Node, op: str, inputs: Sequence[ir.Value], **attributes: Any) -> None:
+    """Make a node another operator, whose result is still the same value."""
+    node.op_type = op
+    node.attributes.clear()
+    for attribute in ir.convenience.convert_attributes(attributes):
+        node.attributes.add(attribute)
+    node.resize_inputs(len(inputs))
+    for index, value in enumerate(inputs):
+        node.replace_input_with(index, value)
 
 
 def insert(

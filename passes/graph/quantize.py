@@ -11,7 +11,6 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
@@ -129,14 +128,11 @@ def _ranges(
     if not values:
         return {}
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
+        path, own = Path(folder) / "model.onnx", len(model.graph.outputs)
+        model.graph.outputs.extend(v for v in values if not v.is_graph_output())
         ir.save(model, path, external_data="data")
-        proto = onnx.load(path, load_external_data=False)
-        own = {output.name for output in proto.graph.output}
-        proto.graph.output.extend(
-            onnx.ValueInfoProto(name=value.name) for value in values if value.name not in own
-        )
-        onnx.save(proto, path)
+        while len(model.graph.outputs) > own:
+            model.graph.outputs.pop()
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     found = {value: (0.0, 0.0) for value in values}
     for batch in batches:

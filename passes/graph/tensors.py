@@ -1,5 +1,6 @@
 """The tensors a model stores, read one at a time, and which of them are the same bytes."""
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -85,17 +86,7 @@ def values_of(tensor: ir.TensorProtocol) -> Array:
     An ``ir.ExternalTensor`` keeps its mapping and a file descriptor for as long as it lives:
     models have more tensors than a process may have open files.
     """
-    if type(tensor) is ir.ExternalTensor:
-        tensor = ir.ExternalTensor(
-            tensor.location,
-            tensor.offset,
-            tensor.length,
-            tensor.dtype,
-            shape=tensor.shape,
-            name=tensor.name,
-            base_dir=tensor.base_dir,
-        )
-    return tensor.numpy()
+    return copy.copy(tensor).numpy() if type(tensor) is ir.ExternalTensor else tensor.numpy()
 
 
 def rewritten(

@@ -17,6 +17,7 @@ from ffmerge.passes.graph.tensors import (
     Array,
     blocks,
     bytes_stored,
+    rewritten,
     shape_of,
     stored,
     values_of,
@@ -119,12 +120,7 @@ def _embedded(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
     """Return a tensor that is written into the graph: external data would keep its old place."""
     if not isinstance(tensor, ir.ExternalTensor):
         return tensor
-    return ir.LazyTensor(
-        lambda: ir.Tensor(values_of(tensor), dtype=tensor.dtype),
-        dtype=tensor.dtype,
-        shape=tensor.shape,
-        name=tensor.name,
-    )
+    return rewritten(tensor, lambda values: values, tensor.dtype, shape_of(tensor))
 
 
 class _Store:
