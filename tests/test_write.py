@@ -76,6 +76,25 @@ def test_a_collision_of_samples_is_not_an_equality(tmp_path, monkeypatch):
     assert (tmp_path / "d").read_bytes() == W.tobytes() + late.tobytes()
 
 
+@pytest.mark.parametrize("broken", [None, OSError(18, "Invalid cross-device link"), 0])
+def test_unchanged_tensors_are_copied_by_the_kernel_or_written(tmp_path, monkeypatch, broken):
+    write_models({tmp_path / "m.onnx": build(TWO, A=W, B=W.T.copy())}, tmp_path / "d")
+    kernel, calls = os.copy_file_range, []
+
+    def copy(*arguments):
+        calls.append(arguments)
+        if isinstance(broken, OSError):
+            raise broken
+        return (
+            kernel(*arguments[:2], min(arguments[2], 5000), *arguments[3:]) if broken is None else 0
+        )
+
+    monkeypatch.setattr(os, "copy_file_range", copy)
+    write_models({tmp_path / "n.onnx": read_model(tmp_path / "m.onnx")}, tmp_path / "e")
+    assert (tmp_path / "e").read_bytes() == W.tobytes() + W.T.tobytes()
+    assert len(calls) == (2 if broken is not None else 6)  # 12,288 bytes, at most 5,000 at a time
+
+
 @pytest.mark.parametrize("dtype", ["INT4", "UINT4", "FLOAT8E4M3FN", "BFLOAT16", "BOOL", "FLOAT16"])
 def test_every_width_keeps_its_bytes(tmp_path, dtype):
     kind = getattr(onnx.TensorProto, dtype)

@@ -63,6 +63,22 @@ class MappedTensor(ir.ExternalTensor):
         )
         return np.frombuffer(mapped, np.uint8, self.nbytes, inside)
 
+    def copy_to(self, descriptor: int, place: int) -> bool:
+        """Let the kernel copy the stored bytes into another file; False where it cannot."""
+        done = 0
+        try:
+            while done < self.nbytes:
+                start, left = (self.offset or 0) + done, self.nbytes - done
+                copied = os.copy_file_range(
+                    self._file.descriptor, descriptor, left, start, place + done
+                )
+                if not copied:
+                    return False
+                done += copied
+        except (AttributeError, OSError):  # not on this system, or between these file systems
+            return False
+        return True
+
     def numpy(self) -> Array:
         """Return the values."""
         raw, shape = self.bytes_mapped(), shape_of(self)

@@ -143,7 +143,7 @@ class _Store:
         candidates = self.offsets.setdefault(_sample(array), [])
         offset = next((place for place in candidates if self._holds(place, array)), None)
         if offset is None:
-            offset = self._append(array)
+            offset = self._append(array, tensor)
             candidates.append(offset)
         return ir.ExternalTensor(
             self.name, offset, array.nbytes, tensor.dtype,
@@ -154,15 +154,18 @@ class _Store:
         self.file.seek(offset)
         return all(self.file.read(len(block)) == block.data for block in blocks(array))
 
-    def _append(self, array: Array) -> int:
+    def _append(self, array: Array, tensor: ir.TensorProtocol) -> int:
         step = PAGE if array.nbytes > LARGE else ALIGNMENT
         offset = -(-self.end // step) * step
+        self.end = offset + array.nbytes
+        mapped = isinstance(tensor, MappedTensor)
+        if mapped and tensor.copy_to(self.file.fileno(), offset):  # twice as fast as writing
+            return offset
         self.file.seek(offset)
         for block in blocks(array):
             left = block.data
             while left:
                 left = left[self.file.write(left) :]
-        self.end = offset + array.nbytes
         return offset
 
 
