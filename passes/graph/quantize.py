@@ -253,18 +253,12 @@ def _matrices(
 
 
 def _is_weight(value: ir.Value) -> bool:
-    for node, index in value.uses():
-        if is_op(node, "MatMul", "Gemm", "Conv", "Gather") and index < 2 - (
-            node.op_type == "Gather"
-        ):
-            return True
-        if (
-            is_op(node, "Add")
-            and value.const_value is not None
-            and len(value.const_value.shape) > 1
-        ):
-            return True
-    return False
+    places = {"MatMul": (0, 1), "Gemm": (0, 1), "Conv": (0, 1), "Gather": (0,)}
+    if value.const_value is not None and len(value.const_value.shape) > 1:
+        places["Add"] = (0, 1)
+    return any(
+        is_op(node, *places) and index in places[node.op_type] for node, index in value.uses()
+    )
 
 
 def _stays_float(value: ir.Value, tensor: ir.TensorProtocol, main: ir.Graph) -> str | None:
