@@ -66,7 +66,7 @@ def read_transposed(node: ir.Node, index: int, weight: ir.Value, main: ir.Graph)
     become(node, "Reshape", [product, full])
 
 
-def become(node: ir.Node, op: str, inputs: Sequence[ir.Value], **attributes: Any) -> None:
+def become(node: ir.Node, op: str, inputs: Sequence[ir.Value | None], **attributes: Any) -> None:
     """Make a node another operator, whose result is still the same value."""
     node.op_type = op
     node.attributes.clear()

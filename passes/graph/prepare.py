@@ -1,6 +1,7 @@
 """Before sharing: tensors where the passes reach them, and the ranks the passes ask for."""
 
 from collections.abc import Callable
+from functools import partial
 
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, ShapeInferencePass
@@ -19,7 +20,7 @@ class ReachPass(ir.passes.InPlacePass):
         """Inline and insert; say whether there was anything to do."""
         modified = False
         while holders := _holders(model):  # inlined, their callers hold the tensors
-            InlinePass(lambda function, inner=holders: function.identifier() in inner)(model)
+            InlinePass(partial(_is_one_of, holders))(model)
             modified = True
         for graph in graphs(model):
             for index, value in enumerate(graph.outputs):
@@ -32,6 +33,10 @@ class ReachPass(ir.passes.InPlacePass):
                     graph.outputs[index] = out
                     modified = True
         return ir.passes.PassResult(model, modified)
+
+
+def _is_one_of(identifiers: set[ir.OperatorIdentifier], function: ir.Function) -> bool:
+    return function.identifier() in identifiers
 
 
 def _holders(model: ir.Model) -> set[ir.OperatorIdentifier]:

@@ -22,9 +22,8 @@ from ffmerge.passes.graph.tensors import Array, is_op, shape_of, stored, values_
 
 FLOOR = 1024  # elements below which scales and nodes cost about what a weight saves
 MICROSOFT = "com.microsoft"
-ACCURACY = (
-    4  # MatMulNBits multiplies in int8: several times faster, adding 0.5 % of error to int4's 10
-)
+# MatMulNBits multiplies in int8: several times faster, adding 0.5 % of error to int4's 10
+ACCURACY = 4
 _FLOAT = ir.DataType.FLOAT
 
 

@@ -44,7 +44,7 @@ class SharePass(ir.passes.InPlacePass):
             free = [[v for v in side if not _fixed(v, model.graph)] for side in (same, turned)]
             kept = [self._merge(values) for values in free if values]
             if len(kept) == 2:
-                self._merge_transposed(*kept, model)
+                self._merge_transposed(kept[0], kept[1], model)
         modified = self._rename(model.graph) or len(model.graph.initializers) < before
         return ir.passes.PassResult(model, modified)
 
