@@ -1,7 +1,6 @@
 """Before sharing: tensors where the passes reach them, and the ranks the passes ask for."""
 
 from collections.abc import Callable
-from functools import partial
 
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, ShapeInferencePass
@@ -20,7 +19,7 @@ class ReachPass(ir.passes.InPlacePass):
         """Inline and insert; say whether there was anything to do."""
         modified = False
         while holders := _holders(model):  # inlined, their callers hold the tensors
-            InlinePass(partial(_is_one_of, holders))(model)
+            InlinePass(lambda function: function.identifier() in holders)(model)
             modified = True
         for graph in graphs(model):
             for index, value in enumerate(graph.outputs):
@@ -33,10 +32,6 @@ class ReachPass(ir.passes.InPlacePass):
                     graph.outputs[index] = out
                     modified = True
         return ir.passes.PassResult(model, modified)
-
-
-def _is_one_of(identifiers: set[ir.OperatorIdentifier], function: ir.Function) -> bool:
-    return function.identifier() in identifiers
 
 
 def _holders(model: ir.Model) -> set[ir.OperatorIdentifier]:
