@@ -1,18 +1,20 @@
 """ffmerge beside other tools, on the same models in one run: bytes, memory, time, error, sharing.
 
     pip install onnxslim onnxsim
-    python benchmarks/peers.py [--model albert vit gpt2 marian] [--json out.json]
+    python benchmarks/peers.py [--model albert vit gpt2 marian int8] [--json out.json]
 
 Random weights at true size: ALBERT-base (one feed-forward sublayer for 12 layers), ViT-B/16 with
 five of twelve tied, GPT-2 small with its tied head. Every tool gets the file that PyTorch's
 exporter writes; latency is one thread, batch 1, in a process of its own. "Error" is the largest
 difference of a logit from PyTorch; a tool that fails has its error as its row. Marian (opus-mt's
 size) is three graphs, encoder, decoder and decoder with past, of which only bytes are compared.
+"int8" is ALBERT quantized by ONNX Runtime and by ffmerge, over batch x tokens and threads.
 """
 
 import argparse
 import json
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -21,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime as ort
@@ -342,12 +345,65 @@ def run(name: str) -> list[dict[str, Any]]:
     return rows
 
 
+def int8_by_shape(seconds: float = 5.0) -> list[dict[str, Any]]:
+    """Return ALBERT in int8, ONNX Runtime's beside ffmerge's, by batch x tokens and threads.
+
+    Both run in turn, so that what else the machine does falls on both; medians of CPU time for
+    one thread, of wall time for more.
+    """
+    torch.manual_seed(0)
+    model = albert().eval()
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        paths = [Path(temporary) / name / "model.onnx" for name in ("float", "stock", "ffmerge")]
+        for path in paths:
+            path.parent.mkdir()
+        torch_export(model, "text-classification", paths[0], dynamo=True)
+        ort_int8_without_shapes(paths[0], paths[1])
+        share_file(paths[0], paths[2], "int8")
+        for threads in (1, 2):
+            options = ort.SessionOptions()
+            options.intra_op_num_threads = threads
+            sessions = [
+                ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+                for path in paths
+            ]
+            clock = time.process_time if threads == 1 else time.perf_counter
+            for batch, tokens in ((1, 7), (4, 4), (1, 16), (8, 16), (1, 64)):
+                ids = np.random.default_rng(0).integers(0, 30000, (batch, tokens))
+                drawn = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+                feeds = {i.name: drawn.get(i.name, 0 * ids) for i in sessions[0].get_inputs()}
+                exact, theirs, ours = (session.run(None, feeds)[0] for session in sessions)
+                times: list[list[float]] = [[], []]
+                end = time.perf_counter() + seconds
+                while time.perf_counter() < end or len(times[0]) < 9:
+                    for session, taken in zip(sessions[1:], times, strict=True):
+                        start = clock()
+                        session.run(None, feeds)
+                        taken.append(1e3 * (clock() - start))
+                stock_ms, median_ms = map(statistics.median, times)
+                rows.append(
+                    {
+                        "tool": f"{batch} x {tokens} tokens, {threads} thread(s)",
+                        "stock_ms": stock_ms,
+                        "median_ms": median_ms,
+                        "ratio": stock_ms / median_ms,
+                        "stock_error": float(np.abs(theirs - exact).max()),
+                        "max_abs": float(np.abs(ours - exact).max()),
+                    }
+                )
+    return rows
+
+
 # column -> its heading and how a figure is written
 COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "bytes": ("files", size_text),
     "rss_bytes": ("RSS", size_text),
     "anonymous_bytes": ("anonymous", size_text),
+    "stock_ms": ("ONNX Runtime int8", "{:.1f} ms".format),
     "median_ms": ("median", "{:.1f} ms".format),
+    "ratio": ("faster", "{:.2f} x".format),
+    "stock_error": ("ONNX Runtime error", "{:.2g}".format),
     "seconds": ("took", "{:.1f} s".format),
     "max_abs": ("error", "{:.2g}".format),
     "duplicate_bytes": ("duplicates", size_text),
@@ -357,23 +413,25 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
 def table(name: str, rows: list[dict[str, Any]]) -> Table:
     out = Table(title=name)
     out.add_column("tool")
-    for heading, _ in COLUMNS.values():
+    columns = {key: of for key, of in COLUMNS.items() if any(key in row for row in rows)}
+    for heading, _ in columns.values():
         out.add_column(heading, justify="right")
     for row in rows:
-        figures = [form(row[key]) if key in row else "" for key, (_, form) in COLUMNS.items()]
+        figures = [form(row[key]) if key in row else "" for key, (_, form) in columns.items()]
         out.add_row(row["tool"], *([row["failed"]] if "failed" in row else figures))
     return out
 
 
 def main() -> None:
-    names = [*MODELS, "marian"]
+    others = {"marian": marian, "int8": int8_by_shape}
+    names = [*MODELS, *others]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", nargs="+", choices=names, default=names)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     results = {}
     for name in arguments.model:
-        results[name] = marian() if name == "marian" else run(name)
+        results[name] = others[name]() if name in others else run(name)
         Console(width=140).print(table(name, results[name]))
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=2))

@@ -14,8 +14,10 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -63,17 +65,35 @@ def measure_footprint(
     Raises:
         RuntimeCheckError: the process failed; the message is its last line.
     """
-    command = f"-P -m ffmerge.runtime_tests.footprint --provider {provider} --threads {threads}"
+    options = ["--provider", provider, "--threads", str(threads), "--kind", kind]
+    doing = f"measuring {folder} ({kind})"
+    return Footprint(**in_fresh_process(__spec__.name, [str(folder), *options], doing))
+
+
+def in_fresh_process(module: str, arguments: Sequence[str], doing: str) -> Any:
+    """Return the JSON that ``python -m module`` prints.
+
+    Raises:
+        RuntimeCheckError: it failed; the message names what it was ``doing``, and its last line.
+    """
     child = subprocess.run(
-        [sys.executable, *command.split(), str(folder), "--kind", kind],
+        [sys.executable, "-P", "-m", module, *arguments],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         capture_output=True,
         text=True,
     )
     if child.returncode:
         lines = child.stderr.strip().splitlines() or [f"exit status {child.returncode}"]
-        raise RuntimeCheckError(f"measuring {folder} ({kind}) failed: {lines[-1]}")
-    return Footprint(**json.loads(child.stdout))
+        raise RuntimeCheckError(f"{doing} failed: {lines[-1]}")
+    return json.loads(child.stdout)
+
+
+def answer(work: Callable[..., Any], **arguments: Any) -> None:
+    """Print what ``work`` returns as JSON, or exit with its error as one line."""
+    try:
+        print(json.dumps(work(**arguments), default=asdict))
+    except FfmergeError as error:
+        sys.exit(" ".join(str(error).split()))
 
 
 def _measure_here(folder: Path, kind: str, provider: str, threads: int) -> Footprint:
@@ -100,11 +120,12 @@ def _measure_here(folder: Path, kind: str, provider: str, threads: int) -> Footp
             run_session(session, outputs, feeds)
         times.append(1e3 * (time.perf_counter() - start))
     first_ms, *warm = times
-    growth = [b - a for a, b in zip(before, after, strict=True)] if before and after else None
+    rss, anonymous = growth(before, after)
+    silent = "this system has no readable /proc/self/smaps_rollup" if rss is None else None
     return Footprint(
-        rss_bytes=growth[0] if growth else None,
-        anonymous_bytes=growth[1] if growth else None,
-        memory_reason=None if growth else "this system has no readable /proc/self/smaps_rollup",
+        rss_bytes=rss,
+        anonymous_bytes=anonymous,
+        memory_reason=silent,
         load_s=load_s,
         first_ms=first_ms,
         median_ms=statistics.median(warm),
@@ -134,21 +155,21 @@ def resident(trim: bool = True) -> tuple[int, int] | None:
     return sizes["Rss:"], sizes["Anonymous:"]
 
 
+def growth(
+    before: tuple[int, int] | None, after: tuple[int, int] | None
+) -> tuple[int, int] | tuple[None, None]:
+    """Return what two readings of :func:`resident` differ by, None where there is none."""
+    return (after[0] - before[0], after[1] - before[1]) if before and after else (None, None)
+
+
 def main() -> None:
     """Print the footprint of the package named on the command line, as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("package", type=Path)
+    parser.add_argument("folder", type=Path, metavar="PACKAGE")
     parser.add_argument("--kind", default="onnx")
     parser.add_argument("--provider", choices=PROVIDERS, default="cpu")
     parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    try:
-        footprint = _measure_here(
-            arguments.package, arguments.kind, arguments.provider, arguments.threads
-        )
-    except FfmergeError as error:
-        sys.exit(str(error))
-    print(json.dumps(asdict(footprint)))
+    answer(_measure_here, **vars(parser.parse_args()))
 
 
 if __name__ == "__main__":

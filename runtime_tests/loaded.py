@@ -6,10 +6,6 @@ it runs after they were all made, in memory that the process does not give back.
 """
 
 import argparse
-import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,12 +13,12 @@ from pathlib import Path
 import onnx_ir as ir
 import onnxruntime as ort
 
-from ffmerge.errors import FfmergeError, InputError, RuntimeCheckError
+from ffmerge.errors import InputError, RuntimeCheckError
 from ffmerge.passes.graph.audit import NOTABLE, Loaded, Unshared
 from ffmerge.passes.graph.read import read_model
 from ffmerge.passes.graph.resident import FLOOR
 from ffmerge.passes.graph.tensors import Stored, find_copies, graphs, is_op, stored
-from ffmerge.runtime_tests.footprint import TRIVIAL, resident
+from ffmerge.runtime_tests.footprint import TRIVIAL, answer, growth, in_fresh_process, resident
 from ffmerge.runtime_tests.session import open_session
 
 NAME = "loaded.onnx"
@@ -39,26 +35,8 @@ def look(path: Path) -> Loaded:
         RuntimeCheckError: ONNX Runtime does not load the model, or does not save what it loaded.
     """
     before = read_model(path)
-    external = any(isinstance(item.tensor, ir.ExternalTensor) for item in stored(before))
     with tempfile.TemporaryDirectory(prefix="ffmerge-") as folder:
-        child = subprocess.run(
-            [
-                sys.executable,
-                "-P",
-                "-m",
-                __spec__.name,
-                str(path),
-                folder,
-                *["--external"] * external,
-            ],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
-            capture_output=True,
-            text=True,
-        )
-        if child.returncode:
-            lines = child.stderr.strip().splitlines() or [f"exit status {child.returncode}"]
-            raise RuntimeCheckError(f"loading {path} failed: {lines[-1]}")
-        memory = json.loads(child.stdout)
+        memory = in_fresh_process(__spec__.name, [str(path), folder], f"loading {path}")
         try:
             after = read_model(Path(folder) / NAME)
         except InputError as error:
@@ -131,7 +109,7 @@ def _packed(after: ir.Model, grown: int | None) -> Sequence[Unshared]:
     return both if grown is not None and grown > once + twice / 2 else []
 
 
-def _load_here(model: Path, folder: Path, external: bool) -> dict[str, int | None]:
+def _load_here(model: Path, folder: Path) -> dict[str, int | None]:
     ort.InferenceSession(TRIVIAL, providers=["CPUExecutionProvider"])
     before = resident()
     session = open_session(model)
@@ -140,10 +118,10 @@ def _load_here(model: Path, folder: Path, external: bool) -> dict[str, int | Non
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.optimized_model_filepath = str(folder / NAME)
-    if external:  # else the saved model points at data files beside the original
-        key = "session.optimized_model_external_initializers_"
-        options.add_session_config_entry(f"{key}file_name", f"{NAME}_data")
-        options.add_session_config_entry(f"{key}min_size_in_bytes", str(NOTABLE))
+    # else the saved model points at data files beside the original
+    key = "session.optimized_model_external_initializers_"
+    options.add_session_config_entry(f"{key}file_name", f"{NAME}_data")
+    options.add_session_config_entry(f"{key}min_size_in_bytes", str(NOTABLE))
     try:
         ort.InferenceSession(
             str(model),
@@ -153,12 +131,12 @@ def _load_here(model: Path, folder: Path, external: bool) -> dict[str, int | Non
         )
     except Exception as error:  # ONNX Runtime's errors have no common class of their own
         raise RuntimeCheckError(f"ONNX Runtime does not save the model: {error}") from error
-    if before is None or untrimmed is None or after is None:
-        return {"rss_bytes": None, "anonymous_bytes": None, "freed_bytes": None}
+    rss, anonymous = growth(before, after)
+    freed, _ = growth(after, untrimmed)
     return {
-        "rss_bytes": after[0] - before[0],
-        "anonymous_bytes": after[1] - before[1],
-        "freed_bytes": max(0, untrimmed[0] - after[0]),
+        "rss_bytes": rss,
+        "anonymous_bytes": anonymous,
+        "freed_bytes": None if freed is None else max(0, freed),
     }
 
 
@@ -167,13 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--external", action="store_true")
-    arguments = parser.parse_args()
-    try:
-        memory = _load_here(arguments.model, arguments.folder, arguments.external)
-    except FfmergeError as error:
-        sys.exit(" ".join(str(error).split()))
-    print(json.dumps(memory))
+    answer(_load_here, **vars(parser.parse_args()))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,12 @@
 """What a merge cost and what it saved, as a page and as a table made of the same rows."""
 
-import io
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
-from matplotlib.figure import Figure
 from rich.table import Table
 from rich.text import Text
 
@@ -25,9 +20,6 @@ from ffmerge.runtime_tests.validate import Validation, model_bytes, write_whole
 REPORT = "report.html"
 TIMES = ("load_s", "median_ms", "p95_ms")
 ABSENT = "\N{EN DASH}"
-# Colours matplotlib writes, and the page's own that take their place in light and dark.
-_INK, _BEFORE, _AFTER = "#010101", "#020202", "#030303"
-_STYLE = {_INK: "var(--ink)", _BEFORE: "var(--before)", _AFTER: "var(--after)"}
 
 
 @dataclass(frozen=True)
@@ -84,14 +76,10 @@ def summarize(label: str, manifest: Manifest, validation: Validation) -> Summary
         label=label,
         bytes_on_disk=model_bytes(manifest),
         parameters=manifest.parameters,
-        rss_bytes=cost.rss_bytes if cost else None,
-        anonymous_bytes=cost.anonymous_bytes if cost else None,
-        load_s=cost.load_s if cost else None,
-        median_ms=cost.median_ms if cost else None,
-        p95_ms=cost.p95_ms if cost else None,
-        metric_name=metric.name if metric else None,
-        metric=metric.value if metric else None,
-        examples=metric.examples if metric else None,
+        **{name: getattr(cost, name, None) for name in ("rss_bytes", "anonymous_bytes", *TIMES)},
+        metric_name=getattr(metric, "name", None),
+        metric=getattr(metric, "value", None),
+        examples=getattr(metric, "examples", None),
         max_abs=max((o.max_abs for o in outputs if o.max_abs is not None), default=None),
     )
 
@@ -171,10 +159,10 @@ def _metric_row(name: str, metric: str, old: float | None, new: float, note: str
     if old is None:
         return Row(name, None, after, "", "", note)
     gain = (old - new) if metric == PERPLEXITY.name else (new - old)
+    points = f"{100 * (new - old):+.2f} points" if metric == ACCURACY.name else f"{new - old:+.4f}"
+    change = _signed(points) if gain else "no change"
     verdict = "better" if gain > 0 else "worse" if gain < 0 else "same"
-    return Row(
-        name, metric_text(metric, old), after, _metric_change(metric, old, new), verdict, note
-    )
+    return Row(name, metric_text(metric, old), after, change, verdict, note)
 
 
 def terminal_table(rows: Sequence[Row]) -> Table:
@@ -213,15 +201,17 @@ def write_report(
     validation = read_json((package or folder) / VALIDATION)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     template = files("ffmerge.runtime_tests").joinpath("report.html.j2").read_text("utf-8")
+    table = {row.name: row for row in rows(before, after)}
+    metric = (after.metric_name or "").capitalize()
     page = environment.from_string(template).render(
         manifest=manifest,
         validation=validation,
-        summary=_sentences(before, after, validation),
         before=before,
         after=after,
-        rows=rows(before, after),
+        rows=table,
+        metric=table.get(metric),
         losses=_loss_rows(losses),
-        pictures=_pictures(before, after),
+        pictured={"Size on disk": "bytes_on_disk", "Memory": "rss_bytes", metric: "metric"},
         groups=[(g, _window(g)) for g in manifest.merge.groups] if manifest.merge else [],
         number=lambda value, form: ABSENT if value is None else format(value, form),
         commands="\n".join(commands),
@@ -245,14 +235,6 @@ def metric_text(name: str, value: float) -> str:
     return f"{100 * value:.2f} %" if name == ACCURACY.name else f"{value:.4g}"
 
 
-def _metric_change(name: str, old: float, new: float) -> str:
-    if new == old:
-        return "no change"
-    if name == ACCURACY.name:
-        return _signed(f"{100 * (new - old):+.2f} points")
-    return _signed(f"{new - old:+.4f}")
-
-
 def _signed(text: str) -> str:
     return text.replace("-", "\N{MINUS SIGN}")
 
@@ -274,89 +256,9 @@ def _cost_change(old: float | None, new: float, noise: float) -> tuple[str, str]
     return text, "better" if change < 0 else "worse"
 
 
-def _sentences(before: Summary | None, after: Summary, validation: dict[str, Any]) -> list[str]:
-    """Return the summary a reader without the field's words understands."""
-    by_name = {row.name: row for row in rows(before, after)}
-
-    def pair(row: Row) -> str:
-        texts = (row.after, row.before or "", row.change)
-        after, before, change = (text.replace(" ", "\N{NO-BREAK SPACE}") for text in texts)
-        return f"{after} instead of {before} ({change})" if before else after
-
-    sentences = [f"{after.label} takes {pair(by_name['Size on disk'])} on disk."]
-    if "Memory" in by_name:
-        sentences.append(f"Loading it takes {pair(by_name['Memory'])} of memory.")
-    if after.metric_name:
-        row = by_name[after.metric_name.capitalize()]
-        sentences.append(f"Its {after.metric_name} when served is {pair(row)}.")
-    if validation["ok"]:
-        sentences.append(
-            f"On ONNX Runtime it gives what PyTorch gives: the largest difference seen in any "
-            f"output is {after.max_abs:.2g}, within the tolerance."
-        )
-    else:
-        failed = [f"{p['name']}: {p['reason']}" for p in validation["providers"] if not p["ok"]]
-        sentences.append(f"Do not ship it yet, a check failed: {'; '.join(failed)}")
-    return sentences
-
-
 def _window(group: Group) -> str:
     """Return ``3-7`` for consecutive layers, and a list for others."""
     first, last = group.layers[0], group.layers[-1]
     if group.layers == tuple(range(first, last + 1)):
         return f"{first}-{last}"
     return ", ".join(str(layer) for layer in group.layers)
-
-
-def _pictures(before: Summary | None, after: Summary) -> list[tuple[str, Markup]]:
-    """Return captions and pictures of what was measured: size, memory, task metric."""
-
-    def picture(caption: str, field: str, form: Callable[[Any], str]) -> tuple[str, Markup] | None:
-        summaries = [s for s in (before, after) if s and getattr(s, field) is not None]
-        values = [getattr(s, field) for s in summaries]
-        labels = ["Before" if s is before else "After" for s in summaries]
-        if after not in summaries:
-            return None
-        return caption, draw_bars(caption, labels, values, [form(v) for v in values])
-
-    name = after.metric_name or ""
-    pictures = (
-        picture("Size on disk", "bytes_on_disk", size_text),
-        picture("Memory once loaded", "rss_bytes", size_text),
-        picture(name.capitalize(), "metric", lambda value: metric_text(name, value)),
-    )
-    return [p for p in pictures if p]
-
-
-def draw_bars(
-    caption: str, labels: Sequence[str], values: Sequence[float], texts: Sequence[str]
-) -> Markup:
-    """Return horizontal bars from zero as SVG to put into a page; the same bytes every time."""
-    style: dict[Any, str] = {
-        "svg.hashsalt": "ffmerge",
-        "svg.fonttype": "none",
-        "font.family": "sans-serif",
-    }
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(3.4, 0.3 + 0.38 * len(values)))
-        axes = figure.add_axes((0.17, 0.02, 0.83, 0.96))
-        colours = [_AFTER if label == "After" else _BEFORE for label in labels]
-        bars = axes.barh(range(len(values)), values, color=colours, height=0.68)
-        axes.bar_label(bars, texts, padding=5, color=_INK, fontsize=10)
-        axes.set_yticks(range(len(values)), labels, color=_INK, fontsize=10)
-        axes.tick_params(length=0)
-        axes.set_xlim(0, 1.42 * max(*values, 1e-9))
-        axes.invert_yaxis()
-        axes.xaxis.set_visible(False)
-        axes.spines[:].set_visible(False)
-        file = io.BytesIO()
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
-    svg = file.getvalue().decode()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r' xmlns(:xlink)?="[^"]*"|<metadata>.*?</metadata>', "", svg, flags=re.DOTALL)
-    svg = re.sub(r'<g id="[^"]*">', "<g>", svg)
-    for colour, variable in _STYLE.items():
-        svg = svg.replace(colour, variable)
-    label = Markup.escape(f"{caption}: {', '.join(map(' '.join, zip(labels, texts, strict=True)))}")
-    return Markup(svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1))

@@ -128,7 +128,8 @@ def test_dynamic_int8_is_the_arithmetic_of_the_specification(text, per_channel):
         weights["c"] = normal(64, seed=1)
     result = lower(build(text, **weights), "int8", per_channel=per_channel)
     w = weights["W"].T if text == GEMMS else weights["W"]
-    scale = np.abs(w).max(0 if per_channel else None) / 127
+    # the largest that 8 bits, and two neighbours' sum in the 16 bits of x86, must hold
+    scale = np.abs([*w, *(w[::2] + w[1::2])]).max(0 if per_channel else None) / 127
     codes = np.rint(w / scale)
 
     def product(values):
@@ -143,6 +144,18 @@ def test_dynamic_int8_is_the_arithmetic_of_the_specification(text, per_channel):
     assert relative(run(result.model, x=x)[0], expected) < 5e-3  # measured 0
     assert array(result.model, "W").tolist() == codes.tolist()
     assert array(result.model, "W/scale").size == (64 if per_channel else 1)
+
+
+@pytest.mark.parametrize("rows", [7, 64, 65])
+def test_int8_products_do_not_saturate_on_any_processor(rows):
+    """Neighbours at their largest together: on x86 without VNNI the product was half of itself."""
+    weight = np.linspace(0.5, 1, 256, dtype="f") * np.ones((rows, 1), "f")
+    model = build(f"(float[n,{rows}] x) => (float[n,256] y) {{ y = MatMul(x, W) }}", W=weight)
+    x = np.ones((3, rows), "f")
+    result = share(model, dtype="int8")
+    assert relative(run(result.model, x=x)[0], x @ weight) < 0.01  # measured 0.008; was 0.49
+    codes = array(result.model, "W").astype(int)
+    assert np.abs(codes[:-1:2] + codes[1::2]).max() <= 128
 
 
 @pytest.mark.parametrize("per_channel", [True, False])
@@ -372,7 +385,10 @@ def test_families_are_whole_and_close(family, precision, tmp_path):
             decoded(ir.from_proto(onnx.ModelProto.FromString(proto)), result.model), **feeds
         )[0].ravel()
     cosine = got @ expected / np.linalg.norm(got) / np.linalg.norm(expected)
-    assert cosine > (0.99999 if precision == "fp16" else 0.997)
+    # measured in 8 bits on any processor: ViT 0.9959, others from 0.9995; with codes that x86
+    # without VNNI saturates it is 0.9987 or, there, 0.924
+    bounds = {"fp16": 0.99999, "int8": 0.995, "int8-static": 0.995}
+    assert cosine > bounds.get(precision, 0.997)
 
 
 SEEDED = """

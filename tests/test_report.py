@@ -16,7 +16,6 @@ from ffmerge.runtime_tests.report import (
     Losses,
     Summary,
     collect_losses,
-    draw_bars,
     rows,
     summarize,
     terminal_table,
@@ -213,14 +212,15 @@ def test_a_page_can_stand_outside_the_package_it_tells_of(package: Path, tmp_pat
         write_report(tmp_path, BEFORE, AFTER, LOSSES, [])
 
 
-def test_bars_start_at_zero_and_keep_their_proportion() -> None:
-    svg = str(draw_bars("Size", ["Before", "After"], [10.0, 6.2], ["10 MB", "<6.2>"]))
-    bars = re.findall(r'd="M (\S+) \S+ *\nL (\S+) [^"]*"[^>]*style="fill: var\((--\w+)\)', svg)
-    widths = {colour: float(right) - float(left) for left, right, colour in bars}
-    assert widths["--after"] / widths["--before"] == pytest.approx(
-        0.62, abs=1e-8
-    )  # measured 8.4e-10
-    assert "&lt;6.2&gt;" in svg and "<6.2>" not in svg
+def test_bars_start_at_zero_and_keep_their_proportion(package: Path) -> None:
+    page = write_report(package, BEFORE, AFTER, LOSSES, []).read_text()
+    size = page.split("<svg", 2)[1]
+    bars = re.findall(r'<rect x="(\S+)" .*? width="(\S+)" fill="var\((--\w+)\)"', size)
+    widths = {colour: float(width) for start, width, colour in bars if start == bars[0][0]}
+    assert widths["--after"] / widths["--before"] == pytest.approx(0.62, abs=1e-8)  # measured 0
+    assert 'aria-label="Size on disk: Before 10.0 MB, After 6.20 MB"' in size
+    alone = write_report(package, None, AFTER, None, []).read_text()
+    assert alone.count("<rect") == 3 and "--before)" not in alone.split("<svg", 1)[1]
 
 
 def test_summary_and_losses_come_from_the_package(package: Path) -> None:

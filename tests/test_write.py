@@ -68,12 +68,32 @@ def test_graphs_of_one_package_share_the_file(tmp_path):
     assert np.allclose(run(str(tmp_path / "two.onnx"), x=x)[0], x @ late, atol=1e-5)
 
 
-def test_a_collision_of_hashes_is_not_an_equality(tmp_path, monkeypatch):
-    monkeypatch.setattr(write, "_digest", lambda parts: b"same")
+def test_a_collision_of_samples_is_not_an_equality(tmp_path, monkeypatch):
+    monkeypatch.setattr(write, "_sample", lambda array: b"same")
     late = W.copy()
     late[-2, 7] += 1
     write_models({tmp_path / "m.onnx": build(TWO, A=W, B=late.reshape(48, 64))}, tmp_path / "d")
     assert (tmp_path / "d").read_bytes() == W.tobytes() + late.tobytes()
+
+
+@pytest.mark.parametrize("broken", [None, OSError(18, "Invalid cross-device link"), 0])
+def test_unchanged_tensors_are_copied_by_the_kernel_or_written(tmp_path, monkeypatch, broken):
+    write_models({tmp_path / "m.onnx": build(TWO, A=W, B=W.T.copy())}, tmp_path / "d")
+    kernel, calls = os.copy_file_range, []
+
+    def copy(*arguments):
+        calls.append(arguments)
+        if isinstance(broken, OSError):
+            raise broken
+        return (
+            kernel(*arguments[:2], min(arguments[2], 5000), *arguments[3:]) if broken is None else 0
+        )
+
+    monkeypatch.setattr(os, "copy_file_range", copy)
+    write_models({tmp_path / "n.onnx": read_model(tmp_path / "m.onnx")}, tmp_path / "e")
+    assert (tmp_path / "e").read_bytes() == W.tobytes() + W.T.tobytes()
+    # 12,288 bytes, at most 5,000 at a time, and a last call that finds nothing left
+    assert len(calls) == (2 if broken is not None else 8)
 
 
 @pytest.mark.parametrize("dtype", ["INT4", "UINT4", "FLOAT8E4M3FN", "BFLOAT16", "BOOL", "FLOAT16"])

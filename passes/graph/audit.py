@@ -13,7 +13,7 @@ from ffmerge.models import manifest
 from ffmerge.models.plan import Tie
 from ffmerge.passes.graph.contract import VIEWS, TieCheck, check_ties, read_ties
 from ffmerge.passes.graph.read import read_model
-from ffmerge.passes.graph.tensors import Stored, find_copies, is_op, stored
+from ffmerge.passes.graph.tensors import Stored, find_copies, is_op, place_of, stored
 
 # Added bytes from which a copy at load is a finding: exporters reshape and transpose scalars for
 # their shape arithmetic in every layer, and runtimes fold those.
@@ -70,6 +70,8 @@ class Hidden:
 class Audit:
     """The findings; bytes are the contents of tensors, and names carry the file if several.
 
+    Bytes that several files read at one place count once.
+
     ``basis`` of ``unshared_at_load`` is "loaded" if every file was, else "graph": then
     ``basis_reason`` says why, and the findings of the files not loaded are what constant
     folding would do to the graph. ``memory`` is what each load took, by file.
@@ -122,7 +124,7 @@ def audit(path: str | Path, look: Callable[[Path], Loaded] | None = None) -> Aud
     if not files:
         raise InputError(f"{path} holds no .onnx file.")
     promised = manifest.Manifest.read(folder).ties if (folder / manifest.NAME).exists() else None
-    total = 0
+    total, counted = 0, set[object]()
     duplicates: list[Duplicate] = []
     unshared: list[Unshared] = []
     hidden: list[Hidden] = []
@@ -134,7 +136,8 @@ def audit(path: str | Path, look: Callable[[Path], Loaded] | None = None) -> Aud
         model = read_model(file)
         prefix = f"{file.relative_to(folder).as_posix()}:" if len(files) > 1 else ""
         items = stored(model)
-        total += sum(item.tensor.nbytes for item in items)
+        total += sum(item.tensor.nbytes for item in items if place_of(item.tensor) not in counted)
+        counted |= {place_of(item.tensor) for item in items}
         duplicates += _duplicates(items, prefix)
         if file.parent == folder and not any(
             file.stem.startswith(f"{other.stem}_") for other in files if other.parent == folder
@@ -147,11 +150,8 @@ def audit(path: str | Path, look: Callable[[Path], Loaded] | None = None) -> Aud
             if look:
                 loaded = look(file)
                 copied = [replace(each, name=prefix + each.name) for each in loaded.unshared]
-                memory[file.relative_to(folder).as_posix()] = {
-                    "rss_bytes": loaded.rss_bytes,
-                    "anonymous_bytes": loaded.anonymous_bytes,
-                    "freed_bytes": loaded.freed_bytes,
-                }
+                grown = {key: n for key, n in vars(loaded).items() if key != "unshared"}
+                memory[file.relative_to(folder).as_posix()] = grown
         except RuntimeCheckError as error:
             reasons.append(str(error))
         unshared += copied
@@ -209,18 +209,11 @@ def _across(files: Mapping[str, Sequence[Stored]]) -> Iterator[Duplicate]:
         first_of: dict[str, tuple[str, object]] = {}
         for index in sorted([copies.first, *copies.identical, *copies.transposed]):
             prefix, item = items[index]
-            first_of.setdefault(prefix, (prefix + item.name, _location(item.tensor)))
+            first_of.setdefault(prefix, (prefix + item.name, place_of(item.tensor)))
         extra = len({location for _, location in first_of.values()}) - 1
         if extra:
             names = tuple(name for name, _ in first_of.values())
             yield Duplicate(names, extra * items[copies.first][1].tensor.nbytes, "across files")
-
-
-def _location(tensor: ir.TensorProtocol) -> object:
-    """Return where the bytes are on disk, equal for the same bytes of the same data file."""
-    if isinstance(tensor, ir.ExternalTensor):
-        return Path(tensor.path).resolve(), tensor.offset or 0
-    return tensor.name, id(tensor)
 
 
 def _at_load(item: Stored, prefix: str) -> Unshared | Hidden | None:

@@ -1,10 +1,12 @@
 """Reading a 2-D weight transposed in place: ``Gemm(transB=1)`` instead of a second tensor."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from ffmerge.passes.graph.matmul import store
 from ffmerge.passes.graph.tensors import is_op, shape_of
 
 # Where ONNX gives Gemm (since 13) and MatMul the same meaning, and runtimes have both.
@@ -14,6 +16,7 @@ FLOATS = {
     ir.DataType.FLOAT16,
     ir.DataType.BFLOAT16,
 }
+INDEX = ir.DataType.INT64
 OPTIONAL_C = 11  # the opset in which Gemm's third input became optional
 
 
@@ -47,51 +50,53 @@ def read_transposed(node: ir.Node, index: int, weight: ir.Value, main: ir.Graph)
         node.attributes.add(ir.AttrInt64(flag, 1 - (node.attributes.get_int(flag, 0) or 0)))
         node.replace_input_with(index, weight)
         return
-    x, out, graph = node.inputs[0], node.outputs[0], node.graph
+    x = node.inputs[0]
     assert x is not None and x.shape is not None and weight.const_value is not None
-    assert isinstance(graph, ir.Graph)
     columns, width = shape_of(weight.const_value)
     rank, dtype = x.shape.rank(), weight.const_value.dtype
-    transposed = ir.AttrInt64("transB", 1)
     if rank == 2:
-        node.op_type = "Gemm"
-        node.attributes.add(transposed)
-        node.replace_input_with(1, weight)
-        return
+        return become(node, "Gemm", [x, weight], transB=1)
 
-    def before(
-        op: str,
-        inputs: Sequence[ir.Value],
-        attributes: Sequence[ir.Attr] = (),
-        shape: Sequence[int | None] = (),
-        of: ir.DataType = ir.DataType.INT64,
-    ) -> ir.Value:
-        name = f"{out.name}/{op}"
-        value = ir.Value(name=name, type=ir.TensorType(of), shape=ir.Shape(shape))
-        graph.insert_before(node, ir.Node("", op, inputs, attributes, outputs=[value], name=name))
-        return value
+    flat = insert(node, "Reshape", [x, _numbers(main, [-1, width])], dtype, [None, width])
+    product = insert(node, "Gemm", [flat, weight], dtype, [None, columns], transB=1)
+    sizes = insert(node, "Shape", [x], INDEX, [rank])
+    first = _numbers(main, range(rank - 1))
+    leading = insert(node, "Gather", [sizes, first], INDEX, [rank - 1])
+    full = insert(node, "Concat", [leading, _numbers(main, [columns])], INDEX, [rank], axis=0)
+    become(node, "Reshape", [product, full])
 
-    flat = before("Reshape", [x, _numbers(main, [-1, width])], (), [None, width], dtype)
-    product = before("Gemm", [flat, weight], [transposed], [None, columns], dtype)
-    sizes = before("Shape", [x], (), [rank])
-    leading = before("Gather", [sizes, _numbers(main, range(rank - 1))], (), [rank - 1])
-    full = before("Concat", [leading, _numbers(main, [columns])], [ir.AttrInt64("axis", 0)], [rank])
-    node.op_type = "Reshape"
-    node.replace_input_with(0, product)
-    node.replace_input_with(1, full)
+
+def become(node: ir.Node, op: str, inputs: Sequence[ir.Value | None], **attributes: Any) -> None:
+    """Make a node another operator, whose result is still the same value."""
+    node.op_type = op
+    node.attributes.clear()
+    for attribute in ir.convenience.convert_attributes(attributes):
+        node.attributes.add(attribute)
+    node.resize_inputs(len(inputs))
+    for index, value in enumerate(inputs):
+        node.replace_input_with(index, value)
+
+
+def insert(
+    node: ir.Node,
+    op: str,
+    inputs: Sequence[ir.Value],
+    dtype: ir.DataType,
+    shape: Sequence[int | None],
+    **attributes: Any,
+) -> ir.Value:
+    """Return the output of a new node before ``node``, called after the output of that."""
+    name = f"{node.outputs[0].name}/{op}"
+    value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+    given = ir.convenience.convert_attributes(attributes)
+    assert isinstance(node.graph, ir.Graph)
+    node.graph.insert_before(node, ir.Node("", op, inputs, given, outputs=[value], name=name))
+    return value
 
 
 def _numbers(main: ir.Graph, numbers: Sequence[int]) -> ir.Value:
     """Return the int64 initializer with these numbers, made when there is none yet."""
     name = "ffmerge.int64." + ".".join(map(str, numbers))
-    if name not in main.initializers:
-        tensor = ir.Tensor(np.array(numbers, np.int64), name=name)
-        main.register_initializer(
-            ir.Value(
-                name=name,
-                type=ir.TensorType(tensor.dtype),
-                shape=tensor.shape,
-                const_value=tensor,
-            )
-        )
-    return main.initializers[name]
+    if name in main.initializers:
+        return main.initializers[name]
+    return store(main, name, ir.tensor(np.array(numbers, np.int64), name=name))

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, ShapeInferencePass
 
-from ffmerge.passes.graph.tensors import graphs, is_op, stored
+from ffmerge.passes.graph.tensors import graphs, is_op, stored_in
 
 
 class ReachPass(ir.passes.InPlacePass):
@@ -17,10 +17,10 @@ class ReachPass(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Inline and insert; say whether there was anything to do."""
-        holders = _holders(model)
-        if holders:
+        modified = False
+        while holders := _holders(model):  # inlined, their callers hold the tensors
             InlinePass(lambda function: function.identifier() in holders)(model)
-        modified = bool(holders)
+            modified = True
         for graph in graphs(model):
             for index, value in enumerate(graph.outputs):
                 node = value.producer()
@@ -35,22 +35,14 @@ class ReachPass(ir.passes.InPlacePass):
 
 
 def _holders(model: ir.Model) -> set[ir.OperatorIdentifier]:
-    """Return the functions that hold tensors, or call one that does."""
-    main = set(model.graphs())
-    owners = {item.value.graph or item.value.producer().graph for item in stored(model)} - main  # type: ignore[union-attr]
-    bodies = {
-        key: [function.graph, *function.subgraphs()] for key, function in model.functions.items()
+    """Return the functions that hold tensors themselves."""
+    return {
+        key
+        for key, function in model.functions.items()
+        if any(
+            item for graph in (function.graph, *function.subgraphs()) for item in stored_in(graph)
+        )
     }
-    holding = {key for key, inside in bodies.items() if owners & set(inside)}
-    while True:
-        calling = {
-            key
-            for key, inside in bodies.items()
-            if any(node.op_identifier() in holding for graph in inside for node in graph)
-        }
-        if calling <= holding:
-            return holding
-        holding |= calling
 
 
 def infer_ranks(model: ir.Model) -> Callable[[], None]:

@@ -4,6 +4,7 @@ import mmap
 import os
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +39,9 @@ class MappedTensor(ir.ExternalTensor):
 
     def __init__(self, tensor: ir.ExternalTensor, file: DataFile) -> None:
         super().__init__(
-            tensor.location,
-            tensor.offset,
-            tensor.length,
-            tensor.dtype,
-            shape=tensor.shape,
-            name=tensor.name or "",
-            doc_string=tensor.doc_string,
-            metadata_props=tensor.metadata_props,
-            base_dir=tensor.base_dir,
-        )
+            tensor.location, tensor.offset, tensor.length, tensor.dtype,
+            shape=tensor.shape, name=tensor.name or "", base_dir=tensor.base_dir,
+        )  # fmt: skip
         self._file = file
 
     def bytes_mapped(self) -> Array:
@@ -62,6 +56,16 @@ class MappedTensor(ir.ExternalTensor):
             access=mmap.ACCESS_READ,
         )
         return np.frombuffer(mapped, np.uint8, self.nbytes, inside)
+
+    def copy_to(self, descriptor: int, place: int) -> bool:
+        """Let the kernel copy the stored bytes into another file; False where it cannot."""
+        done, start, end = 0, self.offset or 0, self.nbytes
+        with suppress(AttributeError, OSError):  # not on this system, or between file systems
+            while copied := os.copy_file_range(
+                self._file.descriptor, descriptor, end - done, start + done, place + done
+            ):
+                done += copied
+        return done == end
 
     def numpy(self) -> Array:
         """Return the values."""

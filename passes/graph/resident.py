@@ -9,6 +9,7 @@ its own when it loads the model, and keeps the original for a Gather. It packs n
 import onnx_ir as ir
 
 from ffmerge.models.manifest import Skip
+from ffmerge.passes.graph.gemm import become, insert
 from ffmerge.passes.graph.tensors import is_op, shape_of
 
 FLOOR = 1_000_000  # bytes of a weight; smaller ones are not worth two transposes of activations
@@ -55,7 +56,7 @@ class RightPass(ir.passes.InPlacePass):
     """``(W @ x^T)^T`` is ``Gemm(x, W, transB=1)`` again, where quantizers look for weights."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Undo what :class:`ResidentPass` did."""
+        """Undo what :class:`ResidentPass` did; what it inserted is no longer used."""
         modified = False
         for weight in model.graph.initializers.values():
             for product, index in tuple(weight.uses()):
@@ -65,17 +66,7 @@ class RightPass(ir.passes.InPlacePass):
                 if turned and _turns(turned) and len(after) == 1 and _turns(after[0].node):
                     if product.outputs[0].is_graph_output():
                         continue
-                    node, x = after[0].node, turned.inputs[0]
-                    node.op_type = "Gemm"
-                    node.attributes.clear()
-                    node.attributes.add(ir.AttrInt64("transB", 1))
-                    node.resize_inputs(2)
-                    node.replace_input_with(0, x)
-                    node.replace_input_with(1, weight)
-                    for each in (product, turned):
-                        result = each.outputs[0]
-                        if each.graph and not result.uses() and not result.is_graph_output():
-                            each.graph.remove(each, safe=True)
+                    become(after[0].node, "Gemm", [turned.inputs[0], weight], transB=1)
                     modified = True
         return ir.passes.PassResult(model, modified)
 
@@ -102,22 +93,9 @@ def _obstacle(node: ir.Node) -> str | None:
 
 def _to_left(node: ir.Node, weight: ir.Value) -> None:
     """Write ``Gemm(x, W, transB=1)`` as ``Transpose(MatMul(W, Transpose(x)))``; same output."""
-    x, out, graph = node.inputs[0], node.outputs[0], node.graph
-    assert isinstance(graph, ir.Graph) and weight.const_value is not None
-    rows, width = shape_of(weight.const_value)
-    turn = ir.AttrInt64s("perm", [1, 0])
-
-    def before(op: str, inputs: list[ir.Value | None], size: int) -> ir.Value:
-        name = f"{out.name}/{op}"
-        shape = ir.Shape([size, None])
-        value = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=shape)
-        attributes = [turn] if op == "Transpose" else []
-        graph.insert_before(node, ir.Node("", op, inputs, attributes, outputs=[value], name=name))
-        return value
-
-    product = before("MatMul", [weight, before("Transpose", [x], width)], rows)
-    node.op_type = "Transpose"
-    node.attributes.clear()
-    node.attributes.add(turn)
-    node.resize_inputs(1)
-    node.replace_input_with(0, product)
+    x = node.inputs[0]
+    assert x is not None and weight.const_value is not None
+    (rows, width), dtype = shape_of(weight.const_value), weight.const_value.dtype
+    turned = insert(node, "Transpose", [x], dtype, [width, None], perm=[1, 0])
+    product = insert(node, "MatMul", [weight, turned], dtype, [rows, None])
+    become(node, "Transpose", [product], perm=[1, 0])

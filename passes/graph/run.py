@@ -104,6 +104,7 @@ def _share(model: ir.Model, ties: Sequence[Tie], resident: bool) -> ShareResult:
         LiftConstantsToInitializersPass(size_limit=0),
         LiftSubgraphInitializersToMainGraphPass(),
         RightPass(),
+        RemoveUnusedNodesPass(),
     )(model)
     forget_ranks = infer_ranks(model)
     ir.passes.Sequential(

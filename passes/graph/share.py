@@ -30,7 +30,7 @@ class SharePass(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Merge each set of equal tensors, then give tied ones their tie's name."""
         self.skipped = []
-        modified = False
+        before = len(model.graph.initializers)
         items = stored(model)
         for copies in find_copies([item.tensor for item in items]):
             same = [items[index].value for index in (copies.first, *copies.identical)]
@@ -41,43 +41,36 @@ class SharePass(ir.passes.InPlacePass):
                     self.skipped.append(
                         Skip(value.name or "", f"equal to {twin.name}, but {reason}")
                     )
-            kept = [
-                self._merge([v for v in side if not _fixed(v, model.graph)])
-                for side in (same, turned)
-            ]
-            modified |= any(changed for _, changed in kept)
-            one, other = kept[0][0], kept[1][0]
-            if one is not None and other is not None:
-                modified |= self._merge_transposed(one, other, model)
-        return ir.passes.PassResult(model, self._rename(model.graph) or modified)
+            free = [[v for v in side if not _fixed(v, model.graph)] for side in (same, turned)]
+            kept = [self._merge(values) for values in free if values]
+            if len(kept) == 2:
+                self._merge_transposed(kept[0], kept[1], model)
+        modified = self._rename(model.graph) or len(model.graph.initializers) < before
+        return ir.passes.PassResult(model, modified)
 
-    def _merge(self, values: Sequence[ir.Value]) -> tuple[ir.Value | None, bool]:
-        """Leave one of some identical initializers; return it and whether others went."""
-        if not values:
-            return None, False
+    def _merge(self, values: Sequence[ir.Value]) -> ir.Value:
+        """Leave one of some identical initializers, and return it."""
         keep = min(values, key=self._rank)
         for value in values:
             if value is not keep:
                 value.replace_all_uses_with(keep)
                 self._forget(value, keep)
-        return keep, len(values) > 1
+        return keep
 
-    def _merge_transposed(self, one: ir.Value, other: ir.Value, model: ir.Model) -> bool:
-        """Leave one of a transposed pair; return whether the other went."""
+    def _merge_transposed(self, one: ir.Value, other: ir.Value, model: ir.Model) -> None:
+        """Leave one of a transposed pair, if the consumers of the other can read it."""
         keep, lose = sorted((one, other), key=self._rank)  # stable: the first, unless tied
         opset = model.opset_imports.get("", 0)
         reason = _first_obstacle(lose, opset)
         if reason and self._rank(keep) == self._rank(lose) and not _first_obstacle(keep, opset):
             keep, lose, reason = lose, keep, None
         if reason:
-            self.skipped.append(
-                Skip(lose.name or "", f"the transpose of {keep.name}, but {reason}")
-            )
-            return False
+            why = f"the transpose of {keep.name}, but {reason}"
+            self.skipped.append(Skip(lose.name or "", why))
+            return
         for use in tuple(lose.uses()):
             read_transposed(*use, keep, model.graph)
         self._forget(lose, keep)
-        return True
 
     def _rank(self, value: ir.Value) -> int:
         if any(value.name == tie.name for tie in self.ties):

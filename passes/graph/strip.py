@@ -39,9 +39,5 @@ class StripPass(ir.passes.InPlacePass):
 def _described(model: ir.Model) -> Iterator[ir.Graph | ir.Function | ir.Node | ir.Value]:
     yield from model.functions.values()
     for graph in graphs(model):
-        yield graph
-        yield from graph.inputs
-        yield from graph.initializers.values()
-        for node in graph:
-            yield node
-            yield from node.outputs
+        yield from (graph, *graph.inputs, *graph.initializers.values(), *graph)
+        yield from (output for node in graph for output in node.outputs)

@@ -1,6 +1,6 @@
 """The tensors a model stores, read one at a time, and which of them are the same bytes."""
 
-import hashlib
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -13,8 +13,8 @@ import onnx_ir as ir
 
 Array = npt.NDArray[Any]
 
-BLOCK = 1 << 22  # bytes hashed, compared, turned or written at a time
-TILE = 64  # columns turned at a time: numpy's own transposing copy misses the cache, 4 x slower
+BLOCK = 1 << 22  # bytes compared, turned or written at a time
+LINE = 64  # bytes of columns turned at a time, a cache line: numpy's own copy is 5 x slower
 SAMPLES = 16  # elements that must be equal before tensors are read to the end
 _SAMPLE = "ffmerge.sample"
 
@@ -56,17 +56,19 @@ def graphs(model: ir.Model) -> Iterator[ir.Graph]:
 
 def stored(model: ir.Model) -> list[Stored]:
     """Return all initializers and all tensors of Constant nodes, in graph order."""
-    found = []
-    for graph in graphs(model):
-        for value in graph.initializers.values():
-            if value.const_value is not None:
-                found.append(Stored(value, value.const_value))
-        for node in graph:
-            if is_op(node, "Constant") and "value" in node.attributes:
-                attribute = node.attributes["value"]
-                if not attribute.is_ref():
-                    found.append(Stored(node.outputs[0], attribute.as_tensor()))
-    return found
+    return [item for graph in graphs(model) for item in stored_in(graph)]
+
+
+def stored_in(graph: ir.Graph) -> Iterator[Stored]:
+    """Yield the initializers and the tensors of Constant nodes of one graph."""
+    for value in graph.initializers.values():
+        if value.const_value is not None:
+            yield Stored(value, value.const_value)
+    for node in graph:
+        if is_op(node, "Constant") and "value" in node.attributes:
+            attribute = node.attributes["value"]
+            if not attribute.is_ref():
+                yield Stored(node.outputs[0], attribute.as_tensor())
 
 
 def bytes_stored(model: ir.Model) -> int:
@@ -99,17 +101,7 @@ def values_of(tensor: ir.TensorProtocol) -> Array:
     An ``ir.ExternalTensor`` keeps its mapping and a file descriptor for as long as it lives:
     models have more tensors than a process may have open files.
     """
-    if type(tensor) is ir.ExternalTensor:
-        tensor = ir.ExternalTensor(
-            tensor.location,
-            tensor.offset,
-            tensor.length,
-            tensor.dtype,
-            shape=tensor.shape,
-            name=tensor.name,
-            base_dir=tensor.base_dir,
-        )
-    return tensor.numpy()
+    return copy.copy(tensor).numpy() if type(tensor) is ir.ExternalTensor else tensor.numpy()
 
 
 def rewritten(
@@ -135,9 +127,8 @@ def find_copies(tensors: Sequence[ir.TensorProtocol]) -> list[Copies]:
 
     Transposed pairs are 2-D with more than one row and column. Candidates are found by dtype,
     shape and a sample of elements (which a transpose leaves in place), then compared byte by
-    byte with the first of them; those that differ from it are told apart by SHA-256 first.
-    Tensors without elements are ignored. One tensor is read at a time, two while they are
-    compared, and nothing to the end that has no candidate.
+    byte with the first of each set, up to where they differ. Tensors without elements are
+    ignored. Two tensors are read at a time, and nothing to the end that has no candidate.
     """
     buckets: dict[Any, list[int]] = {}
     for index, tensor in enumerate(tensors):
@@ -146,23 +137,19 @@ def find_copies(tensors: Sequence[ir.TensorProtocol]) -> list[Copies]:
             form = tuple(sorted(shape)) if _turnable(shape) else shape
             key = (tensor.dtype, form, _sample(tensor))
             buckets.setdefault(key, []).append(index)
-    found = [
-        copies
-        for bucket in buckets.values()
-        if len(bucket) > 1
-        for copies in _compare(tensors, bucket)
-    ]
+    found = []
+    for bucket in buckets.values():
+        groups: list[Copies] = []
+        for index in bucket:
+            for copies in groups:
+                turned = _relation(tensors[copies.first], tensors[index])
+                if turned is not None:
+                    (copies.transposed if turned else copies.identical).append(index)
+                    break
+            else:
+                groups.append(Copies(index))
+        found += [copies for copies in groups if copies.identical or copies.transposed]
     return sorted(found, key=lambda copies: copies.first)
-
-
-def _compare(tensors: Sequence[ir.TensorProtocol], bucket: Sequence[int]) -> list[Copies]:
-    copies = Copies(bucket[0])
-    others: list[int] = []
-    for index in bucket[1:]:
-        kind = _relation(tensors[copies.first], tensors[index])
-        (others if kind is None else copies.transposed if kind else copies.identical).append(index)
-    found = [copies, *_compare_by_hash(tensors, others)]
-    return [copies for copies in found if copies.identical or copies.transposed]
 
 
 def _relation(one: ir.TensorProtocol, other: ir.TensorProtocol) -> bool | None:
@@ -172,28 +159,6 @@ def _relation(one: ir.TensorProtocol, other: ir.TensorProtocol) -> bool | None:
         return False
     turned = _turnable(shape_of(one)) and first.T.shape == second.shape
     return True if turned and _equal(first.T, second) else None
-
-
-def _compare_by_hash(tensors: Sequence[ir.TensorProtocol], bucket: Sequence[int]) -> list[Copies]:
-    """As many candidates differ: each is read once or twice, however many there are."""
-    if len(bucket) < 2:
-        return []
-    seen: dict[tuple[tuple[int, ...], str], Copies] = {}
-    found = []
-    for index in bucket:
-        array, shape = _comparable(tensors[index]), shape_of(tensors[index])
-        key = (shape, _digest(array))
-        if key not in seen:
-            seen[key] = Copies(index)
-            found.append(seen[key])
-            if _turnable(shape):
-                seen.setdefault((shape[::-1], _digest(array.T)), seen[key])
-            continue
-        copies = seen[key]
-        kind = _relation(tensors[copies.first], tensors[index])
-        if kind is not None:
-            (copies.transposed if kind else copies.identical).append(index)
-    return found
 
 
 def _turnable(shape: tuple[int, ...]) -> bool:
@@ -251,17 +216,10 @@ def blocks(array: Array) -> Iterator[npt.NDArray[np.uint8]]:
 def _contiguous(array: Array) -> Array:
     if array.ndim != 2 or array.flags.c_contiguous:
         return np.ascontiguousarray(array)
-    out = np.empty(array.shape, array.dtype)
-    for start in range(0, array.shape[1], TILE):
-        out[:, start : start + TILE] = array[:, start : start + TILE]
+    out, step = np.empty(array.shape, array.dtype), max(LINE // array.itemsize, 1)
+    for start in range(0, array.shape[1], step):
+        out[:, start : start + step] = array[:, start : start + step]
     return out
-
-
-def _digest(array: Array) -> str:
-    digest = hashlib.sha256()
-    for block in blocks(array):
-        digest.update(block.data)
-    return digest.hexdigest()
 
 
 def _equal(one: Array, other: Array) -> bool:

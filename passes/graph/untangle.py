@@ -133,23 +133,23 @@ def _reaches(first: ir.Node, node: ir.Node, main: ir.Graph) -> bool:
 
 def _effect(node: ir.Node, weight: ir.Value) -> Any:
     """Return what a node does to the weight, equal for equal nodes; None if it changes nothing."""
-    assert weight.const_value is not None
+    tensor = weight.const_value
+    assert tensor is not None
     if node.op_type == "Reshape":
-        dims = _target(node, weight.const_value)
-        if dims == shape_of(weight.const_value):
-            return None
-        return ("Reshape", dims or node.inputs[1])
+        dims = _target(node, tensor)
+        return None if dims == shape_of(tensor) else ("Reshape", dims or node.inputs[1])
     if node.op_type == "DequantizeLinear":
         settings = sorted((name, attribute.value) for name, attribute in node.attributes.items())
         return ("DequantizeLinear", node.inputs[1:], tuple(settings))
     if node.op_type == "Transpose":
-        axes = tuple(range(len(weight.const_value.shape)))
+        axes = tuple(range(len(tensor.shape)))
         order = tuple(node.attributes.get_ints("perm") or axes[::-1])
         return None if order == axes else order
-    if node.op_type == "Cast":
-        target = ir.DataType(node.attributes["to"].as_int())
-        return None if target == weight.const_value.dtype else target
-    return None
+    return None if node.op_type == "Identity" or _cast(node) == tensor.dtype else _cast(node)
+
+
+def _cast(node: ir.Node) -> ir.DataType:
+    return ir.DataType(node.attributes["to"].as_int())
 
 
 def _target(node: ir.Node, tensor: ir.TensorProtocol) -> tuple[int, ...] | None:
@@ -178,7 +178,7 @@ def _refusal(tensor: ir.TensorProtocol, node: ir.Node) -> str | None:
     if tensor.dtype == ir.DataType.STRING or tensor.dtype.bitwidth < 8:
         return f"{tensor.dtype} is not stored element by element"
     if node.op_type == "Cast":
-        target = ir.DataType(node.attributes["to"].as_int())
+        target = _cast(node)
         if (tensor.dtype, target) not in _EXACT:
             return f"{tensor.dtype} to {target} may round differently in the runtime"
         if target.itemsize > tensor.dtype.itemsize:
@@ -190,7 +190,7 @@ def _refusal(tensor: ir.TensorProtocol, node: ir.Node) -> str | None:
 def _folded(tensor: ir.TensorProtocol, node: ir.Node) -> ir.LazyTensor:
     shape = shape_of(tensor)
     if node.op_type == "Cast":
-        target = ir.DataType(node.attributes["to"].as_int())
+        target = _cast(node)
 
         def cast(values: Array) -> Array:
             with np.errstate(over="ignore"):  # to infinity, as in the runtime
