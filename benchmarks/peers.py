@@ -32,7 +32,6 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
 from transformers import (
     AlbertConfig,
     AlbertForSequenceClassification,
@@ -43,17 +42,15 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
 )
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache
-from transformers.modeling_outputs import BaseModelOutput
 
 import ffmerge
+from ffmerge.exporter.graphs import Graph, graphs
 from ffmerge.exporter.package import ExportConfig, Package
-from ffmerge.exporter.torch_onnx import _Outputs, translate
 from ffmerge.files import size_text
-from ffmerge.models.inputs import probe, to_tensors
+from ffmerge.models import tasks
+from ffmerge.models.inputs import to_tensors
 from ffmerge.models.manifest import Manifest
 from ffmerge.passes.graph.run import share_file
-from ffmerge.passes.graph.write import write_models
 from ffmerge.runtime_tests.footprint import measure_footprint
 from ffmerge.runtime_tests.parity import check_parity
 
@@ -78,10 +75,10 @@ def gpt2() -> Any:
 MODELS: dict[str, Callable[[], Any]] = {"albert": albert, "vit": vit, "gpt2": gpt2}
 
 
-def torch_export(model: Any, task: str, path: Path, dynamo: bool) -> None:
+def torch_export(graph: Graph, path: Path, dynamo: bool) -> None:
     """Write what PyTorch's exporter gives by default."""
-    wrapper, recipe = _Outputs(model, task).eval(), probe(model)
-    example = to_tensors(recipe.draw(len(recipe.cases) - 1), model)
+    wrapper, recipe = graph.module.eval(), graph.probe
+    example = to_tensors(recipe.draw(len(recipe.cases) - 1), wrapper)
     axes = {
         s.name: {i: d for i, d in enumerate(s.shape) if isinstance(d, str)} for s in recipe.inputs
     }
@@ -89,12 +86,12 @@ def torch_export(model: Any, task: str, path: Path, dynamo: bool) -> None:
         torch.onnx.export(
             wrapper, kwargs={"inputs": example}, f=path, dynamo=True, verbose=False,
             dynamic_shapes={"inputs": axes}, input_names=list(example),
-            output_names=list(wrapper.names), external_data=True,
+            output_names=list(graph.outputs), external_data=True,
         )  # fmt: skip
     else:
         torch.onnx.export(
             wrapper, (example, {}), path, dynamo=False, opset_version=18, dynamic_axes=axes,
-            input_names=list(example), output_names=list(wrapper.names),
+            input_names=list(example), output_names=list(graph.outputs),
         )  # fmt: skip
 
 
@@ -174,56 +171,8 @@ TOOLS: tuple[tuple[str, str, Callable[[Path, Path], None]], ...] = (
 )
 
 
-class Encoder(nn.Module):
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        encoder = self.model.get_encoder()
-        return encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-
-
-class Decoder(nn.Module):
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, encoder_attention_mask: Tensor, input_ids: Tensor, hidden: Tensor) -> Any:
-        out = self.model(
-            attention_mask=encoder_attention_mask, decoder_input_ids=input_ids,
-            encoder_outputs=BaseModelOutput(hidden), use_cache=True,
-        )  # fmt: skip
-        own, cross = (
-            out.past_key_values.self_attention_cache,
-            out.past_key_values.cross_attention_cache,
-        )
-        pairs = zip(own.layers, cross.layers, strict=True)
-        return (out.logits, *[t for a, b in pairs for t in (a.keys, a.values, b.keys, b.values)])
-
-
-class DecoderWithPast(nn.Module):
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, encoder_attention_mask: Tensor, input_ids: Tensor, past: list[Tensor]) -> Any:
-        starts = range(0, len(past), 4)
-        own = DynamicCache(ddp_cache_data=[(past[i], past[i + 1]) for i in starts])
-        cross = DynamicCache(ddp_cache_data=[(past[i + 2], past[i + 3]) for i in starts])
-        shape = (len(past[2]), past[2].shape[2], self.model.config.d_model)
-        hidden = past[2].new_zeros(shape)  # its keys and values are in the cache
-        out = self.model(
-            attention_mask=encoder_attention_mask, decoder_input_ids=input_ids,
-            encoder_outputs=BaseModelOutput(hidden),
-            past_key_values=EncoderDecoderCache(own, cross), use_cache=True,
-        )  # fmt: skip
-        layers = out.past_key_values.self_attention_cache.layers
-        return (out.logits, *[t for layer in layers for t in (layer.keys, layer.values)])
-
-
 def marian() -> list[dict[str, Any]]:
-    """Return the bytes of a folder of three graphs as each way of writing it leaves them."""
+    """Return the bytes of an encoder-decoder's folder as each way of writing it leaves them."""
     config = MarianConfig(
         vocab_size=65001, decoder_vocab_size=65001, pad_token_id=65000, eos_token_id=0,
         decoder_start_token_id=65000, d_model=512, encoder_layers=6, decoder_layers=6,
@@ -232,49 +181,19 @@ def marian() -> list[dict[str, Any]]:
     )  # fmt: skip
     torch.manual_seed(0)
     model = MarianMTModel(config).eval()
-    heads, layers = 8, 6
-    mask = ids = torch.ones(2, 7, dtype=torch.long)
-    behind, hidden = torch.ones(2, 3, dtype=torch.long), torch.randn(2, 7, 512)
-    past = [torch.randn(2, heads, 4 if i % 4 < 2 else 7, 64) for i in range(4 * layers)]
-    source = {0: "batch_size", 1: "encoder_sequence_length"}
-    target = {0: "batch_size", 1: "decoder_sequence_length"}
-    steps = ("past_decoder_sequence_length", "encoder_sequence_length")
-    cached = [{0: "batch_size", 2: steps[i % 4 >= 2]} for i in range(4 * layers)]
-    graphs: dict[str, tuple[nn.Module, dict[str, Any], dict[str, Any]]] = {
-        "encoder_model": (
-            Encoder(model), {"input_ids": ids, "attention_mask": mask},
-            {"input_ids": source, "attention_mask": source},
-        ),
-        "decoder_model": (
-            Decoder(model),
-            {"encoder_attention_mask": mask, "input_ids": behind, "hidden": hidden},
-            {"encoder_attention_mask": source, "input_ids": target, "hidden": source},
-        ),
-        "decoder_with_past_model": (
-            DecoderWithPast(model),
-            {"encoder_attention_mask": mask, "input_ids": behind, "past": past},
-            {"encoder_attention_mask": source, "input_ids": target, "past": cached},
-        ),
-    }  # fmt: skip
+    task = "text2text-generation-with-past"
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         (work / "torch").mkdir()
         start = time.perf_counter()
-        for name, (wrapper, arguments, axes) in graphs.items():
-            torch.onnx.export(
-                wrapper.eval(), kwargs=arguments, f=work / "torch" / f"{name}.onnx", dynamo=True,
-                dynamic_shapes=axes, verbose=False, external_data=True,
-            )  # fmt: skip
-        rows.append(_folder_row("torch dynamo", work / "torch", start))
-        (work / "ffmerge").mkdir()
+        for graph in graphs(model, task):
+            if not graph.parts:
+                torch_export(graph, work / "torch" / f"{graph.name}.onnx", dynamo=True)
+        rows.append(_folder_row("torch dynamo, three graphs", work / "torch", start))
         start = time.perf_counter()
-        models = {
-            work / "ffmerge" / f"{name}.onnx": translate(wrapper, arguments, axes, (), (), 20).model
-            for name, (wrapper, arguments, axes) in graphs.items()
-        }
-        write_models(models, work / "ffmerge" / "model.onnx_data")
-        rows.append(_folder_row("ffmerge", work / "ffmerge", start))
+        ffmerge.export(model, work / "ffmerge", ExportConfig(task=task))
+        rows.append(_folder_row("ffmerge, with the merged decoder", work / "ffmerge", start))
         distinct = sum(p.nbytes for p in model.parameters())
         rows.append({"tool": "distinct parameters", "bytes": distinct})
         print(f"marian: {rows[1]['bytes'] / distinct:.4f} x the distinct parameters")
@@ -316,14 +235,16 @@ def run(name: str) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         start = time.perf_counter()
-        package = ffmerge.export(model, work / "package", ExportConfig())
+        task = tasks.base(tasks.infer(model))  # without a cache, which not every tool takes
+        package = ffmerge.export(model, work / "package", ExportConfig(task=task))
         export_seconds = time.perf_counter() - start
         sources = {}
         for exporter in ("dynamo", "torchscript"):
             sources[exporter] = work / exporter / "model.onnx"
             sources[exporter].parent.mkdir()
             start = time.perf_counter()
-            torch_export(model, package.manifest.task, sources[exporter], exporter == "dynamo")
+            (graph,) = graphs(model, task)
+            torch_export(graph, sources[exporter], exporter == "dynamo")
             seconds = time.perf_counter() - start
             rows.append({"tool": f"torch {exporter}", **measure(work / exporter, package, seconds)})
         (work / "ffmerge").mkdir()
@@ -358,7 +279,7 @@ def int8_by_shape(seconds: float = 5.0) -> list[dict[str, Any]]:
         paths = [Path(temporary) / name / "model.onnx" for name in ("float", "stock", "ffmerge")]
         for path in paths:
             path.parent.mkdir()
-        torch_export(model, "text-classification", paths[0], dynamo=True)
+        torch_export(*graphs(model, "text-classification"), paths[0], dynamo=True)
         ort_int8_without_shapes(paths[0], paths[1])
         share_file(paths[0], paths[2], "int8")
         for threads in (1, 2):

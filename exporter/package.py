@@ -17,17 +17,17 @@ from ffmerge.exporter.graphs import Graph, graphs
 from ffmerge.exporter.merged import either
 from ffmerge.exporter.ort_format import write_ort
 from ffmerge.exporter.prepack import write_prepacked
-from ffmerge.exporter.torch_onnx import reference_outputs, to_onnx
+from ffmerge.exporter.torch_onnx import reference_outputs, to_onnx, unchunked
 from ffmerge.files import read_json, staged, write_json
 from ffmerge.models import checkpoint, tasks
 from ffmerge.models.manifest import REFERENCE, GraphRecord, Manifest, record_files, reference_key
 from ffmerge.models.probe import stored_elements
 from ffmerge.passes.graph.contract import join_ties
 from ffmerge.passes.graph.opset import OLDEST, to_opset
-from ffmerge.passes.graph.quantize import PRECISIONS
+from ffmerge.passes.graph.quantize import PRECISIONS, QuantizeConfig
 from ffmerge.passes.graph.read import read_model
 from ffmerge.passes.graph.run import ShareResult, share
-from ffmerge.passes.graph.tensors import bytes_stored, distinct_bytes
+from ffmerge.passes.graph.tensors import bytes_stored, distinct_bytes, is_op
 from ffmerge.passes.graph.write import PROTOBUF_LIMIT, write_models
 
 WEIGHTS = "model.onnx_data"  # of all graphs, each weight once
@@ -105,7 +105,7 @@ def export(
         raise InputError(f"no dtype {config.dtype!r}: there is fp32, {', '.join(PRECISIONS)}.")
     if config.layout not in LAYOUTS:
         raise InputError(f"no layout {config.layout!r}: there is {', '.join(LAYOUTS)}.")
-    with staged(Path(target)) as folder:
+    with staged(Path(target)) as folder, unchunked(model):
         plan = graphs(model, task)
         shared = _to_onnx(plan, config)
         if config.layout == "transformers.js":  # it opens no graph that another one contains
@@ -154,18 +154,25 @@ def export(
 
 def _to_onnx(plan: Sequence[Graph], config: ExportConfig) -> dict[str, ShareResult]:
     """Return every graph of the plan by name, in the opset and precision that were asked for."""
-    done: dict[str, ShareResult] = {}
+    done = {g.name: to_onnx(g, max(config.opset, DIRECT)) for g in plan if not g.parts}
+    if config.opset < DIRECT:
+        done = {name: share(to_opset(each.model, config.opset)) for name, each in done.items()}
+    if config.dtype != "fp32":  # all graphs agree on the form of a weight: it is stored once
+        read = (
+            (v.name, v.consumers())
+            for each in done.values()
+            for v in each.model.graph.initializers.values()
+        )
+        multiplied = {str(n) for n, nodes in read if any(is_op(c, "MatMul", "Gemm") for c in nodes)}
+        settings = QuantizeConfig(multiplied=frozenset(multiplied))
+        done = {
+            name: share(each.model, dtype=config.dtype, config=settings)
+            for name, each in done.items()
+        }
     for graph in plan:
         if graph.parts:
             first, later = (done[part].model for part in graph.parts)
             done[graph.name] = either(first, later, graph)
-            continue
-        shared = to_onnx(graph, max(config.opset, DIRECT))
-        if config.opset < DIRECT:
-            shared = share(to_opset(shared.model, config.opset))
-        if config.dtype != "fp32":
-            shared = share(shared.model, dtype=config.dtype)
-        done[graph.name] = shared
     return done
 
 

@@ -31,7 +31,7 @@ def input_specs(model: Any) -> tuple[InputSpec, ...]:
     specs: list[InputSpec] = []
     if "pixel_values" in accepted:
         height, width = _pair(getattr(vision, "image_size", _IMAGE_SIZE))
-        image = ("batch_size", int(vision.num_channels), height, width)
+        image = ("batch_size", getattr(vision, "num_channels", 3), height, width)
         specs.append(InputSpec("pixel_values", "float32", image))
     if "input_features" in accepted:
         frames = 2 * config.max_source_positions
@@ -60,7 +60,8 @@ def input_specs(model: Any) -> tuple[InputSpec, ...]:
 def probe(model: Any) -> Probe:
     """Return the fixed inputs on which ``model`` and its package are compared."""
     specs = input_specs(model)
-    longest = getattr(model.config, "max_position_embeddings", None) or _CASES[-1][1]
+    longest = getattr(model.config, "max_position_embeddings", None) or 0
+    longest = longest if longest > 0 else _CASES[-1][1]  # XLNet has -1: no bound
     sizes = [
         {"batch_size": b, "sequence_length": min(s, longest), "decoder_sequence_length": s - 2,
          "samples": s * _SAMPLES} for b, s in _CASES

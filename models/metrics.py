@@ -7,6 +7,7 @@ import numpy as np
 
 from ffmerge.errors import InputError
 from ffmerge.models.probe import Array
+from ffmerge.models.tasks import base
 
 IGNORED = -100  # the label transformers gives to positions that do not count
 
@@ -26,7 +27,7 @@ class Metric:
 
 def for_task(task: str) -> Metric | None:
     """Return the metric of a task, or None when it has none here."""
-    task = task.removesuffix("-with-past")
+    task = base(task)
     if task == "text-generation":
         return PERPLEXITY
     if task == "text2text-generation":
@@ -44,7 +45,7 @@ def labels_of(task: str, batch: Mapping[str, Array]) -> Array:
     """
     if "labels" in batch:
         return batch["labels"]
-    if task.removesuffix("-with-past") != "text-generation" or "input_ids" not in batch:
+    if base(task) != "text-generation" or "input_ids" not in batch:
         raise InputError(f"the examples have no labels, and {task} is measured against labels.")
     mask = batch.get("attention_mask", np.ones_like(batch["input_ids"]))
     return np.where(mask != 0, batch["input_ids"], IGNORED)

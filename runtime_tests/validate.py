@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime as ort
 
 from ffmerge.errors import RuntimeCheckError
-from ffmerge.models.manifest import Manifest
+from ffmerge.models.manifest import GraphRecord, Manifest
 from ffmerge.models.metrics import for_task, labels_of
 from ffmerge.models.probe import Array
 from ffmerge.models.tasks import base
@@ -179,20 +179,35 @@ def _validate_on(
 def _measure_metric(
     folder: Path, manifest: Manifest, provider: str, examples: Examples
 ) -> MetricResult | None:
-    metric = for_task(base(manifest.task))
-    if not metric or len(manifest.served()) > 1:
-        return None
-    ((path, graph),) = manifest.served().items()
-    session = open_session(folder / path, provider)
-    logits = "logits" if "logits" in graph.outputs else graph.outputs[0]
+    task, metric = base(manifest.task), for_task(manifest.task)
+    served = [
+        (graph, open_session(folder / path, provider)) for path, graph in manifest.served().items()
+    ]
     total, count, seen = 0.0, 0, 0
     for batch in examples.batches(BATCH):
-        if "labels" not in batch and base(manifest.task) != "text-generation":
+        targets = set() if len(served) == 1 else {"labels", "decoder_input_ids"}
+        known = "labels" in batch or task == "text-generation"
+        if metric is None or not known or targets - batch.keys():
             return None
-        output = run_session(session, [logits], graph.probe.complete(batch))[logits]
-        part, labels = metric.add(output, labels_of(base(manifest.task), batch))
-        total, count, seen = total + part, count + labels, seen + len(output)
-    return MetricResult(metric.name, metric.value(total, count), seen)
+        logits = _logits(served, batch)
+        part, labels = metric.add(logits, labels_of(task, batch))
+        total, count, seen = total + part, count + labels, seen + len(logits)
+    return MetricResult(metric.name, metric.value(total, count), seen) if metric else None
+
+
+def _logits(served: Sequence[tuple[GraphRecord, Any]], batch: dict[str, Array]) -> Array:
+    """Run the whole model on a batch: its one graph, or encoder and decoder."""
+    feeds = batch
+    for graph, session in served:
+        outputs = run_session(session, graph.outputs, graph.probe.complete(feeds))
+        if "last_hidden_state" in outputs and graph is not served[-1][0]:
+            states = outputs["last_hidden_state"]
+            feeds = {
+                "input_ids": batch["decoder_input_ids"],
+                "encoder_hidden_states": states,
+                "encoder_attention_mask": batch.get("attention_mask", np.ones(states.shape[:2])),
+            }
+    return outputs["logits"] if "logits" in outputs else next(iter(outputs.values()))
 
 
 def _provider_json(result: ProviderResult) -> dict[str, Any]:

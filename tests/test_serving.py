@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnxruntime as ort
 import pytest
 import torch
@@ -12,6 +13,7 @@ from tiny import gpt2, vit
 import ffmerge
 from ffmerge.errors import InputError, RuntimeCheckError
 from ffmerge.exporter.package import ExportConfig, export
+from ffmerge.models.data import from_arrays
 from ffmerge.models.manifest import Manifest
 from ffmerge.passes.graph.audit import audit
 from ffmerge.passes.weights.merge import MergeConfig, merge_
@@ -130,6 +132,30 @@ def test_the_package_keeps_its_promises(served: Case) -> None:
     }
 
 
+def test_the_task_metric_is_that_of_pytorch(served: Case) -> None:
+    """Perplexity over the labels, padded ones ignored; the loss is PyTorch's own."""
+    model, path = served
+    inputs = _inputs(model, 3, 7)
+    if model.config.is_encoder_decoder:
+        labels = torch.randint(3, 60, (3, 4), generator=torch.Generator().manual_seed(1))
+        labels[2, 2:] = -100
+        given = {**inputs, "decoder_input_ids": torch.full((3, 4), 5), "labels": labels}
+    else:
+        given = inputs
+        labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+        positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        inputs = {**inputs, "position_ids": positions}
+    with torch.no_grad():
+        loss = model(**{**given, **inputs, "labels": labels}).loss
+    data = from_arrays({name: x.numpy() for name, x in given.items()})
+    metric = validate(path, examples=data).metric
+    if "Whisper" in type(model).__name__:
+        assert metric is None  # speech is not measured by perplexity here
+        return
+    assert metric is not None and metric.examples == 3
+    assert metric.value == pytest.approx(float(loss.exp()), rel=1e-5)  # measured 2e-7
+
+
 def test_inputs_and_outputs_are_called_as_optimum_calls_them(served: Case) -> None:
     model, path = served
     names = {
@@ -234,3 +260,32 @@ def test_what_cannot_be_loaded(tmp_path: Path) -> None:
     data.write_bytes(data.read_bytes()[:-1])
     with pytest.raises(InputError, match="is not the file that"):
         ffmerge.load_package(tmp_path / "package")
+
+
+def test_all_graphs_agree_on_the_form_of_a_quantized_weight(tmp_path: Path) -> None:
+    """The table the encoder looks up is the matrix the decoder multiplies by: stored once."""
+    case = next(case for case in CASES if case[0] == "MarianMTModel")
+    model = _model(case[0], case[1], {**case[2], "vocab_size": 900, "decoder_vocab_size": 900})
+    export(model, tmp_path / "package", ExportConfig(dtype="int8"))
+    places = {}
+    for path in (tmp_path / "package").glob("*.onnx"):
+        table = onnx.load(path, load_external_data=False).graph.initializer
+        (entry,) = (t for t in table if t.name == "model.shared.weight")
+        assert entry.data_type == onnx.TensorProto.INT8
+        places[path.name] = {e.key: e.value for e in entry.external_data}["offset"]
+    assert len(places) == 4 and len(set(places.values())) == 1
+    result = validate(tmp_path / "package")
+    assert result.ok, [p.reason for p in result.providers]
+
+
+def test_a_chunked_feed_forward_takes_any_length(tmp_path: Path) -> None:
+    case = next(case for case in CASES if case[0] == "BertForMaskedLM")
+    model = _model(case[0], case[1], {**case[2], "chunk_size_feed_forward": 4})
+    export(model, tmp_path / "package")
+    assert model.bert.encoder.layer[0].chunk_size_feed_forward == 4
+    ids = torch.arange(24).reshape(3, 8)
+    with torch.no_grad():
+        expected = model(ids).logits
+    loaded = ffmerge.load_package(tmp_path / "package")
+    assert (loaded(ids).logits - expected).abs().max() < 2e-6  # measured 2e-7
+    assert loaded(ids[:, :7]).logits.shape == (3, 7, 60)

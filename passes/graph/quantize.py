@@ -5,7 +5,7 @@ A quantized weight keeps its name, so that ties and whatever else knows it stay 
 
 import tempfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from ffmerge.errors import InputError
 from ffmerge.models.manifest import Skip
 from ffmerge.passes.graph.float16 import MASK, to_float16
 from ffmerge.passes.graph.matmul import Readers, Rewrite, readers, store, straighten
-from ffmerge.passes.graph.tensors import Array, is_op, shape_of, stored, values_of
+from ffmerge.passes.graph.tensors import Array, Stored, is_op, shape_of, stored, values_of
 
 FLOOR = 1024  # elements below which scales and nodes cost about what a weight saves
 MICROSOFT = "com.microsoft"
@@ -35,6 +35,8 @@ class QuantizeConfig:
     tensor. ``block`` input features share a scale in int4 and int8-weights, around zero if
     ``symmetric``. ``standard`` stores int4 for DequantizeLinear of opset 21 instead of ONNX
     Runtime's own operators. ``calibration`` is what int8-static takes its ranges from.
+    ``multiplied`` names weights that another graph of the package multiplies by: a table among
+    them is stored as it is there.
     """
 
     per_channel: bool = True
@@ -42,6 +44,7 @@ class QuantizeConfig:
     symmetric: bool = True
     standard: bool = False
     calibration: Sequence[Mapping[str, Array]] = ()
+    multiplied: frozenset[str] = frozenset()
 
 
 def quantize(
@@ -69,7 +72,7 @@ def quantize(
 def _dynamic_int8(model: ir.Model, config: QuantizeConfig) -> Iterator[Skip]:
     """MatMul and Gemm become MatMulInteger on inputs that are quantized as they come."""
     inputs: dict[ir.Value, Sequence[ir.Value]] = {}
-    for weight, how in (yield from _matrices(model)):
+    for weight, how in (yield from _matrices(model, config)):
         how = straighten(weight, how, model.graph)
         scale = _to_int8(weight, how, config, model)
         for node in how.products:
@@ -93,7 +96,7 @@ def _static_int8(model: ir.Model, config: QuantizeConfig) -> Iterator[Skip]:
     the scale of one consumer's input.
     """
     matrices = []
-    for weight, how in (yield from _matrices(model)):
+    for weight, how in (yield from _matrices(model, config)):
         for node in how.products:
             if node.op_type == "Gemm" and len(node.inputs) > 2 and (bias := node.inputs[2]):
                 yield Skip(bias.name or "", f"float32: the bias of Gemm node {node.name}")
@@ -144,7 +147,7 @@ def _ranges(
 
 def _nbits(model: ir.Model, config: QuantizeConfig, bits: int) -> Iterator[Skip]:
     """Products become MatMulNBits, lookups GatherBlockQuantized, or both on the one tensor."""
-    for weight, how in (yield from _matrices(model, config.block)):
+    for weight, how in (yield from _matrices(model, config, config.block)):
         model.opset_imports.setdefault(MICROSOFT, 1)
         assert weight.const_value is not None
         values = values_of(weight.const_value)
@@ -198,7 +201,7 @@ def _unpacked_rows(
 
 def _blocked(model: ir.Model, config: QuantizeConfig) -> Iterator[Skip]:
     """Every weight is read through one DequantizeLinear, in blocks along what is summed over."""
-    for weight, how in (yield from _matrices(model, config.block)):
+    for weight, how in (yield from _matrices(model, config, config.block)):
         assert weight.const_value is not None
         axis = int(how.turned or not how.products)
         values = values_of(weight.const_value)
@@ -218,7 +221,7 @@ def _blocked(model: ir.Model, config: QuantizeConfig) -> Iterator[Skip]:
 
 
 def _matrices(
-    model: ir.Model, block: int | None = None
+    model: ir.Model, config: QuantizeConfig, block: int | None = None
 ) -> Generator[Skip, None, list[tuple[ir.Value, Readers]]]:
     """Return the matrices to quantize and what reads them; yield a reason for every other weight.
 
@@ -240,7 +243,9 @@ def _matrices(
             elif shape_of(tensor)[1] % block:
                 how = f"its rows of {shape_of(tensor)[1]} are not whole blocks of {block}"
         if isinstance(how, Readers):
-            found.append((weight, how))
+            found.append(
+                (weight, replace(how, turned=how.turned or _as_elsewhere(item, how, config)))
+            )
             continue
         yield Skip(item.name, f"INT8, through one DequantizeLinear: {how}")
         axis = int(np.argmax([size > 1 for size in shape_of(tensor)]))
@@ -249,6 +254,11 @@ def _matrices(
         parts = _store_parts(model, weight, [ir.Tensor(scale.reshape(-1))])
         _read_through(weight, ir.Tensor(codes), parts, model, axis=axis)
     return found
+
+
+def _as_elsewhere(item: Stored, how: Readers, config: QuantizeConfig) -> bool:
+    """Say whether a table is to be stored as the matrix that it is in another graph."""
+    return not how.products and item.name in config.multiplied
 
 
 def _is_weight(value: ir.Value) -> bool:
@@ -276,16 +286,17 @@ def _stays_float(value: ir.Value, tensor: ir.TensorProtocol, main: ir.Graph) -> 
 
 def _to_int8(weight: ir.Value, how: Readers, config: QuantizeConfig, model: ir.Model) -> ir.Value:
     """Store a straightened weight as int8, let lookups scale what they find; return the scales."""
-    over = None if not config.per_channel else 0 if how.products else 1
+    summed = bool(how.products) or weight.name in config.multiplied
+    over = None if not config.per_channel else 0 if summed else 1
     assert weight.const_value is not None
-    codes, scales = _int8(values_of(weight.const_value), over, summed=bool(how.products))
+    codes, scales = _int8(values_of(weight.const_value), over, summed)
     _replace(weight, ir.Tensor(codes))
     (scale,) = _store_parts(model, weight, [ir.Tensor(scales if over == 1 else scales.squeeze())])
     for node in how.lookups:
         new, ids = Rewrite(node, model.graph), node.inputs[1]
         axis = node.attributes.get_int("axis", 0)
         found = new.op("Cast", new.op("Gather", weight, ids, axis=axis), to=_FLOAT)
-        by_row = config.per_channel and (axis == 1 or not how.products)
+        by_row = config.per_channel and (axis == 1 or not summed)
         new.take_place(new.op("Mul", found, new.op("Gather", scale, ids) if by_row else scale))
     return scale
 

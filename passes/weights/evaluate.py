@@ -11,6 +11,7 @@ from ffmerge.errors import InputError
 from ffmerge.models.data import Examples
 from ffmerge.models.metrics import Metric, for_task, labels_of
 from ffmerge.models.probe import Array
+from ffmerge.models.tasks import base
 from ffmerge.passes.weights.statistics import forward, positions
 
 
@@ -33,7 +34,7 @@ def score_for(model: Any, task: str, examples: Examples, batch_size: int) -> Sco
     Fidelity is the mean cosine between the outputs of the model that is measured and those of
     the original: it needs no labels and is 1 for the original.
     """
-    task = task.removesuffix("-with-past")
+    task = base(task)
     if task == "automatic-speech-recognition" and model.config.is_encoder_decoder:
         task = "text2text-generation"  # other models of this task give frames, not tokens
     metric = for_task(task)
