@@ -41,7 +41,7 @@ def load_package(
     folder = Path(folder)
     manifest = Manifest.read(folder)
     manifest.check_files(folder)
-    model = checkpoint.skeleton(folder)
+    model = checkpoint.without_weights(folder)
     served = [
         _Session(open_session(folder / path, provider, threads=threads), graph)
         for path, graph in manifest.served(kind).items()

@@ -126,13 +126,18 @@ def model_class(config: Any, folder: Path, trust_remote_code: bool = False) -> A
 def skeleton(source: str | Path, trust_remote_code: bool = False) -> Any:
     """Return the model on the meta device, ties in place: every shape, no weights allocated."""
     folder = resolve(source, weights=False, code=trust_remote_code)
-    config = read_config(folder, trust_remote_code)
-    with torch.device("meta"):
-        model = model_class(config, folder, trust_remote_code)(config).eval()
-    record = merge_record(config)
+    model = without_weights(folder, trust_remote_code)
+    record = merge_record(model.config)
     if record:
         ties.retie_(model, record)
     return model
+
+
+def without_weights(folder: Path, trust_remote_code: bool = False) -> Any:
+    """Return the class that ``config.json`` names, on the meta device, nothing tied."""
+    config = read_config(folder, trust_remote_code)
+    with torch.device("meta"):
+        return model_class(config, folder, trust_remote_code)(config).eval()
 
 
 def load(source: str | Path, trust_remote_code: bool = False) -> Any:
