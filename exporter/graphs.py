@@ -171,10 +171,8 @@ def _encoder_decoder(model: Any, task: str) -> tuple[Graph, ...]:
     ids = replace(specs.pop("decoder_input_ids"), name="input_ids")
     masks = [replace(s, name=f"encoder_{s.name}") for s in specs.values() if s.kind == "mask"]
     out = _run(model)
-    _, frames, width = out["encoder_last_hidden_state"].shape
-    # sound has one length: what the encoder gives has, too
-    frames = length if any(length in s.shape for s in specs.values()) else frames
-    states = InputSpec("encoder_hidden_states", "float32", ("batch_size", frames, width))
+    width = int(out["encoder_last_hidden_state"].shape[-1])
+    states = InputSpec("encoder_hidden_states", "float32", ("batch_size", length, width))
     cases = tuple(
         {"batch_size": b, length: s + 1, "decoder_sequence_length": s,
          "past_decoder_sequence_length": p + 2} for b, s, p in _STEPS
@@ -187,7 +185,7 @@ def _encoder_decoder(model: Any, task: str) -> tuple[Graph, ...]:
     if not task.endswith(tasks.PAST):
         outputs: tuple[str, ...] = ("logits",)
         return encoder, Graph("decoder_model", _Decoder(model, outputs), recipe, outputs)
-    lengths = {"decoder": "past_decoder_sequence_length", "encoder": frames}
+    lengths = {"decoder": "past_decoder_sequence_length", "encoder": length}
     past = _past(out, lengths)
     outputs = ("logits", *map(_present, past))
     later = tuple(name for name in outputs if ".encoder." not in name)

@@ -15,26 +15,26 @@ from ffmerge.passes.graph.audit import audit
 from ffmerge.passes.weights.merge import MergeConfig, merge_
 from ffmerge.runtime_tests.parity import check_parity
 
-S = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
+S = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 V = {"vocab_size": 60, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 I = {"image_size": 16, "patch_size": 4}  # noqa: E741
 B = {**S, "vocab_size": 60}
 G = {**S, **V, "num_key_value_heads": 2}
-GPT = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_inner": 48, **V}
+GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 48, **V}
 ED = {
-    "d_model": 32, "encoder_layers": 3, "decoder_layers": 3, "encoder_attention_heads": 4,
+    "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
     "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48,
     "decoder_start_token_id": 2, **V,
 }  # fmt: skip
 T5 = {
-    "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 3, "num_heads": 4, "vocab_size": 60,
+    "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 60,
     "decoder_start_token_id": 0,
 }  # fmt: skip
 TOWERS = {
     "text_config": {**S, **V, "max_position_embeddings": 20},
     "vision_config": {**S, **I},
 }
-ONE, TWO, TOWER = {"layers": 3}, {"encoder": 3, "decoder": 3}, {"vision_model": 3, "text_model": 3}
+ONE, TWO, TOWER = {"layers": 2}, {"encoder": 2, "decoder": 2}, {"vision_model": 2, "text_model": 2}
 
 # class, configuration, settings, layers by stack, gated
 CASES: list[tuple[str, str, dict[str, Any], dict[str, int], bool]] = [
@@ -53,7 +53,7 @@ CASES: list[tuple[str, str, dict[str, Any], dict[str, int], bool]] = [
     ("RobertaForMaskedLM", "RobertaConfig", {**S, **V}, ONE, False),
     (
         "DistilBertForMaskedLM", "DistilBertConfig",
-        {"dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 48, "vocab_size": 60}, ONE, False,
+        {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "vocab_size": 60}, ONE, False,
     ),
     ("ElectraForMaskedLM", "ElectraConfig", {**B, "embedding_size": 16}, ONE, False),
     ("DebertaV2ForMaskedLM", "DebertaV2Config", B, ONE, False),
@@ -76,7 +76,7 @@ CASES: list[tuple[str, str, dict[str, Any], dict[str, int], bool]] = [
     ),
     (
         "BloomForCausalLM", "BloomConfig",
-        {"hidden_size": 32, "n_layer": 3, "n_head": 4, **V}, ONE, False,
+        {"hidden_size": 32, "n_layer": 2, "n_head": 4, **V}, ONE, False,
     ),
     ("FalconForCausalLM", "FalconConfig", {**S, **V, "ffn_hidden_size": 48}, ONE, False),
     ("LlamaForCausalLM", "LlamaConfig", G, ONE, True),

@@ -117,7 +117,7 @@ import sys, numpy as np, tiny
 from ffmerge.exporter.package import export
 from ffmerge.models import checkpoint, tasks
 from ffmerge.passes.weights.merge import MergeConfig, merge_
-model = tiny.gpt2(layers=3)
+model = tiny.gpt2(layers=2)
 merge_(model, {"input_ids": np.arange(90).reshape(9, 10)}, MergeConfig(k=2))
 checkpoint.save(model, sys.argv[1] + "/checkpoint")
 export(model, sys.argv[1] + "/package")

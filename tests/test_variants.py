@@ -1,6 +1,7 @@
 """The graph in ONNX Runtime's format and with packed weights: same results, nothing twice."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,8 @@ from ffmerge.exporter.ort_format import check_same, write_ort
 from ffmerge.exporter.package import ExportConfig, Package, export
 from ffmerge.exporter.prepack import write_prepacked
 from ffmerge.models import checkpoint
-from ffmerge.models.manifest import Manifest, Variant
+from ffmerge.models.manifest import GraphRecord, Manifest, Variant
+from ffmerge.models.probe import Probe
 from ffmerge.passes.graph.audit import audit
 from ffmerge.passes.graph.write import write_models
 from ffmerge.passes.weights.merge import MergeConfig, merge_
@@ -40,8 +42,8 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Package:
 def test_the_manifest_names_the_variants_and_the_package_stays_whole(package):
     manifest = Manifest.read(package.path)
     assert manifest.variants == (
-        Variant("ort", "model.ort", True),
-        Variant("prepacked", "prepacked/model.onnx", False),
+        Variant("ort", "model.ort", True, "model.onnx"),
+        Variant("prepacked", "prepacked/model.onnx", False, "model.onnx"),
     )
     manifest.check_files(package.path)
     listed = {file.path for file in manifest.files}
@@ -91,32 +93,33 @@ def test_a_weight_that_would_be_stored_twice_is_refused(tmp_path):
         a = Mul(x, t) b = Mul(x, u) c = Mul(x, W)}"""
     write_models({tmp_path / "m.onnx": build(text, W=w)}, tmp_path / "m.onnx_data")
     with pytest.raises(TieError, match="stored twice"):
-        write_ort(tmp_path / "m.onnx", [])
+        write_ort(tmp_path, [GraphRecord("m.onnx", (), Probe((), ()))])
 
 
 def test_more_than_the_format_holds_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(ort_format, "PROTOBUF_LIMIT", 1000)
-    linear_package(tmp_path / "p", normal(64, 64), normal(64))
+    manifest = linear_package(tmp_path / "p", normal(64, 64), normal(64))
     with pytest.raises(InputError, match="more than 2 GB"):
-        write_ort(tmp_path / "p" / "model.onnx", [])
+        write_ort(tmp_path / "p", manifest.graphs)
     assert not (tmp_path / "p" / "model.ort").exists()
 
 
 def test_another_result_is_refused(tmp_path):
     for name, seed in (("one", 0), ("two", 1)):
-        linear_package(tmp_path / name, normal(64, 64, seed=seed), normal(64))
+        manifest = linear_package(tmp_path / name, normal(64, 64, seed=seed), normal(64))
     paths = [tmp_path / name / "model.onnx" for name in ("one", "two")]
-    check_same(paths[0], paths[0], [{"x": normal(2, 64)}])
+    check_same(paths[0], paths[0], manifest.graphs[0])
     with pytest.raises(ExportError, match="does not compute"):
-        check_same(*paths, [{"x": normal(2, 64)}])
+        check_same(*paths, manifest.graphs[0])
 
 
 def test_packed_weights_stay_in_the_file(tmp_path):
     """A weight of 17 MB: packed at load it is anonymous memory, packed in the file it is not."""
     folder = tmp_path / "p"
-    linear_package(folder, normal(2048, 2048), normal(2048))
-    variant = write_prepacked(folder / "model.onnx", [{"x": normal(2, 2048)}])
-    plain, packed = (measure_footprint(folder, model=m) for m in ("model.onnx", variant.path))
+    manifest = linear_package(folder, normal(2048, 2048), normal(2048))
+    (variant,) = write_prepacked(folder, manifest.graphs)
+    replace(manifest, variants=(variant,)).write(folder)
+    plain, packed = (measure_footprint(folder, kind=kind) for kind in ("onnx", "prepacked"))
     if plain.anonymous_bytes is None:
         pytest.skip(plain.memory_reason)
     weight = 4 * 2048**2
@@ -138,8 +141,10 @@ def test_the_command_tells_what_packing_costs(tmp_path, monkeypatch, capsys):
     assert not ended.value.code
     found = json.loads(capsys.readouterr().out)
     assert [v["portable"] for v in found["variants"]] == [True, False]
-    assert list(found["costs"]) == ["model.onnx", "model.ort", "prepacked/model.onnx"]
-    for path, cost in found["costs"].items():
+    assert list(found["costs"]) == ["onnx", "ort", "prepacked"]
+    for path, cost in zip(
+        ("model.onnx", "model.ort", "prepacked/model.onnx"), found["costs"].values(), strict=True
+    ):
         files = [out / path, out / f"{path}_data"]
         assert cost["bytes"] == sum(file.stat().st_size for file in files if file.exists())
         assert cost["load_s"] > 0 and cost["median_ms"] > 0
