@@ -214,6 +214,9 @@ def _write_config(folder: Path, model: Any) -> None:
     path = folder / "config.json"
     config = read_json(path)
     config.pop("auto_map", None)  # its code ties PyTorch weights, of which there are none
+    beside = {f"{data.stem}.onnx": True for data in sorted(folder.glob("onnx/*.onnx_data"))}
+    if beside:  # transformers.js looks for data beside a graph only where it is told so
+        config["transformers.js_config"] = {"use_external_data_format": beside}
     write_json(path, config)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)

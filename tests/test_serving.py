@@ -1,5 +1,6 @@
 """Packages that generate: token by token the same as PyTorch, and without its weights."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +245,18 @@ def test_the_layout_of_transformers_js(tmp_path: Path) -> None:
     inputs = _inputs(model, 2, 5)
     shape = _generate(ffmerge.load_package(package.path), inputs).shape
     assert shape == _generate(model, inputs).shape
+
+
+def test_transformers_js_is_told_of_data_beside_a_graph(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ffmerge.exporter.package.PROTOBUF_LIMIT", 1000)  # really 2 GB
+    package = export(vit(layers=2), tmp_path / "package", ExportConfig(layout="transformers.js"))
+    assert (package.path / "onnx" / "model.onnx_data").stat().st_size > 100_000
+    config = json.loads((package.path / "config.json").read_text())
+    told = config["transformers.js_config"]["use_external_data_format"]
+    assert told == {"model.onnx": True}
+    assert validate(package.path).ok
 
 
 def test_what_cannot_be_loaded(tmp_path: Path) -> None:
