@@ -56,20 +56,21 @@ class Probe:
     def complete(self, batch: Mapping[str, Array]) -> dict[str, Array]:
         """Return the inputs for a batch of data; what it lacks is no padding and an empty past.
 
-        Positions count the tokens that are not padding, as transformers' ``generate`` does.
+        Positions go on from the past, as they do in PyTorch where they are not given.
         """
         ids = batch.get("input_ids", next(iter(batch.values())))
         rows, length = ids.shape[:2]
         past = next((x.shape[2] for k, x in batch.items() if k.startswith("past_key_values")), 0)
-        mask = batch.get("attention_mask", np.ones((rows, past + length), np.int64))
-        positions = np.maximum(mask.cumsum(-1) - 1, 0)[:, -length:]
-        # a missing integer is the first kind of token, where there are several
-        filled = {"mask": mask, "position": positions, "integer": np.zeros_like(ids)}
+        filled = {
+            "mask": np.ones((rows, past + length)),
+            "position": np.broadcast_to(np.arange(past, past + length), (rows, length)),
+            "integer": np.zeros_like(ids),  # the first kind of token, where there are several
+        }
         return {
             spec.name: np.asarray(
                 batch[spec.name]
                 if spec.name in batch
-                else filled.get(spec.kind, np.zeros(_sized(spec, rows), spec.dtype)),
+                else filled.get(spec.kind, np.zeros(_sized(spec, rows))),
                 spec.dtype,
             )
             for spec in self.inputs

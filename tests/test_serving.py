@@ -122,6 +122,21 @@ def test_forward_continues_a_cache(served: Case) -> None:
     assert (then.logits[:, -1] - expected[:, -1]).abs().max() < 5e-6  # measured 9.5e-7
 
 
+def test_forward_counts_positions_as_pytorch_does(served: Case) -> None:
+    """Padded on the left and told no positions, PyTorch counts the padding, so does the package."""
+    model, path = served
+    inputs = _inputs(model, 3, 7)
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = torch.tensor([[3, 4, 5]] * 3)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+    got = ffmerge.load_package(path)(**inputs).logits
+    real = torch.ones(got.shape[:2], dtype=torch.bool)
+    if not model.config.is_encoder_decoder:
+        real = inputs["attention_mask"].bool()
+    assert (got - expected)[real].abs().max() < 5e-6  # measured 9.5e-7
+
+
 def test_the_package_keeps_its_promises(served: Case) -> None:
     _, path = served
     found = audit(path)
