@@ -9,6 +9,7 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -110,6 +111,16 @@ def size_text(count: float) -> str:
             break
         count /= 1000
     return f"{count:.0f} B" if unit == "B" else f"{count:#.3g}".rstrip(".") + f" {unit}"
+
+
+def plain(value: Any) -> dict[str, Any]:
+    """Return a dataclass, or a dictionary of them, as plain JSON values.
+
+    A number that is NaN or infinite becomes null.
+    """
+    text = json.dumps(value, default=asdict)
+    values: dict[str, Any] = json.loads(text, parse_constant=lambda _: None)
+    return values
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -2,10 +2,11 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from ffmerge.errors import InputError
+from ffmerge.files import plain
 
 Window = tuple[int, int]  # first and last layer, inclusive
 
@@ -36,11 +37,7 @@ class MergeRecord:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values, the inverse of :func:`from_json`."""
-        return {
-            **asdict(self),
-            "groups": [group_json(g) for g in self.groups],
-            "metric": dict(self.metric),
-        }
+        return plain(self)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "MergeRecord":
@@ -50,11 +47,6 @@ class MergeRecord:
             return cls(**{**value, "groups": groups})
         except (TypeError, KeyError) as error:
             raise InputError(f"the merge record is not one this version reads: {error}.") from error
-
-
-def group_json(group: Group) -> dict[str, Any]:
-    """Return a group as plain JSON values."""
-    return {"stack": group.stack, "layers": list(group.layers)}
 
 
 @dataclass(frozen=True)
@@ -76,8 +68,7 @@ class Tie:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        value: dict[str, Any] = {"name": self.name, "members": list(self.members)}
-        return {**value, "places": dict(self.places)} if self.places else value
+        return {key: value for key, value in plain(self).items() if value}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Tie":

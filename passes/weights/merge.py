@@ -9,10 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from ffmerge.errors import InputError
+from ffmerge.files import plain
 from ffmerge.models import tasks, ties
 from ffmerge.models.data import Examples, from_arrays
 from ffmerge.models.feedforward import EXPERTS, REJECTED, FeedForward, prove, stacks, survey
-from ffmerge.models.plan import Group, MergeRecord, Window, group_json
+from ffmerge.models.plan import Group, MergeRecord, Window
 from ffmerge.models.probe import Array
 from ffmerge.passes.weights import methods, statistics
 from ffmerge.passes.weights.evaluate import score_for
@@ -60,10 +61,7 @@ class Merge:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        tried = [
-            {"groups": [group_json(g) for g in c.groups], "value": c.value} for c in self.candidates
-        ]
-        return {**self.record.to_json(), "candidates": tried}
+        return plain({**vars(self.record), "candidates": self.candidates})
 
 
 def merge_(
