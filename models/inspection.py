@@ -9,14 +9,7 @@ from torch import nn
 
 from ffmerge.errors import InputError
 from ffmerge.models.checkpoint import skeleton
-from ffmerge.models.feedforward import (
-    REJECTED,
-    FeedForward,
-    LeftAlone,
-    prove,
-    stacks,
-    survey,
-)
+from ffmerge.models.feedforward import REJECTED, FeedForward, LeftAlone, prove, stacks, survey
 
 
 @dataclass(frozen=True)
