@@ -180,7 +180,7 @@ def forward(model: Any, batch: Mapping[str, Array]) -> Any:
     """
     inputs = {name: array for name, array in batch.items() if name != "labels"}
     decoded = model.config.is_encoder_decoder and "decoder_input_ids" not in batch
-    if decoded and np.ndim(batch.get("labels")) == 2:
+    if decoded and "labels" in batch and batch["labels"].ndim == 2:
         inputs["labels"] = batch["labels"]
     try:
         return model(**to_tensors(inputs, model))
