@@ -16,6 +16,13 @@ from typing import Any
 from ffmerge.errors import InputError
 
 
+def refuse_existing(*paths: Path) -> None:
+    """Raise InputError if something is there already: before long work, not after it."""
+    for path in paths:
+        if path.exists() or path.is_symlink():
+            raise InputError(f"{path} exists already: remove it or choose another output.")
+
+
 @contextmanager
 def staged(target: Path) -> Iterator[Path]:
     """Yield an empty folder beside ``target`` that becomes ``target`` when the block ends well.
@@ -28,13 +35,11 @@ def staged(target: Path) -> Iterator[Path]:
         InputError: ``target`` exists, or its parent cannot be written.
     """
     target = Path(target)
-    if target.exists() or target.is_symlink():
-        raise InputError(f"{target} exists already: remove it or choose another output.")
+    refuse_existing(target)
     try:
-        target.absolute().parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(
-            tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.absolute().parent)
-        )
+        parent = target.absolute().parent
+        parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=parent))
     except OSError as error:
         raise InputError(f"cannot write {target}: {error.strerror or error}.") from error
     try:

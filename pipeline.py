@@ -10,10 +10,9 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers.utils.logging import disable_progress_bar
 
-from ffmerge.errors import InputError
 from ffmerge.exporter import package
 from ffmerge.exporter.package import ExportConfig, Package
-from ffmerge.files import plain, staged
+from ffmerge.files import plain, refuse_existing, staged
 from ffmerge.models import checkpoint, data, digits, tasks
 from ffmerge.models.manifest import Manifest
 from ffmerge.passes.weights import merge as merging
@@ -39,7 +38,7 @@ def merge(
     trust_remote_code: bool = False,
 ) -> Merge:
     """Merge the checkpoint ``source`` and save it as the new folder ``out``."""
-    _refuse_existing(out)
+    refuse_existing(out)
     with _progress() as show:
         folder = checkpoint.resolve(source, code=trust_remote_code)
         model = checkpoint.load(folder, trust_remote_code)
@@ -55,7 +54,7 @@ def export(
     source: str, out: Path, config: ExportConfig, trust_remote_code: bool = False
 ) -> Package:
     """Export the checkpoint ``source`` as the new package ``out``."""
-    _refuse_existing(out)
+    refuse_existing(out)
     with _progress() as show:
         folder = checkpoint.resolve(source, code=trust_remote_code)
         model = checkpoint.load(folder, trust_remote_code).float()
@@ -180,12 +179,6 @@ def _merged(
     model = checkpoint.load(_DEMO_MODEL)
     config = MergeConfig(k=_DEMO_K, method=method)
     return model, merging.merge_(model, calibration, config, held_out, show)
-
-
-def _refuse_existing(out: Path) -> None:
-    """Fail before the long work, not after it."""
-    if out.exists():
-        raise InputError(f"{out} exists already: remove it or choose another output.")
 
 
 @contextmanager

@@ -181,6 +181,14 @@ def prove(model: nn.Module, sublayers: Sequence[FeedForward], seed: int = 0) -> 
         return tuple(_proved(model, f, *calls[f.path], seed) for f in sublayers)
 
 
+def proven(model: nn.Module) -> tuple[tuple[FeedForward, ...], tuple[LeftAlone, ...]]:
+    """Return what :func:`survey` returns, with what the proof rejects left alone as well."""
+    found, left = survey(model)
+    verdicts = dict(zip(found, prove(model, found), strict=True))
+    rejected = (LeftAlone(f.path, REJECTED) for f in found if not verdicts[f])
+    return tuple(f for f in found if verdicts[f]), (*left, *rejected)
+
+
 @dataclass(frozen=True)
 class _Match:
     """Maps d -> f and f -> d, and the place of their block: number ``layer`` of ``stack``."""

@@ -11,7 +11,7 @@ from ffmerge.errors import InputError
 from ffmerge.files import plain
 from ffmerge.models import tasks, ties
 from ffmerge.models.data import Examples, from_arrays
-from ffmerge.models.feedforward import REJECTED, FeedForward, prove, stacks, survey
+from ffmerge.models.feedforward import FeedForward, proven, stacks
 from ffmerge.models.plan import Group, MergeRecord, Window
 from ffmerge.models.probe import Array
 from ffmerge.passes.weights import methods, statistics
@@ -122,14 +122,11 @@ def merge_(
         ties.tie_(model, choice, shared)
         groups += _groups(choice)
         value = score.rank(rank) if score else None
-    name, count = (score.name, len(held_out or ())) if score else (None, 0)
-    metric = {
-        "name": name, "before": quality, "merged": value, "recovered": None, "examples": count,
-    }  # fmt: skip
+    metric = {"name": score.name if score else None, "before": quality, "merged": value}
+    metric |= {"recovered": None, "examples": len(held_out or ())}
     after = _size(model)
-    record = MergeRecord(
-        method.name, tuple(groups), before[0], after[0], before[1], after[1], metric
-    )
+    sizes = (before[0], after[0], before[1], after[1])
+    record = MergeRecord(method.name, tuple(groups), *sizes, metric)
     model.config.ffmerge = record.to_json()
     return Merge(record, tuple(candidates))
 
@@ -138,7 +135,7 @@ def _stacks(model: Any, config: MergeConfig) -> dict[str, tuple[FeedForward, ...
     """Return the sublayers to choose from by stack, each proved to be one."""
     if getattr(model.config, "ffmerge", None):
         raise InputError("this model is merged already: start from the original checkpoint.")
-    found, left = survey(model)
+    found, left = proven(model)
     by_name = stacks(found)
     if not by_name:
         why = [f"{part.path} is left alone: {part.reason}" for part in left]
@@ -153,16 +150,10 @@ def _stacks(model: Any, config: MergeConfig) -> dict[str, tuple[FeedForward, ...
         if len(by_name) > 1 and not model.config.is_encoder_decoder:
             raise InputError(f"the model has several stacks ({', '.join(by_name)}): choose one.")
         names = tuple(by_name)
-    chosen = {}
     for name in names:
         if name not in by_name:
             raise InputError(f"no stack {name!r} in the model: it has {', '.join(by_name)}.")
-        verdicts = prove(model, by_name[name])
-        chosen[name] = tuple(s for s, ok in zip(by_name[name], verdicts, strict=True) if ok)
-        if not chosen[name]:
-            path = by_name[name][0].path
-            raise InputError(f"stack {name!r} cannot be merged: {path} is left alone: {REJECTED}.")
-    return chosen
+    return {name: by_name[name] for name in names}
 
 
 def _choices(by_name: Mapping[str, tuple[FeedForward, ...]], config: MergeConfig) -> list[Choice]:
