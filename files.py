@@ -9,9 +9,10 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from pathlib import Path, PureWindowsPath
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from ffmerge.errors import InputError
 
@@ -126,6 +127,22 @@ def plain(value: Any) -> dict[str, Any]:
     text = json.dumps(value, default=asdict)
     values: dict[str, Any] = json.loads(text, parse_constant=lambda _: None)
     return values
+
+
+def restored(kind: Any, value: Any) -> Any:
+    """Return a value of the dataclass ``kind`` from what :func:`plain` made of it.
+
+    Raises:
+        TypeError, KeyError: a key is unknown or missing, or a value is of another kind.
+    """
+    if isinstance(kind, UnionType) and value is not None:
+        kind = get_args(kind)[0]
+    if isinstance(kind, type) and is_dataclass(kind) and value is not None:
+        kinds = get_type_hints(kind)
+        return kind(**{name: restored(kinds[name], item) for name, item in {**value}.items()})
+    if get_origin(kind) is tuple:
+        return tuple(restored(get_args(kind)[0], item) for item in value)
+    return value
 
 
 def write_json(path: Path, value: Any) -> None:

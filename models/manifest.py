@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ffmerge.errors import InputError
-from ffmerge.files import open_inside, plain, read_json, sha256, write_json
+from ffmerge.files import open_inside, plain, read_json, restored, sha256, write_json
 from ffmerge.models.plan import MergeRecord, Tie
 from ffmerge.models.probe import Probe
 
@@ -43,12 +43,6 @@ class GraphRecord:
     outputs: tuple[str, ...]
     probe: Probe
     parts: tuple[str, ...] = ()
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "GraphRecord":
-        """Read a record."""
-        probe = Probe.from_json(value["probe"])
-        return cls(value["path"], tuple(value["outputs"]), probe, tuple(value["parts"]))
 
 
 @dataclass(frozen=True)
@@ -121,17 +115,8 @@ class Manifest:
                 f"{folder / NAME} is not of schema {SCHEMA}: export the package again."
             )
         try:
-            return cls(
-                **{
-                    **value,
-                    "merge": MergeRecord.from_json(value["merge"]) if value["merge"] else None,
-                    "ties": tuple(Tie.from_json(tie) for tie in value["ties"]),
-                    "skipped": tuple(Skip(**skip) for skip in value["skipped"]),
-                    "graphs": tuple(GraphRecord.from_json(graph) for graph in value["graphs"]),
-                    "files": tuple(FileRecord(**file) for file in value["files"]),
-                    "variants": tuple(Variant(**each) for each in value.get("variants", ())),
-                }
-            )
+            manifest: Manifest = restored(cls, value)
+            return manifest
         except (TypeError, KeyError) as error:
             raise InputError(
                 f"{folder / NAME} is not a manifest this version reads: {error}."

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ffmerge.errors import InputError
-from ffmerge.files import plain
+from ffmerge.files import plain, restored
 
 Window = tuple[int, int]  # first and last layer, inclusive
 
@@ -43,8 +43,8 @@ class MergeRecord:
     def from_json(cls, value: Mapping[str, Any]) -> "MergeRecord":
         """Read a record; an unknown or missing key is an error."""
         try:
-            groups = tuple(Group(g["stack"], tuple(g["layers"])) for g in value["groups"])
-            return cls(**{**value, "groups": groups})
+            record: MergeRecord = restored(cls, value)
+            return record
         except (TypeError, KeyError) as error:
             raise InputError(f"the merge record is not one this version reads: {error}.") from error
 
@@ -69,11 +69,6 @@ class Tie:
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
         return {key: value for key, value in plain(self).items() if value}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "Tie":
-        """Read a tie."""
-        return cls(value["name"], tuple(value["members"]), dict(value.get("places", {})))
 
 
 def parse_windows(texts: Sequence[str]) -> Window | dict[str, Window] | None:

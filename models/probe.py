@@ -75,14 +75,6 @@ class Probe:
             for spec in self.inputs
         }
 
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "Probe":
-        """Read a recipe."""
-        inputs = tuple(
-            InputSpec(**{**spec, "shape": tuple(spec["shape"])}) for spec in value["inputs"]
-        )
-        return cls(inputs, tuple(value["cases"]), value["seed"])
-
 
 def _sized(spec: InputSpec, rows: int) -> tuple[int, ...]:
     """Return the shape of a past that is empty."""
