@@ -36,9 +36,7 @@ def inspection_table(found: Any) -> Group:
         ("stack", "k", "parameters", "of all"),
         ((r.stack, r.k, f"{r.parameters:,}", f"{r.fraction:.2%}") for r in found.removable),
     )
-    left = _table(
-        "Left alone", ("part", "why"), ((part.path, part.reason) for part in found.left_alone)
-    )
+    left = _table("Left alone", ("part", "why"), ((p.path, p.reason) for p in found.left_alone))
     return Group(stacks, removable, *([left] if found.left_alone else []))
 
 

@@ -23,8 +23,6 @@ _IMAGE_COLUMNS = ("image", "img", "pixel_values")
 _LABEL_COLUMNS = ("label", "labels", "fine_label")
 _MAX_TOKENS = 512
 
-_Encoder = Callable[[Sequence[Any]], dict[str, Array]]
-
 
 @dataclass(frozen=True)
 class Examples:
@@ -81,9 +79,12 @@ def read(source: str, folder: Path, task: str) -> Examples:
         for names in (_IMAGE_COLUMNS, _TEXT_COLUMNS, _LABEL_COLUMNS)
     )
     if image:
-        encode, rows = _image_encoder(folder), list(range(len(table)))
+        processor = _loaded("AutoImageProcessor", folder, "preprocessor_config.json for images")
+        rows = list(range(len(table)))
     elif text:
-        encode = _text_encoder(folder)
+        processor = _loaded("AutoTokenizer", folder, "tokenizer to read text with")
+        processor.pad_token = processor.pad_token or processor.eos_token
+        longest = min(processor.model_max_length, _MAX_TOKENS)
         rows = [i for i, content in enumerate(table[text]) if content.strip()]
         label = label if task == "text-classification" else None
     else:
@@ -96,7 +97,12 @@ def read(source: str, folder: Path, task: str) -> Examples:
 
     def take(rows: Sequence[int]) -> dict[str, Array]:
         part = table[list(rows)]
-        inputs = encode(part[image or text])
+        if image:
+            colours = [picture.convert("RGB") for picture in part[image]]
+            inputs = {"pixel_values": processor(colours, return_tensors="np")["pixel_values"]}
+        else:
+            cut = {"padding": True, "truncation": True, "max_length": longest}
+            inputs = dict(processor(part[text], return_tensors="np", **cut))
         return {**inputs, "labels": np.asarray(part[label])} if label else inputs
 
     return Examples(rows, take)
@@ -131,32 +137,10 @@ def _read_table(source: str, path: Path) -> Any:
         ) from error
 
 
-def _image_encoder(folder: Path) -> _Encoder:
-    from transformers import AutoImageProcessor
+def _loaded(kind: str, folder: Path, what: str) -> Any:
+    import transformers
 
     try:
-        processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+        return getattr(transformers, kind).from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"{folder} has no preprocessor_config.json to read images with."
-        ) from error
-
-    def encode(images: Sequence[Any]) -> dict[str, Array]:
-        colours = [image.convert("RGB") for image in images]
-        return {"pixel_values": processor(colours, return_tensors="np")["pixel_values"]}
-
-    return encode
-
-
-def _text_encoder(folder: Path) -> _Encoder:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder} has no tokenizer to read text with.") from error
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    longest = min(tokenizer.model_max_length, _MAX_TOKENS)
-    return lambda texts: dict(
-        tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="np")
-    )
+        raise InputError(f"{folder} has no {what}.") from error
