@@ -9,10 +9,19 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
 from pathlib import Path, PureWindowsPath
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from ffmerge.errors import InputError
+
+
+def refuse_existing(*paths: Path) -> None:
+    """Raise InputError if something is there already: before long work, not after it."""
+    for path in paths:
+        if path.exists() or path.is_symlink():
+            raise InputError(f"{path} exists already: remove it or choose another output.")
 
 
 @contextmanager
@@ -27,13 +36,11 @@ def staged(target: Path) -> Iterator[Path]:
         InputError: ``target`` exists, or its parent cannot be written.
     """
     target = Path(target)
-    if target.exists() or target.is_symlink():
-        raise InputError(f"{target} exists already: remove it or choose another output.")
+    refuse_existing(target)
     try:
-        target.absolute().parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(
-            tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.absolute().parent)
-        )
+        parent = target.absolute().parent
+        parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=parent))
     except OSError as error:
         raise InputError(f"cannot write {target}: {error.strerror or error}.") from error
     try:
@@ -110,6 +117,32 @@ def size_text(count: float) -> str:
             break
         count /= 1000
     return f"{count:.0f} B" if unit == "B" else f"{count:#.3g}".rstrip(".") + f" {unit}"
+
+
+def plain(value: Any) -> dict[str, Any]:
+    """Return a dataclass, or a dictionary of them, as plain JSON values.
+
+    A number that is NaN or infinite becomes null.
+    """
+    text = json.dumps(value, default=asdict)
+    values: dict[str, Any] = json.loads(text, parse_constant=lambda _: None)
+    return values
+
+
+def restored(kind: Any, value: Any) -> Any:
+    """Return a value of the dataclass ``kind`` from what :func:`plain` made of it.
+
+    Raises:
+        TypeError, KeyError: a key is unknown or missing, or a value is of another kind.
+    """
+    if isinstance(kind, UnionType) and value is not None:
+        kind = get_args(kind)[0]
+    if isinstance(kind, type) and is_dataclass(kind) and value is not None:
+        kinds = get_type_hints(kind)
+        return kind(**{name: restored(kinds[name], item) for name, item in {**value}.items()})
+    if get_origin(kind) is tuple:
+        return tuple(restored(get_args(kind)[0], item) for item in value)
+    return value
 
 
 def write_json(path: Path, value: Any) -> None:

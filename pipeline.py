@@ -10,10 +10,9 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers.utils.logging import disable_progress_bar
 
-from ffmerge.errors import InputError
 from ffmerge.exporter import package
 from ffmerge.exporter.package import ExportConfig, Package
-from ffmerge.files import staged
+from ffmerge.files import plain, refuse_existing, staged
 from ffmerge.models import checkpoint, data, digits, tasks
 from ffmerge.models.manifest import Manifest
 from ffmerge.passes.weights import merge as merging
@@ -39,7 +38,7 @@ def merge(
     trust_remote_code: bool = False,
 ) -> Merge:
     """Merge the checkpoint ``source`` and save it as the new folder ``out``."""
-    _refuse_existing(out)
+    refuse_existing(out)
     with _progress() as show:
         folder = checkpoint.resolve(source, code=trust_remote_code)
         model = checkpoint.load(folder, trust_remote_code)
@@ -55,7 +54,7 @@ def export(
     source: str, out: Path, config: ExportConfig, trust_remote_code: bool = False
 ) -> Package:
     """Export the checkpoint ``source`` as the new package ``out``."""
-    _refuse_existing(out)
+    refuse_existing(out)
     with _progress() as show:
         folder = checkpoint.resolve(source, code=trust_remote_code)
         model = checkpoint.load(folder, trust_remote_code).float()
@@ -93,28 +92,20 @@ def validate(folder: Path, providers: tuple[str, ...], data_source: str | None) 
 
 @dataclass(frozen=True)
 class Demo:
-    """The demo's packages before and after, and the two losses, kept apart."""
+    """The demo's packages before and after, and the two losses, kept apart.
 
+    ``ok`` is true when both packages compute what PyTorch computes.
+    """
+
+    ok: bool
     before: Summary
     after: Summary
     losses: Losses
     merge: Merge
-    validations: tuple[Validation, ...]
-
-    @property
-    def ok(self) -> bool:
-        """True when both packages compute what PyTorch computes."""
-        return all(v.ok for v in self.validations)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        return {
-            "ok": self.ok,
-            "before": asdict(self.before),
-            "after": asdict(self.after),
-            "losses": asdict(self.losses),
-            "merge": self.merge.to_json(),
-        }
+        return plain({**vars(self), "merge": self.merge.to_json()})
 
     def table(self) -> Any:
         """Return the before/after table for a terminal."""
@@ -150,29 +141,19 @@ def demo(out: Path) -> Demo:
         checkpoint.save(merged, folder / "checkpoint")
         second = package.export(merged, folder / "merged", source=folder / "checkpoint")
         show("validating", 0, 0)
-        checks = [validation.validate(p.path, examples=test) for p in (first, second)]
-        checks = [
-            _measured_again(check, p.path) for check, p in zip(checks, (first, second), strict=True)
-        ]
-        for check, each in zip(checks, (first, second), strict=True):
-            validation.write_validation(each.path, check)
-        before, after = (
-            report.summarize(label, each.manifest, check)
-            for label, each, check in zip(
-                ("The original ViT", "The merged ViT"), (first, second), checks, strict=True
-            )
-        )
-        losses = Losses(
-            name=score.name,
-            original=score.measure(original),
-            merged=score.measure(merged),
-            exported=after.metric,
-            max_abs=after.max_abs,
-        )
-        report.write_report(
-            folder, before, after, losses, ["ffmerge demo"], package=folder / "merged"
-        )
-    return Demo(before, after, losses, result, tuple(checks))
+        packages = {"The original ViT": first, "The merged ViT": second}
+        once = [validation.validate(p.path, examples=test) for p in packages.values()]
+        checks, summaries = [], []
+        for (label, each), check in zip(packages.items(), once, strict=True):
+            checks.append(_measured_again(check, each.path))
+            validation.write_validation(each.path, checks[-1])
+            summaries.append(report.summarize(label, each.manifest, checks[-1]))
+        before, after = summaries
+        along = (score.measure(original), score.measure(merged), after.metric)
+        losses = Losses(score.name, *along, after.max_abs)
+        package_folder = folder / "merged"
+        report.write_report(folder, before, after, losses, ["ffmerge demo"], package_folder)
+    return Demo(all(check.ok for check in checks), before, after, losses, result)
 
 
 def _measured_again(check: Validation, folder: Path) -> Validation:
@@ -198,12 +179,6 @@ def _merged(
     model = checkpoint.load(_DEMO_MODEL)
     config = MergeConfig(k=_DEMO_K, method=method)
     return model, merging.merge_(model, calibration, config, held_out, show)
-
-
-def _refuse_existing(out: Path) -> None:
-    """Fail before the long work, not after it."""
-    if out.exists():
-        raise InputError(f"{out} exists already: remove it or choose another output.")
 
 
 @contextmanager

@@ -26,21 +26,17 @@ def inspection_table(found: Any) -> Group:
         f"{found.model_type}: {found.parameters:,} parameters",
         ("stack", "layers", "runs", "distinct", "d_model", "d_ff", "gated", "parameters each"),
         (
-            (
-                *(name, len(m), found.runs(name), found.distinct[name]),
-                *(m[0].d_model, m[0].d_ff, m[0].gated, f"{found.sizes[m[0].path]:,}"),
-            )
+            (name, len(m), found.runs(name), found.distinct[name], m[0].d_model, m[0].d_ff,
+             m[0].gated, f"{found.sizes[m[0].path]:,}")
             for name, m in found.stacks.items()
         ),
-    )
+    )  # fmt: skip
     removable = _table(
         "Tying k layers removes",
         ("stack", "k", "parameters", "of all"),
         ((r.stack, r.k, f"{r.parameters:,}", f"{r.fraction:.2%}") for r in found.removable),
     )
-    left = _table(
-        "Left alone", ("part", "why"), ((part.path, part.reason) for part in found.left_alone)
-    )
+    left = _table("Left alone", ("part", "why"), ((p.path, p.reason) for p in found.left_alone))
     return Group(stacks, removable, *([left] if found.left_alone else []))
 
 
@@ -84,70 +80,58 @@ def share_table(result: Any, target: Path) -> Table:
 
 def audit_table(found: Any) -> Group:
     """Show an Audit: the sums, then every finding with its names."""
-    value = found.to_json()
     sums = _table(
         "ok" if found.ok else "NOT ok",
         ("weights", "bytes"),
-        ((name, size_text(value[f"bytes_{name}"])) for name in ("total", "unique", "duplicate")),
+        (
+            (name, size_text(getattr(found, f"bytes_{name}")))
+            for name in ("total", "unique", "duplicate")
+        ),
     )
     findings = [
-        *(
-            (f"{d['kind']}: {', '.join(d['names'])}", size_text(d["bytes"]))
-            for d in value["duplicates"]
-        ),
-        *(
-            (f"{u['name']}: {u['reason']}", size_text(u["bytes"]))
-            for u in value["unshared_at_load"]
-        ),
-        *((f"tie {t['group']}", "ok" if t["ok"] else t["reason"]) for t in value["ties"]),
+        *((f"{d.kind}: {', '.join(d.names)}", size_text(d.bytes)) for d in found.duplicates),
+        *((f"{u.name}: {u.reason}", size_text(u.bytes)) for u in found.unshared_at_load),
+        *((f"tie {t.group}", "ok" if t.ok else t.reason) for t in found.ties),
     ]
     if found.basis == "graph":
         findings.append(("at load: read from the graph", found.basis_reason))
     findings += [
         (f"{name}: memory added by loading", size_text(grown["rss_bytes"]))
-        for name, grown in value["memory"].items()
+        for name, grown in found.memory.items()
         if grown["rss_bytes"] is not None
     ]
     return Group(sums, _table("Findings", ("what", "cost or state"), findings))
 
 
+_COSTS = {
+    "rss_bytes": ("memory added by loading", size_text),
+    "anonymous_bytes": ("of it anonymous", size_text),
+    "median_ms": ("latency, median", "{:.3g} ms".format),
+    "p95_ms": ("latency, p95", "{:.3g} ms".format),
+}
+
+
 def validation_table(result: Any) -> Group:
     """Show a Validation: what each provider computed, then what it cost."""
-    value = result.to_json()
     outputs = []
-    for p in value["providers"]:
-        by_graph = groupby(p["outputs"], lambda o: (o["graph"], o["optimization"]))
-        for (graph, level), each in by_graph:
-            worst = max(each, key=lambda o: (not o["ok"], o["max_abs"] or 0))
+    for p in result.providers:
+        for (graph, level), each in groupby(p.outputs, lambda o: (o.graph, o.optimization)):
+            worst = max(each, key=lambda o: (not o.ok, o.max_abs or 0))
             outputs.append((
-                f"{p['name']}, {level}: {graph}, {worst['name']}",
-                "-" if worst["max_abs"] is None else f"{worst['max_abs']:.2g}",
-                f"{worst['atol']:.2g} + {worst['rtol']:.2g} |x|",
-                "ok" if worst["ok"] else worst["reason"],
+                f"{p.name}, {level}: {graph}, {worst.name}",
+                "-" if worst.max_abs is None else f"{worst.max_abs:.2g}",
+                f"{worst.atol:.2g} + {worst.rtol:.2g} |x|",
+                "ok" if worst.ok else worst.reason,
             ))  # fmt: skip
-    outputs += [(p["name"], "-", "-", p["reason"]) for p in value["providers"] if not p["outputs"]]
-    costs = []
-    for p in value["providers"]:
-        if p["memory"]["rss_bytes"] is not None:
-            costs.append(
-                (f"{p['name']}: memory added by loading", size_text(p["memory"]["rss_bytes"]))
-            )
-            costs.append(
-                (f"{p['name']}: of it anonymous", size_text(p["memory"]["anonymous_bytes"]))
-            )
-        if p["latency_ms"]["median"] is not None:
-            costs.append((f"{p['name']}: latency, median", f"{p['latency_ms']['median']:.3g} ms"))
-            costs.append((f"{p['name']}: latency, p95", f"{p['latency_ms']['p95']:.3g} ms"))
-    if value["metric"]:
-        metric = value["metric"]
-        costs.append(
-            (f"{metric['name']} ({metric['examples']} examples)", f"{metric['value']:.4f}")
-        )
-    return Group(
-        _table(
-            "ok" if result.ok else "NOT ok",
-            ("worst output of each graph", "largest difference", "tolerance", "verdict"),
-            outputs,
-        ),
-        _table("Cost", ("", ""), costs),
-    )
+    outputs += [(p.name, "-", "-", p.reason) for p in result.providers if not p.outputs]
+    costs = [
+        (f"{p.name}: {what}", show(getattr(p.footprint, field)))
+        for p in result.providers
+        for field, (what, show) in _COSTS.items()
+        if getattr(p.footprint, field, None) is not None
+    ]
+    if metric := result.metric:
+        costs.append((f"{metric.name} ({metric.examples} examples)", f"{metric.value:.4f}"))
+    columns = ("worst output of each graph", "largest difference", "tolerance", "verdict")
+    shown = _table("ok" if result.ok else "NOT ok", columns, outputs)
+    return Group(shown, _table("Cost", ("", ""), costs))

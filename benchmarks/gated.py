@@ -126,7 +126,7 @@ def main() -> None:
                 members = sublayers[start : start + k]
                 for method in METHODS:
                     shared = mean(model, members, orders(found, method, members))
-                    with ties.tied(model, members, shared):
+                    with ties.tied(model, [members], [shared]):
                         logs[method].append(math.log(perplexity(model, held_out)))
                 cells = " | ".join(f"{math.exp(logs[m][-1]):.2f}" for m in METHODS)
                 print(f"| {seed} | {k} | {start}-{start + k - 1} | {cells} |", flush=True)

@@ -17,9 +17,10 @@ from ffmerge.exporter.graphs import Graph, graphs
 from ffmerge.exporter.merged import either
 from ffmerge.exporter.ort_format import write_ort
 from ffmerge.exporter.prepack import write_prepacked
-from ffmerge.exporter.torch_onnx import reference_outputs, to_onnx, unchunked
+from ffmerge.exporter.torch_onnx import reference_outputs, to_onnx
 from ffmerge.files import read_json, staged, write_json
 from ffmerge.models import checkpoint, tasks
+from ffmerge.models.inputs import unchunked
 from ffmerge.models.manifest import REFERENCE, GraphRecord, Manifest, record_files, reference_key
 from ffmerge.models.probe import stored_elements
 from ffmerge.passes.graph.contract import join_ties

@@ -107,20 +107,6 @@ def _rename(model: ir.Model, known: tuple[Tie, ...]) -> None:
 
 
 @contextlib.contextmanager
-def unchunked(model: Any) -> Iterator[None]:
-    """Let feed-forward sublayers take any length at once: in chunks they take multiples only."""
-    name = "chunk_size_feed_forward"
-    chunked = {m: getattr(m, name) for m in model.modules() if getattr(m, name, 0)}
-    for module in chunked:
-        setattr(module, name, 0)
-    try:
-        yield
-    finally:
-        for module, size in chunked.items():
-            setattr(module, name, size)
-
-
-@contextlib.contextmanager
 def _traceable(model: Any) -> Iterator[None]:
     """Let the model compute attention and experts by plain matrix products.
 

@@ -15,8 +15,8 @@ _BUILDERS = {
     ".txt": "text",
     ".jsonl": "json",
     ".json": "json",
-    ".parquet": "parquet",
     ".csv": "csv",
+    ".parquet": "parquet",
 }
 _TEXT_COLUMNS = ("text", "sentence", "content")
 _IMAGE_COLUMNS = ("image", "img", "pixel_values")
@@ -74,16 +74,38 @@ def read(source: str, folder: Path, task: str) -> Examples:
     if path.suffix == ".npz":
         return _read_npz(path)
     table = _read_table(source, path)
-    for column in _IMAGE_COLUMNS:
-        if column in table.column_names:
-            return _images(table, column, folder)
-    for column in _TEXT_COLUMNS:
-        if column in table.column_names:
-            return _texts(table, column, folder, task)
-    raise InputError(
-        f"{source} has the columns {', '.join(table.column_names)}: one of them must be called "
-        f"{', '.join((*_TEXT_COLUMNS, *_IMAGE_COLUMNS))}."
+    image, text, label = (
+        next((name for name in names if name in table.column_names), None)
+        for names in (_IMAGE_COLUMNS, _TEXT_COLUMNS, _LABEL_COLUMNS)
     )
+    if image:
+        processor = _loaded("AutoImageProcessor", folder, "preprocessor_config.json for images")
+        rows = list(range(len(table)))
+    elif text:
+        processor = _loaded("AutoTokenizer", folder, "tokenizer to read text with")
+        processor.pad_token = processor.pad_token or processor.eos_token
+        longest = min(processor.model_max_length, _MAX_TOKENS)
+        rows = [i for i, content in enumerate(table[text]) if content.strip()]
+        label = label if task == "text-classification" else None
+    else:
+        raise InputError(
+            f"{source} has the columns {', '.join(table.column_names)}: one of them must be called "
+            f"{', '.join((*_TEXT_COLUMNS, *_IMAGE_COLUMNS))}."
+        )
+    if not rows:
+        raise InputError(f"the column {image or text!r} of the data holds no text or image.")
+
+    def take(rows: Sequence[int]) -> dict[str, Array]:
+        part = table[list(rows)]
+        if image:
+            colours = [picture.convert("RGB") for picture in part[image]]
+            inputs = {"pixel_values": processor(colours, return_tensors="np")["pixel_values"]}
+        else:
+            cut = {"padding": True, "truncation": True, "max_length": longest}
+            inputs = dict(processor(part[text], return_tensors="np", **cut))
+        return {**inputs, "labels": np.asarray(part[label])} if label else inputs
+
+    return Examples(rows, take)
 
 
 def _read_npz(path: Path) -> Examples:
@@ -115,50 +137,10 @@ def _read_table(source: str, path: Path) -> Any:
         ) from error
 
 
-def _images(table: Any, column: str, folder: Path) -> Examples:
-    from transformers import AutoImageProcessor
+def _loaded(kind: str, folder: Path, what: str) -> Any:
+    import transformers
 
     try:
-        processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+        return getattr(transformers, kind).from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"{folder} has no preprocessor_config.json to read images with."
-        ) from error
-    label = _column(table, _LABEL_COLUMNS)
-
-    def take(rows: Sequence[int]) -> dict[str, Array]:
-        part = table[list(rows)]
-        images = [image.convert("RGB") for image in part[column]]
-        inputs = {"pixel_values": processor(images, return_tensors="np")["pixel_values"]}
-        return {**inputs, "labels": np.asarray(part[label])} if label else inputs
-
-    return Examples(range(len(table)), take)
-
-
-def _texts(table: Any, column: str, folder: Path, task: str) -> Examples:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder} has no tokenizer to read text with.") from error
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    longest = min(tokenizer.model_max_length, _MAX_TOKENS)
-    label = _column(table, _LABEL_COLUMNS) if task == "text-classification" else None
-    rows = [i for i, text in enumerate(table[column]) if text.strip()]
-    if not rows:
-        raise InputError(f"the column {column!r} of the data holds no text.")
-
-    def take(rows: Sequence[int]) -> dict[str, Array]:
-        part = table[list(rows)]
-        encoded = tokenizer(
-            part[column], padding=True, truncation=True, max_length=longest, return_tensors="np"
-        )
-        inputs = {name: np.asarray(encoded[name]) for name in encoded}
-        return {**inputs, "labels": np.asarray(part[label])} if label else inputs
-
-    return Examples(rows, take)
-
-
-def _column(table: Any, names: Sequence[str]) -> str | None:
-    return next((name for name in names if name in table.column_names), None)
+        raise InputError(f"{folder} has no {what}.") from error

@@ -9,11 +9,13 @@ that tells neurons apart) is left alone, with the reason.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from itertools import permutations
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,16 +24,17 @@ from torch.utils._pytree import tree_leaves, tree_map
 from transformers.pytorch_utils import Conv1D
 
 from ffmerge.errors import InputError
-from ffmerge.models.inputs import example_inputs
+from ffmerge.models.inputs import example_inputs, unchunked
 
-# Ops that move no neuron. Elementwise ops are known by PyTorch's own ``pointwise`` tag; this one
-# lacks it.
+# Ops that move no neuron, and ops that keep neurons apart, though not in their place. Elementwise
+# ops are known by PyTorch's own ``pointwise`` tag; hardswish lacks it. A product of tensors, as in
+# attention, is also what is called mm or attention.
 _VIEWS = {"view", "_unsafe_view", "clone", "_to_copy", "detach", "alias", "squeeze", "unsqueeze"}
-_UNTAGGED_POINTWISE = {"hardswish"}
 _HALVES = {"split", "chunk", "split_with_sizes", "slice"}  # of a fused gate and up projection
-_MOVES = {"transpose", "t", "permute", "native_dropout"}  # keep neurons apart, not in their place
-_PRODUCTS = {"convolution", "dot", "embedding"}  # and what is called mm or attention
+_MOVES = {"transpose", "t", "permute", "native_dropout"}
+_PRODUCTS = {"convolution", "dot", "embedding"}
 _PICKS = {"index", "index_select", "gather"}  # how a router hands tokens to an expert
+_ELEMENTWISE, _PRODUCT, _NONE = "elementwise", "product", ""  # ops that go by these names here
 
 # On the meta device there is no value to look at: any will do, only the structure is read.
 _WITHOUT_VALUES: dict[str, Callable[..., Any]] = {
@@ -112,18 +115,46 @@ def find(model: nn.Module) -> tuple[FeedForward, ...]:
 
 
 def survey(model: nn.Module) -> tuple[tuple[FeedForward, ...], tuple[LeftAlone, ...]]:
-    """Return what :func:`find` returns, and what only looks like it, each with the reason."""
+    """Return what :func:`find` returns, and what only looks like it, each with the reason.
+
+    A sublayer is a map f -> d whose input is an elementwise function of maps d -> f that read
+    one tensor. What looks like it are maps d -> f -> d of one block, f > d, with more in between.
+    """
     trace = _trace(model)
     left = dict.fromkeys(_banks(model), EXPERTS)
     found: dict[_Match, list[int]] = {}
-    for match, source in _matches(trace):
-        if _maker(trace, _origin(trace, source, _VIEWS | _HALVES)) in _PICKS:
-            left[match.path.rpartition(".")[0]] = EXPERTS
-        elif _place(model, match.output) and _reads(trace, source):
-            found.setdefault(match, []).append(source)
+    alike: dict[str, tuple[str, str]] = {}
+    for name, hidden in trace.calls:
+        makers, ops = _before(trace, hidden)
+        place = _place(model, name)
+        if not makers or place is None or _PRODUCT in ops or not _reads(trace, makers[0][1]):
+            continue
+        d_ff, d_model = trace.linear[name]
+        inputs = tuple(maker for maker, _ in makers)
+        shapes = {trace.linear[maker] for maker in inputs}
+        if not shapes <= {(d_model, d_ff), (d_model, 2 * d_ff)}:
+            continue
+        fused = (d_model, d_ff) not in shapes
+        one_source = len({_origin(trace, x, _VIEWS) for _, x in makers}) == 1
+        plain = one_source and len(shapes) == 1 and len(inputs) <= 2 - fused and name not in inputs
+        between = ops - _VIEWS - _HALVES - {_ELEMENTWISE}
+        convolved = trace.convolutions & {name, *inputs}
+        if plain and _ELEMENTWISE in ops and not between and not convolved:
+            match, source = _Match(inputs, name, 1 + fused, *place), makers[0][1]
+            if trace.made_by[_origin(trace, source, _VIEWS | _HALVES)].name in _PICKS:
+                left[match.path.rpartition(".")[0]] = EXPERTS
+            else:
+                found.setdefault(match, []).append(source)
+        elif d_ff > d_model and {_place(model, maker) for maker in inputs} == {place}:
+            reason = "its maps d -> f read several tensors, or another tensor enters after them"
+            if unlike := {op.strip("_") for op in between - _MOVES - {_NONE}}:
+                reason = f"{min(unlike)} between its maps does not treat every neuron alike"
+            if convolved:
+                reason = "its maps are convolutions"
+            alike[_common_prefix([*inputs, name])] = name, reason
     known = {match.output for match in found}
-    for path, reason in _lookalikes(model, trace, known):
-        if not any(path.startswith(f"{experts}.") for experts in left):
+    for path, (name, reason) in alike.items():
+        if name not in known and not any(path.startswith(f"{other}.") for other in left):
             left[path] = reason
     return _named(model, trace, found), tuple(LeftAlone(*item) for item in left.items())
 
@@ -145,103 +176,124 @@ def prove(model: nn.Module, sublayers: Sequence[FeedForward], seed: int = 0) -> 
     second must agree with the first to rounding, and the third must not: a sublayer whose
     output does not depend on the weights proves nothing.
     """
-    calls = _capture(model, [f.path for f in sublayers])
-    return tuple(_proved(model, f, *calls[f.path], seed) for f in sublayers)
+    with unchunked(model):
+        calls = _capture(model, [f.path for f in sublayers])
+        return tuple(_proved(model, f, *calls[f.path], seed) for f in sublayers)
+
+
+def proven(model: nn.Module) -> tuple[tuple[FeedForward, ...], tuple[LeftAlone, ...]]:
+    """Return what :func:`survey` returns, with what the proof rejects left alone as well."""
+    found, left = survey(model)
+    verdicts = dict(zip(found, prove(model, found), strict=True))
+    rejected = (LeftAlone(f.path, REJECTED) for f in found if not verdicts[f])
+    return tuple(f for f in found if verdicts[f]), (*left, *rejected)
 
 
 @dataclass(frozen=True)
 class _Match:
+    """Maps d -> f and f -> d, and the place of their block: number ``layer`` of ``stack``."""
+
     inputs: tuple[str, ...]
     output: str
-    blocks: int
+    fused: int
+    stack: str
+    layer: int
 
     @property
     def path(self) -> str:
         return _common_prefix([*self.inputs, self.output])
 
 
-@dataclass
+class _Op(NamedTuple):
+    """What made a tensor from which; one that no op made is there from the start."""
+
+    name: str = _NONE
+    sources: tuple[int, ...] = ()
+
+
 class _Trace(TorchDispatchMode):
     """Which op made each tensor from which, and which linear map took and gave which."""
 
-    made_by: dict[int, tuple[str, bool, tuple[int, ...]]] = field(default_factory=dict)
-    calls: list[tuple[str, int, int]] = field(default_factory=list)
-    linear: dict[str, tuple[int, int]] = field(default_factory=dict)
-    convolutions: set[str] = field(default_factory=set)  # of the maps, those of size 1
-    changed: dict[int, tuple[int, ...]] = field(default_factory=dict)  # in place, from which
-    inputs: dict[int, str] = field(default_factory=dict)  # of the model
-    alive: list[Tensor] = field(default_factory=list)  # an id is only an address while it lives
-
-    def __post_init__(self) -> None:
+    def __init__(self) -> None:
         super().__init__()
+        self.made_by: dict[int, _Op] = defaultdict(_Op)
+        self.changed: dict[int, tuple[int, ...]] = defaultdict(tuple)  # in place, from which
+        self.calls: list[tuple[str, int]] = []  # of a map, with what it took
+        self.maps: dict[int, int] = {}  # what a map gave, and the number of the call
+        self.linear: dict[str, tuple[int, int]] = {}
+        self.convolutions: set[str] = set()  # of the maps, those of size 1
+        self.inputs: dict[int, str] = {}  # of the model
+        self.alive: list[Tensor] = []  # an id is only an address while it lives
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if name == "convolution" and args[8] > 1:
-            name = "depthwise_convolution"
         blind = bool(args) and isinstance(args[0], Tensor) and args[0].is_meta
         call = _WITHOUT_VALUES.get(name, func) if blind else func
         out = call(*args, **(kwargs or {}))
         sources = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
         ids = tuple(id(source) for source in sources)
+        op = _Op(_kind(func, name, args), ids)
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
             if any(tensor is source for source in sources):
-                self.changed[id(tensor)] = self.changed.get(id(tensor), ()) + ids
+                self.changed[id(tensor)] += ids
             elif isinstance(tensor, Tensor):
-                self.made_by[id(tensor)] = (name, torch.Tag.pointwise in func.tags, ids)
+                self.made_by[id(tensor)] = op
                 self.alive += [tensor, *sources]
         return out
 
-    def hook(self, name: str) -> Any:
-        def record(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-            self.calls.append((name, id(args[0]), id(out)))
-            self.alive += [args[0], out]
+    def record(self, name: str, _: Any, args: tuple[Tensor, ...], out: Tensor) -> None:
+        """Note the call of the map ``name``: a forward hook, but for the name."""
+        self.maps[id(out)] = len(self.calls)
+        self.calls.append((name, id(args[0])))
+        self.alive += [args[0], out]
 
-        return record
+
+def _kind(func: Any, name: str, args: Any) -> str:
+    """Return by what name an op counts."""
+    if name == "convolution" and args[8] > 1:
+        return "depthwise_convolution"
+    if name.endswith("mm") or "attention" in name or name in _PRODUCTS:
+        return _PRODUCT
+    tagged = torch.Tag.pointwise in func.tags or name == "hardswish"
+    return _ELEMENTWISE if tagged and name not in _VIEWS | _HALVES else name
 
 
 def _trace(model: nn.Module) -> _Trace:
     trace = _Trace()
     with ExitStack() as stack:
+        stack.enter_context(unchunked(model))
         for name, module in model.named_modules():
-            if isinstance(module, (nn.Linear, Conv1D)):
+            if isinstance(module, Conv1D):
                 rows, columns = module.weight.shape
-                trace.linear[name] = (
-                    (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
-                )
+                trace.linear[name] = rows, columns
+            elif isinstance(module, nn.Linear):
+                trace.linear[name] = module.in_features, module.out_features
             elif isinstance(module, (nn.Conv1d, nn.Conv2d)):
                 if module.groups > 1 or set(module.kernel_size) != {1}:
                     continue
-                trace.linear[name] = (module.in_channels, module.out_channels)
+                trace.linear[name] = module.in_channels, module.out_channels
                 trace.convolutions.add(name)
             else:
                 continue
-            handle = module.register_forward_hook(trace.hook(name))
+            handle = module.register_forward_hook(partial(trace.record, name))
             stack.callback(handle.remove)
         _forward(model, trace)
     return trace
 
 
 def _forward(model: nn.Module, trace: _Trace | None = None) -> None:
-    training = model.training
-    model.eval()
     inputs = example_inputs(model)
-    chunk = getattr(model.config, "chunk_size_feed_forward", 0)
-    if chunk > 1:  # lengths must be a multiple of it
-        for name, t in inputs.items():
-            if t.ndim == 2 and not t.is_floating_point():
-                length = t.shape[1]
-                inputs[name] = t[:, torch.arange(-(-length // chunk) * chunk) % length]
     blind = any(p.is_meta for p in model.parameters())
-    autocast = torch.autocast
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
+        stack.callback(model.train, model.training)
+        model.eval()
         if trace is not None:
             trace.inputs = {id(tensor): name for name, tensor in inputs.items()}
             trace.alive += inputs.values()
             stack.enter_context(trace)
         if blind:  # has no autocast, which rotary positions in transformers 4 switch off
-            stack.callback(setattr, torch, "autocast", autocast)
+            stack.callback(setattr, torch, "autocast", torch.autocast)
             torch.autocast = lambda *_, **__: nullcontext()
         try:
             model(**inputs)
@@ -252,54 +304,31 @@ def _forward(model: nn.Module, trace: _Trace | None = None) -> None:
                 f"the code of {type(model).__name__} cannot be followed without weights: give a "
                 "checkpoint that holds them."
             ) from error
-    model.train(training)
 
 
-def _matches(trace: _Trace) -> Iterator[tuple[_Match, int]]:
-    """Yield the linear maps f -> d whose input is an elementwise function of maps d -> f.
-
-    And with each the tensor that the maps d -> f read.
-    """
-    maps = {out: (name, x) for name, x, out in trace.calls if name not in trace.convolutions}
-    for name, hidden, out in trace.calls:
-        roots, activated = _roots(trace, hidden, maps)
-        if out not in maps or not activated or not roots <= maps.keys():
-            continue
-        makers = [(maker, x) for maker, x, made in trace.calls if made in roots]
-        inputs = tuple(maker for maker, _ in makers)
-        d_ff, d_model = trace.linear[name]
-        one_source = len({_origin(trace, x, _VIEWS) for _, x in makers}) == 1
-        shapes = {trace.linear[maker] for maker in inputs}
-        fused = len(inputs) == 1 and shapes == {(d_model, 2 * d_ff)}
-        plain = len(inputs) <= 2 and shapes == {(d_model, d_ff)}
-        if one_source and name not in inputs and (plain or fused):
-            yield _Match(inputs, name, 1 + fused), makers[0][1]
-
-
-def _roots(trace: _Trace, tensor: int, maps: Mapping[int, Any]) -> tuple[set[int], bool]:
-    """Return the tensors an elementwise chain starts from, and whether it computes anything."""
-    roots, activated, queue = set(), False, [tensor]
+def _before(trace: _Trace, tensor: int) -> tuple[list[tuple[str, int]], set[str]]:
+    """Return the calls of the maps that a tensor comes from, and the ops in between by name."""
+    calls, ops, queue, seen = set(), set(), [tensor], set()
     while queue:
         current = queue.pop()
-        activated |= current in trace.changed
-        name, pointwise, sources = trace.made_by.get(current, ("", False, ()))
-        pointwise |= name in _UNTAGGED_POINTWISE
-        if current in maps or not (pointwise or name in _VIEWS | _HALVES):
-            roots.add(current)
+        if current in seen:
             continue
-        activated |= name not in _VIEWS | _HALVES
-        queue += sources
-    return roots, activated
-
-
-def _maker(trace: _Trace, tensor: int) -> str:
-    return trace.made_by.get(tensor, ("", False, ()))[0]
+        seen.add(current)
+        if trace.changed[current]:
+            ops.add(_ELEMENTWISE)
+        if current in trace.maps:
+            calls.add(trace.maps[current])
+        else:
+            name, sources = trace.made_by[current]
+            ops.add(name)
+            queue += sources if name != _PRODUCT else ()
+    return [trace.calls[call] for call in sorted(calls)], ops
 
 
 def _origin(trace: _Trace, tensor: int, through: set[str]) -> int:
     """Return the tensor that ``tensor`` is a mere view or copy of, by the ops ``through``."""
-    while _maker(trace, tensor) in through:
-        tensor = trace.made_by[tensor][2][0]
+    while trace.made_by[tensor].name in through:
+        tensor = trace.made_by[tensor].sources[0]
     return tensor
 
 
@@ -311,44 +340,8 @@ def _reads(trace: _Trace, tensor: int) -> tuple[str, ...]:
         current = queue.pop()
         if current not in seen:
             seen.add(current)
-            queue += trace.made_by.get(current, ("", False, ()))[2]
-            queue += trace.changed.get(current, ())
+            queue += trace.made_by[current].sources + trace.changed[current]
     return tuple(name for at, name in trace.inputs.items() if at in seen)
-
-
-def _lookalikes(model: nn.Module, trace: _Trace, known: set[str]) -> Iterator[tuple[str, str]]:
-    """Yield maps d -> f -> d of one block, f > d, by their path, and why they are no sublayer."""
-    maps = {out: name for name, _, out in trace.calls}
-    for name, hidden, _ in trace.calls:
-        d_ff, d_model = trace.linear[name]
-        place = _place(model, name)
-        if name in known or place is None or d_ff <= d_model:
-            continue
-        between, roots, queue, seen = set(), set(), [hidden], set()
-        while queue:
-            current = queue.pop()
-            op, pointwise, sources = trace.made_by.get(current, ("", False, ()))
-            if current in maps:
-                roots.add(maps[current])
-            elif op.endswith("mm") or "attention" in op or op in _PRODUCTS:
-                break
-            elif current not in seen:
-                seen.add(current)
-                if not (pointwise or op in _VIEWS | _HALVES | _MOVES | _UNTAGGED_POINTWISE):
-                    between.add(op.strip("_"))
-                queue += sources
-        between.discard("")  # parameters
-        shapes = {trace.linear[root] for root in roots}
-        alike = shapes and shapes <= {(d_model, d_ff), (d_model, 2 * d_ff)}
-        in_block = {_place(model, root) for root in roots} == {place}
-        if queue or not (alike and in_block and _reads(trace, hidden)):
-            continue  # a product of tensors, as in attention, or other maps
-        reason = "its maps d -> f read several tensors, or another tensor enters after them"
-        if between:
-            reason = f"{min(between)} between its maps does not treat every neuron alike"
-        if trace.convolutions & {name, *roots}:
-            reason = "its maps are convolutions"
-        yield _common_prefix([*roots, name]), reason
 
 
 def _banks(model: nn.Module) -> list[str]:
@@ -378,55 +371,40 @@ def _place(model: nn.Module, path: str) -> tuple[str, int] | None:
     return None
 
 
-def _distinguish(paths: Sequence[str]) -> list[str]:
-    """Return a short name for each path: the parts in which they differ, ``layers`` if alone.
-
-    Names of modules vary between releases of transformers where a model has one stack; where
-    it has several, the parts that tell them apart (``encoder``, ``decoder``) do not.
-    """
-    split = [path.split(".") for path in paths]
-    common = set.intersection(*map(set, split)) if split else set()
-    return [".".join(part for part in parts if part not in common) or "layers" for parts in split]
-
-
 def _named(
     model: nn.Module, trace: _Trace, found: Mapping[_Match, list[int]]
 ) -> tuple[FeedForward, ...]:
-    """Return the sublayers with their stacks: one for each list of blocks and place in a block."""
-    places = {match: _place(model, match.output) or ("", 0) for match in found}
-    inner = {m: m.path.removeprefix(f"{blocks}.{layer}") for m, (blocks, layer) in places.items()}
-    inners: dict[str, set[str]] = {}
-    for match, (blocks, _) in places.items():
-        inners.setdefault(blocks, set()).add(inner[match])
-    keys = {m: at + (inner[m] if len(inners[at]) > 1 else "") for m, (at, _) in places.items()}
-    unique = list(dict.fromkeys(keys.values()))
-    names = dict(zip(unique, _distinguish(unique), strict=True))
-    return tuple(
-        _sublayer(model, match, names[keys[match]], places[match][1], _reads(trace, sources[0]),
-                  len({_origin(trace, source, _VIEWS | _HALVES) for source in sources}))
-        for match, sources in found.items()
-    )  # fmt: skip
+    """Return the sublayers with their stacks: one for each list of blocks and place in a block.
 
-
-def _sublayer(
-    model: nn.Module, match: _Match, stack: str, layer: int, reads: tuple[str, ...], runs: int
-) -> FeedForward:
-    weights: list[Weight] = []
-    for name in (*match.inputs, match.output):
-        module = model.get_submodule(name)
-        last = name == match.output
-        # Linear stores (out, in), Conv1D (in, out): the neurons are out of an input map
-        blocks = 1 if last else match.blocks
-        weights.append(Weight(f"{name}.weight", int(isinstance(module, Conv1D) != last), blocks))
-        if module.bias is not None:
-            weights.append(Weight(f"{name}.bias", None if last else 0, blocks))
-    final = next(weight for weight in weights if weight.name == f"{match.output}.weight")
-    shape = model.get_parameter(final.name).shape
-    d_ff, d_model = shape[final.neurons or 0], shape[1 - (final.neurons or 0)]
-    return FeedForward(
-        stack, layer, match.path, match.inputs, match.output, d_model, d_ff, tuple(weights),
-        reads, runs,
-    )  # fmt: skip
+    A stack is called by the parts of its path that others lack, ``layers`` if alone: names of
+    modules vary between releases of transformers where a model has one stack; where it has
+    several, the parts that tell them apart (``encoder``, ``decoder``) do not.
+    """
+    inner = {m: m.path.removeprefix(f"{m.stack}.{m.layer}") for m in found}
+    places = {(m.stack, inner[m]) for m in found}
+    several = {m: sum(stack == m.stack for stack, _ in places) > 1 for m in found}
+    keys = {m: (m.stack + inner[m] * several[m]).split(".") for m in found}
+    sublayers = []
+    for match, sources in found.items():
+        parts = [part for part in keys[match] if any(part not in key for key in keys.values())]
+        weights: list[Weight] = []
+        for name in (*match.inputs, match.output):
+            module = model.get_submodule(name)
+            last = name == match.output
+            # Linear stores (out, in), Conv1D (in, out): the neurons are out of an input map
+            blocks = 1 if last else match.fused
+            weights.append(
+                Weight(f"{name}.weight", int(isinstance(module, Conv1D) != last), blocks)
+            )
+            if module.bias is not None:
+                weights.append(Weight(f"{name}.bias", None if last else 0, blocks))
+        d_ff, d_model = trace.linear[match.output]
+        runs = len({_origin(trace, source, _VIEWS | _HALVES) for source in sources})
+        sublayers.append(FeedForward(
+            ".".join(parts) or "layers", match.layer, match.path, match.inputs, match.output,
+            d_model, d_ff, tuple(weights), _reads(trace, sources[0]), runs,
+        ))  # fmt: skip
+    return tuple(sublayers)
 
 
 def _common_prefix(paths: Sequence[str]) -> str:
@@ -439,14 +417,13 @@ def _capture(model: nn.Module, paths: Sequence[str]) -> dict[str, tuple[Any, Any
     """Return the first positional and keyword arguments each module is called with."""
     calls: dict[str, tuple[Any, Any]] = {}
 
-    def keep(path: str) -> Any:
-        return lambda module, args, kwargs: calls.setdefault(path, (args, kwargs)) and None
+    def keep(path: str, _: nn.Module, args: Any, kwargs: Any) -> None:
+        calls.setdefault(path, (args, kwargs))
 
     with ExitStack() as stack:
         for path in paths:
-            handle = model.get_submodule(path).register_forward_pre_hook(
-                keep(path), with_kwargs=True
-            )
+            module = model.get_submodule(path)
+            handle = module.register_forward_pre_hook(partial(keep, path), with_kwargs=True)
             stack.callback(handle.remove)
         _forward(model)
     return calls
@@ -469,14 +446,15 @@ def _proved(model: nn.Module, sublayer: FeedForward, args: Any, kwargs: Any, see
             leaves = tree_leaves(module(*args, **kwargs))
         return next(leaf for leaf in leaves if isinstance(leaf, Tensor))
 
+    def reorder(last: bool) -> None:
+        for weight, parameter in weights.items():
+            if weight.name.startswith(f"{sublayer.output}.") == last:
+                parameter.data = weight.reordered(parameter.data, order)
+
     before = run()
-    for weight, parameter in weights.items():
-        if not weight.name.startswith(f"{sublayer.output}."):
-            parameter.data = weight.reordered(parameter.data, order)
+    reorder(last=False)
     half_way = run()
-    for weight, parameter in weights.items():
-        if weight.name.startswith(f"{sublayer.output}."):
-            parameter.data = weight.reordered(parameter.data, order)
+    reorder(last=True)
     held = (run() - before).abs().max()
     return bool(held < 1e-3 * (half_way - before).abs().max())  # measured: 1e-7 to 1e-6
 

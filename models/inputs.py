@@ -1,7 +1,8 @@
 """The inputs of a model, read from its configuration: for tracing, exporting and comparing."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -88,6 +89,20 @@ def example_inputs(model: nn.Module) -> dict[str, Tensor]:
     recipe = probe(model)
     masks = {spec.name for spec in recipe.inputs if spec.kind == "mask"}
     return to_tensors({k: v for k, v in recipe.draw(1).items() if k not in masks}, model)
+
+
+@contextmanager
+def unchunked(model: Any) -> Iterator[None]:
+    """Let feed-forward sublayers take any length at once: in chunks they take multiples only."""
+    name = "chunk_size_feed_forward"
+    chunked = {m: getattr(m, name) for m in model.modules() if getattr(m, name, 0)}
+    for module in chunked:
+        setattr(module, name, 0)
+    try:
+        yield
+    finally:
+        for module, size in chunked.items():
+            setattr(module, name, size)
 
 
 def _pair(size: Any) -> tuple[int, int]:

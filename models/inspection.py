@@ -9,14 +9,7 @@ from torch import nn
 
 from ffmerge.errors import InputError
 from ffmerge.models.checkpoint import skeleton
-from ffmerge.models.feedforward import (
-    REJECTED,
-    FeedForward,
-    LeftAlone,
-    prove,
-    stacks,
-    survey,
-)
+from ffmerge.models.feedforward import FeedForward, LeftAlone, proven, stacks, survey
 
 
 @dataclass(frozen=True)
@@ -89,18 +82,13 @@ def inspect(model: str | Path | nn.Module, trust_remote_code: bool = False) -> I
             sublayer.
     """
     network: Any = model if isinstance(model, nn.Module) else skeleton(model, trust_remote_code)
-    found, left = survey(network)
+    bare = network.device.type == "meta"
+    found, left = survey(network) if bare else proven(network)
     if not found and not left:
         raise InputError(
             f"no feed-forward sublayer found in {type(network).__name__}: nothing can be merged."
         )
     total = sum(p.numel() for p in network.parameters())
-    proved = None
-    if network.device.type != "meta":
-        verdicts = dict(zip(found, prove(network, found), strict=True))
-        left += tuple(LeftAlone(f.path, REJECTED) for f in found if not verdicts[f])
-        found = tuple(f for f in found if verdicts[f])
-        proved = True
     sizes = {f.path: sum(network.get_parameter(w.name).numel() for w in f.weights) for f in found}
     by_name = stacks(found)
     distinct = {
@@ -112,6 +100,5 @@ def inspect(model: str | Path | nn.Module, trust_remote_code: bool = False) -> I
         size, alike = Counter(sizes[m.path] for m in members).most_common(1)[0]
         for k in range(2, min(distinct[name], alike) + 1):
             removable.append(Removable(name, k, (k - 1) * size, (k - 1) * size / total))
-    return Inspection(
-        network.config.model_type, total, by_name, sizes, distinct, proved, tuple(removable), left
-    )
+    kind, proved = network.config.model_type, None if bare else True
+    return Inspection(kind, total, by_name, sizes, distinct, proved, tuple(removable), left)

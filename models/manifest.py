@@ -2,12 +2,12 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ffmerge.errors import InputError
-from ffmerge.files import open_inside, read_json, sha256, write_json
+from ffmerge.files import open_inside, plain, read_json, restored, sha256, write_json
 from ffmerge.models.plan import MergeRecord, Tie
 from ffmerge.models.probe import Probe
 
@@ -43,21 +43,6 @@ class GraphRecord:
     outputs: tuple[str, ...]
     probe: Probe
     parts: tuple[str, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return {
-            "path": self.path,
-            "outputs": list(self.outputs),
-            "parts": list(self.parts),
-            "probe": self.probe.to_json(),
-        }
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "GraphRecord":
-        """Read a record."""
-        probe = Probe.from_json(value["probe"])
-        return cls(value["path"], tuple(value["outputs"]), probe, tuple(value["parts"]))
 
 
 @dataclass(frozen=True)
@@ -115,17 +100,7 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write ``ffmerge.json`` into ``folder``."""
-        value = {
-            "schema": SCHEMA,
-            **{name: getattr(self, name) for name in self.__dataclass_fields__},
-            "merge": self.merge.to_json() if self.merge else None,
-            "ties": [tie.to_json() for tie in self.ties],
-            "skipped": [asdict(skip) for skip in self.skipped],
-            "graphs": [graph.to_json() for graph in self.graphs],
-            "files": [asdict(file) for file in self.files],
-            "variants": [asdict(variant) for variant in self.variants],
-        }
-        write_json(folder / NAME, value)
+        write_json(folder / NAME, {"schema": SCHEMA, **plain(self)})
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
@@ -140,17 +115,8 @@ class Manifest:
                 f"{folder / NAME} is not of schema {SCHEMA}: export the package again."
             )
         try:
-            return cls(
-                **{
-                    **value,
-                    "merge": MergeRecord.from_json(value["merge"]) if value["merge"] else None,
-                    "ties": tuple(Tie.from_json(tie) for tie in value["ties"]),
-                    "skipped": tuple(Skip(**skip) for skip in value["skipped"]),
-                    "graphs": tuple(GraphRecord.from_json(graph) for graph in value["graphs"]),
-                    "files": tuple(FileRecord(**file) for file in value["files"]),
-                    "variants": tuple(Variant(**each) for each in value.get("variants", ())),
-                }
-            )
+            manifest: Manifest = restored(cls, value)
+            return manifest
         except (TypeError, KeyError) as error:
             raise InputError(
                 f"{folder / NAME} is not a manifest this version reads: {error}."

@@ -2,10 +2,11 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from ffmerge.errors import InputError
+from ffmerge.files import plain, restored
 
 Window = tuple[int, int]  # first and last layer, inclusive
 
@@ -36,25 +37,16 @@ class MergeRecord:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values, the inverse of :func:`from_json`."""
-        return {
-            **asdict(self),
-            "groups": [group_json(g) for g in self.groups],
-            "metric": dict(self.metric),
-        }
+        return plain(self)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "MergeRecord":
         """Read a record; an unknown or missing key is an error."""
         try:
-            groups = tuple(Group(g["stack"], tuple(g["layers"])) for g in value["groups"])
-            return cls(**{**value, "groups": groups})
+            record: MergeRecord = restored(cls, value)
+            return record
         except (TypeError, KeyError) as error:
             raise InputError(f"the merge record is not one this version reads: {error}.") from error
-
-
-def group_json(group: Group) -> dict[str, Any]:
-    """Return a group as plain JSON values."""
-    return {"stack": group.stack, "layers": list(group.layers)}
 
 
 @dataclass(frozen=True)
@@ -76,13 +68,7 @@ class Tie:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        value: dict[str, Any] = {"name": self.name, "members": list(self.members)}
-        return {**value, "places": dict(self.places)} if self.places else value
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "Tie":
-        """Read a tie."""
-        return cls(value["name"], tuple(value["members"]), dict(value.get("places", {})))
+        return {key: value for key, value in plain(self).items() if value}
 
 
 def parse_windows(texts: Sequence[str]) -> Window | dict[str, Window] | None:

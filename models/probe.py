@@ -5,7 +5,7 @@ small and the check runs on a device without PyTorch.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -75,19 +75,6 @@ class Probe:
             )
             for spec in self.inputs
         }
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        inputs = [{**asdict(spec), "shape": list(spec.shape)} for spec in self.inputs]
-        return {"inputs": inputs, "cases": [dict(c) for c in self.cases], "seed": self.seed}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "Probe":
-        """Read a recipe."""
-        inputs = tuple(
-            InputSpec(**{**spec, "shape": tuple(spec["shape"])}) for spec in value["inputs"]
-        )
-        return cls(inputs, tuple(value["cases"]), value["seed"])
 
 
 def _sized(spec: InputSpec, rows: int) -> tuple[int, ...]:

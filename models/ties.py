@@ -11,6 +11,8 @@ from ffmerge.errors import InputError, TieError
 from ffmerge.models.feedforward import FeedForward, find, stacks
 from ffmerge.models.plan import Group, MergeRecord, Tie
 
+Groups = Sequence[Sequence[FeedForward]]
+
 
 def ties(model: nn.Module) -> tuple[Tie, ...]:
     """Return every parameter that stands under more than one name, in the model's own order."""
@@ -20,23 +22,22 @@ def ties(model: nn.Module) -> tuple[Tie, ...]:
     return tuple(Tie(same[0], tuple(same)) for same in names.values() if len(same) > 1)
 
 
-def tie_(model: nn.Module, members: Sequence[FeedForward], shared: Sequence[Tensor]) -> None:
-    """Make all ``members`` use one new Parameter per tensor of ``shared``, in ``weights`` order."""
-    for position, tensor in enumerate(shared):
-        first = model.get_parameter(members[0].weights[position].name)
-        parameter = nn.Parameter(tensor, requires_grad=first.requires_grad)
-        for member in members:
-            _place_(model, member.weights[position].name, parameter)
+def tie_(model: nn.Module, groups: Groups, shared: Sequence[Sequence[Tensor]]) -> None:
+    """Make the members of each group use one new Parameter per tensor, in ``weights`` order."""
+    for members, tensors in zip(groups, shared, strict=True):
+        for position, tensor in enumerate(tensors):
+            first = model.get_parameter(members[0].weights[position].name)
+            parameter = nn.Parameter(tensor, requires_grad=first.requires_grad)
+            for member in members:
+                _place_(model, member.weights[position].name, parameter)
 
 
 @contextmanager
-def tied(
-    model: nn.Module, members: Sequence[FeedForward], shared: Sequence[Tensor]
-) -> Iterator[None]:
-    """Tie ``members`` for the length of the block, then put the original Parameters back."""
-    names = [weight.name for member in members for weight in member.weights]
+def tied(model: nn.Module, groups: Groups, shared: Sequence[Sequence[Tensor]]) -> Iterator[None]:
+    """Tie as :func:`tie_` for the length of the block, then put the original Parameters back."""
+    names = [weight.name for members in groups for member in members for weight in member.weights]
     originals = {name: model.get_parameter(name) for name in names}
-    tie_(model, members, shared)
+    tie_(model, groups, shared)
     try:
         yield
     finally:

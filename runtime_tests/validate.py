@@ -1,12 +1,11 @@
 """Does a package keep its promises on this machine? Parity, task metric, memory, latency."""
 
 import json
-import math
 import os
 import platform
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +13,7 @@ import numpy as np
 import onnxruntime as ort
 
 from ffmerge.errors import RuntimeCheckError
+from ffmerge.files import plain
 from ffmerge.models.manifest import GraphRecord, Manifest
 from ffmerge.models.metrics import for_task, labels_of
 from ffmerge.models.probe import Array
@@ -70,15 +70,7 @@ class Validation:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values; a number that is NaN or infinite becomes null."""
-        value: dict[str, Any] = {
-            "ok": self.ok,
-            "providers": [_provider_json(p) for p in self.providers],
-            "metric": asdict(self.metric) if self.metric else None,
-            "environment": self.environment,
-            "package": self.package,
-        }
-        plain: dict[str, Any] = _finite(value)
-        return plain
+        return plain({**vars(self), "providers": [_provider_json(p) for p in self.providers]})
 
 
 def validate(
@@ -157,10 +149,9 @@ def _validate_on(
             outputs += check_parity(folder, manifest, name, level)
         progress(f"measuring memory and latency on {name}")
         footprint = measure_footprint(folder, name, threads)
-        failed = [
-            f"{o.graph}: {o.name} ({o.optimization}): {o.reason}" for o in outputs if not o.ok
-        ]
-        reason = "; ".join(failed) or None
+        failed = [o for o in outputs if not o.ok]
+        named = (f"{o.graph}: {o.name} ({o.optimization}): {o.reason}" for o in failed)
+        reason = "; ".join(named) or None
     except RuntimeCheckError as error:
         reason = str(error)
     return ProviderResult(
@@ -202,31 +193,26 @@ def _logits(served: Sequence[tuple[GraphRecord, Any]], batch: dict[str, Array]) 
         outputs = run_session(session, graph.outputs, graph.probe.complete(feeds))
         if "last_hidden_state" in outputs and graph is not served[-1][0]:
             states = outputs["last_hidden_state"]
+            mask = batch.get("attention_mask", np.ones(states.shape[:2]))
+            ids = batch["decoder_input_ids"]
             feeds = {
-                "input_ids": batch["decoder_input_ids"],
+                "input_ids": ids,
                 "encoder_hidden_states": states,
-                "encoder_attention_mask": batch.get("attention_mask", np.ones(states.shape[:2])),
+                "encoder_attention_mask": mask,
             }
     return outputs["logits"] if "logits" in outputs else next(iter(outputs.values()))
 
 
 def _provider_json(result: ProviderResult) -> dict[str, Any]:
-    footprint = asdict(result.footprint) if result.footprint else {}
+    cost = vars(result.footprint) if result.footprint else {}
     memory = ("rss_bytes", "anonymous_bytes", "memory_reason")
     latency = {"first": "first_ms", "median": "median_ms", "p95": "p95_ms", "runs": "runs"}
     return {
-        "name": result.name,
-        "requested": result.requested,
-        "used": result.used,
-        "device": result.device,
-        "optimization": list(result.optimization),
-        "outputs": [asdict(output) for output in result.outputs],
-        "memory": {key.removeprefix("memory_"): footprint.get(key) for key in memory},
-        "latency_ms": {key: footprint.get(field) for key, field in latency.items()},
-        "load_s": footprint.get("load_s"),
-        "threads": footprint.get("threads"),
-        "ok": result.ok,
-        "reason": result.reason,
+        **{key: value for key, value in vars(result).items() if key != "footprint"},
+        "memory": {key.removeprefix("memory_"): cost.get(key) for key in memory},
+        "latency_ms": {key: cost.get(field) for key, field in latency.items()},
+        "load_s": cost.get("load_s"),
+        "threads": cost.get("threads"),
     }
 
 
@@ -248,11 +234,3 @@ def _processor() -> str:
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

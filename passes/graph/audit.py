@@ -116,11 +116,9 @@ def audit(path: str | Path, look: Callable[[Path], Loaded] | None = None) -> Aud
     """
     path = Path(path)
     folder = path if path.is_dir() else path.parent
-    files = (
-        sorted([*folder.glob("*.onnx"), *folder.glob("onnx/**/*.onnx")])
-        if path.is_dir()
-        else [path]
-    )
+    files = [path]
+    if path.is_dir():
+        files = sorted([*folder.glob("*.onnx"), *folder.glob("onnx/**/*.onnx")])
     if not files:
         raise InputError(f"{path} holds no .onnx file.")
     promised = manifest.Manifest.read(folder).ties if (folder / manifest.NAME).exists() else None
@@ -133,15 +131,14 @@ def audit(path: str | Path, look: Callable[[Path], Loaded] | None = None) -> Aud
     reasons = [] if look else ["not loaded"]
     checks: dict[str, list[TieCheck]] = {tie.name: [] for tie in promised or ()}
     for file in files:
-        model = read_model(file)
-        prefix = f"{file.relative_to(folder).as_posix()}:" if len(files) > 1 else ""
+        model, label = read_model(file), file.relative_to(folder).as_posix()
+        prefix = f"{label}:" if len(files) > 1 else ""
         items = stored(model)
         total += sum(item.tensor.nbytes for item in items if place_of(item.tensor) not in counted)
         counted |= {place_of(item.tensor) for item in items}
         duplicates += _duplicates(items, prefix)
-        if file.parent == folder and not any(
-            file.stem.startswith(f"{other.stem}_") for other in files if other.parent == folder
-        ):
+        beside = [other.stem for other in files if other.parent == folder == file.parent]
+        if beside and not any(file.stem.startswith(f"{other}_") for other in beside):
             together[prefix] = items
         found = [finding for item in items if (finding := _at_load(item, prefix))]
         hidden += [finding for finding in found if isinstance(finding, Hidden)]
@@ -150,8 +147,7 @@ def audit(path: str | Path, look: Callable[[Path], Loaded] | None = None) -> Aud
             if look:
                 loaded = look(file)
                 copied = [replace(each, name=prefix + each.name) for each in loaded.unshared]
-                grown = {key: n for key, n in vars(loaded).items() if key != "unshared"}
-                memory[file.relative_to(folder).as_posix()] = grown
+                memory[label] = {key: n for key, n in vars(loaded).items() if key != "unshared"}
         except RuntimeCheckError as error:
             reasons.append(str(error))
         unshared += copied
@@ -177,9 +173,7 @@ def audit(path: str | Path, look: Callable[[Path], Loaded] | None = None) -> Aud
 def _ties_for(model: ir.Model, promised: Sequence[Tie] | None) -> Sequence[Tie]:
     if promised is None:
         return read_ties(model)
-    return [
-        tie for tie in promised if any(name in model.graph.initializers for name in tie.members)
-    ]
+    return [tie for tie in promised if not model.graph.initializers.keys().isdisjoint(tie.members)]
 
 
 def _verdict(name: str, found: Sequence[TieCheck]) -> TieCheck:
@@ -191,12 +185,10 @@ def _verdict(name: str, found: Sequence[TieCheck]) -> TieCheck:
 def _duplicates(items: Sequence[Stored], prefix: str) -> Iterator[Duplicate]:
     for copies in find_copies([item.tensor for item in items]):
         first = items[copies.first]
-        for kind, others in (
-            ("identical", copies.identical),
-            ("transposed", copies.transposed),
-        ):
+        for kind in ("identical", "transposed"):
+            others = [items[index] for index in getattr(copies, kind)]
             if others:
-                names = tuple(prefix + item.name for item in (first, *(items[i] for i in others)))
+                names = tuple(prefix + item.name for item in (first, *others))
                 yield Duplicate(names, len(others) * first.tensor.nbytes, kind)
 
 
@@ -223,14 +215,14 @@ def _at_load(item: Stored, prefix: str) -> Unshared | Hidden | None:
         ends[node] = (dtype, ends.get(node, (dtype, 0))[1] + 1)
     nodes = [node for node in ends if node is not None]
     if len(ends) > 1:
-        kinds = Counter(node.op_type for node in nodes)
-        reason = " and ".join(f"{count} {kind} nodes" for kind, count in kinds.items())
-        reason += " would each be folded into a tensor of their own"
-        reason += ", and it is also used directly" if None in ends else ""
         size = sum(dtype.itemsize for dtype, _ in ends.values()) * item.tensor.size
         extra = int(size) - item.tensor.nbytes
         if extra < NOTABLE:
             return None
+        kinds = Counter(node.op_type for node in nodes)
+        reason = " and ".join(f"{count} {kind} nodes" for kind, count in kinds.items())
+        reason += " would each be folded into a tensor of their own"
+        reason += ", and it is also used directly" if None in ends else ""
         folding = tuple(node.name or "" for node in nodes)
         return Unshared(prefix + item.name, extra, len(ends), folding, reason)
     views = [node for node in item.value.consumers() if is_op(node, *VIEWS)]
@@ -254,9 +246,7 @@ def _uses_when_folded(
         after = use.node.outputs[0]
         if use.idx:  # as the shape of a Reshape it passes nothing on
             yield node, dtype
-        elif is_op(use.node, "Transpose") or (
-            is_op(use.node, "Reshape") and _constant_shape(use.node)
-        ):
+        elif is_op(use.node, "Transpose") or _reshapes(use.node):
             yield from _uses_when_folded(after, dtype, use.node)
         elif is_op(use.node, "Cast"):
             target = ir.DataType(use.node.attributes["to"].as_int())
@@ -268,8 +258,7 @@ def _uses_when_folded(
             yield node, dtype
 
 
-def _constant_shape(node: ir.Node) -> bool:
-    if len(node.inputs) < 2:  # before opset 5 the shape is an attribute
-        return True
-    shape = node.inputs[1]
-    return shape is not None and ir.convenience.get_const_tensor(shape) is not None
+def _reshapes(node: ir.Node) -> bool:
+    """Say whether a node is a Reshape to constants; before opset 5 they are an attribute."""
+    const = ir.convenience.get_const_tensor
+    return is_op(node, "Reshape") and all(shape and const(shape) for shape in node.inputs[1:])

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from ffmerge.errors import InputError
+from ffmerge.files import restored
 from ffmerge.models.plan import Tie
 from ffmerge.passes.graph.tensors import Copies, Stored, find_copies, is_op, stored
 
@@ -41,7 +42,7 @@ def read_ties(model: ir.Model) -> tuple[Tie, ...]:
         InputError: there is a record, but it is not a list of ties.
     """
     try:
-        return tuple(Tie.from_json(tie) for tie in json.loads(model.metadata_props.get(KEY, "[]")))
+        return tuple(restored(Tie, tie) for tie in json.loads(model.metadata_props.get(KEY, "[]")))
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(
             f"the model's metadata {KEY!r} is not a list of ties: {error!r}."

@@ -3,7 +3,6 @@
 import mmap
 import os
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -49,12 +48,8 @@ class MappedTensor(ir.ExternalTensor):
         if not self.nbytes:
             return np.empty(0, np.uint8)
         inside = (self.offset or 0) % mmap.ALLOCATIONGRANULARITY
-        mapped = mmap.mmap(
-            self._file.descriptor,
-            inside + self.nbytes,
-            offset=(self.offset or 0) - inside,
-            access=mmap.ACCESS_READ,
-        )
+        start, length = (self.offset or 0) - inside, inside + self.nbytes
+        mapped = mmap.mmap(self._file.descriptor, length, offset=start, access=mmap.ACCESS_READ)
         return np.frombuffer(mapped, np.uint8, self.nbytes, inside)
 
     def copy_to(self, descriptor: int, place: int) -> bool:
@@ -115,28 +110,22 @@ def read_model(path: Path) -> ir.Model:
         raise InputError(f"{path} has sparse initializers, which ffmerge does not read.")
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         if not node.outputs:
-            raise InputError(
-                f"{path} is not valid ONNX: {node.op_type} {node.name!r} has no output."
-            )
+            what = f"{node.op_type} {node.name!r}"
+            raise InputError(f"{path} is not valid ONNX: {what} has no output.")
     files: dict[str, DataFile] = {}
     for graph in graphs(model):
         try:
             graph.sort()
         except ValueError as error:
             raise InputError(f"{path} is not valid ONNX: its nodes form a cycle.") from error
-        for holder, name, tensor in tuple(_tensors(graph)):
-            if isinstance(tensor, ir.ExternalTensor):
-                tensor = MappedTensor(tensor, _open_data(path, tensor, files))
-                if isinstance(holder, ir.Value):
-                    holder.const_value = tensor
-                else:
-                    holder.attributes.add(ir.AttrTensor(name, tensor))
-            elif tensor.dtype != ir.DataType.STRING:
-                try:
-                    tensor.numpy()
-                except Exception as error:  # as above
-                    what = f"{path}: tensor {tensor.name!r} is not what its shape says"
-                    raise InputError(f"{what}: {_first_line(error)}.") from error
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                value.const_value = _checked(path, value.const_value, files)
+        for node in graph:
+            for attribute in tuple(node.attributes.values()):
+                if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref():
+                    tensor = _checked(path, attribute.as_tensor(), files)
+                    node.attributes.add(ir.AttrTensor(attribute.name, tensor))
     return model
 
 
@@ -154,37 +143,39 @@ def _check_names(path: Path, graph: onnx.GraphProto) -> None:
                 _check_names(path, subgraph)
 
 
-def _tensors(graph: ir.Graph) -> Iterator[tuple[ir.Value | ir.Node, str, ir.TensorProtocol]]:
-    """Yield initializers and the tensors in attributes, with what holds them."""
-    for value in graph.initializers.values():
-        if value.const_value is not None:
-            yield value, value.name or "", value.const_value
-    for node in graph:
-        for attribute in node.attributes.values():
-            if not attribute.is_ref() and attribute.type == ir.AttributeType.TENSOR:
-                yield node, attribute.name, attribute.as_tensor()
+def _checked(
+    path: Path, tensor: ir.TensorProtocol, files: dict[str, DataFile]
+) -> ir.TensorProtocol:
+    """Return the tensor, mapped if its data is external; what it holds fits its shape."""
+    if isinstance(tensor, ir.ExternalTensor):
+        return MappedTensor(tensor, _open_data(path, tensor, files))
+    if tensor.dtype != ir.DataType.STRING:
+        try:
+            tensor.numpy()
+        except Exception as error:  # as above
+            what = f"{path}: tensor {tensor.name!r} is not what its shape says"
+            raise InputError(f"{what}: {_first_line(error)}.") from error
+    return tensor
 
 
 def _open_data(path: Path, tensor: ir.ExternalTensor, files: dict[str, DataFile]) -> DataFile:
-    location = str(tensor.location)
+    location, offset, length = str(tensor.location), tensor.offset or 0, tensor.length
     where = f"{path}: the external data of {tensor.name!r}, {location!r},"
+    needed = tensor.nbytes
     if location not in files:
         try:
             files[location] = DataFile(open_inside(path.parent, location))
         except InputError as error:
             raise InputError(f"{where} {error}") from error
-    offset, length = tensor.offset or 0, tensor.length
-    needed = tensor.nbytes
-    if offset < 0 or (length is not None and length != needed):
+    file = files[location]
+    if offset < 0 or length not in (None, needed):
         raise InputError(f"{where} has {length} bytes at {offset}; its shape needs {needed}.")
-    if offset + needed > files[location].size:
-        size = files[location].size
-        raise InputError(f"{where} is too short: {size} bytes of {offset + needed}.")
-    return files[location]
+    if offset + needed > file.size:
+        raise InputError(f"{where} is too short: {file.size} bytes of {offset + needed}.")
+    return file
 
 
 def _first_line(error: Exception) -> str:
-    cause = error
-    while cause.__cause__ is not None and isinstance(cause.__cause__, Exception):
-        cause = cause.__cause__
-    return (str(cause).splitlines() or [type(cause).__name__])[0].rstrip(".")
+    while isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -16,6 +16,7 @@ from onnx_ir.passes.common import (
 )
 
 from ffmerge.errors import InputError, TieError
+from ffmerge.files import refuse_existing
 from ffmerge.models.manifest import Skip
 from ffmerge.models.plan import Tie
 from ffmerge.passes.graph.contract import check_ties, read_ties, write_ties
@@ -28,7 +29,7 @@ from ffmerge.passes.graph.share import SharePass
 from ffmerge.passes.graph.strip import StripPass
 from ffmerge.passes.graph.tensors import bytes_stored, stored
 from ffmerge.passes.graph.untangle import UntanglePass
-from ffmerge.passes.graph.write import refuse_existing, write_models
+from ffmerge.passes.graph.write import write_models
 
 EMBEDDED = 1_000_000  # bytes of tensors up to which a model stays one file
 ROUNDS = 8  # untangling can make tensors equal, sharing can add uses: two rounds are usual

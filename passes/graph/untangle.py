@@ -70,18 +70,18 @@ def _step(weight: ir.Value, model: ir.Model) -> list[Skip] | None:
         if n not in free
     ]
 
-    # Case 1
+    effects, results = [], []
     for node in free:
-        if _effect(node, weight) is None:
+        effect, result = _change(node, weight.const_value)
+        if effect is None:  # case 1
             _bypass(node, weight)
             return None
+        effects.append(effect)
+        results.append(result)
 
     # Case 2
-    effects = [_effect(node, weight) for node in free]
     alone = len(free) == len(weight.uses()) and len(set(effects)) == 1
-    refusal = _refusal(weight.const_value, free[0]) if free else None
-    if alone and refusal is None:
-        folded = _folded(weight.const_value, free[0])
+    if alone and not isinstance(folded := results[0], str):
         weight.const_value, weight.dtype, weight.shape = folded, folded.dtype, folded.shape
         for node in free:
             _bypass(node, weight)
@@ -104,12 +104,13 @@ def _step(weight: ir.Value, model: ir.Model) -> list[Skip] | None:
                 _bypass(node, first.outputs[0])
                 return None
 
-    for node, effect in zip(free, effects, strict=True):
+    for node, effect, result in zip(free, effects, results, strict=True):
         if node.op_type == "DequantizeLinear":  # the way quantized weights are read
             continue
         uses = node.outputs[0].uses() if effect == (1, 0) else ()
-        blocked = [reason for use in uses if (reason := obstacle(*use, dtype, opset))]
-        why = refusal or (blocked[0] if blocked else "the weight is also read otherwise")
+        reasons = [result, *(obstacle(*use, dtype, opset) for use in uses)]
+        reasons.append("the weight is also read otherwise")
+        why = next(reason for reason in reasons if isinstance(reason, str))
         kept.append(Skip(name, f"{_says(node)} stays: {why}"))
     return kept
 
@@ -131,25 +132,45 @@ def _reaches(first: ir.Node, node: ir.Node, main: ir.Graph) -> bool:
     return True
 
 
-def _effect(node: ir.Node, weight: ir.Value) -> Any:
-    """Return what a node does to the weight, equal for equal nodes; None if it changes nothing."""
-    tensor = weight.const_value
-    assert tensor is not None
-    if node.op_type == "Reshape":
-        dims = _target(node, tensor)
-        return None if dims == shape_of(tensor) else ("Reshape", dims or node.inputs[1])
+def _change(node: ir.Node, tensor: ir.TensorProtocol) -> tuple[Any, ir.LazyTensor | str]:
+    """Return what a node does to a tensor and its result, or why that is not stored instead.
+
+    The first is equal for nodes that do the same, and None if they change nothing.
+    """
+    effect: Any
+    shape, dtype = shape_of(tensor), tensor.dtype
     if node.op_type == "DequantizeLinear":
         settings = sorted((name, attribute.value) for name, attribute in node.attributes.items())
-        return ("DequantizeLinear", node.inputs[1:], tuple(settings))
+        return (node.op_type, node.inputs[1:], tuple(settings)), "quantized weights stay quantized"
     if node.op_type == "Transpose":
-        axes = tuple(range(len(tensor.shape)))
-        order = tuple(node.attributes.get_ints("perm") or axes[::-1])
-        return None if order == axes else order
-    return None if node.op_type == "Identity" or _cast(node) == tensor.dtype else _cast(node)
+        order = tuple(node.attributes.get_ints("perm") or range(len(shape))[::-1])
+        effect = None if order == tuple(range(len(shape))) else order
+        turned = [shape[axis] for axis in order]
+        result = rewritten(tensor, lambda values: np.transpose(values, order), dtype, turned)
+    elif node.op_type == "Reshape":
+        dims = _target(node, tensor)
+        if dims is None:
+            return ("Reshape", node.inputs[1]), "its shape is not known here"
+        effect = None if dims == shape else ("Reshape", dims)
+        result = rewritten(tensor, lambda values: values.reshape(dims), dtype, dims)
+    elif node.op_type == "Cast":
+        target = ir.DataType(node.attributes["to"].as_int())
+        effect = None if target == dtype else target
+        if (dtype, target) not in _EXACT:
+            return effect, f"{dtype} to {target} may round differently in the runtime"
+        if target.itemsize > dtype.itemsize:
+            grown = int((target.itemsize - dtype.itemsize) * tensor.size)
+            return effect, f"as {target} the weight would take {grown} bytes more"
+        result = rewritten(tensor, lambda values: _rounded(values, target), target, shape)
+    else:
+        return None, ""
+    packed = dtype == ir.DataType.STRING or dtype.bitwidth < 8
+    return effect, f"{dtype} is not stored element by element" if packed else result
 
 
-def _cast(node: ir.Node) -> ir.DataType:
-    return ir.DataType(node.attributes["to"].as_int())
+def _rounded(values: Array, target: ir.DataType) -> Array:
+    with np.errstate(over="ignore"):  # to infinity, as in the runtime
+        return values.astype(target.numpy())
 
 
 def _target(node: ir.Node, tensor: ir.TensorProtocol) -> tuple[int, ...] | None:
@@ -167,42 +188,6 @@ def _target(node: ir.Node, tensor: ir.TensorProtocol) -> tuple[int, ...] | None:
     dims = [old[axis] if size == 0 else size for axis, size in enumerate(dims)]
     known = math.prod(size for size in dims if size != -1)
     return tuple(tensor.size // known if size == -1 else size for size in dims)
-
-
-def _refusal(tensor: ir.TensorProtocol, node: ir.Node) -> str | None:
-    """Return why the node's result is not stored in place of the tensor, or None."""
-    if node.op_type == "DequantizeLinear":
-        return "quantized weights stay quantized"
-    if node.op_type == "Reshape" and _target(node, tensor) is None:
-        return "its shape is not known here"
-    if tensor.dtype == ir.DataType.STRING or tensor.dtype.bitwidth < 8:
-        return f"{tensor.dtype} is not stored element by element"
-    if node.op_type == "Cast":
-        target = _cast(node)
-        if (tensor.dtype, target) not in _EXACT:
-            return f"{tensor.dtype} to {target} may round differently in the runtime"
-        if target.itemsize > tensor.dtype.itemsize:
-            grown = int((target.itemsize - tensor.dtype.itemsize) * tensor.size)
-            return f"as {target} the weight would take {grown} bytes more"
-    return None
-
-
-def _folded(tensor: ir.TensorProtocol, node: ir.Node) -> ir.LazyTensor:
-    shape = shape_of(tensor)
-    if node.op_type == "Cast":
-        target = _cast(node)
-
-        def cast(values: Array) -> Array:
-            with np.errstate(over="ignore"):  # to infinity, as in the runtime
-                return values.astype(target.numpy())
-
-        return rewritten(tensor, cast, target, shape)
-    if node.op_type == "Reshape":
-        dims = _target(node, tensor) or ()
-        return rewritten(tensor, lambda values: values.reshape(dims), tensor.dtype, dims)
-    order = node.attributes.get_ints("perm") or range(len(shape))[::-1]
-    turned = [shape[axis] for axis in order]
-    return rewritten(tensor, lambda values: np.transpose(values, order), tensor.dtype, turned)
 
 
 def _bypass(node: ir.Node, value: ir.Value) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ffmerge.errors import InputError
+from ffmerge.files import refuse_existing
 from ffmerge.passes.graph.read import MappedTensor
 from ffmerge.passes.graph.tensors import (
     SAMPLES,
@@ -73,13 +74,6 @@ def write_models(models: Mapping[Path, ir.Model], data: Path | None = None) -> t
             path.unlink()
         raise InputError(f"cannot write {targets[0]}: {error.strerror or error}.") from error
     return targets
-
-
-def refuse_existing(*paths: Path) -> None:
-    """Raise InputError if something is there already."""
-    for path in paths:
-        if path.exists() or path.is_symlink():
-            raise InputError(f"{path} exists already: remove it or choose another output.")
 
 
 def _write(

@@ -40,10 +40,9 @@ def score_for(model: Any, task: str, examples: Examples, batch_size: int) -> Sco
     metric = for_task(task)
     first = next(iter(examples.batches(batch_size)))
     if metric and ("labels" in first or task == "text-generation"):
-        return Score(
-            metric.name, _labelled(metric, task, examples, batch_size), metric.higher_is_better
-        )
-    original = list(_outputs(model, examples, batch_size))
+        measure = _labelled(metric, task, examples, batch_size)
+        return Score(metric.name, measure, metric.higher_is_better)
+    original = [_output(model, batch) for batch in examples.batches(batch_size)]
     return Score("fidelity", _fidelity(original, examples, batch_size), True)
 
 
@@ -79,10 +78,6 @@ def _fidelity(original: list[Array], examples: Examples, batch_size: int) -> Cal
         return float(np.concatenate(cosines).mean())
 
     return measure
-
-
-def _outputs(model: Any, examples: Examples, batch_size: int) -> Any:
-    return (_output(model, batch) for batch in examples.batches(batch_size))
 
 
 def _output(model: Any, batch: dict[str, Array]) -> Array:

@@ -1,24 +1,25 @@
 """Merge feed-forward sublayers of one or several stacks: choose windows, compute, tie."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 from torch import Tensor, nn
 
 from ffmerge.errors import InputError
+from ffmerge.files import plain
 from ffmerge.models import tasks, ties
 from ffmerge.models.data import Examples, from_arrays
-from ffmerge.models.feedforward import EXPERTS, REJECTED, FeedForward, prove, stacks, survey
-from ffmerge.models.plan import Group, MergeRecord, Window, group_json
+from ffmerge.models.feedforward import FeedForward, proven, stacks
+from ffmerge.models.plan import Group, MergeRecord, Window
 from ffmerge.models.probe import Array
 from ffmerge.passes.weights import methods, statistics
 from ffmerge.passes.weights.evaluate import score_for
 
 # The sublayers that one candidate would tie: for each stack of the search its members.
 Choice = tuple[tuple[FeedForward, ...], ...]
+Data = Examples | Mapping[str, Array] | None
 Progress = Callable[[str, int, int], None]
 
 
@@ -60,17 +61,14 @@ class Merge:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        tried = [
-            {"groups": [group_json(g) for g in c.groups], "value": c.value} for c in self.candidates
-        ]
-        return {**self.record.to_json(), "candidates": tried}
+        return plain({**vars(self.record), "candidates": self.candidates})
 
 
 def merge_(
     model: Any,
-    data: Examples | Mapping[str, Array] | None,
+    data: Data,
     config: MergeConfig,
-    validation: Examples | Mapping[str, Array] | None = None,
+    validation: Data = None,
     progress: Progress = lambda step, done, total: None,
 ) -> Merge:
     """Make k sublayers of ``model`` share one set of weights, in place.
@@ -87,7 +85,9 @@ def merge_(
     together = [list(chosen)] if config.sync else [[name] for name in chosen]
     searches = [_choices({name: chosen[name] for name in names}, config) for names in together]
     tried = sum(map(len, searches))
-    calibration, held_out = _split(data, validation)
+    calibration, held_out = _examples(data), _examples(validation)
+    if calibration is not None and held_out is None:
+        calibration, held_out = calibration.halves()
     if calibration is None and (method.needs_data or tried > len(searches)):
         raise InputError(f"method {method.name!r} with {tried} windows to try needs data.")
     moments: Mapping[str, statistics.Moments] = {}
@@ -105,35 +105,28 @@ def merge_(
     quality = value = score.measure(model) if score else None
     candidates: list[Candidate] = []
     groups: list[Group] = []
-    for search in searches:
-        best: tuple[float, Choice, list[list[Tensor]]] = (-math.inf, (), [])
+
+    def attempts(search: Sequence[Choice]) -> Iterator[tuple[float, Choice, list[list[Tensor]]]]:
         for choice in search:
             shared = [method.merge(model, m, moments.get(m[0].stack)) for m in choice]
             rank = 0.0
             if score:
-                with ExitStack() as stack:
-                    for members, tensors in zip(choice, shared, strict=True):
-                        stack.enter_context(ties.tied(model, members, tensors))
+                with ties.tied(model, choice, shared):
                     candidates.append(Candidate(_groups(choice), score.measure(model)))
                 rank = score.rank(candidates[-1].value)
                 progress("windows", len(candidates), tried)
-            if not best[1] or rank > best[0]:  # the earliest of equals
-                best = (rank, choice, shared)
-        for members, tensors in zip(best[1], best[2], strict=True):
-            ties.tie_(model, members, tensors)
-        groups += _groups(best[1])
-        value = score.rank(best[0]) if score else None
-    metric = {
-        "name": score.name if score else None,
-        "before": quality,
-        "merged": value,
-        "recovered": None,
-        "examples": len(held_out) if held_out else 0,
-    }
+            yield rank, choice, shared
+
+    for search in searches:
+        rank, choice, shared = max(attempts(search), key=itemgetter(0))  # the earliest of equals
+        ties.tie_(model, choice, shared)
+        groups += _groups(choice)
+        value = score.rank(rank) if score else None
+    metric = {"name": score.name if score else None, "before": quality, "merged": value}
+    metric |= {"recovered": None, "examples": len(held_out or ())}
     after = _size(model)
-    record = MergeRecord(
-        method.name, tuple(groups), before[0], after[0], before[1], after[1], metric
-    )
+    sizes = (before[0], after[0], before[1], after[1])
+    record = MergeRecord(method.name, tuple(groups), *sizes, metric)
     model.config.ffmerge = record.to_json()
     return Merge(record, tuple(candidates))
 
@@ -142,16 +135,11 @@ def _stacks(model: Any, config: MergeConfig) -> dict[str, tuple[FeedForward, ...
     """Return the sublayers to choose from by stack, each proved to be one."""
     if getattr(model.config, "ffmerge", None):
         raise InputError("this model is merged already: start from the original checkpoint.")
-    found, left = survey(model)
+    found, left = proven(model)
     by_name = stacks(found)
     if not by_name:
-        why = [
-            "its feed-forward sublayers are mixture-of-experts layers, whose experts are not merged"
-            if part.reason == EXPERTS
-            else f"{part.path} is left alone: {part.reason}"
-            for part in left[:1]
-        ]
-        why = why or ["no feed-forward sublayer is found in it"]
+        why = [f"{part.path} is left alone: {part.reason}" for part in left]
+        why.append("no feed-forward sublayer is found in it")
         raise InputError(f"{type(model).__name__} cannot be merged: {why[0]}.")
     names = config.stacks
     if isinstance(config.window, Mapping):
@@ -162,18 +150,10 @@ def _stacks(model: Any, config: MergeConfig) -> dict[str, tuple[FeedForward, ...
         if len(by_name) > 1 and not model.config.is_encoder_decoder:
             raise InputError(f"the model has several stacks ({', '.join(by_name)}): choose one.")
         names = tuple(by_name)
-    chosen = {}
     for name in names:
         if name not in by_name:
             raise InputError(f"no stack {name!r} in the model: it has {', '.join(by_name)}.")
-        verdicts = prove(model, by_name[name])
-        chosen[name] = tuple(s for s, ok in zip(by_name[name], verdicts, strict=True) if ok)
-        if not chosen[name]:
-            raise InputError(
-                f"{by_name[name][0].path} looks like a feed-forward sublayer, but {REJECTED}: it "
-                "cannot be merged."
-            )
-    return chosen
+    return {name: by_name[name] for name in names}
 
 
 def _choices(by_name: Mapping[str, tuple[FeedForward, ...]], config: MergeConfig) -> list[Choice]:
@@ -181,30 +161,22 @@ def _choices(by_name: Mapping[str, tuple[FeedForward, ...]], config: MergeConfig
     if (config.k is None) == (config.window is None):
         raise InputError("give either a window or the number k of layers to merge.")
     numbers = {name: [s.layer for s in members] for name, members in by_name.items()}
-    given = config.window
+    given, k = config.window, config.k or 0
     spans: list[list[Sequence[int]]] = [[]]
-    if given is not None:
-        for name, layers in numbers.items():
+    for name, layers in numbers.items():
+        runs, has = by_name[name][0].runs, f"stack {name!r} has"
+        if given is not None:
             first, last = given[name] if isinstance(given, Mapping) else given
             if first not in layers or last not in layers or last <= first:
-                raise InputError(
-                    f"window {first}-{last} is out of range: stack {name!r} has layers "
-                    f"{layers[0]} to {layers[-1]}."
-                )
+                where = f"{has} layers {layers[0]} to {layers[-1]}"
+                raise InputError(f"window {first}-{last} is out of range: {where}.")
             spans[0].append(range(first, last + 1))
-    else:
-        k = config.k or 0
-        for name, layers in numbers.items():
-            runs = by_name[name][0].runs
-            if len(layers) == 1 and runs > 1:
-                raise InputError(
-                    f"stack {name!r} is shared already: one sublayer is run {runs} times."
-                )
-            if not 2 <= k <= len(layers):
-                raise InputError(
-                    f"k = {k} does not fit: stack {name!r} has {len(layers)} layers, so k is 2 to "
-                    f"{len(layers)}."
-                )
+        elif len(layers) == 1 and runs > 1:
+            raise InputError(f"stack {name!r} is shared already: one sublayer is run {runs} times.")
+        elif not 2 <= k <= len(layers):
+            size = len(layers)
+            raise InputError(f"k = {k} does not fit: {has} {size} layers, so k is 2 to {size}.")
+    if given is None:
         common = sorted(set.intersection(*map(set, numbers.values())))
         spans = [[common[i : i + k]] * len(numbers) for i in range(len(common) - k + 1)]
     choices = [
@@ -229,21 +201,14 @@ def _groups(choice: Choice) -> tuple[Group, ...]:
     return tuple(Group(m[0].stack, tuple(s.layer for s in m)) for m in choice)
 
 
-def _split(
-    data: Examples | Mapping[str, Array] | None, validation: Examples | Mapping[str, Array] | None
-) -> tuple[Examples | None, Examples | None]:
-    calibration = from_arrays(data) if isinstance(data, Mapping) else data
-    held_out = from_arrays(validation) if isinstance(validation, Mapping) else validation
-    if calibration is not None and held_out is None:
-        return calibration.halves()
-    return calibration, held_out
+def _examples(data: Data) -> Examples | None:
+    return from_arrays(data) if isinstance(data, Mapping) else data
 
 
 def _watched(examples: Examples, size: int, progress: Progress) -> Iterator[dict[str, Array]]:
-    for done, batch in enumerate(examples.batches(size)):
-        progress("statistics", done * size, len(examples))
+    for done, batch in enumerate(examples.batches(size), 1):
         yield batch
-    progress("statistics", len(examples), len(examples))
+        progress("statistics", min(done * size, len(examples)), len(examples))
 
 
 def _size(model: nn.Module) -> tuple[int, int]:

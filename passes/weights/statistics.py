@@ -10,6 +10,7 @@ squared, so nothing cancels however far the mean lies from zero.
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -68,10 +69,9 @@ class Moments:
         Summed over the views. A neuron that never changes correlates with nothing: its row or
         column is 0.
         """
-        total = torch.zeros_like(self.cross[anchor, other][0])
-        for cross, a, b in zip(
-            self.cross[anchor, other], self.squares[anchor], self.squares[other], strict=True
-        ):
+        crosses = self.cross[anchor, other]
+        total = torch.zeros_like(crosses[0])
+        for cross, a, b in zip(crosses, self.squares[anchor], self.squares[other], strict=True):
             spread = torch.outer(a.sqrt(), b.sqrt()).float()
             total += torch.where(spread > 0, cross / spread, 0.0)
         return total
@@ -93,17 +93,14 @@ def collect(
         InputError: a stack has no two positions that count, or the model does not take the data.
     """
     members = {name: {s.layer: s for pair in found for s in pair} for name, found in pairs.items()}
-    moments = {
-        name: Moments(tuple(sorted({(a.layer, b.layer) for a, b in found})))
-        for name, found in pairs.items()
-    }
+    layers = {name: sorted({(a.layer, b.layer) for a, b in x}) for name, x in pairs.items()}
+    moments = {name: Moments(tuple(found)) for name, found in layers.items()}
     seen: dict[str, list[Tensor]] = {}
     with ExitStack() as stack, torch.no_grad():
         for sublayer in (s for found in members.values() for s in found.values()):
             for path in (*sublayer.inputs, *((sublayer.output,) if sublayer.gated else ())):
-                kept = seen.setdefault(path, [])
-                hook = _keep_input if path == sublayer.output else _keep_output
-                stack.callback(hook(model.get_submodule(path), kept).remove)
+                hook = partial(_keep, seen.setdefault(path, []), path == sublayer.output)
+                stack.callback(model.get_submodule(path).register_forward_hook(hook).remove)
         for batch in batches:
             for kept in seen.values():
                 kept.clear()
@@ -195,12 +192,8 @@ def forward(model: Any, batch: Mapping[str, Array]) -> Any:
         ) from error
 
 
-def _keep_input(module: Any, kept: list[Tensor]) -> Any:
-    return module.register_forward_pre_hook(lambda module, args: kept.append(args[0]))
-
-
-def _keep_output(module: Any, kept: list[Tensor]) -> Any:
-    return module.register_forward_hook(lambda module, args, out: kept.append(out))
+def _keep(kept: list[Tensor], given: bool, _: Any, args: tuple[Tensor, ...], out: Tensor) -> None:
+    kept.append(args[0] if given else out)
 
 
 def _features(sublayer: FeedForward, seen: Mapping[str, Sequence[Tensor]]) -> Tensor:
