@@ -1,7 +1,6 @@
 """Results as tables for a terminal; the numbers are those of the results' JSON."""
 
 from collections.abc import Iterable
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -113,16 +112,16 @@ _COSTS = {
 
 def validation_table(result: Any) -> Group:
     """Show a Validation: what each provider computed, then what it cost."""
-    outputs = []
-    for p in result.providers:
-        for (graph, level), each in groupby(p.outputs, lambda o: (o.graph, o.optimization)):
-            worst = max(each, key=lambda o: (not o.ok, o.max_abs or 0))
-            outputs.append((
-                f"{p.name}, {level}: {graph}, {worst.name}",
-                "-" if worst.max_abs is None else f"{worst.max_abs:.2g}",
-                f"{worst.atol:.2g} + {worst.rtol:.2g} |x|",
-                "ok" if worst.ok else worst.reason,
-            ))  # fmt: skip
+    outputs = [
+        (
+            f"{p.name}, {o.optimization}: {o.graph}, {o.name}",
+            "-" if o.max_abs is None else f"{o.max_abs:.2g}",
+            f"{o.atol:.2g} + {o.rtol:.2g} |x|",
+            "ok" if o.ok else o.reason,
+        )
+        for p in result.providers
+        for o in p.worst()
+    ]
     outputs += [(p.name, "-", "-", p.reason) for p in result.providers if not p.outputs]
     costs = [
         (f"{p.name}: {what}", show(getattr(p.footprint, field)))

@@ -6,6 +6,7 @@ import platform
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -47,6 +48,13 @@ class ProviderResult:
     footprint: Footprint | None
     ok: bool
     reason: str | None
+
+    def worst(self) -> list[OutputParity]:
+        """Return of each graph and optimization level the output that fails, or is farthest off."""
+        return [
+            max(each, key=lambda o: (not o.ok, o.max_abs or 0))
+            for _, each in groupby(self.outputs, lambda o: (o.graph, o.optimization))
+        ]
 
 
 @dataclass(frozen=True)
