@@ -29,7 +29,7 @@ demo: install
 	$(BIN)/ffmerge demo --out build/demo
 
 test: install install-optimum
-	FFMERGE_OPTIMUM=required OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadscope -m "not slow"
+	FFMERGE_OPTIMUM=required OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadgroup -m "not slow"
 
 slow: install
 	$(BIN)/python -m pytest -m slow

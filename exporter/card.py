@@ -1,8 +1,10 @@
 """The model card of a package."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from ffmerge.models import checkpoint
+from ffmerge.models.tasks import base
 
 _CARD = """---
 library_name: onnxruntime
@@ -13,21 +15,23 @@ tags: [onnx, ffmerge]
 
 {merge}
 
-Files: `model.onnx` with `model.onnx_data` (weights, each stored once), `config.json`,
-`ffmerge.json` (what is tied, every file's SHA-256), `reference.safetensors` (outputs of PyTorch
-on the inputs that `ffmerge.json` describes).
+Files: {graphs} and their weights, each stored once; `config.json`, `ffmerge.json` (what is tied,
+every file's SHA-256), `reference.safetensors` (outputs of PyTorch on the inputs that `ffmerge.json`
+describes).
 
 ```
 ffmerge audit .      # is anything stored twice, is every tie intact
 ffmerge validate .   # does ONNX Runtime compute what PyTorch computed
+python -c "import ffmerge; model = ffmerge.load_package('.')"   # {architecture} on ONNX Runtime
 ```
 """
 
 
-def card(model: Any, task: str) -> str:
+def card(model: Any, task: str, graphs: Sequence[str]) -> str:
     """Return the Markdown model card, with the metadata block the hub reads."""
     return _CARD.format(
-        task=task,
+        task=base(task),
+        graphs=", ".join(f"`{path}`" for path in graphs),
         architecture=type(model).__name__,
         parameters=sum(p.numel() for p in model.parameters()),
         merge=_merge_text(model),

@@ -125,7 +125,9 @@ def export(
         _write_config(folder, model)
         if source:
             checkpoint.copy_companions(source, folder)
-        (folder / "README.md").write_text(card(model, task), encoding="utf-8")
+        (folder / "README.md").write_text(
+            card(model, task, [r.path for r in records]), encoding="utf-8"
+        )
         files = record_files(folder)
         manifest = Manifest(
             versions={

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from test_architectures import CASES
+from architectures import CASES
 
 import ffmerge
 from ffmerge.models import ties

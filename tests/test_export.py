@@ -12,7 +12,7 @@ import onnxruntime as ort
 import pytest
 import torch
 import transformers
-from test_architectures import CASES
+from architectures import CASES
 from tiny import ABOVE, BELOW, FAMILIES, gpt2, vit
 
 from ffmerge.errors import ExportError, InputError

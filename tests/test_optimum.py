@@ -7,12 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from architectures import exported, index_of
 from optimum_env import require_optimum, run_in_optimum
-from test_architectures import CASES, _model
-from tiny import bert, vit
+from tiny import bert
 
-from ffmerge.exporter.package import export
-from ffmerge.passes.weights.merge import MergeConfig, merge_
+from ffmerge.exporter.package import Package, export
 
 LOAD = """
 import json, sys
@@ -42,18 +41,21 @@ for folder in map(Path, sys.argv[1:]):
 print(json.dumps(found))
 """
 
-# class of optimum -> the model, made here on transformers 5
-MODELS: dict[str, Any] = {
-    "ORTModelForImageClassification": lambda: vit(layers=3),
-    "ORTModelForSequenceClassification": lambda: bert(layers=3),
-    "ORTModelForCausalLM": lambda: _case("GPT2LMHeadModel"),
-    "ORTModelForSeq2SeqLM": lambda: _case("MarianMTModel"),
-    "ORTModelForSpeechSeq2Seq": lambda: _case("WhisperForConditionalGeneration"),
+MODELS = {
+    "ORTModelForImageClassification": "ViTForImageClassification",
+    "ORTModelForSequenceClassification": None,
+    "ORTModelForCausalLM": "GPT2LMHeadModel",
+    "ORTModelForSeq2SeqLM": "MarianMTModel",
+    "ORTModelForSpeechSeq2Seq": "WhisperForConditionalGeneration",
 }
 
 
-def _case(name: str) -> Any:
-    return _model(*next(case for case in CASES if case[0] == name)[:3])
+def _exported(name: str | None, folder: Path) -> tuple[Any, Package]:
+    """Return a model of transformers 5 and its package; of the table, or a classifier of text."""
+    if name:
+        return exported(index_of(name))
+    model = bert(layers=2)
+    return model, export(model, folder)
 
 
 def _given(model: Any) -> dict[str, torch.Tensor]:
@@ -74,11 +76,11 @@ def _given(model: Any) -> dict[str, torch.Tensor]:
 def test_optimum_loads_the_folders_and_agrees_with_pytorch(tmp_path: Path) -> None:
     require_optimum()
     folders = []
-    for name, make in MODELS.items():
-        model = make()
-        merge_(model, None, MergeConfig(window=(0, 1), method="average"))
+    for name, architecture in MODELS.items():
         folder = tmp_path / name
-        export(model, folder / "package")
+        folder.mkdir()
+        model, package = _exported(architecture, folder / "exported")
+        (folder / "package").symlink_to(package.path)
         given = _given(model)
         with torch.no_grad():
             expected = {"logits": model(**given).logits.numpy()}
@@ -108,11 +110,12 @@ def test_optimum_loads_what_the_other_environment_exports(tmp_path: Path) -> Non
     script = """
 import sys
 sys.path.insert(0, sys.argv[2])
-from test_architectures import CASES, _model
+from architectures import CASES, index_of, model_of
 from ffmerge.exporter.package import export
 from ffmerge.runtime_tests.parity import check_parity
 for name in ("ViTForImageClassification", "LlamaForCausalLM", "T5ForConditionalGeneration"):
-    package = export(_model(*next(c for c in CASES if c[0] == name)[:3]), sys.argv[1] + "/" + name)
+    model = model_of(*CASES[index_of(name)][:3])
+    package = export(model, sys.argv[1] + "/" + name)
     outputs = check_parity(package.path, package.manifest)
     assert all(o.ok for o in outputs), [o.reason for o in outputs if not o.ok]
     print(name, max(o.max_abs for o in outputs))

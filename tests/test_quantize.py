@@ -336,7 +336,7 @@ def exported(family):
     """Return the graph of a merged model as bytes, inputs, and what it computes."""
     model = family()
     merge_(model, None, MergeConfig(window=(1, 3), method="average"))
-    (plan,) = graphs(model, tasks.infer(model))
+    (plan,) = graphs(model, tasks.base(tasks.infer(model)))
     graph = to_onnx(plan, 20).model
     feeds = plan.probe.draw(1)
     return ir.to_proto(graph).SerializeToString(), feeds, run(graph, **feeds)[0].ravel()

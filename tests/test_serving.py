@@ -8,7 +8,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from test_architectures import CASES, _model
+from architectures import CASES, GENERATE, exported, index_of, model_of
 from tiny import gpt2, vit
 
 import ffmerge
@@ -17,13 +17,8 @@ from ffmerge.exporter.package import ExportConfig, export
 from ffmerge.models.data import from_arrays
 from ffmerge.models.manifest import Manifest
 from ffmerge.passes.graph.audit import audit
-from ffmerge.passes.weights.merge import MergeConfig, merge_
 from ffmerge.runtime_tests.validate import validate
 
-GENERATE = (  # T5's first entry in CASES is the plain one
-    "GPT2LMHeadModel", "LlamaForCausalLM", "MarianMTModel", "T5ForConditionalGeneration",
-    "WhisperForConditionalGeneration",
-)  # fmt: skip
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
     "beam-4": {"num_beams": 4, "do_sample": False},
@@ -61,16 +56,16 @@ def _generate(model: Any, inputs: dict[str, torch.Tensor], **settings: Any) -> t
 Case = tuple[Any, Path]
 
 
-@pytest.fixture(scope="module", params=GENERATE)
-def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    name = request.param
-    case = next(case for case in CASES if case[0] == name)
-    longer = {"n_positions": 64, "max_position_embeddings": 64}
-    model = _model(name, case[1], {**case[2], **longer})
-    merge_(model, None, MergeConfig(window=(0, 1), method="average"))
-    path = tmp_path_factory.mktemp(name) / "package"
-    export(model, path)
-    return model, path
+@pytest.fixture(params=GENERATE)
+def served(request: pytest.FixtureRequest) -> Case:
+    model, package = exported(index_of(request.param))
+    return model, package.path
+
+
+def _tiny(name: str, **settings: Any) -> Any:
+    """Return a case's model with one layer on each side."""
+    _, config, known, _, _ = CASES[index_of(name)]
+    return model_of(name, config, {**known, "encoder_layers": 1, "decoder_layers": 1, **settings})
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -222,8 +217,7 @@ def test_without_a_cache(tmp_path: Path) -> None:
 
 
 def test_an_encoder_decoder_without_a_cache(tmp_path: Path) -> None:
-    case = next(case for case in CASES if case[0] == "MarianMTModel")
-    model = _model(*case[:3])
+    model = _tiny("MarianMTModel")
     package = export(model, tmp_path / "package", ExportConfig(task="text2text-generation"))
     assert [graph.path for graph in package.manifest.graphs] == [
         "encoder_model.onnx", "decoder_model.onnx",
@@ -247,8 +241,7 @@ def test_other_classes_and_forms(tmp_path: Path) -> None:
 
 
 def test_the_layout_of_transformers_js(tmp_path: Path) -> None:
-    case = next(case for case in CASES if case[0] == "MarianMTModel")
-    model = _model(*case[:3])
+    model = _tiny("MarianMTModel")
     config = ExportConfig(layout="transformers.js", dtype="int8")
     package = export(model, tmp_path / "package", config)
     files = {p.relative_to(package.path).as_posix() for p in package.path.rglob("*.onnx*")}
@@ -290,8 +283,7 @@ def test_what_cannot_be_loaded(tmp_path: Path) -> None:
 
 def test_all_graphs_agree_on_the_form_of_a_quantized_weight(tmp_path: Path) -> None:
     """The table the encoder looks up is the matrix the decoder multiplies by: stored once."""
-    case = next(case for case in CASES if case[0] == "MarianMTModel")
-    model = _model(case[0], case[1], {**case[2], "vocab_size": 900, "decoder_vocab_size": 900})
+    model = _tiny("MarianMTModel", vocab_size=900, decoder_vocab_size=900)
     config = ExportConfig("text2text-generation", dtype="int8")
     export(model, tmp_path / "package", config)
     places = {}
@@ -306,8 +298,7 @@ def test_all_graphs_agree_on_the_form_of_a_quantized_weight(tmp_path: Path) -> N
 
 
 def test_a_chunked_feed_forward_takes_any_length(tmp_path: Path) -> None:
-    case = next(case for case in CASES if case[0] == "BertForMaskedLM")
-    model = _model(case[0], case[1], {**case[2], "chunk_size_feed_forward": 4})
+    model = _tiny("BertForMaskedLM", chunk_size_feed_forward=4)
     export(model, tmp_path / "package")
     assert model.bert.encoder.layer[0].chunk_size_feed_forward == 4
     ids = torch.arange(24).reshape(3, 8)
