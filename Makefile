@@ -1,6 +1,7 @@
 # Every target works in a fresh clone; `install` makes .venv once.
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST = FFMERGE_OPTIMUM=required OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadgroup
 
 .PHONY: install install-optimum demo test slow check lint types wheel clean
 
@@ -29,10 +30,10 @@ demo: install
 	$(BIN)/ffmerge demo --out build/demo
 
 test: install install-optimum
-	FFMERGE_OPTIMUM=required OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadgroup -m "not slow"
+	$(PYTEST) -m "not slow"
 
-slow: install
-	$(BIN)/python -m pytest -m slow
+slow: install install-optimum
+	$(PYTEST) -m slow
 
 check: lint types wheel
 

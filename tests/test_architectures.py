@@ -18,6 +18,14 @@ EXCEPTIONS = {
     "AlbertForMaskedLM": "one sublayer for all layers already",
     "MixtralForCausalLM": "its feed-forward layers are mixtures of experts",
 }
+# Their graphs are those of Llama, BART or BERT: tested by `make slow`, to keep to ten minutes.
+ALIKE = {
+    "MistralForCausalLM", "Qwen2ForCausalLM", "GemmaForCausalLM", "OlmoForCausalLM",
+    "M2M100ForConditionalGeneration", "PegasusForConditionalGeneration", "RobertaForMaskedLM",
+}  # fmt: skip
+PARAMETERS = [
+    pytest.param(*c, id=f"{c[0]}-{c[4]}", marks=[pytest.mark.slow] * (c[0] in ALIKE)) for c in CASES
+]
 TABLE = Path(__file__).parent.parent / "docs" / "architectures.md"
 BOUNDS = (1e-6, 1e-5, 1e-4)
 
@@ -34,9 +42,7 @@ def _row(name: str, found: dict[str, Any], proved: int, merged: int, worst: floa
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("name", "config", "settings", "layers", "gated"), CASES, ids=[f"{c[0]}-{c[4]}" for c in CASES]
-)
+@pytest.mark.parametrize(("name", "config", "settings", "layers", "gated"), PARAMETERS)
 def test_from_finding_to_parity(
     name, config, settings, layers, gated, tmp_path, pytestconfig
 ) -> None:

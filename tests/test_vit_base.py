@@ -13,6 +13,8 @@ from ffmerge.passes.graph.audit import audit
 from ffmerge.passes.weights.merge import MergeConfig, merge_
 from ffmerge.runtime_tests.footprint import measure_footprint
 
+pytestmark = pytest.mark.slow  # the same promises are tested on small models in every run
+
 Case = tuple[ViTForImageClassification, Package, Package]
 
 
