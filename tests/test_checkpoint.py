@@ -213,19 +213,20 @@ def test_the_generated_code_refuses_what_it_cannot_tie(tmp_path: Path) -> None:
             load(tmp_path / "merged", trust_remote_code=True)
 
 
-def test_a_class_that_no_auto_class_makes_is_found_through_auto_model(tmp_path: Path) -> None:
+def test_a_class_that_no_auto_class_makes_is_found_through_auto_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
     model = BertLMHeadModel(BertConfig(**sizes, vocab_size=60, is_decoder=True)).eval()
     model.__class__ = type("BertForNothing", (BertLMHeadModel,), {})
-    transformers.BertForNothing = model.__class__
-    try:
-        merge_(model, None, MergeConfig(window=(1, 2), method="average", task="text-generation"))
-        checkpoint.save(model, tmp_path / "merged")
-        auto_map = json.loads((tmp_path / "merged" / "config.json").read_text())["auto_map"]
-        assert auto_map == {"AutoModel": "modeling_ffmerge.BertForNothing"}
-        again = AutoModel.from_pretrained(tmp_path / "merged", trust_remote_code=True)
-        ids = torch.arange(9)[None]
-        assert torch.equal(again(ids).logits, model(ids).logits)
-    finally:
-        del transformers.BertForNothing
+    # transformers replaces its module while it is imported: under pytest there can be two
+    for module in (transformers, checkpoint.transformers):
+        monkeypatch.setattr(module, "BertForNothing", model.__class__, raising=False)
+    merge_(model, None, MergeConfig(window=(1, 2), method="average", task="text-generation"))
+    checkpoint.save(model, tmp_path / "merged")
+    auto_map = json.loads((tmp_path / "merged" / "config.json").read_text())["auto_map"]
+    assert auto_map == {"AutoModel": "modeling_ffmerge.BertForNothing"}
+    again = AutoModel.from_pretrained(tmp_path / "merged", trust_remote_code=True)
+    ids = torch.arange(9)[None]
+    assert torch.equal(again(ids).logits, model(ids).logits)
