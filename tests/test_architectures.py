@@ -21,6 +21,7 @@ EXCEPTIONS = {
 # Their graphs are those of Llama, BART or BERT: tested by `make slow`, to keep to ten minutes.
 ALIKE = {
     "MistralForCausalLM", "Qwen2ForCausalLM", "GemmaForCausalLM", "OlmoForCausalLM",
+    "Olmo2ForCausalLM", "StableLmForCausalLM",
     "M2M100ForConditionalGeneration", "PegasusForConditionalGeneration", "RobertaForMaskedLM",
 }  # fmt: skip
 PARAMETERS = [
