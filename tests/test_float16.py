@@ -49,7 +49,7 @@ def test_each_value_is_cast_once():
     made = [out.name for node in result.model.graph for out in node.outputs]
     assert len(made) == len(set(made))
     for got, expected in zip(run(result.model, x=x), (y, z), strict=True):
-        assert np.abs(got - expected).max() < 2e-3 * np.abs(expected).max()
+        assert np.abs(got - expected).max() < 2e-3 * np.abs(expected).max()  # measured 3.1e-4
 
 
 def test_a_weight_of_a_blocked_and_a_free_node_is_stored_once(tmp_path):
@@ -89,7 +89,8 @@ def test_ranges_and_digits_that_float16_lacks_are_kept(nodes, constants, scale):
     kept = [n for n in model.graph if n.op_type in ("Pow", "Mul", "ReduceMean", "Sqrt", "Sin")]
     assert kept and all(node.outputs[0].dtype == ir.DataType.FLOAT for node in kept)
     (got,) = run(model, x=x)
-    assert np.abs(got - expected).max() < 3e-3  # float16 all through gives inf, NaN or noise
+    # measured 0; float16 all through gives inf, NaN or noise
+    assert np.abs(got - expected).max() < 5e-6
 
 
 def test_a_mask_stays_finite_and_masks():
@@ -111,7 +112,7 @@ def test_weights_beyond_the_range_stay_float32():
     result = half(text, W=weight)
     assert result.skipped[0].name == "W" and dtype(result, "W") == ir.DataType.FLOAT
     got = run(result.model, x=x)[0]
-    assert np.allclose(got, x @ weight, rtol=1e-6, atol=1e-5)  # measured 0
+    assert np.allclose(got, x @ weight, rtol=1e-6, atol=1e-5)  # measured 0.3 of that
 
 
 def test_subgraphs_stay_float32():
@@ -126,7 +127,7 @@ def test_subgraphs_stay_float32():
     for c in (True, False):
         (expected,) = run(build(text, **weights), c=np.array(c), x=x)
         (got,) = run(result.model, c=np.array(c), x=x)
-        assert np.abs(got - expected).max() < 2e-3 * np.abs(expected).max()
+        assert np.abs(got - expected).max() < 2e-3 * np.abs(expected).max()  # measured 2.6e-4
 
 
 def test_filled_constants_take_the_type():

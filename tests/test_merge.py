@@ -200,7 +200,7 @@ def test_perplexity_chooses_for_language_models() -> None:
     assert metric["merged"] == min(c.value for c in result.candidates)
     ids = torch.from_numpy(_data(model)["input_ids"][1::2])
     loss = gpt2()(input_ids=ids, labels=ids).loss
-    assert abs(metric["before"] - float(loss.detach().exp())) < 1e-4  # measured 1.4e-5
+    assert abs(metric["before"] - float(loss.detach().exp())) < 1e-4  # measured 2.8e-5
 
 
 def test_without_labels_the_original_is_the_judge() -> None:
@@ -357,12 +357,12 @@ def test_the_metric_of_an_encoder_decoder_is_its_loss_on_the_labels() -> None:
     odd = {name: torch.from_numpy(array[1::2].copy()) for name, array in data.items()}
     expected = float(t5()(**odd).loss.detach().exp())
     metric = merge_(model, data, MergeConfig(window=(0, 1), task=TASK)).record.metric
-    assert abs(metric["before"] / expected - 1) < 1e-5  # measured 1e-7
+    assert abs(metric["before"] / expected - 1) < 5e-6  # measured 6.0e-7
     without = {name: array for name, array in data.items() if name != "labels"}
     without["decoder_input_ids"] = np.where(data["labels"] == -100, 2, data["labels"])
     metric = merge_(t5(), without, MergeConfig(window=(0, 1), task=TASK)).record.metric
     assert metric["name"] == "fidelity"
-    assert metric["before"] == pytest.approx(1, abs=1e-6)
+    assert metric["before"] == pytest.approx(1, abs=1e-6)  # measured 0
 
 
 def test_fidelity_counts_no_padding() -> None:
@@ -375,7 +375,7 @@ def test_fidelity_counts_no_padding() -> None:
     with torch.no_grad():
         cosines = torch.cosine_similarity(original(**odd).logits, model(**odd).logits, dim=-1)
     assert not counted.all()
-    assert abs(metric["merged"] - float(cosines[counted].mean())) < 1e-6  # measured 1e-7
+    assert abs(metric["merged"] - float(cosines[counted].mean())) < 1e-6  # measured 0
     assert abs(metric["merged"] - float(cosines.mean())) > 1e-5
 
 

@@ -40,7 +40,7 @@ def test_a_file_goes_to_another_opset(tmp_path, target):
     x = normal(2, 64, seed=1)
     before = run(str(tmp_path / "in.onnx"), x=x)
     for one, other in zip(before, run(str(tmp_path / "out.onnx"), x=x), strict=True):
-        assert np.abs(one - other).max() < 1e-4 * np.abs(one).max()
+        assert np.abs(one - other).max() < 1e-6 * np.abs(one).max()  # measured 0
 
 
 def test_weights_are_not_read(monkeypatch):
@@ -100,7 +100,7 @@ def test_a_package_below_what_pytorch_writes(tmp_path):
     with torch.no_grad():
         expected = model(torch.from_numpy(images["pixel_values"])).logits.numpy()
     (got,) = run(str(tmp_path / "p" / "model.onnx"), **images)
-    assert np.abs(got - expected).max() < 1e-5  # measured 6e-7
+    assert np.abs(got - expected).max() < 4e-6  # measured 4.0e-7
     with pytest.raises(InputError, match="LayerNormalization"):
         export(model, tmp_path / "q", ExportConfig(opset=13))
     assert not (tmp_path / "q").exists()

@@ -70,7 +70,7 @@ def test_two_gemms_of_one_square_weight_where_quantize_dynamic_is_wrong(tmp_path
     expected = np.maximum(x @ weights["W"].T + weights["c"], 0) @ weights["W"].T + weights["c"]
     assert relative(run(str(tmp_path / "ort.onnx"), x=x)[0], expected) > 0.5  # measured 1.05
     result = share(build(GEMMS, **weights), dtype="int8")
-    assert relative(run(result.model, x=x)[0], expected) < 0.02  # measured 0.008
+    assert relative(run(result.model, x=x)[0], expected) < 0.02  # measured 0.0097
     assert ops(result.model)["MatMulInteger"] == 2
     assert array(result.model, "W").dtype == np.int8
 
@@ -93,7 +93,7 @@ def test_four_bits_for_dequantize_linear_where_ort_writes_an_invalid_graph():
     values = codes.astype(np.float32) * np.repeat(scale, 32, axis=0)
     assert np.abs(values - weights["W"]).max() <= np.abs(scale).max() * 1.001
     (got,) = run(result.model, x=x)
-    assert relative(got, np.maximum(x @ values, 0) @ values) < 1e-4  # measured 0
+    assert relative(got, np.maximum(x @ values, 0) @ values) < 1e-6  # measured 1.6e-7
     assert ops(result.model)["DequantizeLinear"] == 1
 
 
@@ -117,7 +117,7 @@ def test_stock_export_that_quantize_dynamic_cannot_read(tmp_path):
     x = normal(1, 3, 16, 16)
     expected = run(str(tmp_path / "stock.onnx"), pixel_values=x)[0]
     result = share(ir.load(tmp_path / "stock.onnx"), dtype="int8")
-    assert relative(run(result.model, pixel_values=x)[0], expected) < 0.05  # measured 0.018
+    assert relative(run(result.model, pixel_values=x)[0], expected) < 0.05  # measured 0.0093
 
 
 @pytest.mark.parametrize("per_channel", [True, False])
@@ -207,8 +207,8 @@ def test_int4_table_alone(symmetric):
     zero = 8 if symmetric else nibbles(array(result.model, "W/zero"))[:, :3, None].astype("f")
     values = ((codes - zero) * array(result.model, "W/scale")[..., None]).reshape(50, 96)
     ids = np.array([[1, 5], [0, 49]])
-    assert np.allclose(run(result.model, i=ids)[0], values[ids], atol=1e-6)
-    assert relative(values, table) < 0.12
+    assert np.allclose(run(result.model, i=ids)[0], values[ids], rtol=0, atol=1e-6)  # measured 0
+    assert relative(values, table) < 0.12  # measured 0.076
 
 
 def test_an_input_of_several_weights_is_quantized_once():
@@ -231,7 +231,7 @@ def test_tied_table_and_head_are_one_tensor(precision, symmetric, tmp_path):
     found = audit(tmp_path / "m.onnx")
     assert found.ok and [check.group for check in found.ties] == ["W"]
     rows, logits = run(result.model, i=IDS, x=x)
-    limit = 0.12 if bits == 4 else 0.02  # measured 0.09 and 0.01
+    limit = 0.12 if bits == 4 else 0.02  # measured 0.086 and 0.012
     assert relative(rows, table[IDS]) < limit
     assert relative(logits, x @ table.T) < limit
     assert not result.skipped
@@ -252,7 +252,8 @@ def test_one_weight_for_all_and_the_tie_holds(text, precision, tmp_path):
     assert audit(tmp_path / "m.onnx").ok
     big = [n for n in names(result.model) if array(result.model, n).size >= 1024]
     assert big == ["a"]
-    assert relative(run(result.model, x=x)[0], expected) < (0.25 if precision == "int4" else 0.03)
+    limit = 0.25 if precision == "int4" else 0.03  # measured 0.13 and 0.016
+    assert relative(run(result.model, x=x)[0], expected) < limit
     labels = [node.name for node in ir.traversal.RecursiveGraphIterator(result.model.graph)]
     assert len(labels) == len(set(labels))
 
@@ -310,7 +311,7 @@ def test_what_stays_in_more_bits_is_listed_with_the_reason(case, precision):
     assert skip.reason.startswith("FLOAT" if kept else "INT8")
     assert kept == (case in ("tiny", "not finite", "mask", "vector"))
     if np.isfinite(expected).all():
-        assert relative(run(result.model, x=x)[0], expected) < 0.03
+        assert relative(run(result.model, x=x)[0], expected) < 0.03  # measured 0.016
 
 
 def test_float64_weights_stay():
@@ -385,8 +386,8 @@ def test_families_are_whole_and_close(family, precision, tmp_path):
             decoded(ir.from_proto(onnx.ModelProto.FromString(proto)), result.model), **feeds
         )[0].ravel()
     cosine = got @ expected / np.linalg.norm(got) / np.linalg.norm(expected)
-    # measured in 8 bits on any processor: ViT 0.9959, others from 0.9995; with codes that x86
-    # without VNNI saturates it is 0.9987 or, there, 0.924
+    # measured from 0.9999988 in fp16, 0.9996 by blocks, and 0.9994 in other 8 bits, on x86 without
+    # VNNI, where codes that it saturates gave 0.924
     bounds = {"fp16": 0.99999, "int8": 0.995, "int8-static": 0.995}
     assert cosine > bounds.get(precision, 0.997)
 

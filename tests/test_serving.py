@@ -129,7 +129,7 @@ def test_forward_counts_positions_as_pytorch_does(served: Case) -> None:
     real = torch.ones(got.shape[:2], dtype=torch.bool)
     if not model.config.is_encoder_decoder:
         real = inputs["attention_mask"].bool()
-    assert (got - expected)[real].abs().max() < 5e-6  # measured 9.5e-7
+    assert (got - expected)[real].abs().max() < 5e-6  # measured 7.7e-7
 
 
 def test_the_package_keeps_its_promises(served: Case) -> None:
@@ -162,7 +162,7 @@ def test_the_task_metric_is_that_of_pytorch(served: Case) -> None:
         assert metric is None  # speech is not measured by perplexity here
         return
     assert metric is not None and metric.examples == 3
-    assert metric.value == pytest.approx(float(loss.exp()), rel=1e-5)  # measured 2e-7
+    assert metric.value == pytest.approx(float(loss.exp()), rel=4e-6)  # measured 4.7e-7
 
 
 def test_inputs_and_outputs_are_called_as_optimum_calls_them(served: Case) -> None:
@@ -204,7 +204,7 @@ def test_all_graphs_read_one_data_file(served: Case) -> None:
     size = sum(len(content) for _, content in distinct)
     written = (path / "model.onnx_data").stat().st_size
     assert [p.name for p in path.glob("*data*")] == ["model.onnx_data"]
-    assert written < 1.05 * size + 5000  # alignment; measured 1.003 to 1.02
+    assert written <= size  # measured 0.995 to 0.999 of it: small tensors stand in the graphs
 
 
 def test_without_a_cache(tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_other_classes_and_forms(tmp_path: Path) -> None:
         expected = model(pixels).logits
     for kind in ("onnx", "ort", "prepacked"):
         got = ffmerge.load_package(tmp_path / "package", kind=kind)(pixels).logits
-        assert (got - expected).abs().max() < 2e-6  # measured 3e-7
+        assert (got - expected).abs().max() < 2e-6  # measured 4.8e-7
 
 
 def test_the_layout_of_transformers_js(tmp_path: Path) -> None:
@@ -305,5 +305,5 @@ def test_a_chunked_feed_forward_takes_any_length(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = model(ids).logits
     loaded = ffmerge.load_package(tmp_path / "package")
-    assert (loaded(ids).logits - expected).abs().max() < 2e-6  # measured 2e-7
+    assert (loaded(ids).logits - expected).abs().max() < 1e-6  # measured 1.0e-7
     assert loaded(ids[:, :7]).logits.shape == (3, 7, 60)
