@@ -18,9 +18,11 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto import modeling_auto
+from transformers.pytorch_utils import Conv1D
 
 from ffmerge.errors import InputError
 from ffmerge.files import read_json, sha256, staged, write_json
@@ -60,7 +62,11 @@ def resolve(source: str | Path, weights: bool = True, code: bool = False) -> Pat
         raise InputError(f"{source} is not a folder: give a checkpoint folder or a hub id.")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", *(("*.safetensors", *COMPANIONS) if weights else ())]
+    patterns = [
+        "*.json",
+        modeling_ffmerge.OWN,
+        *(("*.safetensors", *COMPANIONS) if weights else ()),
+    ]
     patterns += ["*.py"] if code else []
     try:
         return Path(snapshot_download(str(source), allow_patterns=patterns))
@@ -129,7 +135,7 @@ def skeleton(source: str | Path, trust_remote_code: bool = False) -> Any:
     model = without_weights(folder, trust_remote_code)
     record = merge_record(model.config)
     if record:
-        ties.retie_(model, record)
+        _retie_(model, record, folder)
     return model
 
 
@@ -171,7 +177,7 @@ def load(source: str | Path, trust_remote_code: bool = False) -> Any:
         unset ^= ties.dropped_names(model, record) if once else set()
         if not once:
             ties.check(model, record, torch.equal)
-        ties.retie_(model, record)
+        _retie_(model, record, folder)
     if unset:
         raise InputError(
             f"{folder} does not hold the parameters its config.json describes: {len(unset)} "
@@ -191,22 +197,29 @@ def save(
     """Write a checkpoint that stores every tie once, with tokenizer and processor files.
 
     ``expanded`` writes every member of a tie instead: any loader reads that, :func:`load` ties
-    it again. A file grows to ``max_shard_size`` bytes at most.
+    it again. Where layers have parts of their own these are multiplied out: the copies differ, so
+    it is a plain checkpoint that shares nothing. A file grows to ``max_shard_size`` bytes at most.
 
     Raises:
         TieError: a recorded group no longer shares its parameters.
-        InputError: ``target`` exists or cannot be written.
+        InputError: ``target`` exists or cannot be written, or no plain class holds the layers.
     """
     record = merge_record(model.config)
     settings: dict[str, Any] = {"max_shard_size": max_shard_size}
+    own: dict[str, Any] = {}
     if record:
         ties.check(model, record)
         state = model.state_dict()
+        if expanded and record.own:
+            _fold(model, state)
+        own = modeling_ffmerge.pop_own(model, ties.maps_of(model, record), state)
         for name in ties.dropped_names(model, record):
             state[name] = state[name].clone() if expanded else state[name].new_empty(0)
         settings |= {"state_dict": state, "variant": None if expanded else VARIANT}
     with staged(Path(target)) as folder:
         model.save_pretrained(folder, **settings)
+        if own and not expanded:
+            save_file(own, folder / modeling_ffmerge.OWN)
         if record and isinstance(model, getattr(transformers, type(model).__name__, ())):
             _add_code(model, record, folder, expanded)
         if companions_from:
@@ -230,6 +243,8 @@ def _add_code(model: Any, record: MergeRecord, folder: Path, expanded: bool) -> 
     """Let ``from_pretrained(..., trust_remote_code=True)`` find a class that ties, if need be."""
     config = read_json(folder / "config.json")
     config.pop("auto_map", None)
+    if expanded and record.own:
+        del config["ffmerge"]
     (folder / _CODE.name).unlink(missing_ok=True)
     if not expanded:
         name = type(model).__name__
@@ -252,6 +267,35 @@ def _rule(model: Any, group: Group) -> tuple[tuple[str, ...], int, tuple[int, ..
     place = next(i for i, parts in enumerate(zip(first, second, strict=True)) if len({*parts}) > 1)
     words = () if group.stack == "layers" else tuple(group.stack.split("."))
     return words, sum(part.isdigit() for part in first[:place]), group.layers
+
+
+def _fold(model: Any, state: dict[str, Any]) -> None:
+    """Put into each map's own weight what it adds to the shared one."""
+    for name, module in model.named_modules():
+        own = getattr(module, "own", ())
+        if "bias" in own:
+            raise InputError(
+                f"{type(model).__name__} has no biases to hold what each layer has for itself: "
+                "save without --expanded, or merge by permute."
+            )
+        if own:
+            weight = module.weight.detach()
+            rows = weight.T if isinstance(module, Conv1D) else weight
+            rows = rows * module.scale[:, None] if "scale" in own else rows
+            rows = rows + module.up @ module.down if "down" in own else rows
+            state[f"{name}.weight"] = (rows.T if isinstance(module, Conv1D) else rows).detach()
+
+
+def _retie_(model: Any, record: MergeRecord, folder: Path) -> None:
+    """Tie a loaded model, and give its layers what is their own."""
+    ties.retie_(model, record)
+    file = folder / modeling_ffmerge.OWN
+    if file.is_file():
+        modeling_ffmerge.load_own_(ties.maps_of(model, record), file)
+    elif {*record.own} - {"bias"} or (
+        record.own and any(m.bias is None for m in ties.maps_of(model, record).values())
+    ):
+        raise InputError(f"{folder} holds no {file.name}, which its config.json tells of.")
 
 
 def _remote_classes(auto_map: Any) -> list[str]:

@@ -89,6 +89,17 @@ class FeedForward:
     runs: int
 
     @property
+    def maps(self) -> tuple[str, ...]:
+        """The linear maps in the order of the data: d -> f, then f -> d."""
+        return (*self.inputs, self.output)
+
+    @property
+    def keys(self) -> tuple[tuple[int, str], ...]:
+        """Number of the map and name in it of each of ``weights``: the same in every layer."""
+        split = (weight.name.rpartition(".") for weight in self.weights)
+        return tuple((self.maps.index(path), part) for path, _, part in split)
+
+    @property
     def gated(self) -> bool:
         """True when two maps d -> f are multiplied (SwiGLU, GeGLU), also if they are fused."""
         return len(self.inputs) > 1 or self.weights[0].blocks > 1
@@ -393,11 +404,19 @@ def _named(
             last = name == match.output
             # Linear stores (out, in), Conv1D (in, out): the neurons are out of an input map
             blocks = 1 if last else match.fused
-            weights.append(
-                Weight(f"{name}.weight", int(isinstance(module, Conv1D) != last), blocks)
-            )
-            if module.bias is not None:
-                weights.append(Weight(f"{name}.bias", None if last else 0, blocks))
+            of_outputs = None if last else 0
+            axes = {
+                "weight": int(isinstance(module, Conv1D) != last),
+                "bias": of_outputs,
+                "scale": of_outputs,
+                "down": 1 if last else None,
+                "up": of_outputs,
+            }
+            weights += [
+                Weight(f"{name}.{part}", axis, blocks)
+                for part, axis in axes.items()
+                if getattr(module, part, None) is not None
+            ]
         d_ff, d_model = trace.linear[match.output]
         runs = len({_origin(trace, source, _VIEWS | _HALVES) for source in sources})
         sublayers.append(FeedForward(

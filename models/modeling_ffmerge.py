@@ -5,27 +5,115 @@ A copy stands beside the weights, with the class and the groups filled in, for
 """
 
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import cached_file
 
 # words that the names of the stack hold, which number in a name counts its layers, the layers that
 # share: the first holds the weights, the others are stored as empty tensors
 GROUPS: list[tuple[tuple[str, ...], int, tuple[int, ...]]] = []
+OWN = "ffmerge.safetensors"  # what layers that share add of their own, if anything
+_PARTS = ("scale", "down", "up", "bias")
+
+
+class SharedLinear(nn.Linear):
+    """A map whose weight several layers use: ``scale * (W x) + up (down x) + bias`` in each."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the shared product with this layer's own parts."""
+        return _with_own(self, x, nn.functional.linear(x, self.weight))
+
+
+class SharedConv1D(Conv1D):  # type: ignore[misc]
+    """The same for the (in, out) weights of GPT-2."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the shared product with this layer's own parts."""
+        return _with_own(self, x, x @ self.weight)
+
+
+def _with_own(module: Any, x: Tensor, y: Tensor) -> Tensor:
+    if "scale" in module.own:
+        y = y * module.scale
+    if "down" in module.own:
+        low = nn.functional.linear(x, module.down)
+        y = y + nn.functional.linear(low, module.up)
+    return y if module.bias is None else y + module.bias
+
+
+def give_own_(module: Any, parts: dict[str, Tensor]) -> None:
+    """Give a linear map parts of its own; ``module.own`` names those its class has not."""
+    module.own = tuple(part for part in _PARTS if part in parts)
+    module.__class__ = SharedConv1D if isinstance(module, Conv1D) else SharedLinear
+    for part in module.own:
+        module.register_parameter(part, nn.Parameter(parts[part]))
+
+
+def place_of(name: str) -> tuple[int, int] | None:
+    """Return group and layer of the module or parameter ``name``, None if it is in no group."""
+    parts = name.split(".")
+    numbers = [place for place, part in enumerate(parts) if part.isdigit()]
+    found = [
+        (group, place)
+        for group, (words, number, layers) in enumerate(GROUPS)
+        for place in numbers[number : number + 1]
+        if set(words) <= set(parts[:place]) and int(parts[place]) in layers
+    ]
+    return (found[0][0], int(parts[found[0][1]])) if len(found) == 1 else None
 
 
 def source_of(name: str) -> str | None:
     """Return the name of the parameter that takes the place of ``name``, None if it is its own."""
+    where = place_of(name)
+    if where is None:
+        return None
+    _, number, layers = GROUPS[where[0]]
     parts = name.split(".")
-    numbers = [place for place, part in enumerate(parts) if part.isdigit()]
-    found = [
-        ".".join([*parts[:place], str(layers[0]), *parts[place + 1 :]])
-        for words, number, layers in GROUPS
-        for place in numbers[number : number + 1]
-        if set(words) <= set(parts[:place]) and int(parts[place]) in layers[1:]
-    ]
-    return found[0] if len(found) == 1 else None
+    place = [i for i, part in enumerate(parts) if part.isdigit()][number]
+    parts[place] = str(layers[0])
+    return ".".join(parts) if where[1] != layers[0] else None
+
+
+def maps_of(model: nn.Module) -> dict[str, Any]:
+    """Return the maps of all groups by ``group.layer.number``, numbered as the model has them."""
+    modules = [(name, m) for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
+    places = Counter(id(module.weight) for _, module in modules)
+    found: dict[tuple[int, int], list[Any]] = {}
+    for name, module in modules:
+        where = place_of(name)
+        if where and places[id(module.weight)] > 1:
+            found.setdefault(where, []).append(module)
+    return {
+        f"{group}.{layer}.{number}": module
+        for (group, layer), maps in found.items()
+        for number, module in enumerate(maps)
+    }
+
+
+def load_own_(maps: dict[str, Any], file: Any) -> None:
+    """Give maps the parts of their own that a file holds under ``group.layer.number.part``."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in load_file(file).items():
+        place, _, part = key.rpartition(".")
+        parts.setdefault(place, {})[part] = tensor.to(maps[place].weight)
+    for place, tensors in parts.items():
+        give_own_(maps[place], tensors)
+
+
+def pop_own(model: nn.Module, maps: dict[str, Any], state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Take the parts that no plain class has out of ``state``; return what ``load_own_`` reads."""
+    keys = {id(module): key for key, module in maps.items()}
+    return {
+        f"{keys[id(module)]}.{part}": state.pop(f"{name}.{part}").contiguous()
+        for name, module in model.named_modules()
+        for part in getattr(module, "own", ())
+    }
 
 
 class PreTrainedModel(transformers.PreTrainedModel):
@@ -55,6 +143,10 @@ class PreTrainedModel(transformers.PreTrainedModel):
                 setattr(model.get_submodule(owner), attribute, model.get_parameter(source))
             elif not new_head or any(part.isdigit() for part in name.split(".")):
                 raise ValueError(f"the checkpoint holds no value of the right size for {name}.")
+        if getattr(model.config, "ffmerge", {}).get("own"):
+            where = {k: v for k, v in kwargs.items() if k in ("revision", "token", "cache_dir")}
+            folder = args[0] if args else kwargs["pretrained_model_name_or_path"]
+            load_own_(maps_of(model), cached_file(folder, OWN, **where))
         model.__class__ = cls
         return (model, info) if wants_info else model
 
@@ -66,10 +158,13 @@ class PreTrainedModel(transformers.PreTrainedModel):
         for name in places if kwargs["variant"] == "ffmerge" else ():
             if name in state and places.get(source_of(name)) is places[name]:
                 state[name] = state[name].new_empty(0)
+        own = pop_own(self, maps_of(self), state)
         tied = type(self)
         self.__class__ = transformers.PreTrainedModel
         try:
             self.save_pretrained(folder, state_dict=state, **kwargs)
         finally:
             self.__class__ = tied
+        if own:
+            save_file(own, Path(folder) / OWN)
         shutil.copyfile(__file__, Path(folder) / "modeling_ffmerge.py")

@@ -24,7 +24,8 @@ class MergeRecord:
     """What a merge did: kept in the checkpoint's ``config.json`` and in the manifest.
 
     Stacks and layers are numbers and stack names, never parameter names: those differ between
-    releases of transformers, these do not.
+    releases of transformers, these do not. ``own`` are the parts that each layer has for itself:
+    ``bias``, ``scale``, and of a low-rank residual ``down`` and ``up``.
     """
 
     method: str
@@ -34,6 +35,7 @@ class MergeRecord:
     bytes_before: int
     bytes_after: int
     metric: Mapping[str, Any]
+    own: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values, the inverse of :func:`from_json`."""

@@ -1,17 +1,21 @@
 """A tie is one ``Parameter`` object that stands in several places of a model."""
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 from torch import Tensor, nn
 
 from ffmerge.errors import InputError, TieError
 from ffmerge.models.feedforward import FeedForward, find, stacks
+from ffmerge.models.modeling_ffmerge import give_own_
 from ffmerge.models.plan import Group, MergeRecord, Tie
 
 Groups = Sequence[Sequence[FeedForward]]
+Key = tuple[int, str]
 
 
 def ties(model: nn.Module) -> tuple[Tie, ...]:
@@ -22,27 +26,56 @@ def ties(model: nn.Module) -> tuple[Tie, ...]:
     return tuple(Tie(same[0], tuple(same)) for same in names.values() if len(same) > 1)
 
 
-def tie_(model: nn.Module, groups: Groups, shared: Sequence[Sequence[Tensor]]) -> None:
-    """Make the members of each group use one new Parameter per tensor, in ``weights`` order."""
-    for members, tensors in zip(groups, shared, strict=True):
-        for position, tensor in enumerate(tensors):
-            first = model.get_parameter(members[0].weights[position].name)
-            parameter = nn.Parameter(tensor, requires_grad=first.requires_grad)
-            for member in members:
-                _place_(model, member.weights[position].name, parameter)
+@dataclass(frozen=True)
+class Sharing:
+    """What takes the place of a group's weights.
+
+    ``shared`` are the tensors that all members use, ``own`` those of each member, in the order of
+    the members. Keys are those of :attr:`FeedForward.keys`: number of the map and part.
+    """
+
+    shared: Mapping[Key, Tensor]
+    own: Sequence[Mapping[Key, Tensor]] = ()
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the parts that each member has for itself."""
+        return tuple(sorted({part for own in self.own for _, part in own}))
+
+
+def tie_(model: nn.Module, groups: Groups, sharings: Sequence[Sharing]) -> None:
+    """Make the members of each group use one new Parameter per shared tensor, and their own."""
+    for members, sharing in zip(groups, sharings, strict=True):
+        needs_grad = model.get_parameter(members[0].weights[0].name).requires_grad
+        common = {key: nn.Parameter(t, needs_grad) for key, t in sharing.shared.items()}
+        for member, own in zip_longest(members, sharing.own, fillvalue={}):
+            for number, path in enumerate(member.maps):
+                module = model.get_submodule(path)
+                mine = {part: t for (at, part), t in own.items() if at == number}
+                added = {part: t for part, t in mine.items() if getattr(module, part, None) is None}
+                if added:
+                    give_own_(module, added)
+                for part in mine.keys() - added.keys():
+                    setattr(module, part, nn.Parameter(mine[part], needs_grad))
+                for (at, part), parameter in common.items():
+                    if at == number:
+                        setattr(module, part, parameter)
 
 
 @contextmanager
-def tied(model: nn.Module, groups: Groups, shared: Sequence[Sequence[Tensor]]) -> Iterator[None]:
-    """Tie as :func:`tie_` for the length of the block, then put the original Parameters back."""
-    names = [weight.name for members in groups for member in members for weight in member.weights]
-    originals = {name: model.get_parameter(name) for name in names}
-    tie_(model, groups, shared)
+def tied(model: nn.Module, groups: Groups, sharings: Sequence[Sharing]) -> Iterator[None]:
+    """Tie as :func:`tie_` for the length of the block, then put the original modules back."""
+    paths = [path for members in groups for member in members for path in member.maps]
+    modules = [model.get_submodule(path) for path in paths]
+    before = [(m.__class__, dict(vars(m)), dict(m._parameters)) for m in modules]
+    tie_(model, groups, sharings)
     try:
         yield
     finally:
-        for name, parameter in originals.items():
-            _place_(model, name, parameter)
+        for module, (kind, attributes, parameters) in zip(modules, before, strict=True):
+            module.__class__ = kind
+            vars(module).clear()
+            vars(module).update(attributes, _parameters=parameters)
 
 
 def members_of(model: nn.Module, group: Group) -> tuple[FeedForward, ...]:
@@ -96,7 +129,19 @@ def _pairs(model: nn.Module, record: MergeRecord) -> list[tuple[str, str]]:
         for anchor, *others in (members_of(model, group) for group in record.groups)
         for member in others
         for weight, source in zip(member.weights, anchor.weights, strict=True)
+        if weight.name.rpartition(".")[2] not in record.own
     ]
+
+
+def maps_of(model: nn.Module, record: MergeRecord) -> dict[str, nn.Module]:
+    """Return the maps of all groups as ``modeling_ffmerge.maps_of`` does, found by structure."""
+    order = {name: place for place, (name, _) in enumerate(model.named_modules())}
+    return {
+        f"{number}.{member.layer}.{place}": model.get_submodule(path)
+        for number, group in enumerate(record.groups)
+        for member in members_of(model, group)
+        for place, path in enumerate(sorted(member.maps, key=order.__getitem__))
+    }
 
 
 def _place_(model: nn.Module, name: str, parameter: Any) -> None:

@@ -1,11 +1,12 @@
 """Merge feed-forward sublayers of one or several stacks: choose windows, compute, tie."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ffmerge.errors import InputError
 from ffmerge.files import plain
@@ -14,8 +15,11 @@ from ffmerge.models.data import Examples, from_arrays
 from ffmerge.models.feedforward import FeedForward, proven, stacks
 from ffmerge.models.plan import Group, MergeRecord, Window
 from ffmerge.models.probe import Array
+from ffmerge.models.ties import Sharing
 from ffmerge.passes.weights import methods, statistics
 from ffmerge.passes.weights.evaluate import score_for
+from ffmerge.passes.weights.methods import Evidence
+from ffmerge.passes.weights.settings import Settings
 
 # The sublayers that one candidate would tie: for each stack of the search its members.
 Choice = tuple[tuple[FeedForward, ...], ...]
@@ -42,6 +46,7 @@ class MergeConfig:
     tokens: int = 10_000
     batch_size: int = 32
     task: str | None = None
+    settings: Settings = field(default_factory=Settings)
 
 
 @dataclass(frozen=True)
@@ -90,13 +95,16 @@ def merge_(
         calibration, held_out = calibration.halves()
     if calibration is None and (method.needs_data or tried > len(searches)):
         raise InputError(f"method {method.name!r} with {tried} windows to try needs data.")
-    moments: Mapping[str, statistics.Moments] = {}
+    evidence = {name: Evidence(config.settings) for name in chosen}
     if calibration is not None and method.needs_data:
+        batches = _watched(calibration, config.batch_size, progress)
         pairs: dict[str, list[tuple[FeedForward, FeedForward]]] = {name: [] for name in chosen}
         for members in (members for search in searches for choice in search for members in choice):
-            pairs[members[0].stack] += [(members[0], other) for other in members[1:]]
-        batches = _watched(calibration, config.batch_size, progress)
-        moments = statistics.collect(model, pairs, batches, config.tokens)
+            pairs[members[0].stack] += config.settings.pairs(members)
+        limits = config.tokens, config.settings.after
+        moments = statistics.collect(model, pairs, batches, *limits)
+        again = partial(calibration.batches, config.batch_size)
+        evidence = {n: Evidence(config.settings, moments[n], again) for n in chosen}
     score = None
     if held_out is not None:
         task = config.task or tasks.infer(model)
@@ -106,9 +114,9 @@ def merge_(
     candidates: list[Candidate] = []
     groups: list[Group] = []
 
-    def attempts(search: Sequence[Choice]) -> Iterator[tuple[float, Choice, list[list[Tensor]]]]:
+    def attempts(search: Sequence[Choice]) -> Iterator[tuple[float, Choice, list[Sharing]]]:
         for choice in search:
-            shared = [method.merge(model, m, moments.get(m[0].stack)) for m in choice]
+            shared = [method.merge(model, m, evidence[m[0].stack]) for m in choice]
             rank = 0.0
             if score:
                 with ties.tied(model, choice, shared):
@@ -125,8 +133,9 @@ def merge_(
     metric = {"name": score.name if score else None, "before": quality, "merged": value}
     metric |= {"recovered": None, "examples": len(held_out or ())}
     after = _size(model)
+    own = tuple(sorted({part for each in shared for part in each.parts}))
     sizes = (before[0], after[0], before[1], after[1])
-    record = MergeRecord(method.name, tuple(groups), *sizes, metric)
+    record = MergeRecord(method.name, tuple(groups), *sizes, metric, own)
     model.config.ffmerge = record.to_json()
     return Merge(record, tuple(candidates))
 

@@ -1,11 +1,11 @@
-"""Merge methods: functions from the weights of a group to the weights it will share.
+"""Merge methods: functions from the sublayers of a group to what they will share.
 
-Every method has one signature, ``(model, members, moments) -> tensors``: ``members`` are the
-sublayers of the group, anchor first; the tensors come in the order of ``FeedForward.weights``.
+Every method has one signature, ``(model, members, evidence) -> Sharing``: ``members`` are the
+sublayers of the group in layer order, ``evidence`` is what is known of the data.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,15 +13,28 @@ from torch import Tensor
 
 from ffmerge.errors import InputError
 from ffmerge.models.feedforward import FeedForward
-from ffmerge.passes.weights.align import match
+from ffmerge.models.probe import Array
+from ffmerge.models.ties import Sharing
+from ffmerge.passes.weights import align, calibrated
+from ffmerge.passes.weights.settings import Settings
 from ffmerge.passes.weights.statistics import Moments
 
-Merger = Callable[[Any, Sequence[FeedForward], Moments | None], list[Tensor]]
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a method may read: moments of the stack, settings, and the data once more."""
+
+    settings: Settings = field(default_factory=Settings)
+    moments: Moments | None = None
+    batches: Callable[[], Iterable[Mapping[str, Array]]] = tuple
+
+
+Merger = Callable[[Any, Sequence[FeedForward], Evidence], Sharing]
 
 
 @dataclass(frozen=True)
 class Method:
-    """A registered method; ``needs_data`` tells whether it reads the moments."""
+    """A registered method; ``needs_data`` tells whether it reads the evidence."""
 
     name: str
     source: str
@@ -54,37 +67,109 @@ def get(name: str) -> Method:
 
 
 @method("average", source="arXiv 2501.06126, 'vanilla'", needs_data=False)
-def average(model: Any, members: Sequence[FeedForward], moments: Moments | None) -> list[Tensor]:
+def average(model: Any, members: Sequence[FeedForward], evidence: Evidence) -> Sharing:
     """Return the plain mean of the members' weights."""
     return mean(model, members, [None] * len(members))
 
 
+@method("copy-anchor", source="a baseline: nothing is merged", needs_data=False)
+def copy_anchor(model: Any, members: Sequence[FeedForward], evidence: Evidence) -> Sharing:
+    """Return the weights of the anchor as they are."""
+    return mean(model, [members[evidence.settings.place(len(members))]], [None])
+
+
 @method("permute", source="arXiv 2501.06126, equations (1) to (6)")
-def permute(model: Any, members: Sequence[FeedForward], moments: Moments | None) -> list[Tensor]:
+def permute(model: Any, members: Sequence[FeedForward], evidence: Evidence) -> Sharing:
     """Return the mean of the members' weights after each is aligned to the anchor.
 
-    The anchor is the first member. Hidden neurons of the others are reordered in W_in, b_in and
-    W_out; b_out lives in model space and is averaged as it is (equation 6).
+    Hidden neurons of the others are reordered in W_in, b_in and W_out; b_out lives in model space
+    and is averaged as it is (equation 6).
     """
-    if moments is None:
-        raise InputError("method 'permute' aligns activations: it needs calibration data.")
-    anchor, *others = members
-    orders = [match(moments.correlation(anchor.layer, other.layer)) for other in others]
-    return mean(model, members, [None, *orders])
+    return mean(model, members, orders(members, evidence))
 
 
-def mean(
-    model: Any, members: Sequence[FeedForward], orders: Sequence[Tensor | None]
-) -> list[Tensor]:
+@method("weights", source="arXiv 2209.04836, Git Re-Basin, section 3.2", needs_data=False)
+def weights(model: Any, members: Sequence[FeedForward], evidence: Evidence) -> Sharing:
+    """Return the mean after aligning by the weights alone: every member to the mean of the rest."""
+    rows = [torch.cat([*neurons(model, m).values()], 1) for m in members]
+    similarity = {
+        (a, b): rows[a] @ rows[b].T for a in range(len(rows)) for b in range(len(rows)) if a != b
+    }
+    return mean(model, members, align.jointly(similarity, len(rows)))
+
+
+def orders(members: Sequence[FeedForward], evidence: Evidence) -> list[Tensor | None]:
+    """Return for each member the order of its neurons, by equation (2); None for the anchor.
+
+    Raises:
+        InputError: there is no calibration data.
+    """
+    moments = _moments(evidence)
+    layers = [m.layer for m in members]
+    if evidence.settings.anchor == "joint":
+        pairs = [(a, b) for a in range(len(layers)) for b in range(len(layers)) if a != b]
+        found = {(a, b): moments.correlation(layers[a], layers[b]) for a, b in pairs}
+        return align.jointly(found, len(layers))
+    anchor = layers[evidence.settings.place(len(layers))]
+    return [
+        None if layer == anchor else align.match(moments.correlation(anchor, layer))
+        for layer in layers
+    ]
+
+
+def neurons(model: Any, member: FeedForward) -> dict[tuple[int, str], Tensor]:
+    """Return the parameters that have neurons, as float64 (f, ...) matrices with neurons first.
+
+    Blocks of a fused map stand side by side.
+    """
+    found = {}
+    for key, weight in zip(member.keys, member.weights, strict=True):
+        value = model.get_parameter(weight.name).detach().double()
+        if weight.neurons is not None:
+            value = value.movedim(weight.neurons, 0).reshape(weight.blocks, member.d_ff, -1)
+            found[key] = torch.cat([*value], 1)
+    return found
+
+
+def mean(model: Any, members: Sequence[FeedForward], orders: Sequence[Tensor | None]) -> Sharing:
     """Return equations (3) to (6): the mean over members, reordered where ``orders`` says so.
 
     Sums in float64, so that k equal members give exactly their common value.
     """
-    shared = []
-    for position, weight in enumerate(members[0].weights):
+    shared = {}
+    for position, (key, weight) in enumerate(zip(members[0].keys, members[0].weights, strict=True)):
         parameters = [model.get_parameter(m.weights[position].name).detach() for m in members]
         total = torch.zeros_like(parameters[0], dtype=torch.float64)
         for parameter, order in zip(parameters, orders, strict=True):
             total += parameter if order is None else weight.reordered(parameter, order)
-        shared.append((total / len(members)).to(parameters[0].dtype))
-    return shared
+        shared[key] = (total / len(members)).to(parameters[0].dtype)
+    return Sharing(shared)
+
+
+@method("calibrated", source="RegMean, REPAIR and least squares: see calibrated.py")
+def calibrate(model: Any, members: Sequence[FeedForward], evidence: Evidence) -> Sharing:
+    """Return weights, and of each layer scale and bias, that keep the members' outputs."""
+    settings = replace(evidence.settings, rank=0)
+    return _calibrated(model, members, replace(evidence, settings=settings))
+
+
+@method("residual", source="calibrated, with arXiv 2410.20672's low-rank part of each layer")
+def residual(model: Any, members: Sequence[FeedForward], evidence: Evidence) -> Sharing:
+    """Return what ``calibrated`` does with a residual of low rank to each map of each layer."""
+    return _calibrated(model, members, evidence)
+
+
+def _calibrated(model: Any, members: Sequence[FeedForward], evidence: Evidence) -> Sharing:
+    inputs, settings = _moments(evidence).inputs, evidence.settings
+    aligned = [
+        own if order is None else {key: value[order] for key, value in own.items()}
+        for member, order in zip(members, orders(members, evidence), strict=True)
+        for own in (neurons(model, member),)
+    ]
+    return calibrated.fit(model, members, aligned, inputs, evidence.batches, settings)
+
+
+def _moments(evidence: Evidence) -> Moments:
+    if evidence.moments is None:
+        raise InputError("this method aligns activations: it needs calibration data.")
+    return evidence.moments

@@ -7,7 +7,7 @@ the update of Chan, Golub and LeVeque (1979): every batch is centred on its own 
 squared, so nothing cancels however far the mean lies from zero.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,7 +32,8 @@ class Moments:
 
     Features have v views of the same f neurons: 1, or 3 of a gated sublayer. ``cross``
     holds, for each pair (anchor, other), the (v, f, f) sums of products of deviations, in float32;
-    means and squares are (v, f) in float64.
+    means and squares are (v, f) in float64. ``inputs`` are the moments of what the layers read,
+    each paired with itself.
     """
 
     pairs: tuple[Pair, ...]
@@ -40,6 +41,7 @@ class Moments:
     mean: dict[int, Tensor] = field(default_factory=dict)
     squares: dict[int, Tensor] = field(default_factory=dict)
     cross: dict[Pair, Tensor] = field(default_factory=dict)
+    inputs: "Moments | None" = None
 
     def update(self, features: Mapping[int, Tensor]) -> None:
         """Add a batch: (v, n, f) features of every layer, the same n rows in each."""
@@ -69,6 +71,8 @@ class Moments:
         Summed over the views. A neuron that never changes correlates with nothing: its row or
         column is 0.
         """
+        if (anchor, other) not in self.cross:
+            return self.correlation(other, anchor).T
         crosses = self.cross[anchor, other]
         total = torch.zeros_like(crosses[0])
         for cross, a, b in zip(crosses, self.squares[anchor], self.squares[other], strict=True):
@@ -77,45 +81,82 @@ class Moments:
         return total
 
 
+@dataclass(frozen=True)
+class Signals:
+    """What goes through one sublayer at the n positions of a batch that count.
+
+    ``inputs`` is (n, d), ``features`` (views, n, f), ``hidden`` (n, f) what the map f -> d takes,
+    ``outputs`` (n, d).
+    """
+
+    inputs: Tensor
+    features: Tensor
+    hidden: Tensor
+    outputs: Tensor
+
+
+def watch(
+    model: Any,
+    sublayers: Mapping[str, Sequence[FeedForward]],
+    batches: Iterable[Mapping[str, Array]],
+    tokens: int,
+) -> Iterator[dict[str, dict[int, Signals]]]:
+    """Yield, batch by batch, what goes through the sublayers, by stack and layer.
+
+    A stack counts its own positions: a decoder those of its own input, and none counts padding.
+    Stops with the batch that brings every stack to ``tokens``, or with the data.
+
+    Raises:
+        InputError: a stack has no two positions that count, or the model does not take the data.
+    """
+    counts = dict.fromkeys(sublayers, 0)
+    seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    with ExitStack() as stack, torch.no_grad():
+        for path in (path for found in sublayers.values() for s in found for path in s.maps):
+            hook = partial(_keep, seen.setdefault(path, []))
+            stack.callback(model.get_submodule(path).register_forward_hook(hook).remove)
+        for batch in batches:
+            for kept in seen.values():
+                kept.clear()
+            forward(model, batch)
+            signals: dict[str, dict[int, Signals]] = {}
+            for name, found in sublayers.items():
+                shape = _whole(seen, found[0].output, 1).shape[:-1]
+                counted = positions(model, batch, found[0].reads, shape)
+                signals[name] = {s.layer: _signals(s, seen, counted) for s in found}
+                counts[name] += int(counted.sum())
+            yield signals
+            if all(count >= tokens for count in counts.values()):
+                break
+    for name, count in counts.items():
+        if count < 2:
+            raise InputError(f"the data holds fewer than two positions that count for {name!r}.")
+
+
 def collect(
     model: Any,
     pairs: Mapping[str, Iterable[tuple[FeedForward, FeedForward]]],
     batches: Iterable[Mapping[str, Array]],
     tokens: int,
+    after: bool = False,
 ) -> dict[str, Moments]:
     """Return, by stack, the moments of the sublayers' features over at least ``tokens`` positions.
 
-    ``pairs`` are anchors and members by stack. A stack counts its own positions: a decoder those
-    of its own input, and none counts padding. Stops with the batch that brings every stack to
-    ``tokens``, or with the data.
-
-    Raises:
-        InputError: a stack has no two positions that count, or the model does not take the data.
+    ``pairs`` are anchors and members by stack. ``after`` takes the activations after the
+    nonlinearity, which the map f -> d takes, for the features.
     """
-    members = {name: {s.layer: s for pair in found for s in pair} for name, found in pairs.items()}
-    layers = {name: sorted({(a.layer, b.layer) for a, b in x}) for name, x in pairs.items()}
-    moments = {name: Moments(tuple(found)) for name, found in layers.items()}
-    seen: dict[str, list[Tensor]] = {}
-    with ExitStack() as stack, torch.no_grad():
-        for sublayer in (s for found in members.values() for s in found.values()):
-            for path in (*sublayer.inputs, *((sublayer.output,) if sublayer.gated else ())):
-                hook = partial(_keep, seen.setdefault(path, []), path == sublayer.output)
-                stack.callback(model.get_submodule(path).register_forward_hook(hook).remove)
-        for batch in batches:
-            for kept in seen.values():
-                kept.clear()
-            forward(model, batch)
-            for name, sublayers in members.items():
-                features = {layer: _features(s, seen) for layer, s in sublayers.items()}
-                first = next(iter(features))
-                shape = features[first].shape[1:-1]
-                counted = positions(model, batch, sublayers[first].reads, shape)
-                moments[name].update({i: x[:, counted.to(x.device)] for i, x in features.items()})
-            if all(m.count >= tokens for m in moments.values()):
-                break
-    for name, found in moments.items():
-        if found.count < 2:
-            raise InputError(f"the data holds fewer than two positions that count for {name!r}.")
+    found = {name: list(x) for name, x in pairs.items()}
+    members = {n: list({s.layer: s for pair in x for s in pair}.values()) for n, x in found.items()}
+    layers = {name: sorted({(a.layer, b.layer) for a, b in x}) for name, x in found.items()}
+    moments = {
+        name: Moments(tuple(x), inputs=Moments(tuple((m.layer, m.layer) for m in members[name])))
+        for name, x in layers.items()
+    }
+    for signals in watch(model, members, batches, tokens):
+        for name, by_layer in signals.items():
+            found_in = {i: s.hidden[None] if after else s.features for i, s in by_layer.items()}
+            moments[name].update(found_in)
+            moments[name].inputs.update({i: s.inputs[None] for i, s in by_layer.items()})
     return moments
 
 
@@ -192,18 +233,25 @@ def forward(model: Any, batch: Mapping[str, Array]) -> Any:
         ) from error
 
 
-def _keep(kept: list[Tensor], given: bool, _: Any, args: tuple[Tensor, ...], out: Tensor) -> None:
-    kept.append(args[0] if given else out)
+def _keep(kept: list[Any], _: Any, args: tuple[Tensor, ...], out: Tensor) -> None:
+    kept.append((args[0], out))
 
 
-def _features(sublayer: FeedForward, seen: Mapping[str, Sequence[Tensor]]) -> Tensor:
-    """Return (views, ..., f) of a sublayer: its pre-activations, and if gated what W_out takes.
+def _whole(seen: Mapping[str, Sequence[tuple[Tensor, Tensor]]], path: str, side: int) -> Tensor:
+    """Return what went into a map (side 0) or came out (1): a chunked one runs part by part."""
+    return torch.cat([call[side] for call in seen[path]], dim=-2)
 
-    A chunked sublayer runs on one part of the sequence after the other; a fused map puts out gate
-    and up side by side.
+
+def _signals(sublayer: FeedForward, seen: Mapping[str, Any], counted: Tensor) -> Signals:
+    """Return a sublayer's signals; a fused map puts out gate and up side by side.
+
+    The features of a gated one are gate, up and what W_out takes.
     """
-    wholes = [torch.cat(list(seen[path]), dim=-2) for path in sublayer.inputs]
-    views = [x for out in wholes for x in out.chunk(sublayer.weights[0].blocks, -1)]
-    if sublayer.gated:
-        views.append(torch.cat(list(seen[sublayer.output]), dim=-2))
-    return torch.stack(views)
+    counted = counted.to(seen[sublayer.output][0][0].device)
+    outs = [_whole(seen, path, 1)[counted] for path in sublayer.inputs]
+    hidden = _whole(seen, sublayer.output, 0)[counted]
+    views = [x for out in outs for x in out.chunk(sublayer.weights[0].blocks, -1)]
+    views += [hidden] * sublayer.gated
+    inputs = _whole(seen, sublayer.inputs[0], 0)[counted]
+    outputs = _whole(seen, sublayer.output, 1)[counted]
+    return Signals(inputs, torch.stack(views), hidden, outputs)

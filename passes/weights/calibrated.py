@@ -1,0 +1,301 @@
+"""Closed forms that bring the outputs of a merged group back to what they were, no gradients.
+
+In three steps, each of which can be left out: W_in by RegMean (arXiv 2212.09849), nearest to every
+member's own pre-activations on that member's inputs; a scale and a bias of every layer's neurons,
+as in REPAIR (arXiv 2211.08403); W_out and every layer's b_out by least squares on the original
+outputs. A residual of low rank can be added to each map of each layer.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ffmerge.models import ties
+from ffmerge.models.feedforward import FeedForward
+from ffmerge.models.probe import Array
+from ffmerge.models.ties import Key, Sharing
+from ffmerge.passes.weights.settings import Settings
+from ffmerge.passes.weights.statistics import Moments, forward, positions
+
+Weights = Mapping[Key, Tensor]  # of one member, float64, neurons first and in the common order
+_TINY = 1e-12  # of the mean variance: a row below it never changes
+LowRank = tuple[Tensor, Tensor]  # up and down: their product is added to a weight
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A group while it is fitted; r are the rows of one map d -> f, m such maps.
+
+    Shared: ``w_in`` (m, r, d), ``w_out`` (f, d). Of each member: ``scale`` and ``b_in`` (m, r),
+    ``b_out`` (d,), ``low_in`` for each map, ``low_out``. All float64.
+    """
+
+    w_in: Tensor
+    w_out: Tensor
+    scale: Sequence[Tensor]
+    b_in: Sequence[Tensor]
+    b_out: Sequence[Tensor]
+    low_in: Sequence[Sequence[LowRank]]
+    low_out: Sequence[LowRank | None]
+
+
+@torch.no_grad()
+def fit(
+    model: Any,
+    members: Sequence[FeedForward],
+    weights: Sequence[Weights],
+    inputs: Moments,
+    batches: Callable[[], Iterable[Mapping[str, Array]]],
+    settings: Settings,
+) -> Sharing:
+    """Return what the group will share and what each member has for itself.
+
+    ``weights`` are the members' own, aligned; ``inputs`` the moments of what they read.
+    ``batches`` is run once for each of ``settings.rounds``, over ``settings.tokens`` positions.
+    """
+    maps, d = len(members[0].inputs), members[0].d_model
+    rows = [torch.stack([_rows(w[i, "weight"], d) for i in range(maps)]) for w in weights]
+    biases = [
+        torch.stack(
+            [_rows(w[i, "bias"], 1)[:, 0] if (i, "bias") in w else r.new_zeros(r.shape[1])
+             for i in range(maps)]
+        )
+        for w, r in zip(weights, rows, strict=True)
+    ]  # fmt: skip
+    w_outs = [w[maps, "weight"] for w in weights]
+    b_outs = [_bias(model, m.output, w) for m, w in zip(members, w_outs, strict=True)]
+    covariances = [inputs.cross[m.layer, m.layer][0].double() / inputs.count for m in members]
+    means = [inputs.mean[m.layer][0] for m in members]
+    w_in, w_out = sum(rows) / len(rows), sum(w_outs) / len(w_outs)
+    if settings.regmean:
+        w_in = regmean(rows, covariances, settings.ridge)
+    scales, b_ins, lows = [], [], []
+    for w, b, covariance, mean in zip(rows, biases, covariances, means, strict=True):
+        scales.append(scale_of(w, w_in, covariance, settings.scale))
+        rest = w - scales[-1][..., None] * w_in
+        lows.append([low_rank(r, covariance, settings.rank) for r in rest if settings.rank])
+        for left, (up, down) in zip(rest, lows[-1], strict=False):
+            left -= up @ down
+        b_ins.append(b + rest @ mean if settings.bias else sum(biases) / len(biases))
+    identity = torch.eye(len(w_out), dtype=w_out.dtype, device=w_out.device)
+    low_outs = [low_rank((w - w_out).T, identity, settings.rank) for w in w_outs if settings.rank]
+    found = Fit(w_in, w_out, scales, b_ins, b_outs, lows, low_outs or [None] * len(rows))
+    if not settings.bias:
+        found = replace(found, b_out=[sum(b_outs) / len(b_outs)] * len(rows))
+    for number in range(settings.rounds):
+        found = _refitted(model, members, found, batches(), settings, forced=number == 0)
+    return _sharing(model, members, found, settings)
+
+
+def regmean(weights: Sequence[Tensor], covariances: Sequence[Tensor], ridge: float) -> Tensor:
+    """Return the W that minimises the sum over layers of ``|(W - W_l) x_l|^2`` for centred x_l.
+
+    ``weights`` are (..., r, d), ``covariances`` (d, d). Where the inputs say nothing it is the
+    mean (arXiv 2212.09849, equation 2, with the ridge towards the mean).
+    """
+    mean = sum(weights) / len(weights)
+    pairs = zip(weights, covariances, strict=True)
+    right = sum((w - mean) @ covariance for w, covariance in pairs)
+    return mean + ridge_solve(sum(covariances), right.mT, ridge).mT
+
+
+def scale_of(own: Tensor, merged: Tensor, covariance: Tensor, how: str) -> Tensor:
+    """Return by what each row of ``merged`` is multiplied to do the work of the row of ``own``.
+
+    ``repair`` gives the output of the row its old variance, ``regress`` is the factor with the
+    smallest error, ``none`` is 1. A row whose output never changes keeps 1.
+    """
+    theirs = merged @ covariance
+    variance = (theirs * merged).sum(-1)
+    factor = (theirs * own).sum(-1) / variance
+    if how == "repair":
+        factor = (((own @ covariance) * own).sum(-1) / variance).sqrt()
+    changes = variance > _TINY * variance.mean()
+    return torch.where(changes & (how != "none"), factor, 1.0)
+
+
+def low_rank(rest: Tensor, covariance: Tensor, rank: int) -> LowRank:
+    """Return (r, rank) and (rank, d) whose product is nearest to ``rest`` on such inputs.
+
+    The SVD of ``rest`` times a root of the inputs' covariance, cut off (arXiv 2403.07378).
+    """
+    strength = 1e-6 * covariance.diagonal().mean() + torch.finfo(covariance.dtype).tiny
+    damped = covariance + strength * torch.eye(len(covariance)).to(covariance)
+    root = torch.linalg.cholesky(damped)
+    u, s, v = torch.linalg.svd(rest @ root, full_matrices=False)
+    down = torch.linalg.solve_triangular(root, v[:rank], upper=False, left=False)
+    return u[:, :rank] * s[:rank], down
+
+
+def ridge_solve(gram: Tensor, right: Tensor, ridge: float) -> Tensor:
+    """Return X of ``(gram + strength I) X = right``, in float64 and finite for any gram.
+
+    The strength is ``ridge`` times the mean of the diagonal, 1 where that is 0.
+    """
+    damped = gram.double() if gram.dtype != torch.float64 else gram.clone()
+    damped.diagonal().add_(ridge * float(damped.diagonal().mean()) or 1.0)
+    return torch.cholesky_solve(right, torch.linalg.cholesky(damped, out=damped))
+
+
+@dataclass
+class Regression:
+    """Least squares of one matrix for several layers, each with a bias of its own.
+
+    Minimises the sum over layers of ``|H_l W + b_l - Y_l|^2``. ``gram`` (f, f) and ``cross``
+    (f, d) are sums of products of deviations from each layer's own means, in float32, merged as
+    in :class:`Moments`; the means are float64.
+    """
+
+    gram: Tensor
+    cross: Tensor
+    counts: dict[int, int] = field(default_factory=dict)
+    hidden: dict[int, Tensor] = field(default_factory=dict)
+    target: dict[int, Tensor] = field(default_factory=dict)
+
+    def update(self, layer: int, hidden: Tensor, target: Tensor) -> None:
+        """Add a batch of a layer: (n, f) and (n, d)."""
+        n, seen = len(hidden), self.counts.get(layer, 0)
+        if n == 0:
+            return
+        h, y = hidden.double().mean(0), target.double().mean(0)
+        dh, dy = (hidden - h).float(), (target - y).float()
+        self.gram.addmm_(dh.T, dh)
+        self.cross.addmm_(dh.T, dy)
+        to_h = h - self.hidden.get(layer, h)
+        to_y = y - self.target.get(layer, y)
+        part = seen * n / (seen + n)
+        self.gram.addr_((part * to_h).float(), to_h.float())
+        self.cross.addr_((part * to_h).float(), to_y.float())
+        self.hidden[layer] = h - to_h * (seen / (seen + n))
+        self.target[layer] = y - to_y * (seen / (seen + n))
+        self.counts[layer] = seen + n
+
+    def solve(self, ridge: float) -> Tensor:
+        """Return W, (f, d) in float64; 0 in directions that the data has not."""
+        return ridge_solve(self.gram, self.cross.double(), ridge)
+
+    def bias(self, layer: int, weight: Tensor) -> Tensor:
+        """Return the best b_l, (d,), to a weight."""
+        return self.target[layer] - self.hidden[layer] @ weight
+
+
+def _refitted(
+    model: Any,
+    members: Sequence[FeedForward],
+    found: Fit,
+    batches: Iterable[Mapping[str, Array]],
+    settings: Settings,
+    forced: bool,
+) -> Fit:
+    """Return the fit with W_out and b_out that best give the original outputs.
+
+    What is regressed is the error that is left, so nothing cancels where little is left.
+    """
+    f, d = found.w_out.shape
+    like = model.get_parameter(members[0].weights[0].name)
+    zeros = partial(torch.zeros, device=like.device, dtype=torch.float32)
+    errors = Regression(zeros((f, f)), zeros((f, d)))
+    sharing = _sharing(model, members, found, settings)
+    for seen in _side_by_side(model, members, sharing, batches, settings.tokens, forced):
+        for low, (layer, (hidden, outputs)) in zip(found.low_out, seen.items(), strict=True):
+            weight = found.w_out + (low[0] @ low[1]).T if low else found.w_out
+            errors.update(layer, hidden, outputs - hidden.float() @ weight.float())
+    step = errors.solve(settings.ridge) if settings.least_squares else torch.zeros_like(found.w_out)
+    b_out = [errors.bias(m.layer, step) for m in members] if settings.bias else found.b_out
+    return replace(found, w_out=found.w_out + step, b_out=b_out)
+
+
+def _side_by_side(
+    model: Any,
+    members: Sequence[FeedForward],
+    sharing: Sharing,
+    batches: Iterable[Mapping[str, Array]],
+    tokens: int,
+    forced: bool,
+) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
+    """Yield by layer what the merged W_out is given, (n, f), and what the original put out, (n, d).
+
+    ``forced`` lets every member put out what the original did, so that the next one reads what the
+    original read; without it each reads what the merged model really gives.
+    """
+    count = 0
+    original: dict[str, list[Tensor]] = {m.output: [] for m in members}
+    given: dict[str, list[Tensor]] = {m.output: [] for m in members}
+
+    def keep(path: str, _: Any, args: Any, out: Tensor) -> None:
+        original[path].append(out)
+
+    def swap(path: str, _: Any, args: Any, out: Tensor) -> Tensor | None:
+        given[path].append(args[0])
+        return original[path][len(given[path]) - 1] if forced else None
+
+    for batch in batches:
+        for kept in (*original.values(), *given.values()):
+            kept.clear()
+        with _hooked(model, members, keep):
+            forward(model, batch)
+        with ties.tied(model, [members], [sharing]), _hooked(model, members, swap):
+            forward(model, batch)
+        whole = {m.layer: torch.cat(original[m.output], dim=-2) for m in members}
+        counted = positions(model, batch, members[0].reads, whole[members[0].layer].shape[:-1])
+        counted = counted.to(whole[members[0].layer].device)
+        yield {
+            m.layer: (torch.cat(given[m.output], dim=-2)[counted], whole[m.layer][counted])
+            for m in members
+        }
+        count += int(counted.sum())
+        if count >= tokens:
+            return
+
+
+@contextmanager
+def _hooked(model: Any, members: Sequence[FeedForward], hook: Callable[..., Any]) -> Iterator[None]:
+    """Call ``hook(path, module, args, out)`` after each member's map f -> d."""
+    with ExitStack() as stack:
+        for path in (m.output for m in members):
+            handle = model.get_submodule(path).register_forward_hook(partial(hook, path))
+            stack.callback(handle.remove)
+        yield
+
+
+def _rows(weight: Tensor, width: int) -> Tensor:
+    """Return the rows of a map: (f, blocks * width) to (blocks * f, width)."""
+    return torch.cat(weight.split(width, 1))
+
+
+def _bias(model: Any, path: str, like: Tensor) -> Tensor:
+    bias = model.get_submodule(path).bias
+    return like.new_zeros(like.shape[1]) if bias is None else bias.detach().double()
+
+
+def _sharing(model: Any, members: Sequence[FeedForward], found: Fit, settings: Settings) -> Sharing:
+    """Return a fit as parameters, in the layout and type of the model's own."""
+    weights = dict(zip(members[0].keys, members[0].weights, strict=True))
+    out = len(members[0].inputs)
+    w_ins = [w.T if weights[i, "weight"].neurons else w for i, w in enumerate(found.w_in)]
+    w_out = found.w_out.T if weights[out, "weight"].neurons else found.w_out
+    shared = {(i, "weight"): w for i, w in enumerate([*w_ins, w_out])}
+    own: list[dict[Key, Tensor]] = []
+    for scale, b_in, b_out, low_in, low_out in zip(
+        found.scale, found.b_in, found.b_out, found.low_in, found.low_out, strict=True
+    ):
+        biases = {(i, "bias"): b for i, b in enumerate([*b_in, b_out])}
+        mine = dict(biases) if settings.bias else {}
+        if not settings.bias:
+            shared |= {key: b for key, b in biases.items() if key in weights}
+        if settings.scale != "none":
+            mine |= {(i, "scale"): s for i, s in enumerate(scale)}
+        for i, (up, down) in enumerate([*low_in, *([low_out] if low_out else [])]):
+            mine |= {(i, "up"): up, (i, "down"): down}
+        own.append(mine)
+    dtype = model.get_parameter(members[0].weights[0].name).dtype
+
+    def stored(tensors: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
+        return {key: tensor.to(dtype).contiguous() for key, tensor in tensors.items()}
+
+    return Sharing(stored(shared), [stored(mine) for mine in own] if any(own) else ())
