@@ -25,7 +25,7 @@ from ffmerge.runtime_tests.report import Losses, Summary
 from ffmerge.runtime_tests.validate import Validation
 
 _DEMO_MODEL = Path(__file__).parent / "models" / "digits_vit"
-_DEMO_K = 5
+_DEMO_K = 3
 
 
 def merge(
@@ -113,8 +113,8 @@ class Demo:
         record = self.merge.record
         layers = record.groups[0].layers
         table.title = (
-            f"ViT on digits: layers {layers[0]}-{layers[-1]} of 12 share one feed-forward sublayer "
-            f"({record.method}, untuned; {self.after.examples} test digits)"
+            f"ViT on digits: layers {layers[0]}-{layers[-1]} of 6 share one feed-forward sublayer "
+            f"({record.method}, untuned; {self.after.examples} test pictures)"
         )
         return table
 
@@ -123,8 +123,8 @@ def demo(out: Path) -> Demo:
     """Merge, export, validate and report the embedded model on the embedded data.
 
     Leaves ``original`` and ``merged`` packages, the merged ``checkpoint`` and ``report.html``
-    in the new folder ``out``. Calibration digits give the statistics, validation digits choose
-    window and method, test digits are only reported.
+    in the new folder ``out``. Calibration pictures give the statistics, validation pictures
+    choose window and method, test pictures are only reported.
     """
     calibration, held_out, test = (
         data.from_arrays(digits.load(split)) for split in ("calibration", "validation", "test")

@@ -12,7 +12,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast, ViTImageProcessor
 
 from ffmerge.errors import InputError
-from ffmerge.models import data, digits
+from ffmerge.models import data
 
 
 @pytest.fixture
@@ -94,14 +94,3 @@ def test_a_pickle_is_never_opened(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", labels=np.array([{"x": 1}], dtype=object))
     with pytest.raises(InputError, match="cannot be read"):
         data.read(str(tmp_path / "a.npz"), tmp_path, "image-classification")
-
-
-def test_digit_splits_are_disjoint_and_fixed() -> None:
-    splits = {name: digits.load(name) for name in digits.SIZES}
-    assert {name: len(s["labels"]) for name, s in splits.items()} == digits.SIZES
-    pixels = np.concatenate([s["pixel_values"] for s in splits.values()])
-    assert pixels.shape == (1797, 1, 8, 8)
-    assert (pixels.min(), pixels.max()) == (-1, 1)
-    assert splits["test"]["labels"][:8].tolist() == [2, 7, 4, 0, 4, 2, 7, 7]
-    everything = np.unique(pixels.reshape(1797, -1), axis=0)
-    assert len(everything) == 1797  # no image twice, so none in two splits

@@ -27,8 +27,8 @@ def test_it_takes_the_same_arguments_and_gives_the_same_codes(environment: str) 
     code, out, err = _optimum_cli(python, "ffmerge", "inspect", MODEL, "--json")
     assert code == 0, err
     found = json.loads(out)
-    assert found["parameters"] == ffmerge.inspect(MODEL).parameters == 602_058
-    assert found["stacks"][0]["layers"] == 12
+    assert found["parameters"] == ffmerge.inspect(MODEL).parameters == 302_410
+    assert found["stacks"][0]["layers"] == 6
     code, _, err = _optimum_cli(python, "ffmerge", "inspect", "/nowhere")
     assert code == 2
     assert err.strip().splitlines()[-1].startswith("ffmerge: /nowhere is not a folder")

@@ -76,17 +76,3 @@ def test_the_packages_list_names_every_room() -> None:
         for p in (ROOT / room).rglob("__init__.py")
     }
     assert set(listed) == found | {"ffmerge", "optimum.commands.register"}
-
-
-def test_the_reference_model_is_small_and_good() -> None:
-    import torch
-
-    from ffmerge.models import checkpoint, digits
-
-    folder = ROOT / "models" / "digits_vit"
-    assert (folder / "model.safetensors").stat().st_size <= 3_000_000
-    model, test = checkpoint.load(folder), digits.load("test")
-    with torch.no_grad():
-        logits = model(torch.from_numpy(test["pixel_values"])).logits.numpy()
-    assert model.config.num_hidden_layers == 12
-    assert (logits.argmax(-1) == test["labels"]).mean() >= 0.97  # measured 0.975
