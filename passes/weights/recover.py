@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast, reduce
+from accelerate.utils import broadcast, parse_flag_from_env, reduce
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -102,8 +102,8 @@ def recover_(
     Raises:
         InputError: the settings, the data or the saved state do not fit, or the loss diverges.
     """
-    state = PartialState()
     mixed = _check(config)
+    state = _processes()
     task = config.task or (tasks.infer(model) if config.labels else "")
     if config.labels and not for_task(task):
         raise InputError(f"{task} has no loss on labels here: recover without labels.")
@@ -118,10 +118,11 @@ def recover_(
         for parameter in parameters:
             broadcast(parameter.data)
         optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
-        norm = math.sqrt(sum(float(p.detach().double().square().sum()) for p in parameters))
+        norm = math.sqrt(sum(float(p.detach().square().sum()) for p in parameters))
         about = {**asdict(config), "examples": len(examples)}
         losses = _resume(file, trained, optimizer, about, norm) if file else []
-        if float(reduce(torch.tensor(len(losses)), "mean")) != len(losses):
+        done = torch.tensor(float(len(losses)), device=parameters[0].device)
+        if reduce(done, "mean") != done:
             raise InputError(f"{folder} is not the same for all processes: give a shared folder.")
         order = islice(_order(len(examples), config.seed), len(losses) * config.batch_size, None)
         for step in range(len(losses), config.steps):
@@ -169,6 +170,22 @@ def _check(config: RecoverConfig) -> bool:
         if not holds:
             raise InputError(f"recovery is asked for {what}.")
     return precision == "bf16"
+
+
+def _processes() -> PartialState:
+    """Join the other processes; alone, be the only one.
+
+    Without an accelerator accelerate must be told so: it would let each process run for itself.
+    """
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    state = PartialState(cpu=cpu)
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if state.num_processes != started:
+        raise InputError(
+            f"{started} processes were started and {state.num_processes} joined: make no "
+            "PartialState or Accelerator before, or on the CPU one with cpu=True."
+        )
+    return state
 
 
 def _trained(model: Any, parts: str) -> dict[str, nn.Parameter]:
