@@ -179,7 +179,7 @@ def test_padding_counts_for_nothing(name: str) -> None:
     assert _difference(results[0][1], results[1][1]) == 0
 
 
-@pytest.mark.parametrize("settings", [{}, {"labels": True}, {"labels": True, "distill": False}])
+@pytest.mark.parametrize("settings", [{}, {"labels": True}])
 @pytest.mark.parametrize("name", ["gpt2", "marian"])
 def test_micro_batches_add_up(name: str, settings: dict[str, bool]) -> None:
     """Parts of a batch hold unequal numbers of tokens: a mean of their means would be another."""
@@ -194,9 +194,8 @@ def test_micro_batches_add_up(name: str, settings: dict[str, bool]) -> None:
         result = _run(model, original, arrays, micro_batch=micro, **settings)
         results.append((result.losses, _values(model)))
     error = np.abs(np.array(results[0][0]) / results[1][0] - 1).max()
-    print(name, settings, error, _difference(results[0][1], results[1][1]))
-    assert error < 1e-6
-    # in float64, but for the models' own losses, which take their logits to float32
+    assert error < 1e-6  # measured 1.9e-7
+    # float64: measured 8e-17; but the models' own losses take logits to float32: 2.1e-7
     assert _difference(results[0][1], results[1][1]) < (1e-5 if settings else 1e-12)
 
 
@@ -204,7 +203,6 @@ def test_labels_alone_teach_the_task() -> None:
     model, original = _merged(MODELS["bert"])
     arrays = _data(model, 64)
     arrays["labels"] = arrays["input_ids"][:, 0] % 3
-    fresh = _values(original)
     inputs = {name: torch.from_numpy(array) for name, array in arrays.items()}
     with torch.no_grad():
         own = float(model(**inputs).loss)
@@ -214,10 +212,8 @@ def test_labels_alone_teach_the_task() -> None:
     assert abs(result.losses[0] - own) < 1e-6
     with torch.no_grad():
         right = (model(**inputs).logits.argmax(-1) == inputs["labels"]).float().mean()
-    print(own, result.losses[-1], right)
-    assert result.losses[-1] < 0.3 * own
-    assert right > 0.9
-    assert set(fresh) == set(_values(original))
+    assert result.losses[-1] < 0.5 * own  # measured 0.29
+    assert right > 0.9  # measured 1
 
 
 def test_merged_parts_alone_change_and_the_original_never() -> None:
@@ -229,8 +225,8 @@ def test_merged_parts_alone_change_and_the_original_never() -> None:
         assert changed == set(result.trained)
         merged = {f"model.layers.1.mlp.{map_}_proj.weight" for map_ in ("gate", "up", "down")}
         assert changed == (merged if parts == "merged" else set(before))
+        assert all(torch.equal(v, first[n]) for n, v in _values(original).items())
         if parts == "merged":
-            assert all(torch.equal(v, first[n]) for n, v in _values(original).items())
             shared = {id(p) for p in model.parameters()} & {id(p) for p in original.parameters()}
             assert len(shared) == len(before) - 3  # a twin holds nothing twice
 
@@ -260,8 +256,7 @@ def test_bfloat16_arithmetic_learns_nearly_the_same() -> None:
         assert {p.dtype for p in model.parameters()} == {torch.float32}
         results.append(result.losses)
     error = np.abs(np.array(results[0]) / results[1] - 1)
-    print(error.max())
-    assert 0 < error.max() < 0.05
+    assert 0 < error.max() < 0.02  # measured 0.0023
 
 
 def test_one_cycle() -> None:
@@ -353,7 +348,9 @@ def test_what_cannot_be_done_is_said(settings: dict[str, Any], message: str) -> 
         _run(model, original, _data(model), **settings)
     assert all(p.requires_grad for p in model.parameters())
     with pytest.raises(InputError, match="nothing is merged"):
-        _run(original, original, _data(model))
+        _run(original, model, _data(model))
+    with pytest.raises(InputError, match="make a twin"):
+        _run(model, model, _data(model))
 
 
 def test_two_processes_of_one_command_do_what_one_does(tmp_path) -> None:
@@ -380,9 +377,9 @@ def test_two_processes_of_one_command_do_what_one_does(tmp_path) -> None:
         for values in (one, two):  # Adam scales up (measured 4e-4)
             values[f"transformer.h.{layer}.attn.c_attn.bias"][32:64] = 0
     start = _values(_merged(MODELS["gpt2"])[0])
-    print(_difference(one, two), _difference(one, start), metric)
-    assert 0 < _difference(one, two) < 1e-6  # 0: each would have done all of it
-    assert _difference(one, start) > 1e-3
+    # measured 1.0e-7; were it 0, each would have done all of it
+    assert 0 < _difference(one, two) < 1e-6
+    assert _difference(one, start) > 1e-3  # measured 1.3
     assert metric["recovered"] == pytest.approx(result.record.metric["recovered"], rel=1e-6)
     assert metric["recovered"] < metric["merged"]  # perplexity
     assert checkpoint.load(tmp_path / "two").config.ffmerge["metric"] == metric

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ from ffmerge.passes.weights.statistics import _mask, forward, positions
 _STATES = ("hidden_states", "encoder_hidden_states", "decoder_hidden_states")
 _RISE = 0.3  # part of the steps in which the learning rate rises
 _CLIP = 1.0  # largest norm of the gradient
+_FILE = "recover.safetensors"
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of each parameter
 
 
@@ -73,6 +74,13 @@ class Recovery:
     losses: tuple[float, ...]
 
 
+class _Run(NamedTuple):
+    model: Any
+    original: Any
+    config: RecoverConfig
+    task: str
+
+
 def twin(model: nn.Module) -> Any:
     """Return other modules around the same Parameter objects and buffers.
 
@@ -93,8 +101,8 @@ def recover_(
 ) -> Recovery:
     """Train ``model`` in place towards ``original``; ties hold, every dtype stays.
 
-    ``original`` may share Parameters with ``model`` (:func:`twin`); what is trained is copied
-    first. Weights of 16 bits are trained in 32. Under ``accelerate launch`` or torchrun every
+    ``original`` may share Parameters with ``model`` (:func:`twin`): of those that are trained it
+    gets copies. Weights of 16 bits are trained in 32. Under ``accelerate launch`` or torchrun every
     process calls this with the same arguments and takes its share of each batch. With ``folder``,
     one all processes see, a run that was killed goes on from its last saved state, and ends with
     the parameters it would have had.
@@ -107,35 +115,31 @@ def recover_(
     task = config.task or (tasks.infer(model) if config.labels else "")
     if config.labels and not for_task(task):
         raise InputError(f"{task} has no loss on labels here: recover without labels.")
+    if original is model:
+        raise InputError("recovery follows the original: make a twin of the model before merging.")
     trained = _trained(model, config.parts)
-    if config.distill and not {*map(id, trained.values())}.isdisjoint(
-        map(id, original.parameters())
-    ):
-        original = copy.deepcopy(original)
-    parameters = list(trained.values())
-    file = folder and folder / "recover.safetensors"
+    _part_(original, {id(parameter) for parameter in trained.values()})
+    run, parameters = _Run(model, original, config, task), list(trained.values())
     with _training(model, original, parameters, state.device):
         for parameter in parameters:
             broadcast(parameter.data)
         optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
         norm = math.sqrt(sum(float(p.detach().square().sum()) for p in parameters))
         about = {**asdict(config), "examples": len(examples)}
-        losses = _resume(file, trained, optimizer, about, norm) if file else []
+        saved = _Saved(folder / _FILE, trained, optimizer, about, norm) if folder else None
+        losses = saved.read() if saved else []
         done = torch.tensor(float(len(losses)), device=parameters[0].device)
         if reduce(done, "mean") != done:
             raise InputError(f"{folder} is not the same for all processes: give a shared folder.")
         order = islice(_order(len(examples), config.seed), len(losses) * config.batch_size, None)
         for step in range(len(losses), config.steps):
-            rows = list(islice(order, config.batch_size))[
-                state.process_index :: state.num_processes
-            ]
-            size = config.micro_batch or len(rows)
-            batches = [
-                examples.take([examples.rows[i] for i in rows[start : start + size]])
-                for start in range(0, len(rows), size or 1)
-            ]
+            rows = [examples.rows[i] for i in islice(order, config.batch_size)]
+            rows = rows[state.process_index :: state.num_processes]
+            batches = list(
+                Examples(rows, examples.take).batches(config.micro_batch or len(rows) or 1)
+            )
             with torch.autocast(state.device.type, torch.bfloat16, enabled=mixed):
-                losses.append(_backward(model, original, batches, parameters, config, task))
+                losses.append(_backward(run, batches, parameters))
             if not math.isfinite(losses[-1]):
                 raise InputError(
                     f"recovery diverged at step {step}: take a learning rate below "
@@ -144,8 +148,8 @@ def recover_(
             nn.utils.clip_grad_norm_(parameters, _CLIP)
             optimizer.param_groups[0]["lr"] = learning_rate(step, config)
             optimizer.step()
-            if file and (step + 1) % config.save_every == 0 and state.is_main_process:
-                _save(file, trained, optimizer, about, norm, losses)
+            if saved and (step + 1) % config.save_every == 0 and state.is_main_process:
+                saved.write(losses)
             progress(f"recovery: loss {losses[-1]:.4f}", step + 1, config.steps)
     return Recovery(tuple(trained), tuple(losses))
 
@@ -201,6 +205,14 @@ def _trained(model: Any, parts: str) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if id(p) in kept}
 
 
+def _part_(original: nn.Module, trained: set[int]) -> None:
+    """Give the original Parameters of its own for those, by id, that are going to change."""
+    copies = {id(p): copy.deepcopy(p) for p in original.parameters() if id(p) in trained}
+    for module in original.modules():
+        for name, parameter in module._parameters.items():
+            module._parameters[name] = copies.get(id(parameter), parameter)
+
+
 @contextmanager
 def _training(
     model: Any, original: Any, trained: list[nn.Parameter], device: torch.device
@@ -241,27 +253,20 @@ def _order(rows: int, seed: int) -> Iterator[int]:
         yield from np.random.default_rng([seed, epoch]).permutation(rows).tolist()
 
 
-def _backward(
-    model: Any,
-    original: Any,
-    batches: list[dict[str, Array]],
-    parameters: list[nn.Parameter],
-    config: RecoverConfig,
-    task: str,
-) -> float:
+def _backward(run: _Run, batches: list[dict[str, Array]], parameters: list[nn.Parameter]) -> float:
     """Set the gradients of one step, of all processes together, and return its loss."""
     for parameter in parameters:
         parameter.grad = None
     device = parameters[0].device
-    weights = [_weights(model, batch, config, task) for batch in batches]
-    kinds = ("", model.main_input_name, "decoder_input_ids", "labels")
+    weights = [_weights(run, batch) for batch in batches]
+    kinds = ("", run.model.main_input_name, "decoder_input_ids", "labels")
     sums = [[float(of[kind].sum()) for kind in kinds] for of in weights] or [[0.0] * len(kinds)]
     totals = reduce(torch.tensor(sums, device=device).sum(0), "sum").clamp(min=1).tolist()
     of_all = dict(zip(kinds, totals, strict=True))
     total = torch.zeros((), device=device)
     for batch, weight in zip(batches, weights, strict=True):
         share = {kind: (of / of_all[kind]).to(device) for kind, of in weight.items()}
-        loss = _loss(model, original, batch, share, config, task)
+        loss = _loss(run, batch, share)
         loss.backward()
         total += loss.detach()
     for parameter in parameters:  # a process without a row, or a part no row reaches, has none
@@ -270,34 +275,26 @@ def _backward(
     return float(reduce(total, "sum"))
 
 
-def _weights(
-    model: Any, batch: Mapping[str, Array], config: RecoverConfig, task: str
-) -> dict[str, Tensor]:
+def _weights(run: _Run, batch: Mapping[str, Array]) -> dict[str, Tensor]:
     """Return how much each row counts, by the model input that an output goes with.
 
     The positions of that input that are no padding; 1 where nothing is padded (``""``).
     """
     rows = len(next(iter(batch.values())))
     counts = {"": torch.ones(rows), "labels": torch.zeros(rows)}
-    for reads in (model.main_input_name, "decoder_input_ids"):
-        mask = _mask(model.config, batch, (reads,))
+    for reads in (run.model.main_input_name, "decoder_input_ids"):
+        mask = _mask(run.model.config, batch, (reads,))
         counts[reads] = torch.ones(rows) if mask is None else torch.as_tensor(mask).sum(1).float()
-    if config.labels:
-        labels = labels_of(task, batch)
-        foretold = labels[:, 1:] if tasks.base(task) == "text-generation" else labels
+    if run.config.labels:
+        labels = labels_of(run.task, batch)
+        foretold = labels[:, 1:] if tasks.base(run.task) == "text-generation" else labels
         counts["labels"] = torch.as_tensor(foretold != IGNORED).view(rows, -1).sum(1).float()
     return counts
 
 
-def _loss(
-    model: Any,
-    original: Any,
-    batch: Mapping[str, Array],
-    share: Mapping[str, Tensor],
-    config: RecoverConfig,
-    task: str,
-) -> Tensor:
+def _loss(run: _Run, batch: Mapping[str, Array], share: Mapping[str, Tensor]) -> Tensor:
     """Return the part of the step's loss that a batch has; ``share`` sums to 1 over the step."""
+    model, original, config, task = run
     options: dict[str, Any] = {"output_hidden_states": config.distill}
     wanted = []
     if config.distill:
@@ -345,52 +342,56 @@ def _outputs(model: Any, output: Mapping[str, Any], part: str = "") -> Iterator[
             yield name == "logits", "" if alone else reads, tensor
 
 
-def _save(
-    file: Path,
-    trained: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    about: Mapping[str, Any],
-    norm: float,
-    losses: list[float],
-) -> None:
-    """Write the state beside ``file`` and rename it: there is a whole one at any time."""
-    tensors = {"losses": torch.tensor(losses, dtype=torch.float64)}
-    for name, parameter in trained.items():
-        kept = optimizer.state[parameter]
-        tensors |= {f"value/{name}": parameter.detach().contiguous()}
-        tensors |= {f"{part}/{name}": kept[part].contiguous() for part in _MOMENTS}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    save_file(tensors, partial, {"about": json.dumps({**about, "norm": norm})})
-    partial.replace(file)
+@dataclass(frozen=True)
+class _Saved:
+    """Parameters and optimizer in a file: there is a whole one at any time.
 
+    ``about`` tells one recovery from another; ``norm`` is that of the parameters at the start.
+    """
 
-def _resume(
-    file: Path,
-    trained: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    about: Mapping[str, Any],
-    norm: float,
-) -> list[float]:
-    """Set parameters and optimizer to what was saved; return the losses of the steps done."""
-    if not file.exists():
-        return []
-    try:
-        with safe_open(file, "pt") as stored:
-            then = json.loads(stored.metadata()["about"])
-            started = then.pop("norm")
-            # a merge computed again may differ by rounding, another model differs by more
-            if then != about or not math.isclose(started, norm, rel_tol=1e-4):
-                raise InputError(
-                    f"{file} is the state of another recovery: remove it, or go on with that one's "
-                    "model, data and settings."
-                )
-            losses: list[float] = stored.get_tensor("losses").tolist()
-            for name, parameter in trained.items():
-                parameter.data.copy_(stored.get_tensor(f"value/{name}"))
-                kept = {part: stored.get_tensor(f"{part}/{name}") for part in _MOMENTS}
-                moved = {part: tensor.to(parameter.device) for part, tensor in kept.items()}
-                optimizer.state[parameter] = {"step": torch.tensor(float(len(losses))), **moved}
-    except (SafetensorError, KeyError, RuntimeError, OSError) as error:
-        raise InputError(f"{file} cannot be used: {error}. Remove it.") from error
-    return losses
+    file: Path
+    trained: Mapping[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    about: Mapping[str, Any]
+    norm: float
+
+    def write(self, losses: list[float]) -> None:
+        tensors = {"losses": torch.tensor(losses, dtype=torch.float64)}
+        for name, parameter in self.trained.items():
+            kept = {"value": parameter.detach(), **self.optimizer.state[parameter]}
+            tensors |= {f"{part}/{name}": kept[part].contiguous() for part in ("value", *_MOMENTS)}
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.file.with_suffix(".partial")
+        save_file(tensors, partial, {"about": json.dumps({**self.about, "norm": self.norm})})
+        partial.replace(self.file)
+
+    def read(self) -> list[float]:
+        """Set everything to what was saved; return the losses of the steps done, none at first."""
+        if not self.file.exists():
+            return []
+        try:
+            with safe_open(self.file, "pt") as stored:
+                then = json.loads(stored.metadata()["about"])
+                # a merge computed again may differ by rounding, another model differs by more
+                if (
+                    not math.isclose(then.pop("norm"), self.norm, rel_tol=1e-4)
+                    or then != self.about
+                ):
+                    raise InputError(
+                        f"{self.file} is the state of another recovery: remove it, or go on with "
+                        "that one's model, data and settings."
+                    )
+                losses: list[float] = stored.get_tensor("losses").tolist()
+                for name, parameter in self.trained.items():
+                    value, *moments = (
+                        stored.get_tensor(f"{part}/{name}").to(parameter.device)
+                        for part in ("value", *_MOMENTS)
+                    )
+                    parameter.data.copy_(value)
+                    kept = dict(zip(_MOMENTS, moments, strict=True))
+                    self.optimizer.state[parameter] = {
+                        "step": torch.tensor(float(len(losses))), **kept
+                    }  # fmt: skip
+        except (SafetensorError, KeyError, RuntimeError, OSError) as error:
+            raise InputError(f"{self.file} cannot be used: {error}. Remove it.") from error
+        return losses
