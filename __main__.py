@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ffmerge.errors import FfmergeError
+from ffmerge.files import FIRST_PROCESS
 
 app = typer.Typer(
     help="Merge the feed-forward sublayers of a Transformer and ship the shared weights once.",
@@ -100,6 +101,14 @@ def merge(
     tokens: Annotated[int, typer.Option(help="Positions the statistics are taken from.")] = 10_000,
     batch_size: Annotated[int, typer.Option(help="Examples per forward pass.")] = 32,
     task: Task = None,
+    recover: Annotated[
+        int, typer.Option(help="Steps of training towards the original on --data, without labels.")
+    ] = 0,
+    recover_labels: Annotated[
+        bool, typer.Option("--recover-labels", help="Train on the labels of the data as well.")
+    ] = False,
+    recover_parts: Annotated[str, typer.Option(help="What to train: merged or all.")] = "merged",
+    learning_rate: Annotated[float, typer.Option(help="Highest rate of the recovery.")] = 1e-3,
     expanded: Annotated[
         bool, typer.Option("--expanded", help="Store every copy, for plain loaders.")
     ] = False,
@@ -113,11 +122,18 @@ def merge(
     from ffmerge import pipeline
     from ffmerge.models.plan import parse_windows
     from ffmerge.passes.weights.merge import MergeConfig
+    from ffmerge.passes.weights.recover import RecoverConfig
     from ffmerge.tables import merge_table
 
     windows, stacks = parse_windows(window or ()), tuple(stack or ())
     config = MergeConfig(k, windows, stacks, sync, method, tokens, batch_size, task)
-    result = pipeline.merge(model, out, config, data, validation, expanded, trust_remote_code)
+    recovery = RecoverConfig(
+        recover, learning_rate, batch_size, parts=recover_parts, labels=recover_labels
+    )
+    result = pipeline.merge(
+        model, out, config, data, validation, expanded, trust_remote_code,
+        recovery if recover else None,
+    )  # fmt: skip
     _emit(as_json, result.to_json(), merge_table(result, out))
 
 
@@ -230,6 +246,8 @@ def validate(
 
 
 def _emit(as_json: bool, value: dict[str, Any], table: Any) -> None:
+    if not FIRST_PROCESS:
+        return
     if as_json:
         print(json.dumps(value, indent=2))
         return

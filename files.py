@@ -16,6 +16,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from ffmerge.errors import InputError
 
+# of the processes that torchrun or accelerate launch starts, the one that writes and prints
+FIRST_PROCESS = os.environ.get("RANK", "0") == "0"
+
 
 def refuse_existing(*paths: Path) -> None:
     """Raise InputError if something is there already: before long work, not after it."""

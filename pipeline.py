@@ -1,5 +1,6 @@
 """The rooms in order: what each command of the command line does, from paths to results."""
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -10,14 +11,16 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers.utils.logging import disable_progress_bar
 
+from ffmerge.errors import InputError
 from ffmerge.exporter import package
 from ffmerge.exporter.package import ExportConfig, Package
-from ffmerge.files import plain, refuse_existing, staged
+from ffmerge.files import FIRST_PROCESS, plain, refuse_existing, staged
 from ffmerge.models import checkpoint, data, digits, tasks
 from ffmerge.models.manifest import Manifest
 from ffmerge.passes.weights import merge as merging
 from ffmerge.passes.weights.evaluate import score_for
 from ffmerge.passes.weights.merge import Merge, MergeConfig
+from ffmerge.passes.weights.recover import RecoverConfig, recover_, twin
 from ffmerge.runtime_tests import report
 from ffmerge.runtime_tests import validate as validation
 from ffmerge.runtime_tests.footprint import measure_footprint
@@ -36,17 +39,39 @@ def merge(
     validation_source: str | None = None,
     expanded: bool = False,
     trust_remote_code: bool = False,
+    recovery: RecoverConfig | None = None,
 ) -> Merge:
-    """Merge the checkpoint ``source`` and save it as the new folder ``out``."""
+    """Merge the checkpoint ``source`` and save it as the new folder ``out``.
+
+    With ``recovery`` the merged model is then trained towards the original. Its state is kept in
+    a hidden folder beside ``out`` until the end: the same call goes on after a kill. Under
+    torchrun every process calls this, and the first one writes.
+    """
     refuse_existing(out)
+    if recovery and not data_source:
+        raise InputError("recovery follows the original on data: give --data.")
     with _progress() as show:
         folder = checkpoint.resolve(source, code=trust_remote_code)
         model = checkpoint.load(folder, trust_remote_code)
         task = tasks.check(config.task) if config.task else tasks.infer(model)
         calibration = data.read(data_source, folder, task) if data_source else None
         held_out = data.read(validation_source, folder, task) if validation_source else None
+        if calibration and not held_out:
+            calibration, held_out = calibration.halves()
+        original = twin(model) if recovery else None
         result = merging.merge_(model, calibration, config, held_out, show)
-        checkpoint.save(model, out, folder, expanded=expanded)
+        if recovery and calibration and held_out:
+            recovery = replace(recovery, task=task)
+            state = out.with_name(f".{out.name}.recovery")
+            recover_(model, original, calibration, recovery, show, state)
+            show("measuring", 0, 0)
+            score = score_for(original, task, held_out, config.batch_size)
+            metric = {**result.record.metric, "recovered": score.measure(model)}
+            result = replace(result, record=replace(result.record, metric=metric))
+            model.config.ffmerge = result.record.to_json()
+        if FIRST_PROCESS:
+            checkpoint.save(model, out, folder, expanded=expanded)
+            shutil.rmtree(out.with_name(f".{out.name}.recovery"), ignore_errors=True)
     return result
 
 
@@ -186,12 +211,14 @@ def _progress() -> Iterator[merging.Progress]:
     """Yield ``show(step, done, total)``, a bar on stderr; total 0 means: no end is known."""
     disable_progress_bar()  # transformers draws one for every file: one display is enough
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
+    shown = console.is_terminal and FIRST_PROCESS
+    with Progress(console=console, transient=True, disable=not shown) as bars:
         tasks_by_step: dict[str, Any] = {}
 
         def show(step: str, done: int, total: int) -> None:
-            if step not in tasks_by_step:
-                tasks_by_step[step] = bars.add_task(step, total=total or None)
-            bars.update(tasks_by_step[step], completed=done)
+            name = step.partition(":")[0]  # behind it stands what changes, like a loss
+            if name not in tasks_by_step:
+                tasks_by_step[name] = bars.add_task(step, total=total or None)
+            bars.update(tasks_by_step[name], description=step, completed=done)
 
         yield show

@@ -50,6 +50,8 @@ def merge_table(merge: Any, out: Path) -> Table:
     if metric["name"]:
         name = f"{metric['name']} ({metric['examples']} examples)"
         rows.append((name, f"{metric['before']:.4f}", f"{metric['merged']:.4f}"))
+        if metric["recovered"] is not None:
+            rows.append(("after recovery", "", f"{metric['recovered']:.4f}"))
     return _table(f"{out}: {record.method}, {layers} share", ("", "before", "merged"), rows)
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+from transformers import Cache
 from transformers.pytorch_utils import Conv1D
 
 from ffmerge.errors import InputError
@@ -481,4 +482,4 @@ def _proved(model: nn.Module, sublayer: FeedForward, args: Any, kwargs: Any, see
 def _float32(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.float().cpu() if value.is_floating_point() else value.cpu()
-    return value
+    return None if isinstance(value, Cache) else value  # empty on the first pass, but of a dtype

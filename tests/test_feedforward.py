@@ -286,3 +286,10 @@ def test_code_that_needs_values_is_said_to_need_weights() -> None:
         model = Looks(transformers.BertConfig(hidden_size=32, num_attention_heads=4)).eval()
     with pytest.raises(InputError, match="cannot be followed without weights"):
         find(model)
+
+
+@pytest.mark.parametrize("name", ["bart", "marian"])
+def test_a_decoder_of_16_bits_is_proved_without_its_cache(name: str) -> None:
+    """The cache that a layer is called with holds keys of the model's type, not of the proof's."""
+    model = SEQ2SEQ[name](2, 2).to(torch.bfloat16)
+    assert prove(model, find(model)) == (True,) * 4

@@ -211,8 +211,8 @@ def _mask(config: Any, batch: Mapping[str, Array], reads: Sequence[str]) -> Arra
     return None
 
 
-def forward(model: Any, batch: Mapping[str, Array]) -> Any:
-    """Return the model's output for a batch.
+def forward(model: Any, batch: Mapping[str, Array], **options: Any) -> Any:
+    """Return the model's output for a batch; ``options`` go to the model as they are.
 
     Labels are left out, unless an encoder-decoder has to make the decoder's input of them.
 
@@ -224,7 +224,7 @@ def forward(model: Any, batch: Mapping[str, Array]) -> Any:
     if decoded and "labels" in batch and batch["labels"].ndim == 2:
         inputs["labels"] = batch["labels"]
     try:
-        return model(**to_tensors(inputs, model))
+        return model(**{**to_tensors(inputs, model), **options})
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         shapes = ", ".join(f"{name} {tuple(array.shape)}" for name, array in inputs.items())
         raise InputError(

@@ -1,0 +1,397 @@
+"""Recovery: train a merged model in place until it computes what the original computed.
+
+Needs no labels. The loss of a position is the divergence of its logits from the original's plus,
+averaged over the layers, the squared error of its hidden state relative to the original's squared
+norm. It is averaged over all positions of a step that are no padding, on whatever process they
+are, so the number of processes changes the result by rounding only.
+"""
+
+import copy
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import count, islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast, parse_flag_from_env, reduce
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.functional import kl_div
+
+from ffmerge.errors import InputError
+from ffmerge.models import tasks, ties
+from ffmerge.models.checkpoint import merge_record
+from ffmerge.models.data import Examples
+from ffmerge.models.metrics import IGNORED, for_task, labels_of
+from ffmerge.models.probe import Array
+from ffmerge.passes.weights.statistics import _mask, forward, positions
+
+_STATES = ("hidden_states", "encoder_hidden_states", "decoder_hidden_states")
+_RISE = 0.3  # part of the steps in which the learning rate rises
+_CLIP = 1.0  # largest norm of the gradient
+_FILE = "recover.safetensors"
+_MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of each parameter
+
+
+@dataclass(frozen=True)
+class RecoverConfig:
+    """Settings of a recovery.
+
+    ``batch_size`` are the rows of one step over all processes, ``micro_batch`` those that one
+    process runs at a time (0: its whole share); ``parts`` is ``merged``, what the merged layers
+    share and what each of them has beside it, or ``all``. ``distill`` follows the original, with
+    ``labels`` the task's own loss is added to it; either may be had alone. ``mixed_precision`` is
+    ``no``, ``bf16``, or None for what ``accelerate launch`` was told. The learning rate rises and
+    falls in one cycle (arXiv 1708.07120); with a folder, state is saved every ``save_every`` steps.
+    """
+
+    steps: int = 300
+    learning_rate: float = 1e-3
+    batch_size: int = 32
+    micro_batch: int = 0
+    parts: str = "merged"
+    distill: bool = True
+    labels: bool = False
+    task: str | None = None
+    mixed_precision: str | None = None
+    seed: int = 0
+    save_every: int = 100
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What was trained: parameters by name, and the loss of every step, before it was taken."""
+
+    trained: tuple[str, ...]
+    losses: tuple[float, ...]
+
+
+class _Run(NamedTuple):
+    model: Any
+    original: Any
+    config: RecoverConfig
+    task: str
+
+
+def twin(model: nn.Module) -> Any:
+    """Return other modules around the same Parameter objects and buffers.
+
+    Merging gives ``model`` new Parameters: a twin made before remains the original, and takes
+    memory only for what the merge replaced.
+    """
+    tensors = (*model.parameters(), *model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def recover_(
+    model: Any,
+    original: Any,
+    examples: Examples,
+    config: RecoverConfig = RecoverConfig(),
+    progress: Callable[[str, int, int], None] = lambda step, done, total: None,
+    folder: Path | None = None,
+) -> Recovery:
+    """Train ``model`` in place towards ``original``; ties hold, every dtype stays.
+
+    ``original`` may share Parameters with ``model`` (:func:`twin`): of those that are trained it
+    gets copies. Weights of 16 bits are trained in 32. Under ``accelerate launch`` or torchrun every
+    process calls this with the same arguments and takes its share of each batch. With ``folder``,
+    one all processes see, a run that was killed goes on from its last saved state, and ends with
+    the parameters it would have had.
+
+    Raises:
+        InputError: the settings, the data or the saved state do not fit, or the loss diverges.
+    """
+    mixed = _check(config)
+    state = _processes()
+    task = config.task or (tasks.infer(model) if config.labels else "")
+    if config.labels and not for_task(task):
+        raise InputError(f"{task} has no loss on labels here: recover without labels.")
+    if original is model:
+        raise InputError("recovery follows the original: make a twin of the model before merging.")
+    trained = _trained(model, config.parts)
+    _part_(original, {id(parameter) for parameter in trained.values()})
+    run, parameters = _Run(model, original, config, task), list(trained.values())
+    with _training(model, original, parameters, state.device):
+        for parameter in parameters:
+            broadcast(parameter.data)
+        optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
+        norm = math.sqrt(sum(float(p.detach().square().sum()) for p in parameters))
+        about = {**asdict(config), "examples": len(examples)}
+        saved = _Saved(folder / _FILE, trained, optimizer, about, norm) if folder else None
+        losses = saved.read() if saved else []
+        done = torch.tensor(float(len(losses)), device=parameters[0].device)
+        if reduce(done, "mean") != done:
+            raise InputError(f"{folder} is not the same for all processes: give a shared folder.")
+        order = islice(_order(len(examples), config.seed), len(losses) * config.batch_size, None)
+        for step in range(len(losses), config.steps):
+            rows = [examples.rows[i] for i in islice(order, config.batch_size)]
+            rows = rows[state.process_index :: state.num_processes]
+            batches = list(
+                Examples(rows, examples.take).batches(config.micro_batch or len(rows) or 1)
+            )
+            with torch.autocast(state.device.type, torch.bfloat16, enabled=mixed):
+                losses.append(_backward(run, batches, parameters))
+            if not math.isfinite(losses[-1]):
+                raise InputError(
+                    f"recovery diverged at step {step}: take a learning rate below "
+                    f"{config.learning_rate:g}."
+                )
+            nn.utils.clip_grad_norm_(parameters, _CLIP)
+            optimizer.param_groups[0]["lr"] = learning_rate(step, config)
+            optimizer.step()
+            if saved and (step + 1) % config.save_every == 0 and state.is_main_process:
+                saved.write(losses)
+            progress(f"recovery: loss {losses[-1]:.4f}", step + 1, config.steps)
+    return Recovery(tuple(trained), tuple(losses))
+
+
+def learning_rate(step: int, config: RecoverConfig) -> float:
+    """Return the rate of a step: half a cosine up, then half a cosine down to almost nothing."""
+    rise = _RISE * config.steps
+    at = min((step + 0.5) / rise, (config.steps - step - 0.5) / (config.steps - rise))
+    return config.learning_rate * (1 - math.cos(math.pi * at)) / 2
+
+
+def _check(config: RecoverConfig) -> bool:
+    """Refuse settings that mean nothing; tell whether to compute in bfloat16."""
+    precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    for holds, what in (
+        (config.steps > 0 and config.batch_size > 0 and config.save_every > 0, "a step below 1"),
+        (config.learning_rate > 0, f"a learning rate of {config.learning_rate}"),
+        (config.parts in ("merged", "all"), f"parts {config.parts!r}, not merged or all"),
+        (config.distill or config.labels, "neither distillation nor labels"),
+        (precision in ("no", "bf16"), f"mixed precision {precision!r}, not no or bf16"),
+    ):
+        if not holds:
+            raise InputError(f"recovery is asked for {what}.")
+    return precision == "bf16"
+
+
+def _processes() -> PartialState:
+    """Join the other processes; alone, be the only one.
+
+    Without an accelerator accelerate must be told so: it would let each process run for itself.
+    """
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    state = PartialState(cpu=cpu)
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if state.num_processes != started:
+        raise InputError(
+            f"{started} processes were started and {state.num_processes} joined: make no "
+            "PartialState or Accelerator before, or on the CPU one with cpu=True."
+        )
+    return state
+
+
+def _trained(model: Any, parts: str) -> dict[str, nn.Parameter]:
+    """Return what to train by its first name, a tied parameter once."""
+    kept = {id(p) for p in model.parameters() if p.is_floating_point() and p.requires_grad}
+    if parts == "merged":
+        record = merge_record(model.config)
+        if not record:
+            raise InputError("nothing is merged in this model: merge it, or recover all parts.")
+        members = [m for group in record.groups for m in ties.members_of(model, group)]
+        maps = [model.get_submodule(path) for m in members for path in (*m.inputs, m.output)]
+        kept &= {id(parameter) for module in maps for parameter in module.parameters()}
+    return {name: p for name, p in model.named_parameters() if id(p) in kept}
+
+
+def _part_(original: nn.Module, trained: set[int]) -> None:
+    """Give the original Parameters of its own for those, by id, that are going to change."""
+    copies = {id(p): copy.deepcopy(p) for p in original.parameters() if id(p) in trained}
+    for module in original.modules():
+        for name, parameter in module._parameters.items():
+            module._parameters[name] = copies.get(id(parameter), parameter)
+
+
+@contextmanager
+def _training(
+    model: Any, original: Any, trained: list[nn.Parameter], device: torch.device
+) -> Iterator[None]:
+    """Put both models on the device, in float32 and evaluation mode; undo all of it at the end.
+
+    Without dropout the two compute the same function as far as their weights agree.
+    """
+    both = (model, original)
+    before = {p: (p.dtype, p.requires_grad) for each in both for p in each.parameters()}
+    modes = [(each, each.training, each.device) for each in both]
+    try:
+        for each, _, home in modes:
+            each.eval()
+            if home.type == "cpu":
+                each.to(device)
+        for parameter, (dtype, _) in before.items():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(torch.promote_types(dtype, torch.float32))
+            parameter.requires_grad_(False)
+        for parameter in trained:
+            parameter.requires_grad_()
+        yield
+    finally:
+        for parameter, (dtype, wanted) in before.items():
+            parameter.grad = None
+            parameter.data = parameter.data.to(dtype)
+            parameter.requires_grad_(wanted)
+        for each, mode, home in modes:
+            each.train(mode)
+            if home.type == "cpu":
+                each.to(home)
+
+
+def _order(rows: int, seed: int) -> Iterator[int]:
+    """Yield the numbers below ``rows`` again and again, each time in another order."""
+    for epoch in count():
+        yield from np.random.default_rng([seed, epoch]).permutation(rows).tolist()
+
+
+def _backward(run: _Run, batches: list[dict[str, Array]], parameters: list[nn.Parameter]) -> float:
+    """Set the gradients of one step, of all processes together, and return its loss."""
+    for parameter in parameters:
+        parameter.grad = None
+    device = parameters[0].device
+    weights = [_weights(run, batch) for batch in batches]
+    kinds = ("", run.model.main_input_name, "decoder_input_ids", "labels")
+    sums = [[float(of[kind].sum()) for kind in kinds] for of in weights] or [[0.0] * len(kinds)]
+    totals = reduce(torch.tensor(sums, device=device).sum(0), "sum").clamp(min=1).tolist()
+    of_all = dict(zip(kinds, totals, strict=True))
+    total = torch.zeros((), device=device)
+    for batch, weight in zip(batches, weights, strict=True):
+        share = {kind: (of / of_all[kind]).to(device) for kind, of in weight.items()}
+        loss = _loss(run, batch, share)
+        loss.backward()
+        total += loss.detach()
+    for parameter in parameters:  # a process without a row, or a part no row reaches, has none
+        own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        parameter.grad = reduce(own, "sum")
+    return float(reduce(total, "sum"))
+
+
+def _weights(run: _Run, batch: Mapping[str, Array]) -> dict[str, Tensor]:
+    """Return how much each row counts, by the model input that an output goes with.
+
+    The positions of that input that are no padding; 1 where nothing is padded (``""``).
+    """
+    rows = len(next(iter(batch.values())))
+    counts = {"": torch.ones(rows), "labels": torch.zeros(rows)}
+    for reads in (run.model.main_input_name, "decoder_input_ids"):
+        mask = _mask(run.model.config, batch, (reads,))
+        counts[reads] = torch.ones(rows) if mask is None else torch.as_tensor(mask).sum(1).float()
+    if run.config.labels:
+        labels = labels_of(run.task, batch)
+        foretold = labels[:, 1:] if tasks.base(run.task) == "text-generation" else labels
+        counts["labels"] = torch.as_tensor(foretold != IGNORED).view(rows, -1).sum(1).float()
+    return counts
+
+
+def _loss(run: _Run, batch: Mapping[str, Array], share: Mapping[str, Tensor]) -> Tensor:
+    """Return the part of the step's loss that a batch has; ``share`` sums to 1 over the step."""
+    model, original, config, task = run
+    options: dict[str, Any] = {"output_hidden_states": config.distill}
+    wanted = []
+    if config.distill:
+        with torch.no_grad():
+            wanted = list(_outputs(model, forward(original, batch, **options)))
+    if config.labels:
+        options["labels"] = torch.as_tensor(labels_of(task, batch), device=share[""].device)
+    output = forward(model, batch, **options)
+    total = share[""].new_zeros(())
+    if config.labels and share["labels"].any():
+        total = total + output["loss"] * share["labels"].sum()
+    states = sum(not is_logits for is_logits, *_ in wanted)
+    for (is_logits, reads, y), (_, _, x) in zip(
+        wanted, _outputs(model, output), strict=bool(wanted)
+    ):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        x, y = x.to(wide), y.to(wide)
+        if is_logits:
+            apart = kl_div(x.log_softmax(-1), y.log_softmax(-1), reduction="none", log_target=True)
+            apart = apart.sum(-1)
+        else:
+            apart = (x - y).square().sum(-1) / y.square().sum(-1).clamp(min=1e-12) / states
+        total = total + (_by_row(model, batch, reads, apart) * share[reads]).sum()
+    return total
+
+
+def _by_row(model: Any, batch: Mapping[str, Array], reads: str, values: Tensor) -> Tensor:
+    """Return the mean of every row's values, (rows, ...), over its positions that count."""
+    if not reads:
+        return values.flatten(1).mean(1) if values.ndim > 1 else values
+    counted = positions(model, batch, (reads,), values.shape).to(values.device)
+    return values.where(counted, 0).sum(1) / counted.sum(1).clamp(min=1)
+
+
+def _outputs(model: Any, output: Mapping[str, Any], part: str = "") -> Iterator[tuple[Any, ...]]:
+    """Yield logits and states after every layer: whether logits, the input they go with, values."""
+    for name, value in output.items():
+        if isinstance(value, Mapping):  # the towers of CLIP
+            yield from _outputs(model, value, name)
+            continue
+        own = model.config.is_encoder_decoder and not name.startswith("encoder")
+        reads = "decoder_input_ids" if own else model.main_input_name
+        for tensor in value[1:] if name in _STATES else [value] * (name == "logits"):
+            alone = tensor.ndim < 3 or "vision" in part
+            yield name == "logits", "" if alone else reads, tensor
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """Parameters and optimizer in a file: there is a whole one at any time.
+
+    ``about`` tells one recovery from another; ``norm`` is that of the parameters at the start.
+    """
+
+    file: Path
+    trained: Mapping[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    about: Mapping[str, Any]
+    norm: float
+
+    def write(self, losses: list[float]) -> None:
+        tensors = {"losses": torch.tensor(losses, dtype=torch.float64)}
+        for name, parameter in self.trained.items():
+            kept = {"value": parameter.detach(), **self.optimizer.state[parameter]}
+            tensors |= {f"{part}/{name}": kept[part].contiguous() for part in ("value", *_MOMENTS)}
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.file.with_suffix(".partial")
+        save_file(tensors, partial, {"about": json.dumps({**self.about, "norm": self.norm})})
+        partial.replace(self.file)
+
+    def read(self) -> list[float]:
+        """Set everything to what was saved; return the losses of the steps done, none at first."""
+        if not self.file.exists():
+            return []
+        try:
+            with safe_open(self.file, "pt") as stored:
+                then = json.loads(stored.metadata()["about"])
+                # a merge computed again may differ by rounding, another model differs by more
+                if (
+                    not math.isclose(then.pop("norm"), self.norm, rel_tol=1e-4)
+                    or then != self.about
+                ):
+                    raise InputError(
+                        f"{self.file} is the state of another recovery: remove it, or go on with "
+                        "that one's model, data and settings."
+                    )
+                losses: list[float] = stored.get_tensor("losses").tolist()
+                for name, parameter in self.trained.items():
+                    value, *moments = (
+                        stored.get_tensor(f"{part}/{name}").to(parameter.device)
+                        for part in ("value", *_MOMENTS)
+                    )
+                    parameter.data.copy_(value)
+                    kept = dict(zip(_MOMENTS, moments, strict=True))
+                    self.optimizer.state[parameter] = {
+                        "step": torch.tensor(float(len(losses))), **kept
+                    }  # fmt: skip
+        except (SafetensorError, KeyError, RuntimeError, OSError) as error:
+            raise InputError(f"{self.file} cannot be used: {error}. Remove it.") from error
+        return losses
