@@ -1,10 +1,13 @@
 """Which neuron of one layer belongs to which neuron of another."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+
+from ffmerge.models.feedforward import FeedForward
 
 _SWEEPS = 20  # seen: 2 to 6 until nothing changes
 
@@ -37,3 +40,20 @@ def jointly(similarity: Mapping[tuple[int, int], Tensor], count: int) -> list[Te
         if torch.equal(before, torch.stack(orders)):
             break
     return [None, *orders[1:]]
+
+
+def neurons(
+    model: Any, member: FeedForward, order: Tensor | None = None
+) -> dict[tuple[int, str], Tensor]:
+    """Return the parameters that have neurons, as float64 (f, ...) matrices with neurons first.
+
+    Neuron ``order[j]`` is in row j. Blocks of a fused map stand side by side.
+    """
+    found = {}
+    for key, weight in zip(member.keys, member.weights, strict=True):
+        value = model.get_parameter(weight.name).detach().double()
+        if weight.neurons is not None:
+            value = value.movedim(weight.neurons, 0).reshape(weight.blocks, member.d_ff, -1)
+            rows = torch.cat([*value], 1)
+            found[key] = rows if order is None else rows[order.to(rows.device)]
+    return found

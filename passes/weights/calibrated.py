@@ -1,9 +1,10 @@
 """Closed forms that bring the outputs of a merged group back to what they were, no gradients.
 
-In three steps, each of which can be left out: W_in by RegMean (arXiv 2212.09849), nearest to every
-member's own pre-activations on that member's inputs; a scale and a bias of every layer's neurons,
-as in REPAIR (arXiv 2211.08403); W_out and every layer's b_out by least squares on the original
-outputs. A residual of low rank can be added to each map of each layer.
+In three steps, each of which can be left out. The mean of aligned neurons, each with the weight it
+has for its layer's output, or RegMean (arXiv 2212.09849). A scale and a bias of every layer's
+neurons, so that they come nearest to that layer's own (REPAIR, arXiv 2211.08403, gives them their
+variance). W_out and every layer's b_out by least squares on the original outputs. A residual of
+low rank can be added to each map of each layer.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,10 +20,10 @@ from ffmerge.models import ties
 from ffmerge.models.feedforward import FeedForward
 from ffmerge.models.probe import Array
 from ffmerge.models.ties import Key, Sharing
+from ffmerge.passes.weights.align import neurons
 from ffmerge.passes.weights.settings import Settings
 from ffmerge.passes.weights.statistics import Moments, forward, positions
 
-Weights = Mapping[Key, Tensor]  # of one member, float64, neurons first and in the common order
 _TINY = 1e-12  # of the mean variance: a row below it never changes
 LowRank = tuple[Tensor, Tensor]  # up and down: their product is added to a weight
 
@@ -44,52 +45,107 @@ class Fit:
     low_out: Sequence[LowRank | None]
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Member:
+    """What one layer brings, its neurons in the common order; all float64.
+
+    ``w_in`` (m, r, d), ``b_in`` (m, r), ``w_out`` (f, d), ``b_out`` (d,); of what it reads ``mean``
+    (d,) and ``covariance`` (d, d); ``importance`` (f,), how far each neuron moves the output.
+    """
+
+    w_in: Tensor
+    b_in: Tensor
+    w_out: Tensor
+    b_out: Tensor
+    mean: Tensor
+    covariance: Tensor
+    importance: Tensor
+
+
 def fit(
     model: Any,
     members: Sequence[FeedForward],
-    weights: Sequence[Weights],
-    inputs: Moments,
+    orders: Sequence[Tensor | None],
+    moments: Moments,
     batches: Callable[[], Iterable[Mapping[str, Array]]],
     settings: Settings,
 ) -> Sharing:
     """Return what the group will share and what each member has for itself.
 
-    ``weights`` are the members' own, aligned; ``inputs`` the moments of what they read.
-    ``batches`` is run once for each of ``settings.rounds``, over ``settings.tokens`` positions.
+    ``orders`` align the members' neurons. ``batches`` is run once for each of
+    ``settings.rounds``, over ``settings.tokens`` positions.
     """
-    maps, d = len(members[0].inputs), members[0].d_model
-    rows = [torch.stack([_rows(w[i, "weight"], d) for i in range(maps)]) for w in weights]
-    biases = [
-        torch.stack(
-            [_rows(w[i, "bias"], 1)[:, 0] if (i, "bias") in w else r.new_zeros(r.shape[1])
-             for i in range(maps)]
+    with torch.no_grad():
+        found = _drafted(
+            [_member(model, m, o, moments) for m, o in zip(members, orders, strict=True)], settings
         )
-        for w, r in zip(weights, rows, strict=True)
-    ]  # fmt: skip
-    w_outs = [w[maps, "weight"] for w in weights]
-    b_outs = [_bias(model, m.output, w) for m, w in zip(members, w_outs, strict=True)]
-    covariances = [inputs.cross[m.layer, m.layer][0].double() / inputs.count for m in members]
-    means = [inputs.mean[m.layer][0] for m in members]
-    w_in, w_out = sum(rows) / len(rows), sum(w_outs) / len(w_outs)
+        for number in range(settings.rounds):
+            found = _refitted(model, members, found, batches(), settings, forced=number == 0)
+        return _sharing(model, members, found, settings)
+
+
+def _member(model: Any, member: FeedForward, order: Tensor | None, moments: Moments) -> Member:
+    inputs, hidden, layer = moments.inputs, moments.hidden, member.layer
+    assert inputs and hidden  # what collect gives has both
+    own, maps = neurons(model, member, order), len(member.inputs)
+    w_in = torch.stack([_rows(own[i, "weight"], member.d_model) for i in range(maps)])
+    biases = [own.get((i, "bias"), w_in.new_zeros(1, w_in.shape[1]).T) for i in range(maps)]
+    w_out, b_out = own[maps, "weight"], model.get_submodule(member.output).bias
+    spread = (hidden.squares[layer][0] / hidden.count).sqrt()
+    return Member(
+        w_in,
+        torch.stack([_rows(b, 1)[:, 0] for b in biases]),
+        w_out,
+        w_out.new_zeros(member.d_model) if b_out is None else b_out.detach().double(),
+        inputs.mean[layer][0],
+        inputs.cross[layer, layer][0].double() / inputs.count,
+        (spread if order is None else spread[order.to(spread.device)]) * w_out.norm(dim=1),
+    )
+
+
+def _drafted(members: Sequence[Member], settings: Settings) -> Fit:
+    """Return the fit that the moments give, before W_out is regressed."""
+    shares = torch.stack(shares_of([m.importance for m in members], settings.importance))
+    blocks = members[0].w_in.shape[1] // len(members[0].w_out)
+    w_ins, w_outs = (
+        torch.stack(each) for each in zip(*((m.w_in, m.w_out) for m in members), strict=False)
+    )
+    w_in = (w_ins * shares.repeat(1, blocks)[:, None, :, None]).sum(0)
+    w_out = (w_outs * shares[..., None]).sum(0)
     if settings.regmean:
-        w_in = regmean(rows, covariances, settings.ridge)
-    scales, b_ins, lows = [], [], []
-    for w, b, covariance, mean in zip(rows, biases, covariances, means, strict=True):
-        scales.append(scale_of(w, w_in, covariance, settings.scale))
-        rest = w - scales[-1][..., None] * w_in
-        lows.append([low_rank(r, covariance, settings.rank) for r in rest if settings.rank])
-        for left, (up, down) in zip(rest, lows[-1], strict=False):
-            left -= up @ down
-        b_ins.append(b + rest @ mean if settings.bias else sum(biases) / len(biases))
-    identity = torch.eye(len(w_out), dtype=w_out.dtype, device=w_out.device)
-    low_outs = [low_rank((w - w_out).T, identity, settings.rank) for w in w_outs if settings.rank]
-    found = Fit(w_in, w_out, scales, b_ins, b_outs, lows, low_outs or [None] * len(rows))
+        w_in = regmean([m.w_in for m in members], [m.covariance for m in members], settings.ridge)
+    identity = torch.eye(len(w_out)).to(w_out)
+    scales, b_ins, low_ins, low_outs = [], [], [], []
+    for m in members:
+        scale = scale_of(m.w_in, w_in, m.covariance, settings.scale)
+        rest = m.w_in - scale[..., None] * w_in
+        low = [low_rank(each, m.covariance, settings.rank) for each in rest if settings.rank]
+        if low:
+            rest -= torch.stack([up @ down for up, down in low])
+        scales.append(scale)
+        low_ins.append(low)
+        b_ins.append(m.b_in + rest @ m.mean)
+        low_outs.append(
+            low_rank((m.w_out - w_out).T, identity, settings.rank) if settings.rank else None
+        )
+    b_outs = [m.b_out for m in members]
     if not settings.bias:
-        found = replace(found, b_out=[sum(b_outs) / len(b_outs)] * len(rows))
-    for number in range(settings.rounds):
-        found = _refitted(model, members, found, batches(), settings, forced=number == 0)
-    return _sharing(model, members, found, settings)
+        b_ins, b_outs = (
+            [sum(each) / len(each)] * len(each) for each in ([m.b_in for m in members], b_outs)
+        )
+    return Fit(w_in, w_out, scales, b_ins, b_outs, low_ins, low_outs)
+
+
+def shares_of(importance: Sequence[Tensor], power: float) -> list[Tensor]:
+    """Return by what each layer's neurons are multiplied in the mean: they sum to 1 for a neuron.
+
+    With power 2 the mean of aligned neurons has the least squared error of the outputs, were
+    inputs alike and errors of neurons unrelated. Neurons that do nothing anywhere count alike.
+    """
+    weights = [each**power for each in importance]
+    total = torch.stack(weights).sum(0)
+    even = torch.full_like(total, 1 / len(weights))
+    return [torch.where(total > 0, each / total, even) for each in weights]
 
 
 def regmean(weights: Sequence[Tensor], covariances: Sequence[Tensor], ridge: float) -> Tensor:
@@ -266,11 +322,6 @@ def _hooked(model: Any, members: Sequence[FeedForward], hook: Callable[..., Any]
 def _rows(weight: Tensor, width: int) -> Tensor:
     """Return the rows of a map: (f, blocks * width) to (blocks * f, width)."""
     return torch.cat(weight.split(width, 1))
-
-
-def _bias(model: Any, path: str, like: Tensor) -> Tensor:
-    bias = model.get_submodule(path).bias
-    return like.new_zeros(like.shape[1]) if bias is None else bias.detach().double()
 
 
 def _sharing(model: Any, members: Sequence[FeedForward], found: Fit, settings: Settings) -> Sharing:

@@ -91,7 +91,7 @@ def permute(model: Any, members: Sequence[FeedForward], evidence: Evidence) -> S
 @method("weights", source="arXiv 2209.04836, Git Re-Basin, section 3.2", needs_data=False)
 def weights(model: Any, members: Sequence[FeedForward], evidence: Evidence) -> Sharing:
     """Return the mean after aligning by the weights alone: every member to the mean of the rest."""
-    rows = [torch.cat([*neurons(model, m).values()], 1) for m in members]
+    rows = [torch.cat([*align.neurons(model, m).values()], 1) for m in members]
     similarity = {
         (a, b): rows[a] @ rows[b].T for a in range(len(rows)) for b in range(len(rows)) if a != b
     }
@@ -117,20 +117,6 @@ def orders(members: Sequence[FeedForward], evidence: Evidence) -> list[Tensor | 
     ]
 
 
-def neurons(model: Any, member: FeedForward) -> dict[tuple[int, str], Tensor]:
-    """Return the parameters that have neurons, as float64 (f, ...) matrices with neurons first.
-
-    Blocks of a fused map stand side by side.
-    """
-    found = {}
-    for key, weight in zip(member.keys, member.weights, strict=True):
-        value = model.get_parameter(weight.name).detach().double()
-        if weight.neurons is not None:
-            value = value.movedim(weight.neurons, 0).reshape(weight.blocks, member.d_ff, -1)
-            found[key] = torch.cat([*value], 1)
-    return found
-
-
 def mean(model: Any, members: Sequence[FeedForward], orders: Sequence[Tensor | None]) -> Sharing:
     """Return equations (3) to (6): the mean over members, reordered where ``orders`` says so.
 
@@ -146,7 +132,7 @@ def mean(model: Any, members: Sequence[FeedForward], orders: Sequence[Tensor | N
     return Sharing(shared)
 
 
-@method("calibrated", source="RegMean, REPAIR and least squares: see calibrated.py")
+@method("calibrated", source="weighted mean, scales as in REPAIR, least squares: see calibrated.py")
 def calibrate(model: Any, members: Sequence[FeedForward], evidence: Evidence) -> Sharing:
     """Return weights, and of each layer scale and bias, that keep the members' outputs."""
     settings = replace(evidence.settings, rank=0)
@@ -160,13 +146,9 @@ def residual(model: Any, members: Sequence[FeedForward], evidence: Evidence) -> 
 
 
 def _calibrated(model: Any, members: Sequence[FeedForward], evidence: Evidence) -> Sharing:
-    inputs, settings = _moments(evidence).inputs, evidence.settings
-    aligned = [
-        own if order is None else {key: value[order] for key, value in own.items()}
-        for member, order in zip(members, orders(members, evidence), strict=True)
-        for own in (neurons(model, member),)
-    ]
-    return calibrated.fit(model, members, aligned, inputs, evidence.batches, settings)
+    found = orders(members, evidence)
+    again = evidence.batches
+    return calibrated.fit(model, members, found, _moments(evidence), again, evidence.settings)
 
 
 def _moments(evidence: Evidence) -> Moments:

@@ -14,16 +14,18 @@ class Settings:
 
     ``anchor`` is the member the others are aligned to, or ``joint``: each to the mean of the rest.
     ``after`` aligns on the activations after the nonlinearity instead of before. The parts of
-    ``calibrated``: ``regmean`` for W_in; ``scale`` and ``bias`` that each layer has for its
-    neurons; ``least_squares`` for W_out over ``tokens`` positions, solved ``rounds`` times, first
-    on what the original layers read, then on what the merged model gives them. ``ridge``, relative
-    to the mean variance, holds both solutions to the mean. ``rank`` is that of ``residual``.
+    ``calibrated``: neurons are averaged with their ``importance`` to that power (0: all alike), or
+    W_in is solved for by ``regmean``; ``scale`` and ``bias`` that each layer has for its neurons;
+    ``least_squares`` for W_out over ``tokens`` positions, solved ``rounds`` times, first on what
+    the original layers read, then on what the merged model gives them. ``ridge``, relative to the
+    mean variance, holds both solutions to the mean. ``rank`` is that of ``residual``.
     """
 
     anchor: Literal["first", "middle", "last", "joint"] = "first"
     after: bool = False
-    regmean: bool = True
-    scale: Literal["repair", "regress", "none"] = "repair"
+    importance: float = 2.0
+    regmean: bool = False
+    scale: Literal["regress", "repair", "none"] = "regress"
     bias: bool = True
     least_squares: bool = True
     rounds: int = 1

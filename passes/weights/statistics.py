@@ -33,7 +33,7 @@ class Moments:
     Features have v views of the same f neurons: 1, or 3 of a gated sublayer. ``cross``
     holds, for each pair (anchor, other), the (v, f, f) sums of products of deviations, in float32;
     means and squares are (v, f) in float64. ``inputs`` are the moments of what the layers read,
-    each paired with itself.
+    each paired with itself, ``hidden`` those of what the map f -> d is given, unpaired.
     """
 
     pairs: tuple[Pair, ...]
@@ -42,6 +42,7 @@ class Moments:
     squares: dict[int, Tensor] = field(default_factory=dict)
     cross: dict[Pair, Tensor] = field(default_factory=dict)
     inputs: "Moments | None" = None
+    hidden: "Moments | None" = None
 
     def update(self, features: Mapping[int, Tensor]) -> None:
         """Add a batch: (v, n, f) features of every layer, the same n rows in each."""
@@ -148,15 +149,17 @@ def collect(
     found = {name: list(x) for name, x in pairs.items()}
     members = {n: list({s.layer: s for pair in x for s in pair}.values()) for n, x in found.items()}
     layers = {name: sorted({(a.layer, b.layer) for a, b in x}) for name, x in found.items()}
-    moments = {
-        name: Moments(tuple(x), inputs=Moments(tuple((m.layer, m.layer) for m in members[name])))
-        for name, x in layers.items()
-    }
+    moments, inputs, hidden = {}, {}, {}
+    for name, pairs_of in layers.items():
+        inputs[name] = Moments(tuple((m.layer, m.layer) for m in members[name]))
+        hidden[name] = Moments(())
+        moments[name] = Moments(tuple(pairs_of), inputs=inputs[name], hidden=hidden[name])
     for signals in watch(model, members, batches, tokens):
         for name, by_layer in signals.items():
             found_in = {i: s.hidden[None] if after else s.features for i, s in by_layer.items()}
             moments[name].update(found_in)
-            moments[name].inputs.update({i: s.inputs[None] for i, s in by_layer.items()})
+            inputs[name].update({i: s.inputs[None] for i, s in by_layer.items()})
+            hidden[name].update({i: s.hidden[None] for i, s in by_layer.items()})
     return moments
 
 
