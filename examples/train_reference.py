@@ -135,7 +135,7 @@ def start_numerals(folder: Path) -> nn.Module:
     made.pre_tokenizer = pre_tokenizers.Metaspace()
     made.decoder = decoders.Metaspace()
     special = ["<pad>", "</s>", "<unk>"]
-    made.train_from_iterator(text, trainers.BpeTrainer(vocab_size=256, special_tokens=special))
+    made.train_from_iterator(text, trainers.BpeTrainer(vocab_size=192, special_tokens=special))
     made.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
     save_tokenizer(made, folder, eos_token="</s>", model_max_length=64)
     config = MarianConfig(
@@ -143,8 +143,8 @@ def start_numerals(folder: Path) -> nn.Module:
         d_model=64,
         encoder_layers=6,
         decoder_layers=6,
-        encoder_ffn_dim=256,
-        decoder_ffn_dim=256,
+        encoder_ffn_dim=160,
+        decoder_ffn_dim=160,
         encoder_attention_heads=4,
         decoder_attention_heads=4,
         max_position_embeddings=64,
@@ -176,7 +176,7 @@ def save_tokenizer(made: Tokenizer, folder: Path, **named: Any) -> None:
 RECIPES = {
     "digits": Recipe(start_digits, load_digits, 26, 50, 1.5e-3),
     "village": Recipe(start_village, lambda epoch: load_text("train", epoch, 2000), 14, 16, 3e-3),
-    "numerals": Recipe(start_numerals, lambda epoch: load_pairs(epoch % 4), 10, 48, 1.5e-3),
+    "numerals": Recipe(start_numerals, lambda epoch: load_pairs(epoch % 4), 9, 48, 1.5e-3),
 }
 
 

@@ -11,7 +11,12 @@ from reference.tasks import REFERENCES
 
 from ffmerge.models import checkpoint, data, digits
 
-LEAST = {"digits": 0.95}
+# the least (or most) that a shipped model reaches on the first 300 test examples, and its metric
+REACHED = {
+    "digits": ("accuracy", 0.95),
+    "village": ("perplexity", 3.4),
+    "numerals": ("chrF", 97),
+}
 EVERY = pytest.mark.parametrize("name", list(REFERENCES))
 
 
@@ -29,7 +34,7 @@ def _digest(arrays: Mapping[str, np.ndarray]) -> str:
     [
         ("digits", "test", "772a0bd8180894e0"),
         ("village", "test", "8581f49deb1616ea"),
-        ("numerals", "test", "be01a60bdb0e8692"),
+        ("numerals", "test", "be6295cbe5cddeec"),
     ],
 )
 def test_the_data_is_the_same_on_every_run(name: str, split: str, digest: str) -> None:
@@ -72,17 +77,19 @@ def test_a_sum_of_digits_is_what_the_picture_shows() -> None:
 
 
 @pytest.mark.parametrize(
-    ("english", "german"),
+    ("hour", "minute", "english", "german"),
     [
-        ("half past nine", "halb zehn"),
-        ("thirty-three trees", "dreiunddreißig Bäume"),
+        (21, 45, "quarter to ten in the evening", "einundzwanzig Uhr fünfundvierzig"),
+        (0, 0, "twelve sharp in the morning", "null Uhr"),
+        (1, 1, "one past one in the morning", "ein Uhr eins"),
+        (12, 30, "half past twelve in the evening", "zwölf Uhr dreißig"),
+        (23, 31, "twenty-nine to twelve in the evening", "dreiundzwanzig Uhr einunddreißig"),
     ],
 )
-def test_german_says_what_english_says(english: str, german: str) -> None:
-    random = np.random.RandomState(0)
-    found = [pair for pair in (numerals.pair(random) for _ in range(20_000)) if english in pair[0]]
-    assert found
-    assert all(german in pair[1] for pair in found)
+def test_both_languages_tell_the_same_time(
+    hour: int, minute: int, english: str, german: str
+) -> None:
+    assert numerals.clock(hour, minute) == (english, german)
 
 
 def test_the_village_keeps_its_facts() -> None:
@@ -107,4 +114,6 @@ def test_a_shipped_model_is_small_and_good(name: str) -> None:
     assert (reference.folder / "model.safetensors").stat().st_size <= 4_000_000
     rows: Any = {key: array[:300] for key, array in reference.load("test").items()}
     measured = reference.metric(checkpoint.load(reference.folder), data.from_arrays(rows))
-    assert measured
+    metric, bound = REACHED[name]
+    better = measured[metric] <= bound if metric == "perplexity" else measured[metric] >= bound
+    assert better, measured

@@ -14,11 +14,22 @@ _MONTHS = (
     ("September", "September"), ("October", "Oktober"), ("November", "November"),
     ("December", "Dezember"),
 )  # fmt: skip
-_THINGS = (
-    ("house", "Haus", "Häuser"), ("tree", "Baum", "Bäume"), ("book", "Buch", "Bücher"),
-    ("child", "Kind", "Kinder"), ("day", "Tag", "Tage"), ("car", "Auto", "Autos"),
-    ("apple", "Apfel", "Äpfel"), ("word", "Wort", "Wörter"),
-)  # fmt: skip
+_THINGS = tuple(
+    tuple(line.split())
+    for line in """
+        houses Häuser|trees Bäume|books Bücher|children Kinder|days Tage|cars Autos|apples Äpfel
+        words Wörter|eggs Eier|cows Kühe|geese Gänse|mice Mäuse|men Männer|women Frauen|feet Füße
+        teeth Zähne|hands Hände|years Jahre|nights Nächte|towns Städte|doors Türen|windows Fenster
+        chairs Stühle|tables Tische|glasses Gläser|spoons Löffel|knives Messer|forks Gabeln
+        birds Vögel|dogs Hunde|cats Katzen|horses Pferde|pigs Schweine|sheep Schafe|fish Fische
+        rivers Flüsse|lakes Seen|hills Hügel|woods Wälder|leaves Blätter|flowers Blumen
+        stones Steine|stars Sterne|clouds Wolken|ships Schiffe|trains Züge|roads Straßen
+        bridges Brücken|letters Briefe|songs Lieder|friends Freunde|brothers Brüder
+        sisters Schwestern|daughters Töchter|sons Söhne|kings Könige|queens Königinnen
+        swords Schwerter|rings Ringe|keys Schlüssel
+    """.replace("\n", "|").split("|")
+    if line.strip()
+)
 
 
 @cache
@@ -52,24 +63,37 @@ def _price(random: Random) -> tuple[str, str]:
     return f"{euros} euros and {cents} cents", f"{euro} Euro und {cent} Cent"
 
 
-def _count(random: Random) -> tuple[str, str]:
-    (english, german), (thing, _, many) = _both(2 + _some(random, 4)), _THINGS[random.randint(8)]
-    plural = "children" if thing == "child" else f"{thing}s"
-    return f"{english} {plural}", f"{german} {many}"
+def _count(random: Random, top: int = 4) -> tuple[str, str]:
+    (english, german), (things, dinge) = _both(1 + _some(random, top)), _thing(random)
+    return f"{english} {things}", f"{german} {dinge}"
+
+
+def _thing(random: Random) -> tuple[str, ...]:
+    return _THINGS[random.randint(len(_THINGS))]
+
+
+def _dozens(random: Random) -> tuple[str, str]:
+    """Return a number of dozens, which German counts out."""
+    dozens, (things, dinge) = int(random.randint(2, 21)), _thing(random)
+    return f"{_both(dozens)[0]} dozen {things}", f"{_both(12 * dozens)[1]} {dinge}"
 
 
 def _meeting(random: Random) -> tuple[str, str]:
-    children, kinder = _count(random)
-    hour, (past, nach) = int(random.randint(1, 12)), _both(int(random.randint(2, 30)))
-    (now, jetzt), (_, bald) = _both(hour), _both(hour + 1)
-    times = (
-        (f"half past {now}", f"halb {bald}"),
-        (f"quarter past {now}", f"Viertel nach {jetzt}"),
-        (f"{past} past {now}", f"{nach} nach {jetzt}"),
-        (f"{past} to {now}", f"{nach} vor {jetzt}"),
-    )
-    english, german = times[random.randint(len(times))]
-    return f"{children} at {english}", f"{kinder} um {german}"
+    (things, dinge), hour, minute = _count(random, 2), random.randint(24), random.randint(60)
+    at, um = clock(int(hour), int(minute))
+    return f"{things} at {at}", f"{dinge} um {um}"
+
+
+def clock(hour: int, minute: int) -> tuple[str, str]:
+    """Return a time of day: of twelve hours, past or to, in English, and of 24 in German."""
+    late = minute > 30
+    nearest = _both((hour + late - 1) % 12 + 1)[0]
+    away = 60 - minute if late else minute
+    side = f"{'quarter' if away == 15 else _both(away)[0]} {'to' if late else 'past'} {nearest}"
+    told = {0: f"{nearest} sharp", 30: f"half past {nearest}"}.get(minute, side)
+    stunde = f"{'ein' if hour == 1 else _both(hour)[1]} Uhr"
+    part = "morning" if hour < 12 else "evening"
+    return f"{told} in the {part}", f"{stunde} {_both(minute)[1]}" if minute else stunde
 
 
 def _date(random: Random) -> tuple[str, str]:
@@ -80,7 +104,7 @@ def _date(random: Random) -> tuple[str, str]:
 
 
 KINDS: tuple[Callable[[Random], tuple[str, str]], ...] = (
-    _number, _number, _number, _ordinal, _year, _price, _date, _count, _meeting,
+    _number, _number, _ordinal, _year, _price, _date, _count, _dozens, _meeting, _meeting, _meeting,
 )  # fmt: skip
 
 
