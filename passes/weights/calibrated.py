@@ -44,7 +44,6 @@ class Fit:
     low_out: Sequence[LowRank | None]
 
 
-@torch.no_grad()
 def fit(
     model: Any,
     members: Sequence[FeedForward],
@@ -83,8 +82,10 @@ def fit(
             left -= up @ down
         b_ins.append(b + rest @ mean if settings.bias else sum(biases) / len(biases))
     identity = torch.eye(len(w_out), dtype=w_out.dtype, device=w_out.device)
-    low_outs = [low_rank((w - w_out).T, identity, settings.rank) for w in w_outs if settings.rank]
-    found = Fit(w_in, w_out, scales, b_ins, b_outs, lows, low_outs or [None] * len(rows))
+    low_outs: list[LowRank | None] = [
+        low_rank((w - w_out).T, identity, settings.rank) if settings.rank else None for w in w_outs
+    ]
+    found = Fit(w_in, w_out, scales, b_ins, b_outs, lows, low_outs)
     if not settings.bias:
         found = replace(found, b_out=[sum(b_outs) / len(b_outs)] * len(rows))
     for number in range(settings.rounds):
@@ -237,10 +238,11 @@ def _side_by_side(
     for batch in batches:
         for kept in (*original.values(), *given.values()):
             kept.clear()
-        with _hooked(model, members, keep):
-            forward(model, batch)
-        with ties.tied(model, [members], [sharing]), _hooked(model, members, swap):
-            forward(model, batch)
+        with torch.no_grad():
+            with _hooked(model, members, keep):
+                forward(model, batch)
+            with ties.tied(model, [members], [sharing]), _hooked(model, members, swap):
+                forward(model, batch)
         whole = {m.layer: torch.cat(original[m.output], dim=-2) for m in members}
         counted = positions(model, batch, members[0].reads, whole[members[0].layer].shape[:-1])
         counted = counted.to(whole[members[0].layer].device)

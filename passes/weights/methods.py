@@ -161,6 +161,7 @@ def residual(model: Any, members: Sequence[FeedForward], evidence: Evidence) -> 
 
 def _calibrated(model: Any, members: Sequence[FeedForward], evidence: Evidence) -> Sharing:
     inputs, settings = _moments(evidence).inputs, evidence.settings
+    assert inputs is not None
     aligned = [
         own if order is None else {key: value[order] for key, value in own.items()}
         for member, order in zip(members, orders(members, evidence), strict=True)

@@ -148,15 +148,13 @@ def collect(
     found = {name: list(x) for name, x in pairs.items()}
     members = {n: list({s.layer: s for pair in x for s in pair}.values()) for n, x in found.items()}
     layers = {name: sorted({(a.layer, b.layer) for a, b in x}) for name, x in found.items()}
-    moments = {
-        name: Moments(tuple(x), inputs=Moments(tuple((m.layer, m.layer) for m in members[name])))
-        for name, x in layers.items()
-    }
+    inputs = {name: Moments(tuple((m.layer, m.layer) for m in x)) for name, x in members.items()}
+    moments = {name: Moments(tuple(x), inputs=inputs[name]) for name, x in layers.items()}
     for signals in watch(model, members, batches, tokens):
         for name, by_layer in signals.items():
             found_in = {i: s.hidden[None] if after else s.features for i, s in by_layer.items()}
             moments[name].update(found_in)
-            moments[name].inputs.update({i: s.inputs[None] for i, s in by_layer.items()})
+            inputs[name].update({i: s.inputs[None] for i, s in by_layer.items()})
     return moments
 
 
