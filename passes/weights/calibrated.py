@@ -125,7 +125,7 @@ def low_rank(rest: Tensor, covariance: Tensor, rank: int) -> LowRank:
 
     The SVD of ``rest`` times a root of the inputs' covariance, cut off (arXiv 2403.07378).
     """
-    strength = 1e-6 * covariance.diagonal().mean() + torch.finfo(covariance.dtype).tiny
+    strength = 1e-6 * float(covariance.diagonal().mean()) or 1.0
     damped = covariance + strength * torch.eye(len(covariance)).to(covariance)
     root = torch.linalg.cholesky(damped)
     u, s, v = torch.linalg.svd(rest @ root, full_matrices=False)
