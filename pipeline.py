@@ -159,10 +159,8 @@ def demo(out: Path) -> Demo:
         score = score_for(original, "image-classification", test, 100)
         first = package.export(original, folder / "original", source=_DEMO_MODEL)
         show("merging", 0, 0)
-        merged, result = max(
-            (_merged(name, calibration, held_out, show) for name in ("average", "permute")),
-            key=lambda pair: pair[1].record.metric["merged"],
-        )
+        merged = checkpoint.load(_DEMO_MODEL)
+        result = merging.merge_(merged, calibration, MergeConfig(k=_DEMO_K), held_out, show)
         checkpoint.save(merged, folder / "checkpoint")
         second = package.export(merged, folder / "merged", source=folder / "checkpoint")
         show("validating", 0, 0)
@@ -196,14 +194,6 @@ def _measured_again(check: Validation, folder: Path) -> Validation:
             provider = replace(provider, footprint=steady)
         providers.append(provider)
     return replace(check, providers=tuple(providers))
-
-
-def _merged(
-    method: str, calibration: data.Examples, held_out: data.Examples, show: merging.Progress
-) -> tuple[Any, Merge]:
-    model = checkpoint.load(_DEMO_MODEL)
-    config = MergeConfig(k=_DEMO_K, method=method)
-    return model, merging.merge_(model, calibration, config, held_out, show)
 
 
 @contextmanager

@@ -30,7 +30,7 @@ class SharedLinear(nn.Linear):
         return _with_own(self, x, nn.functional.linear(x, self.weight))
 
 
-class SharedConv1D(Conv1D):  # type: ignore[misc]
+class SharedConv1D(Conv1D):
     """The same for the (in, out) weights of GPT-2."""
 
     def forward(self, x: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any
 
 from torch import Tensor, nn
@@ -48,7 +47,7 @@ def tie_(model: nn.Module, groups: Groups, sharings: Sequence[Sharing]) -> None:
     for members, sharing in zip(groups, sharings, strict=True):
         needs_grad = model.get_parameter(members[0].weights[0].name).requires_grad
         common = {key: nn.Parameter(t, needs_grad) for key, t in sharing.shared.items()}
-        for member, own in zip_longest(members, sharing.own, fillvalue={}):
+        for member, own in zip(members, sharing.own or [{}] * len(members), strict=True):
             for number, path in enumerate(member.maps):
                 module = model.get_submodule(path)
                 mine = {part: t for (at, part), t in own.items() if at == number}

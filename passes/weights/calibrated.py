@@ -107,15 +107,15 @@ def _drafted(members: Sequence[Member], settings: Settings) -> Fit:
     """Return the fit that the moments give, before W_out is regressed."""
     shares = torch.stack(shares_of([m.importance for m in members], settings.importance))
     blocks = members[0].w_in.shape[1] // len(members[0].w_out)
-    w_ins, w_outs = (
-        torch.stack(each) for each in zip(*((m.w_in, m.w_out) for m in members), strict=False)
-    )
+    w_ins = torch.stack([m.w_in for m in members])
+    w_outs = torch.stack([m.w_out for m in members])
     w_in = (w_ins * shares.repeat(1, blocks)[:, None, :, None]).sum(0)
     w_out = (w_outs * shares[..., None]).sum(0)
     if settings.regmean:
         w_in = regmean([m.w_in for m in members], [m.covariance for m in members], settings.ridge)
     identity = torch.eye(len(w_out)).to(w_out)
-    scales, b_ins, low_ins, low_outs = [], [], [], []
+    scales, b_ins, low_ins = [], [], []
+    low_outs: list[LowRank | None] = []
     for m in members:
         scale = scale_of(m.w_in, w_in, m.covariance, settings.scale)
         rest = m.w_in - scale[..., None] * w_in
@@ -130,9 +130,8 @@ def _drafted(members: Sequence[Member], settings: Settings) -> Fit:
         )
     b_outs = [m.b_out for m in members]
     if not settings.bias:
-        b_ins, b_outs = (
-            [sum(each) / len(each)] * len(each) for each in ([m.b_in for m in members], b_outs)
-        )
+        b_ins = [torch.stack([m.b_in for m in members]).mean(0)] * len(members)
+        b_outs = [torch.stack(b_outs).mean(0)] * len(members)
     return Fit(w_in, w_out, scales, b_ins, b_outs, low_ins, low_outs)
 
 
@@ -180,7 +179,7 @@ def low_rank(rest: Tensor, covariance: Tensor, rank: int) -> LowRank:
 
     The SVD of ``rest`` times a root of the inputs' covariance, cut off (arXiv 2403.07378).
     """
-    strength = 1e-6 * covariance.diagonal().mean() + torch.finfo(covariance.dtype).tiny
+    strength = 1e-6 * float(covariance.diagonal().mean()) or 1.0
     damped = covariance + strength * torch.eye(len(covariance)).to(covariance)
     root = torch.linalg.cholesky(damped)
     u, s, v = torch.linalg.svd(rest @ root, full_matrices=False)
@@ -293,10 +292,11 @@ def _side_by_side(
     for batch in batches:
         for kept in (*original.values(), *given.values()):
             kept.clear()
-        with _hooked(model, members, keep):
-            forward(model, batch)
-        with ties.tied(model, [members], [sharing]), _hooked(model, members, swap):
-            forward(model, batch)
+        with torch.no_grad():
+            with _hooked(model, members, keep):
+                forward(model, batch)
+            with ties.tied(model, [members], [sharing]), _hooked(model, members, swap):
+                forward(model, batch)
         whole = {m.layer: torch.cat(original[m.output], dim=-2) for m in members}
         counted = positions(model, batch, members[0].reads, whole[members[0].layer].shape[:-1])
         counted = counted.to(whole[members[0].layer].device)

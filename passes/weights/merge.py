@@ -42,7 +42,7 @@ class MergeConfig:
     window: Window | Mapping[str, Window] | None = None
     stacks: tuple[str, ...] = ()
     sync: bool = False
-    method: str = "permute"
+    method: str = "calibrated"
     tokens: int = 10_000
     batch_size: int = 32
     task: str | None = None
