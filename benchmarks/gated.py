@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ffmerge.models import ties
 from ffmerge.models.feedforward import FeedForward, find
 from ffmerge.passes.weights.align import match
-from ffmerge.passes.weights.methods import mean
+from ffmerge.passes.weights.methods import mean_of
 from ffmerge.passes.weights.statistics import Moments
 
 LENGTH, LAYERS = 128, 6
@@ -125,7 +125,7 @@ def main() -> None:
             for start in range(LAYERS - k + 1):
                 members = sublayers[start : start + k]
                 for method in METHODS:
-                    shared = mean(model, members, orders(found, method, members))
+                    shared = mean_of(model, members, orders(found, method, members))
                     with ties.tied(model, [members], [shared]):
                         logs[method].append(math.log(perplexity(model, held_out)))
                 cells = " | ".join(f"{math.exp(logs[m][-1]):.2f}" for m in METHODS)

@@ -1,18 +1,117 @@
 """What else a model of the same size could be: rivals that merging has to beat.
 
-Each rival is put in place for the length of a block, measured, and taken out again.
+A rival stands in the model for the length of a block and is measured there. None is saved: what
+wins is better had from a tool of its own. The rivals ``copy-anchor`` and ``drop-ffn`` are merge
+methods.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, product
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ffmerge.models import ties
+from ffmerge.models.feedforward import FeedForward
+from ffmerge.models.probe import Array
+from ffmerge.models.ties import Key, Sharing
+from ffmerge.passes.weights.calibrated import low_rank
+from ffmerge.passes.weights.statistics import Moments, watch
+
+Stacks = Mapping[str, Sequence[FeedForward]]
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A model made smaller in another way, while ``applied()`` lasts."""
+
+    name: str
+    what: str
+    removed: int  # parameters
+    applied: Callable[[], AbstractContextManager[None]]
+
+
+def drop_layers(model: nn.Module, by_stack: Stacks, removed: int) -> list[Rival]:
+    """Return a rival for each window of whole layers, as short as removes ``removed`` parameters.
+
+    With several stacks the same window is taken out of each (arXiv 2403.03853 chooses layers by
+    what they change; here, as in the paper's own baseline, all windows are to be measured).
+    """
+    lists = [[_block(member) for member in members] for members in by_stack.values()]
+    sizes = [sum(p.numel() for p in model.get_submodule(paths[0]).parameters()) for paths in lists]
+    length = math.ceil(removed / sum(sizes))
+    return [
+        Rival(
+            "drop-layer", f"{start}-{start + length - 1}", length * sum(sizes),
+            partial(_without, model, [p for paths in lists for p in paths[start : start + length]]),
+        )
+        for start in range(min(map(len, lists)) - length + 1)
+    ]  # fmt: skip
+
+
+def factor(
+    model: nn.Module,
+    by_stack: Stacks,
+    removed: int,
+    batches: Iterable[Mapping[str, Array]],
+    tokens: int,
+) -> list[Rival]:
+    """Return one rival: every map as a product of two, so thin that ``removed`` parameters go.
+
+    The rank is cut where that least changes what a map puts out on the data (arXiv 2403.07378),
+    all maps by the same part of their size, and the biases keep the mean of what it puts out.
+    """
+    sizes = [s.shape for m in chain(*by_stack.values()) for s in _matrices(model, m)]
+    keep = 1 - removed / sum(rows * columns for rows, columns in sizes)
+    ranks = {s: int(keep * s[0] * s[1] / sum(s)) for s in sizes}
+    gone = sum(rows * columns - ranks[rows, columns] * (rows + columns) for rows, columns in sizes)
+    seen = {
+        (name, m.layer, last): Moments(((m.layer, m.layer),))
+        for name, found in by_stack.items()
+        for m, last in product(found, (False, True))
+    }
+    for signals in watch(model, by_stack, batches, tokens):
+        for name, by_layer in signals.items():
+            for layer, signal in by_layer.items():
+                seen[name, layer, False].update({layer: signal.inputs[None]})
+                seen[name, layer, True].update({layer: signal.hidden[None]})
+    groups, sharings = [], []
+    for name, member in ((name, m) for name, found in by_stack.items() for m in found):
+        own: dict[Key, Tensor] = {}
+        for i, matrix in enumerate(_matrices(model, member)):
+            module: Any = model.get_submodule(member.maps[i])
+            moments = seen[name, member.layer, i == len(member.inputs)]
+            covariance = moments.cross[member.layer, member.layer][0].double() / moments.count
+            up, down = low_rank(matrix.double(), covariance, ranks[matrix.shape])
+            thin = (up @ down).to(matrix.dtype)
+            shift = (matrix - thin) @ moments.mean[member.layer][0].to(matrix.dtype)
+            own[i, "weight"] = thin.T if isinstance(module, Conv1D) else thin
+            own[i, "bias"] = shift if module.bias is None else module.bias.detach() + shift
+        groups.append([member])
+        sharings.append(Sharing({}, [own]))
+    return [Rival("low-rank", "", gone, partial(ties.tied, model, groups, sharings))]
+
+
+def _matrices(model: nn.Module, member: FeedForward) -> list[Tensor]:
+    """Return the (out, in) matrices of a sublayer's maps."""
+    maps: list[Any] = [model.get_submodule(path) for path in member.maps]
+    return [(m.weight.T if isinstance(m, Conv1D) else m.weight).detach() for m in maps]
+
+
+def _block(member: FeedForward) -> str:
+    """Return the path of the whole layer around a sublayer."""
+    parts = member.output.split(".")
+    return ".".join(parts[: parts.index(str(member.layer)) + 1])
 
 
 @contextmanager
-def dropped_layers(model: nn.Module, paths: Sequence[str]) -> Iterator[None]:
-    """Let the blocks at ``paths`` pass on what they are given, for the length of the block."""
+def _without(model: nn.Module, paths: Sequence[str]) -> Iterator[None]:
+    """Let the layers at ``paths`` pass on what they are given, for the length of the block."""
 
     def skip(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> Any:
         given = args[0] if args else kwargs["hidden_states"]

@@ -29,6 +29,8 @@ class Evidence:
     batches: Callable[[], Iterable[Mapping[str, Array]]] = tuple
 
 
+_DIMENSIONS_PER_RANK = 64  # so that the residual stays under 1 % of the parameters
+
 Merger = Callable[[Any, Sequence[FeedForward], Evidence], Sharing]
 
 
@@ -69,13 +71,33 @@ def get(name: str) -> Method:
 @method("average", source="arXiv 2501.06126, 'vanilla'", needs_data=False)
 def average(model: Any, members: Sequence[FeedForward], evidence: Evidence) -> Sharing:
     """Return the plain mean of the members' weights."""
-    return mean(model, members, [None] * len(members))
+    return mean_of(model, members, [None] * len(members))
 
 
 @method("copy-anchor", source="a baseline: nothing is merged", needs_data=False)
 def copy_anchor(model: Any, members: Sequence[FeedForward], evidence: Evidence) -> Sharing:
     """Return the weights of the anchor as they are."""
-    return mean(model, [members[evidence.settings.place(len(members))]], [None])
+    return mean_of(model, [members[evidence.settings.place(len(members))]], [None])
+
+
+@method("drop-ffn", source="a baseline: arXiv 2405.18218 drops sublayers")
+def drop_ffn(model: Any, members: Sequence[FeedForward], evidence: Evidence) -> Sharing:
+    """Return the anchor's weights, and for the other layers the mean of what they put out."""
+    kept = members[evidence.settings.place(len(members))]
+    hidden = _moments(evidence).hidden
+    assert hidden is not None
+    own: list[dict[tuple[int, str], Tensor]] = []
+    for m in members:
+        number, bias = len(m.inputs), model.get_submodule(m.output).bias
+        w_out = align.neurons(model, m)[number, "weight"]
+        mean = hidden.mean[m.layer][0] @ w_out
+        keeps = float(m is kept)
+        old = torch.zeros_like(mean) if bias is None else bias.detach().double()
+        parts = {"scale": torch.full_like(mean, keeps), "bias": old + (1 - keeps) * mean}
+        dtype = model.get_parameter(m.weights[0].name).dtype
+        own.append({(number, part): value.to(dtype) for part, value in parts.items()})
+    shared = mean_of(model, [kept], [None]).shared
+    return Sharing({k: v for k, v in shared.items() if k != (len(kept.inputs), "bias")}, own)
 
 
 @method("permute", source="arXiv 2501.06126, equations (1) to (6)")
@@ -85,7 +107,7 @@ def permute(model: Any, members: Sequence[FeedForward], evidence: Evidence) -> S
     Hidden neurons of the others are reordered in W_in, b_in and W_out; b_out lives in model space
     and is averaged as it is (equation 6).
     """
-    return mean(model, members, orders(members, evidence))
+    return mean_of(model, members, orders(members, evidence))
 
 
 @method("weights", source="arXiv 2209.04836, Git Re-Basin, section 3.2", needs_data=False)
@@ -95,7 +117,7 @@ def weights(model: Any, members: Sequence[FeedForward], evidence: Evidence) -> S
     similarity = {
         (a, b): rows[a] @ rows[b].T for a in range(len(rows)) for b in range(len(rows)) if a != b
     }
-    return mean(model, members, align.jointly(similarity, len(rows)))
+    return mean_of(model, members, align.jointly(similarity, len(rows)))
 
 
 def orders(members: Sequence[FeedForward], evidence: Evidence) -> list[Tensor | None]:
@@ -117,7 +139,7 @@ def orders(members: Sequence[FeedForward], evidence: Evidence) -> list[Tensor | 
     ]
 
 
-def mean(model: Any, members: Sequence[FeedForward], orders: Sequence[Tensor | None]) -> Sharing:
+def mean_of(model: Any, members: Sequence[FeedForward], orders: Sequence[Tensor | None]) -> Sharing:
     """Return equations (3) to (6): the mean over members, reordered where ``orders`` says so.
 
     Sums in float64, so that k equal members give exactly their common value.
@@ -142,7 +164,9 @@ def calibrate(model: Any, members: Sequence[FeedForward], evidence: Evidence) ->
 @method("residual", source="calibrated, with arXiv 2410.20672's low-rank part of each layer")
 def residual(model: Any, members: Sequence[FeedForward], evidence: Evidence) -> Sharing:
     """Return what ``calibrated`` does with a residual of low rank to each map of each layer."""
-    return _calibrated(model, members, evidence)
+    rank = evidence.settings.rank or max(1, members[0].d_model // _DIMENSIONS_PER_RANK)
+    settings = replace(evidence.settings, rank=rank)
+    return _calibrated(model, members, replace(evidence, settings=settings))
 
 
 def _calibrated(model: Any, members: Sequence[FeedForward], evidence: Evidence) -> Sharing:

@@ -18,7 +18,8 @@ class Settings:
     W_in is solved for by ``regmean``; ``scale`` and ``bias`` that each layer has for its neurons;
     ``least_squares`` for W_out over ``tokens`` positions, solved ``rounds`` times, first on what
     the original layers read, then on what the merged model gives them. ``ridge``, relative to the
-    mean variance, holds both solutions to the mean. ``rank`` is that of ``residual``.
+    mean variance, holds both solutions to the mean. ``rank`` is that of ``residual``, by default
+    one for every 64 dimensions of the model.
     """
 
     anchor: Literal["first", "middle", "last", "joint"] = "first"
@@ -31,7 +32,7 @@ class Settings:
     rounds: int = 1
     ridge: float = 1e-2
     tokens: int = 16_384
-    rank: int = 8
+    rank: int | None = None
 
     def place(self, size: int) -> int:
         """Return the place of the anchor among ``size`` members."""
