@@ -1,0 +1,292 @@
+"""How good is merging? Every method and its rivals on the three reference tasks, at equal size.
+
+    python benchmarks/quality/run.py [--seeds 3] [--only methods recovery ablation precision]
+
+A third (k=3) and a half (k=4) of the six feed-forward sublayers of a stack are merged; Marian's
+encoder and decoder take the same layers. Calibration examples are drawn anew for each seed, the
+window is chosen on validation examples, and every figure is of test examples. Writes
+benchmarks/results/quality.json and prints the tables of docs/quality.md.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from statistics import mean, stdev
+from tempfile import TemporaryDirectory
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # one job, one core
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "examples"))
+
+import torch  # noqa: E402
+from reference.tasks import REFERENCES  # noqa: E402
+from transformers.utils import logging  # noqa: E402
+
+from ffmerge.exporter.package import ExportConfig, export  # noqa: E402
+from ffmerge.models import checkpoint  # noqa: E402
+from ffmerge.models.data import Examples, from_arrays  # noqa: E402
+from ffmerge.models.feedforward import find, stacks  # noqa: E402
+from ffmerge.passes.graph.audit import audit  # noqa: E402
+from ffmerge.passes.weights import baselines  # noqa: E402
+from ffmerge.passes.weights.evaluate import score_for  # noqa: E402
+from ffmerge.passes.weights.merge import MergeConfig, merge_  # noqa: E402
+from ffmerge.passes.weights.recover import RecoverConfig, recover_, twin  # noqa: E402
+from ffmerge.passes.weights.settings import Settings  # noqa: E402
+from ffmerge.runtime_tests.loaded import look  # noqa: E402
+from ffmerge.runtime_tests.validate import validate  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results" / "quality.json"
+METRIC = {"digits": "accuracy", "village": "perplexity", "numerals": "chrF"}
+SIZES = {  # calibration, validation, test examples; 16k positions of calibration or more
+    "digits": (1900, 1000, 4000),
+    "village": (260, 200, 400),
+    "numerals": (1000, 300, 600),
+}
+METHODS = ("average", "copy-anchor", "weights", "permute", "calibrated", "residual", "drop-ffn")
+RIVALS = ("drop-layer", "low-rank")
+STEPS, RATE = 300, 1e-3
+ABLATION: dict[str, dict[str, Any]] = {
+    "calibrated": {},
+    "importance 0 (plain mean)": {"importance": 0.0},
+    "importance 1": {"importance": 1.0},
+    "RegMean W_in": {"regmean": True},
+    "RegMean W_in, REPAIR scale": {"regmean": True, "scale": "repair"},
+    "REPAIR scale": {"scale": "repair"},
+    "no scale": {"scale": "none"},
+    "one bias for all layers": {"bias": False},
+    "W_out not solved for": {"least_squares": False},
+    "W_out solved 2 times": {"rounds": 2},
+    "ridge 1e-1": {"ridge": 1e-1},
+    "ridge 1e-3": {"ridge": 1e-3},
+    "aligned after the nonlinearity": {"after": True},
+    "anchor in the middle": {"anchor": "middle"},
+    "aligned jointly": {"anchor": "joint"},
+    "1k tokens": {"tokens": 1024},
+    "4k tokens": {"tokens": 4096},
+}
+
+
+def splits(name: str, seed: int) -> tuple[Examples, Examples, Examples]:
+    """Return calibration examples of a seed, validation and test examples that never change."""
+    load, sizes = REFERENCES[name].load, SIZES[name]
+    drawn = zip(("calibration", "validation", "test"), (seed, 0, 0), sizes, strict=True)
+    return tuple(from_arrays(load(split, s, count=n)) for split, s, n in drawn)
+
+
+def merged(name: str, k: int, seed: int, method: str, settings: dict[str, Any]) -> Any:
+    """Return a merged model, its original and the merge."""
+    calibration, validation, _ = splits(name, seed)
+    model = checkpoint.load(REFERENCES[name].folder)
+    original = twin(model)
+    tokens = settings.get("tokens", 16_384)
+    config = MergeConfig(
+        k=k, method=method, sync=True, tokens=tokens, batch_size=64, settings=Settings(**settings)
+    )
+    return model, original, merge_(model, calibration, config, validation)
+
+
+def run(job: tuple[str, ...]) -> dict[str, Any]:
+    """Do one job: ``(part, task, k, seed, label)``."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    part, name, k, seed, label = job
+    start = time.perf_counter()
+    found: dict[str, Any] = dict(part=part, task=name, k=k, seed=seed, label=label)
+    found |= {"rival": rival, "recovery": recovered, "precision": precisions}.get(part, untuned)(
+        name, k, seed, label
+    )
+    print(f"{time.perf_counter() - start:6.0f} s  {job}", file=sys.stderr, flush=True)
+    return {**found, "seconds": time.perf_counter() - start}
+
+
+def untuned(name: str, k: int, seed: int, label: str) -> dict[str, Any]:
+    """Merge by a method, or by ``calibrated`` with a switch of the ablation."""
+    if label == "none":
+        model = checkpoint.load(REFERENCES[name].folder)
+        value: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
+    else:
+        method, settings = (label, {}) if label in METHODS else ("calibrated", ABLATION[label])
+        model, _, merge = merged(name, k, seed, method, settings)
+        value = {
+            "parameters": merge.record.parameters_after,
+            "window": merge.record.groups[0].layers,
+            "windows": [c.value for c in merge.candidates],
+            "before": merge.record.metric["before"],
+        }
+    return {**value, "test": REFERENCES[name].metric(model, splits(name, seed)[2])}
+
+
+def rival(name: str, k: int, seed: int, label: str) -> dict[str, Any]:
+    """Make the model as small as merging does, in another way."""
+    calibration, validation, test = splits(name, seed)
+    task, model = REFERENCES[name], checkpoint.load(REFERENCES[name].folder)
+    by_stack = stacks(find(model))
+    before = sum(p.numel() for p in model.parameters())
+    score = score_for(model, task.task, validation, 64)
+    removed = (k - 1) * sum(
+        sum(model.get_parameter(w.name).numel() for w in members[0].weights)
+        for members in by_stack.values()
+    )
+    if label == "drop-layer":
+        rivals = baselines.drop_layers(model, by_stack, removed)
+    else:
+        rivals = baselines.factor(model, by_stack, removed, calibration.batches(64), 16_384)
+    values = []
+    for each in rivals:
+        with each.applied():
+            values.append(score.measure(model))
+    best = max(range(len(rivals)), key=lambda i: score.rank(values[i]))
+    with rivals[best].applied():
+        measured = task.metric(model, test)
+    return {
+        "parameters": before - rivals[best].removed, "window": rivals[best].what,
+        "windows": values, "test": measured,
+    }  # fmt: skip
+
+
+def recovered(name: str, k: int, seed: int, label: str) -> dict[str, Any]:
+    """Merge by a method, then follow the original for STEPS steps, without labels."""
+    model, original, merge = merged(name, k, seed, label, {})
+    start = time.perf_counter()
+    config = RecoverConfig(steps=STEPS, learning_rate=RATE, parts="all", seed=seed)
+    recover_(model, original, splits(name, seed)[0], config)
+    return {
+        "parameters": merge.record.parameters_after,
+        "window": merge.record.groups[0].layers,
+        "tuning": time.perf_counter() - start,
+        "test": REFERENCES[name].metric(model, splits(name, seed)[2]),
+    }
+
+
+def precisions(name: str, k: int, seed: int, label: str) -> dict[str, Any]:
+    """Export the unmerged, a calibrated or a residual model and serve it; test metric of ONNX."""
+    method, dtype = label.split()
+    model = checkpoint.load(REFERENCES[name].folder)
+    if method != "none":
+        model, _, _ = merged(name, k, seed, method, {})
+    with TemporaryDirectory() as folder:
+        package = export(model, Path(folder) / "package", ExportConfig(dtype=dtype))
+        checked = validate(package.path, examples=splits(name, seed)[2])
+        audited = audit(package.path, look)
+        return {
+            "bytes": sum(f.bytes for f in package.manifest.files if "onnx" in f.path),
+            "parity": checked.ok, "audit": audited.ok,
+            "test": {checked.metric.name: checked.metric.value},
+        }  # fmt: skip
+
+
+def jobs(seeds: int, only: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+    """Yield the jobs, long ones first."""
+    for name in ("numerals", "village", "digits"):
+        if "recovery" in only:
+            for k in (3, 4):
+                for seed in range(seeds):
+                    yield "recovery", name, k, seed, "calibrated"
+        if "precision" in only:
+            for method in ("none", "calibrated", "residual"):
+                for dtype in ("fp32", "int8", "int4"):
+                    yield "precision", name, 3, 0, f"{method} {dtype}"
+        if "methods" in only:
+            yield "methods", name, 1, 0, "none"
+            for k in (3, 4):
+                for seed in range(seeds):
+                    for method in METHODS:
+                        yield "methods", name, k, seed, method
+                    for method in RIVALS:
+                        yield "rival", name, k, seed, method
+        if "ablation" in only:
+            for seed in range(seeds):
+                for label in ABLATION:
+                    yield "ablation", name, 3, seed, label
+
+
+def main() -> None:
+    """Run all jobs on all cores, keep the results, print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parts = ("methods", "recovery", "ablation", "precision")
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts)
+    parser.add_argument("--tasks", nargs="+", choices=tuple(REFERENCES), default=tuple(REFERENCES))
+    chosen = parser.parse_args()
+    todo = [job for job in jobs(chosen.seeds, chosen.only) if job[1] in chosen.tasks]
+    start = time.perf_counter()
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        found = list(pool.map(run, todo, chunksize=1))
+    minutes = (time.perf_counter() - start) / 60
+    kept = json.loads(RESULTS.read_text())["results"] if RESULTS.is_file() else []
+    same = {(*map(r.get, ("part", "task", "k", "seed", "label")),) for r in found}
+    kept = [r for r in kept if (*map(r.get, ("part", "task", "k", "seed", "label")),) not in same]
+    RESULTS.write_text(json.dumps({"minutes": minutes, "results": kept + found}, indent=1) + "\n")
+    print(tables(kept + found))
+
+
+def tables(results: Sequence[dict[str, Any]]) -> str:
+    """Return the results as Markdown: mean over the seeds, and the spread where there is any."""
+    text = []
+    base = {r["task"]: r["test"][METRIC[r["task"]]] for r in results if r["label"] == "none"}
+
+    def cell(part: str, name: str, k: int, label: str) -> list[str]:
+        found = [
+            r for r in results
+            if (r["part"], r["task"], r["k"], r["label"]) == (part, name, k, label)
+        ]  # fmt: skip
+        values = [loss(r) for r in found]
+        if not values:
+            return ["", ""]
+        spread = f" ± {stdev(values):.2g}" if len(values) > 1 else ""
+        return [f"{shown(name, mean(r['test'][METRIC[name]] for r in found))}{spread}",
+                f"{mean(values) / mean(map(loss, reference(part, name, k))):.2f}"]  # fmt: skip
+
+    def loss(result: dict[str, Any]) -> float:
+        apart = result["test"][METRIC[result["task"]]] - base[result["task"]]
+        return apart if METRIC[result["task"]] == "perplexity" else -apart
+
+    def reference(part: str, name: str, k: int) -> list[dict[str, Any]]:
+        return [r for r in results
+                if (r["part"], r["task"], r["k"], r["label"]) == ("methods", name, k, "permute")]  # fmt: skip
+
+    def table(part: str, labels: Sequence[str], sizes: Sequence[int], title: str) -> None:
+        columns = [(name, k) for name in METRIC for k in sizes]
+        text.append(
+            f"| {title} | "
+            + " | ".join(f"{n} k={k} | of permute's loss" for n, k in columns)
+            + " |"
+        )
+        text.append("|---" * (1 + 2 * len(columns)) + "|")
+        for label in labels:
+            kind = "rival" if label in RIVALS else part
+            cells = [text for name, k in columns for text in cell(kind, name, k, label)]
+            if any(cells):
+                text.append(f"| {label} | " + " | ".join(cells) + " |")
+        text.append("")
+
+    def shown(name: str, value: float) -> str:
+        return f"{100 * value:.2f} %" if METRIC[name] == "accuracy" else f"{value:.3f}"
+
+    text += [
+        "Not merged: " + ", ".join(f"{n} {METRIC[n]} {shown(n, v)}" for n, v in base.items()),
+        "",
+    ]
+    table("methods", (*METHODS, *RIVALS), (3, 4), "method, untuned")
+    table("recovery", ("calibrated",), (3, 4), f"after {STEPS} steps without labels")
+    table("ablation", tuple(ABLATION), (3,), "calibrated, but for")
+    rows = [r for r in results if r["part"] == "precision"]
+    if rows:
+        text += ["| task | model | bytes | metric of ONNX | parity | audit |", "|---" * 6 + "|"]
+        for r in rows:
+            (value,) = r["test"].values()
+            (metric,) = r["test"]
+            text.append(f"| {r['task']} | {r['label']} | {r['bytes']:,} | {metric} {value:.4f} | "
+                        f"{'holds' if r['parity'] else 'FAILS'} | {'ok' if r['audit'] else 'FAILS'} |")  # fmt: skip
+    return "\n".join(text)
+
+
+if __name__ == "__main__":
+    main()
