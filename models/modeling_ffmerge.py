@@ -97,13 +97,29 @@ def maps_of(model: nn.Module) -> dict[str, Any]:
 
 
 def load_own_(maps: dict[str, Any], file: Any) -> None:
-    """Give maps the parts of their own that a file holds under ``group.layer.number.part``."""
-    parts: dict[str, dict[str, Tensor]] = {}
+    """Give maps the parts of their own that a file holds under ``group.layer.number.part``.
+
+    Raises:
+        ValueError: the file is of other maps, or a layer lacks a part that another has.
+    """
+    parts: dict[str, dict[str, Tensor]] = {place: {} for place in maps}
     for key, tensor in load_file(file).items():
         place, _, part = key.rpartition(".")
-        parts.setdefault(place, {})[part] = tensor.to(maps[place].weight)
+        parts.setdefault(place, {})[part] = tensor
     for place, tensors in parts.items():
-        give_own_(maps[place], tensors)
+        first = next(p for p in parts if p.split(".")[::2] == place.split(".")[::2])
+        if place not in maps or not _fit(maps[place], tensors) or {*parts[first]} != {*tensors}:
+            raise ValueError(f"{OWN} is of another model or not whole: {place} differs.")
+    for place, tensors in parts.items():
+        if tensors:
+            give_own_(maps[place], {part: t.to(maps[place].weight) for part, t in tensors.items()})
+
+
+def _fit(module: Any, parts: dict[str, Tensor]) -> bool:
+    shape, rank = tuple(module.weight.shape), len(parts.get("down", ()))
+    rows, columns = shape[::-1] if isinstance(module, Conv1D) else shape
+    sizes = {"scale": (rows,), "bias": (rows,), "down": (rank, columns), "up": (rows, rank)}
+    return all(tensor.shape == sizes.get(part) for part, tensor in parts.items())
 
 
 def pop_own(model: nn.Module, maps: dict[str, Any], state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -113,6 +129,7 @@ def pop_own(model: nn.Module, maps: dict[str, Any], state: dict[str, Tensor]) ->
         f"{keys[id(module)]}.{part}": state.pop(f"{name}.{part}").contiguous()
         for name, module in model.named_modules()
         for part in getattr(module, "own", ())
+        if f"{name}.{part}" in state  # ffmerge.save may have them already
     }
 
 
