@@ -291,18 +291,12 @@ def _fold(model: Any, state: dict[str, Any]) -> None:
 def _retie_(model: Any, record: MergeRecord, folder: Path) -> None:
     """Tie a loaded model, and give its layers what is their own."""
     ties.retie_(model, record)
-    if not record.own:
-        return
     file, maps = folder / modeling_ffmerge.OWN, ties.maps_of(model, record)
-    try:
-        if file.is_file():
-            modeling_ffmerge.load_own_(maps, file)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"{file} cannot be used: {_line(error)}") from error
-    have = [{part for part, _ in m.named_parameters()} for m in maps.values()]
-    lacking = {*record.own} - ({"bias"} & set.intersection(*have)) - (set.union(*have) - {"bias"})
-    if lacking:
-        raise InputError(f"{file} is to hold {min(lacking)} of each layer, as config.json tells.")
+    if modeling_ffmerge.in_file(maps, record.own):
+        try:
+            modeling_ffmerge.load_own_(maps, record.own, file)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise InputError(f"{file} cannot be used: {_line(error)}") from error
 
 
 def _remote_classes(auto_map: Any) -> list[str]:
