@@ -218,7 +218,11 @@ def save(
         settings |= {"state_dict": state, "variant": None if expanded else VARIANT}
     with staged(Path(target)) as folder:
         model.save_pretrained(folder, **settings)
-        if own and not expanded:
+        if own and expanded:  # the copies differ: there is nothing to tie again
+            config = read_json(folder / "config.json")
+            del config["ffmerge"]
+            write_json(folder / "config.json", config)
+        elif own:
             save_file(own, folder / modeling_ffmerge.OWN)
         if record and isinstance(model, getattr(transformers, type(model).__name__, ())):
             _add_code(model, record, folder, expanded)
@@ -243,8 +247,6 @@ def _add_code(model: Any, record: MergeRecord, folder: Path, expanded: bool) -> 
     """Let ``from_pretrained(..., trust_remote_code=True)`` find a class that ties, if need be."""
     config = read_json(folder / "config.json")
     config.pop("auto_map", None)
-    if expanded and record.own:
-        del config["ffmerge"]
     (folder / _CODE.name).unlink(missing_ok=True)
     if not expanded:
         name = type(model).__name__
@@ -289,13 +291,12 @@ def _fold(model: Any, state: dict[str, Any]) -> None:
 def _retie_(model: Any, record: MergeRecord, folder: Path) -> None:
     """Tie a loaded model, and give its layers what is their own."""
     ties.retie_(model, record)
-    file = folder / modeling_ffmerge.OWN
-    if file.is_file():
-        modeling_ffmerge.load_own_(ties.maps_of(model, record), file)
-    elif {*record.own} - {"bias"} or (
-        record.own and any(m.bias is None for m in ties.maps_of(model, record).values())
-    ):
-        raise InputError(f"{folder} holds no {file.name}, which its config.json tells of.")
+    file, maps = folder / modeling_ffmerge.OWN, ties.maps_of(model, record)
+    if modeling_ffmerge.in_file(maps, record.own):
+        try:
+            modeling_ffmerge.load_own_(maps, record.own, file)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise InputError(f"{file} cannot be used: {_line(error)}") from error
 
 
 def _remote_classes(auto_map: Any) -> list[str]:

@@ -96,14 +96,39 @@ def maps_of(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def load_own_(maps: dict[str, Any], file: Any) -> None:
-    """Give maps the parts of their own that a file holds under ``group.layer.number.part``."""
-    parts: dict[str, dict[str, Tensor]] = {}
+def in_file(maps: dict[str, Any], own: Any) -> set[str]:
+    """Return which of the parts ``own`` stand in a file: all but biases that every map has."""
+    biased = all(module.bias is not None for module in maps.values())
+    return {*own} - ({"bias"} if biased else set())
+
+
+def load_own_(maps: dict[str, Any], own: Any, file: Any) -> None:
+    """Give maps the parts ``own`` that a file holds under ``group.layer.number.part``.
+
+    Raises:
+        ValueError: the file is of other maps or parts, or a layer lacks one that another has.
+    """
+    parts: dict[str, dict[str, Tensor]] = {place: {} for place in maps}
     for key, tensor in load_file(file).items():
         place, _, part = key.rpartition(".")
-        parts.setdefault(place, {})[part] = tensor.to(maps[place].weight)
+        parts.setdefault(place, {})[part] = tensor
     for place, tensors in parts.items():
-        give_own_(maps[place], tensors)
+        first = next(p for p in parts if p.split(".")[::2] == place.split(".")[::2])
+        if place not in maps or not _fit(maps[place], tensors) or {*parts[first]} != {*tensors}:
+            raise ValueError(f"{OWN} is of another model or not whole: {place} differs.")
+    held = {part for tensors in parts.values() for part in tensors}
+    if held != in_file(maps, own):
+        raise ValueError(f"{OWN} holds {sorted(held)}, and config.json tells of {sorted(own)}.")
+    for place, tensors in parts.items():
+        if tensors:
+            give_own_(maps[place], {part: t.to(maps[place].weight) for part, t in tensors.items()})
+
+
+def _fit(module: Any, parts: dict[str, Tensor]) -> bool:
+    shape, rank = tuple(module.weight.shape), len(parts.get("down", ()))
+    rows, columns = shape[::-1] if isinstance(module, Conv1D) else shape
+    sizes = {"scale": (rows,), "bias": (rows,), "down": (rank, columns), "up": (rows, rank)}
+    return all(tensor.shape == sizes.get(part) for part, tensor in parts.items())
 
 
 def pop_own(model: nn.Module, maps: dict[str, Any], state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -113,6 +138,7 @@ def pop_own(model: nn.Module, maps: dict[str, Any], state: dict[str, Tensor]) ->
         f"{keys[id(module)]}.{part}": state.pop(f"{name}.{part}").contiguous()
         for name, module in model.named_modules()
         for part in getattr(module, "own", ())
+        if f"{name}.{part}" in state  # ffmerge.save may have them already
     }
 
 
@@ -143,10 +169,11 @@ class PreTrainedModel(transformers.PreTrainedModel):
                 setattr(model.get_submodule(owner), attribute, model.get_parameter(source))
             elif not new_head or any(part.isdigit() for part in name.split(".")):
                 raise ValueError(f"the checkpoint holds no value of the right size for {name}.")
-        if getattr(model.config, "ffmerge", {}).get("own"):
+        own = getattr(model.config, "ffmerge", {}).get("own", ())
+        if in_file(maps_of(model), own):
             where = {k: v for k, v in kwargs.items() if k in ("revision", "token", "cache_dir")}
             folder = args[0] if args else kwargs["pretrained_model_name_or_path"]
-            load_own_(maps_of(model), cached_file(folder, OWN, **where))
+            load_own_(maps_of(model), own, cached_file(folder, OWN, **where))
         model.__class__ = cls
         return (model, info) if wants_info else model
 

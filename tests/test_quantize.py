@@ -349,7 +349,9 @@ def decoded(floats, packed):
         scale = packed.graph.initializers.get(f"{name}/scale")
         if scale is None:
             continue
-        codes, shape = array(packed, name), value.const_value.numpy().shape
+        # equal codes are one tensor: of a pair with opposite signs only the scales differ
+        held = packed.graph.initializers.get(name) or scale.uses()[0].node.inputs[1]
+        codes, shape = held.const_value.numpy(), value.const_value.numpy().shape
         if codes.dtype == np.int8:  # per channel of the first axis longer than one
             values = codes * array(packed, f"{name}/scale").reshape(
                 -1, *[1] * (codes.ndim - 1 - (codes.shape[0] == 1))
@@ -360,7 +362,7 @@ def decoded(floats, packed):
             values = (values * array(packed, f"{name}/scale")[..., None]).reshape(-1, width)
             use = value.uses()[0].node
             straight = use.op_type == "Gather" or use.attributes.get_int("transB", 0)
-            values = values if straight else values.T
+            values = values[:, : shape[1]] if straight else values[:, : shape[0]].T
         value.const_value = ir.Tensor(np.ascontiguousarray(values.reshape(shape), dtype="f"))
     return floats
 
