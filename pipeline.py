@@ -65,7 +65,7 @@ def merge(
             state = out.with_name(f".{out.name}.recovery")
             recover_(model, original, calibration, recovery, show, state)
             show("measuring", 0, 0)
-            score = score_for(original, task, held_out, config.batch_size)
+            score = score_for(original, task, held_out, config.batch_size, config.criterion)
             metric = {**result.record.metric, "recovered": score.measure(model)}
             result = replace(result, record=replace(result.record, metric=metric))
             model.config.ffmerge = result.record.to_json()
