@@ -18,6 +18,7 @@ from ffmerge.files import FIRST_PROCESS, plain, refuse_existing, staged
 from ffmerge.models import checkpoint, data, digits, tasks
 from ffmerge.models.manifest import Manifest
 from ffmerge.passes.weights import merge as merging
+from ffmerge.passes.weights import search
 from ffmerge.passes.weights.evaluate import score_for
 from ffmerge.passes.weights.merge import Merge, MergeConfig
 from ffmerge.passes.weights.recover import RecoverConfig, recover_, twin
@@ -199,7 +200,7 @@ def _measured_again(check: Validation, folder: Path) -> Validation:
 
 
 def _merged(
-    method: str, calibration: data.Examples, held_out: data.Examples, show: merging.Progress
+    method: str, calibration: data.Examples, held_out: data.Examples, show: search.Progress
 ) -> tuple[Any, Merge]:
     model = checkpoint.load(_DEMO_MODEL)
     config = MergeConfig(k=_DEMO_K, method=method)
@@ -207,7 +208,7 @@ def _merged(
 
 
 @contextmanager
-def _progress() -> Iterator[merging.Progress]:
+def _progress() -> Iterator[search.Progress]:
     """Yield ``show(step, done, total)``, a bar on stderr; total 0 means: no end is known."""
     disable_progress_bar()  # transformers draws one for every file: one display is enough
     console = Console(stderr=True)

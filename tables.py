@@ -52,7 +52,7 @@ def merge_table(merge: Any, out: Path) -> Group:
         if metric["recovered"] is not None:
             rows.append(("after recovery", "", f"{metric['recovered']:.4f}"))
     title = f"{out}: {record.method}, {_layers(record.groups)} share"
-    shown = [_table(title, ("", "before", "merged"), rows)]
+    shown: list[Any] = [_table(title, ("", "before", "merged"), rows)]
     if merge.frontier:
         steps = (
             (_layers(p.groups), *[p.dtype] * bool(p.dtype), size_text(p.bytes), f"{p.value:.4f}")
@@ -62,7 +62,7 @@ def merge_table(merge: Any, out: Path) -> Group:
         shown.append(_table("Frontier", ("layers", *auto, "bytes", metric["name"]), steps))
     if metric.get("dtype"):
         command = f"ffmerge export {out} PACKAGE --dtype {metric['dtype']}"
-        shown.append(_table(f"Next: {command}", (), ()))
+        shown.append(f"Next: {command}")
     return Group(*shown)
 
 

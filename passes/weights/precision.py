@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+_ROUNDED = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d)
 DTYPES = ("fp32", "fp16", "int8", "int4")
 _FLOOR = 1024  # elements below which a weight stays float32
 _BLOCK = 32
@@ -37,13 +38,13 @@ def bytes_of(model: nn.Module, dtype: str) -> int:
 
 @contextmanager
 def rounded(model: nn.Module, dtype: str) -> Iterator[None]:
-    """Round the weights of linear maps and tables to ``dtype`` for the length of the block.
+    """Round the weights of maps, convolutions and tables to ``dtype`` for the length of the block.
 
     Each only while it is used: a large model is never held twice.
     """
     with ExitStack() as stack:
         for module in model.modules():
-            if isinstance(module, (nn.Linear, Conv1D, nn.Embedding)):
+            if isinstance(module, _ROUNDED):
                 whole: list[Tensor] = []
                 before, after = partial(_round_, whole, dtype), partial(_restore_, whole)
                 stack.callback(module.register_forward_pre_hook(before).remove)
@@ -82,11 +83,12 @@ def _round_(whole: list[Tensor], dtype: str, module: Any, args: tuple[Any, ...])
     whole.append(weight.data)
     if weight.numel() < _FLOOR and dtype != "fp16":
         return None
-    table, turned = isinstance(module, nn.Embedding), isinstance(module, Conv1D)
-    rows = weight.data.T if turned else weight.data
-    new = to_dtype(rows, dtype, summed=not table)
-    weight.data = new.T if turned else new
-    if dtype != "int8" or table:
+    product, turned = isinstance(module, (nn.Linear, Conv1D)), isinstance(module, Conv1D)
+    rows = (weight.data.T if turned else weight.data).flatten(1)
+    kind = "int8" if weight.ndim > 2 and dtype == "int4" else dtype
+    new = to_dtype(rows, kind, summed=product)
+    weight.data = new.T if turned else new.view_as(weight)
+    if dtype != "int8" or not product:
         return None
     x = args[0]  # one range for the whole of it, zero included
     low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
