@@ -103,7 +103,7 @@ def parse_budget(text: str, whole: int) -> int:
     the model has, ``75%`` three quarters of it.
 
     Raises:
-        InputError: the text has no such form, or leaves nothing.
+        InputError: the text has no such form.
     """
     number = r"(\d+(?:\.\d+)?)"
     if match := re.fullmatch(rf"(-?){number}%", text):
@@ -115,6 +115,4 @@ def parse_budget(text: str, whole: int) -> int:
         )
     else:
         raise InputError(f"budget {text!r} is not of the form 60MB, -25% or 75%.")
-    if size < 1:
-        raise InputError(f"budget {text!r} leaves nothing of the model.")
     return int(size)

@@ -202,6 +202,16 @@ def test_budgets_of_the_command_line(tmp_path, monkeypatch, capsys) -> None:
     assert groups == found["groups"] == found["frontier"][-1]["groups"]
 
 
+def test_what_is_out_of_reach_is_refused_before_anything_is_tried() -> None:
+    steps: list[str] = []
+    with pytest.raises(InputError, match="out of reach"):
+        merge_(
+            _model(), _pixels(), MergeConfig(budget="-90%"),
+            progress=lambda step, done, total: steps.append(step),
+        )  # fmt: skip
+    assert not steps
+
+
 @pytest.mark.parametrize(
     ("text", "size"),
     [
