@@ -85,10 +85,23 @@ def merge(
     k: Annotated[
         int | None, typer.Option("--k", help="Merge k layers; the best window is chosen.")
     ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(help="Join layers until the model is this small: 60MB, or -25%."),
+    ] = None,
+    any_layers: Annotated[
+        bool, typer.Option("--any-layers", help="For --budget also layers that are no neighbours.")
+    ] = False,
+    dtype: Annotated[
+        str | None, typer.Option(help="auto: --budget is the package's, its precision is chosen.")
+    ] = None,
     data: Data = None,
     validation: Annotated[
-        str | None, typer.Option(help="Data that chooses the window; else half of --data.")
+        str | None, typer.Option(help="Data that chooses the layers; else half of --data.")
     ] = None,
+    criterion: Annotated[
+        str, typer.Option(help="What chooses: metric, or fidelity, which needs no labels.")
+    ] = "metric",
     method: Annotated[
         str,
         typer.Option(
@@ -132,7 +145,10 @@ def merge(
     from ffmerge.tables import merge_table
 
     windows, stacks = parse_windows(window or ()), tuple(stack or ())
-    config = MergeConfig(k, windows, stacks, sync, method, tokens, batch_size, task)
+    config = MergeConfig(
+        k, windows, stacks, sync, method, tokens, batch_size, task, budget=budget,
+        adjacent=not any_layers, dtype=dtype, criterion=criterion,
+    )  # fmt: skip
     recovery = RecoverConfig(
         recover, learning_rate, batch_size, parts=recover_parts, labels=recover_labels
     )

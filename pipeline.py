@@ -18,6 +18,7 @@ from ffmerge.files import FIRST_PROCESS, plain, refuse_existing, staged
 from ffmerge.models import checkpoint, data, digits, tasks
 from ffmerge.models.manifest import Manifest
 from ffmerge.passes.weights import merge as merging
+from ffmerge.passes.weights import search
 from ffmerge.passes.weights.evaluate import score_for
 from ffmerge.passes.weights.merge import Merge, MergeConfig
 from ffmerge.passes.weights.recover import RecoverConfig, recover_, twin
@@ -65,7 +66,7 @@ def merge(
             state = out.with_name(f".{out.name}.recovery")
             recover_(model, original, calibration, recovery, show, state)
             show("measuring", 0, 0)
-            score = score_for(original, task, held_out, config.batch_size)
+            score = score_for(original, task, held_out, config.batch_size, config.criterion)
             metric = {**result.record.metric, "recovered": score.measure(model)}
             result = replace(result, record=replace(result.record, metric=metric))
             model.config.ffmerge = result.record.to_json()
@@ -197,7 +198,7 @@ def _measured_again(check: Validation, folder: Path) -> Validation:
 
 
 @contextmanager
-def _progress() -> Iterator[merging.Progress]:
+def _progress() -> Iterator[search.Progress]:
     """Yield ``show(step, done, total)``, a bar on stderr; total 0 means: no end is known."""
     disable_progress_bar()  # transformers draws one for every file: one display is enough
     console = Console(stderr=True)

@@ -39,10 +39,9 @@ def inspection_table(found: Any) -> Group:
     return Group(stacks, removable, *([left] if found.left_alone else []))
 
 
-def merge_table(merge: Any, out: Path) -> Table:
-    """Show before and after of a Merge."""
+def merge_table(merge: Any, out: Path) -> Group:
+    """Show before and after of a Merge, of a budget every step, and what to run next."""
     record, metric = merge.record, merge.record.metric
-    layers = "; ".join(f"{g.stack} {g.layers[0]}-{g.layers[-1]}" for g in record.groups)
     rows = [
         ("parameters", f"{record.parameters_before:,}", f"{record.parameters_after:,}"),
         ("bytes", size_text(record.bytes_before), size_text(record.bytes_after)),
@@ -52,7 +51,30 @@ def merge_table(merge: Any, out: Path) -> Table:
         rows.append((name, f"{metric['before']:.4f}", f"{metric['merged']:.4f}"))
         if metric["recovered"] is not None:
             rows.append(("after recovery", "", f"{metric['recovered']:.4f}"))
-    return _table(f"{out}: {record.method}, {layers} share", ("", "before", "merged"), rows)
+    title = f"{out}: {record.method}, {_layers(record.groups)} share"
+    shown: list[Any] = [_table(title, ("", "before", "merged"), rows)]
+    if merge.frontier:
+        steps = (
+            (_layers(p.groups), *[p.dtype] * bool(p.dtype), size_text(p.bytes), f"{p.value:.4f}")
+            for p in merge.frontier
+        )
+        auto = ["dtype"] * bool(merge.frontier[0].dtype)
+        shown.append(_table("Frontier", ("layers", *auto, "bytes", metric["name"]), steps))
+    if metric.get("dtype"):
+        command = f"ffmerge export {out} PACKAGE --dtype {metric['dtype']}"
+        shown.append(f"Next: {command}")
+    return Group(*shown)
+
+
+def _layers(groups: Any) -> str:
+    """Return groups in words: runs of layers as first-last, others one by one."""
+    words = []
+    for group in groups:
+        first, *_, last = group.layers
+        run = group.layers == tuple(range(first, last + 1))
+        layers = f"{first}-{last}" if run else ", ".join(map(str, group.layers))
+        words.append(f"{group.stack} {layers}")
+    return "; ".join(words) or "no layers"
 
 
 def package_table(package: Any) -> Table:

@@ -94,3 +94,25 @@ def parse_windows(texts: Sequence[str]) -> Window | dict[str, Window] | None:
             raise InputError(f"window {text}: give one window, or STACK:FIRST-LAST once per stack.")
         windows[name] = (first, last)
     return windows.get("", windows or None)
+
+
+def parse_budget(text: str, whole: int) -> int:
+    """Return the bytes of a budget for a model of ``whole`` bytes.
+
+    ``60MB`` is a size (kB, MB, GB are decimal, KiB, MiB, GiB binary), ``-25%`` a quarter less than
+    the model has, ``75%`` three quarters of it.
+
+    Raises:
+        InputError: the text has no such form.
+    """
+    number = r"(\d+(?:\.\d+)?)"
+    if match := re.fullmatch(rf"(-?){number}%", text):
+        percent = float(match[2])
+        size = whole * (100 - percent if match[1] else percent) / 100
+    elif match := re.fullmatch(rf"{number} ?(?:([kKMGT])(i?))?B", text):
+        size = float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(
+            (match[2] or " ").upper()
+        )
+    else:
+        raise InputError(f"budget {text!r} is not of the form 60MB, -25% or 75%.")
+    return int(size)

@@ -28,16 +28,24 @@ class Score:
         return value if self.higher_is_better else -value
 
 
-def score_for(model: Any, task: str, examples: Examples, batch_size: int) -> Score:
+def score_for(
+    model: Any, task: str, examples: Examples, batch_size: int, criterion: str = "metric"
+) -> Score:
     """Return the task's metric on ``examples``, or the fidelity to ``model`` as it is now.
 
     Fidelity is the mean cosine between the outputs of the model that is measured and those of
-    the original: it needs no labels and is 1 for the original.
+    the original: it needs no labels and is 1 for the original. It is taken where there is no
+    metric or nothing to hold it against, and if ``criterion`` is ``fidelity``.
+
+    Raises:
+        InputError: there is no such criterion.
     """
+    if criterion not in ("metric", "fidelity"):
+        raise InputError(f"there is no criterion {criterion!r}: choose metric or fidelity.")
     task = base(task)
     if task == "automatic-speech-recognition" and model.config.is_encoder_decoder:
         task = "text2text-generation"  # other models of this task give frames, not tokens
-    metric = for_task(task)
+    metric = for_task(task) if criterion == "metric" else None
     first = next(iter(examples.batches(batch_size)))
     if metric and ("labels" in first or task == "text-generation"):
         measure = _labelled(metric, task, examples, batch_size)

@@ -1,41 +1,50 @@
 """Merge feed-forward sublayers of one or several stacks: choose windows, compute, tie."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from operator import itemgetter
 from typing import Any
-
-from torch import nn
 
 from ffmerge.errors import InputError
 from ffmerge.files import plain
 from ffmerge.models import tasks, ties
 from ffmerge.models.data import Examples, from_arrays
 from ffmerge.models.feedforward import FeedForward, proven, stacks
-from ffmerge.models.plan import Group, MergeRecord, Window
+from ffmerge.models.plan import MergeRecord, Window, parse_budget
 from ffmerge.models.probe import Array
-from ffmerge.models.ties import Sharing
-from ffmerge.passes.weights import methods, statistics
+from ffmerge.passes.weights import methods
 from ffmerge.passes.weights.evaluate import score_for
 from ffmerge.passes.weights.methods import Evidence
+from ffmerge.passes.weights.search import (
+    Candidate,
+    Choice,
+    Point,
+    Progress,
+    State,
+    Trials,
+    form,
+    shrink,
+    size_of,
+)
 from ffmerge.passes.weights.settings import Settings
 
-# The sublayers that one candidate would tie: for each stack of the search its members.
-Choice = tuple[tuple[FeedForward, ...], ...]
 Data = Examples | Mapping[str, Array] | None
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class MergeConfig:
     """Settings of a merge.
 
-    Give ``window`` (first and last layer, inclusive; one for every stack, or by stack) or ``k``
-    (every window of k layers is tried). ``stacks`` may be empty for a model's only stack, and for
-    encoder and decoder. Each stack is searched alone, with those before it merged already; with
-    ``sync`` all take the same layers. ``tokens`` are the positions the statistics of each stack
-    are taken from, about 10,000 in the paper.
+    Give ``window`` (first and last layer, inclusive; one for every stack, or by stack), ``k``
+    (every window of k layers is tried) or ``budget`` (a size such as ``60MB``, or ``-25%``: layers
+    are joined one by one, the best measured first, until the model is that small). ``stacks`` may
+    be empty for a model's only stack, and for encoder and decoder. For ``k`` each stack is searched
+    alone, with those before it merged already, or with ``sync`` all take the same layers; for
+    ``budget`` all stacks compete. ``adjacent`` joins neighbours only; ``dtype="auto"`` chooses the
+    precision of the package too, whose size then is the budget's. ``criterion`` is what chooses:
+    ``metric``, where there is one, or ``fidelity`` to the original, which needs no labels.
+    ``tokens`` are the positions the statistics of each stack are taken from, about 10,000 in the
+    paper.
     """
 
     k: int | None = None
@@ -47,26 +56,25 @@ class MergeConfig:
     batch_size: int = 32
     task: str | None = None
     settings: Settings = field(default_factory=Settings)
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """Layers that were tried, and the metric of the merged, untuned model."""
-
-    groups: tuple[Group, ...]
-    value: float
+    budget: str | None = None
+    adjacent: bool = True
+    dtype: str | None = None
+    criterion: str = "metric"
 
 
 @dataclass(frozen=True)
 class Merge:
-    """What was done, and all that was tried on the way."""
+    """What was done, all that was tried, and of a budget the size and quality after each step."""
 
     record: MergeRecord
     candidates: tuple[Candidate, ...]
+    frontier: tuple[Point, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        return plain({**vars(self.record), "candidates": self.candidates})
+        return plain(
+            {**vars(self.record), "candidates": self.candidates, "frontier": self.frontier}
+        )
 
 
 def merge_(
@@ -89,55 +97,53 @@ def merge_(
     chosen = _stacks(model, config)
     together = [list(chosen)] if config.sync else [[name] for name in chosen]
     searches = [_choices({name: chosen[name] for name in names}, config) for names in together]
-    tried = sum(map(len, searches))
+    tried = [choice for search in searches for choice in search]
     calibration, held_out = _examples(data), _examples(validation)
     if calibration is not None and held_out is None:
         calibration, held_out = calibration.halves()
-    if calibration is None and (method.needs_data or tried > len(searches)):
-        raise InputError(f"method {method.name!r} with {tried} windows to try needs data.")
-    evidence = {name: Evidence(config.settings) for name in chosen}
-    if calibration is not None and method.needs_data:
-        batches = _watched(calibration, config.batch_size, progress)
-        pairs: dict[str, list[tuple[FeedForward, FeedForward]]] = {name: [] for name in chosen}
-        for members in (members for search in searches for choice in search for members in choice):
-            pairs[members[0].stack] += config.settings.pairs(members)
-        limits = config.tokens, config.settings.after
-        moments = statistics.collect(model, pairs, batches, *limits)
+    if calibration is None and (method.needs_data or len(tried) > len(searches)):
+        raise InputError(f"method {method.name!r} with {len(tried)} windows to try needs data.")
+    evidence, watched = dict.fromkeys(chosen, Evidence(config.settings)), None
+    if calibration is not None:
+        watched = partial(_watched, calibration, config.batch_size, progress)
         again = partial(calibration.batches, config.batch_size)
-        evidence = {n: Evidence(config.settings, moments[n], again) for n in chosen}
+        evidence = dict.fromkeys(chosen, Evidence(config.settings, None, again))
     score = None
     if held_out is not None:
         task = config.task or tasks.infer(model)
-        score = score_for(model, task, held_out, config.batch_size)
-    before = _size(model)
-    quality = value = score.measure(model) if score else None
-    candidates: list[Candidate] = []
-    groups: list[Group] = []
-
-    def attempts(search: Sequence[Choice]) -> Iterator[tuple[float, Choice, list[Sharing]]]:
-        for choice in search:
-            shared = [method.merge(model, m, evidence[m[0].stack]) for m in choice]
-            rank = 0.0
-            if score:
-                with ties.tied(model, choice, shared):
-                    candidates.append(Candidate(_groups(choice), score.measure(model)))
-                rank = score.rank(candidates[-1].value)
-                progress("windows", len(candidates), tried)
-            yield rank, choice, shared
-
-    for search in searches:
-        rank, choice, shared = max(attempts(search), key=itemgetter(0))  # the earliest of equals
-        ties.tie_(model, choice, shared)
-        groups += _groups(choice)
-        value = score.rank(rank) if score else None
-    metric = {"name": score.name if score else None, "before": quality, "merged": value}
-    metric |= {"recovered": None, "examples": len(held_out or ())}
-    after = _size(model)
-    own = tuple(sorted({part for each in shared for part in each.parts}))
-    sizes = (before[0], after[0], before[1], after[1])
-    record = MergeRecord(method.name, tuple(groups), *sizes, metric, own)
-    model.config.ffmerge = record.to_json()
-    return Merge(record, tuple(candidates))
+        score = score_for(model, task, held_out, config.batch_size, config.criterion)
+    elif config.budget:
+        raise InputError("a budget is met by measuring what is lost: it needs data.")
+    parameters, size = size_of(model)
+    now = before = Candidate((), score.measure(model) if score else 0.0, size)
+    trials = Trials(model, method, evidence, score, watched, config.tokens, progress)
+    metric: dict[str, Any] = {"name": score.name if score else None}
+    frontier: tuple[Point, ...] = ()
+    if config.budget:
+        units = [(sublayer,) for members in chosen.values() for sublayer in members]
+        limit, auto = parse_budget(config.budget, size), config.dtype == "auto"
+        state, point, frontier = shrink(trials, units, before, limit, config.adjacent, auto)
+        ties.tie_(model, state.groups, state.shared)
+        metric |= {"dtype": point.dtype, "rounded": point.value} if auto else {}
+        groups = point.groups
+        now = next(Candidate(p.groups, p.value, 0) for p in frontier if p.groups == groups)
+    else:
+        groups = ()
+        trials.learn(tried)
+        for search in searches:
+            options = [(choice, State()) for choice in search]
+            now, state = trials.best(options, lambda candidate: trials.rank(candidate.value))
+            ties.tie_(model, state.groups, state.shared)
+            groups += now.groups
+    metric |= {"before": before.value, "merged": now.value} if score else {}
+    metric = {"before": None, "merged": None, "recovered": None} | metric
+    metric["examples"] = len(held_out or ())
+    left, smaller = size_of(model)
+    own = tuple(sorted({part for each in state.shared for part in each.parts}))
+    record = MergeRecord(method.name, groups, parameters, left, size, smaller, metric, own)
+    if groups:
+        model.config.ffmerge = record.to_json()
+    return Merge(record, tuple(trials.tried), frontier)
 
 
 def _stacks(model: Any, config: MergeConfig) -> dict[str, tuple[FeedForward, ...]]:
@@ -167,8 +173,14 @@ def _stacks(model: Any, config: MergeConfig) -> dict[str, tuple[FeedForward, ...
 
 def _choices(by_name: Mapping[str, tuple[FeedForward, ...]], config: MergeConfig) -> list[Choice]:
     """Return what to try: the given windows, or all windows of k layers of every stack alike."""
-    if (config.k is None) == (config.window is None):
-        raise InputError("give either a window or the number k of layers to merge.")
+    if sum(given is not None for given in (config.k, config.window, config.budget)) != 1:
+        raise InputError("give either a window, the number k of layers to merge, or a budget.")
+    if config.budget is None and config.dtype:
+        raise InputError("a precision is chosen for a budget: give one.")
+    if config.dtype not in (None, "auto") or (config.sync and config.budget):
+        raise InputError("for a budget dtype is auto or none, and stacks are not in step.")
+    if config.budget:
+        return []
     numbers = {name: [s.layer for s in members] for name, members in by_name.items()}
     given, k = config.window, config.k or 0
     spans: list[list[Sequence[int]]] = [[]]
@@ -195,19 +207,10 @@ def _choices(by_name: Mapping[str, tuple[FeedForward, ...]], config: MergeConfig
         )
         for windows in spans
     ]
-    alike = [c for c in choices if all(len({_form(s) for s in members}) == 1 for members in c)]
+    alike = [c for c in choices if all(len({form(s) for s in members}) == 1 for members in c)]
     if not alike:
         raise InputError("no window holds sublayers of one size: they cannot share weights.")
     return alike
-
-
-def _form(sublayer: FeedForward) -> tuple[Any, ...]:
-    weights = [(w.neurons, w.blocks) for w in sublayer.weights]
-    return (sublayer.d_model, sublayer.d_ff, *weights)
-
-
-def _groups(choice: Choice) -> tuple[Group, ...]:
-    return tuple(Group(m[0].stack, tuple(s.layer for s in m)) for m in choice)
 
 
 def _examples(data: Data) -> Examples | None:
@@ -218,9 +221,3 @@ def _watched(examples: Examples, size: int, progress: Progress) -> Iterator[dict
     for done, batch in enumerate(examples.batches(size), 1):
         yield batch
         progress("statistics", min(done * size, len(examples)), len(examples))
-
-
-def _size(model: nn.Module) -> tuple[int, int]:
-    """Return parameters and bytes of ``model``, every shared parameter counted once."""
-    parameters = list(model.parameters())
-    return sum(p.numel() for p in parameters), sum(p.nbytes for p in parameters)

@@ -19,8 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast, parse_flag_from_env, reduce
+from accelerate.utils import broadcast, reduce
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -32,6 +31,7 @@ from ffmerge.models.checkpoint import merge_record
 from ffmerge.models.data import Examples
 from ffmerge.models.metrics import IGNORED, for_task, labels_of
 from ffmerge.models.probe import Array
+from ffmerge.passes.weights.processes import join
 from ffmerge.passes.weights.statistics import _mask, forward, positions
 
 _STATES = ("hidden_states", "encoder_hidden_states", "decoder_hidden_states")
@@ -111,7 +111,7 @@ def recover_(
         InputError: the settings, the data or the saved state do not fit, or the loss diverges.
     """
     mixed = _check(config)
-    state = _processes()
+    state = join()
     task = config.task or (tasks.infer(model) if config.labels else "")
     if config.labels and not for_task(task):
         raise InputError(f"{task} has no loss on labels here: recover without labels.")
@@ -174,22 +174,6 @@ def _check(config: RecoverConfig) -> bool:
         if not holds:
             raise InputError(f"recovery is asked for {what}.")
     return precision == "bf16"
-
-
-def _processes() -> PartialState:
-    """Join the other processes; alone, be the only one.
-
-    Without an accelerator accelerate must be told so: it would let each process run for itself.
-    """
-    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    state = PartialState(cpu=cpu)
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if state.num_processes != started:
-        raise InputError(
-            f"{started} processes were started and {state.num_processes} joined: make no "
-            "PartialState or Accelerator before, or on the CPU one with cpu=True."
-        )
-    return state
 
 
 def _trained(model: Any, parts: str) -> dict[str, nn.Parameter]:

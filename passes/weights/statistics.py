@@ -66,6 +66,15 @@ class Moments:
                 cross[view].addr_((scale * shift[a][view]).float(), shift[b][view].float())
         self.count = total
 
+    def joined(self, other: "Moments") -> "Moments":
+        """Return these moments with those of other layers and pairs at the same positions."""
+        found = Moments((*self.cross, *other.cross), self.count)
+        for name in ("mean", "squares", "cross"):
+            getattr(found, name).update(getattr(self, name) | getattr(other, name))
+        if self.inputs and other.inputs:
+            found.inputs = self.inputs.joined(other.inputs)
+        return found
+
     def correlation(self, anchor: int, other: int) -> Tensor:
         """Return equation (1), the (f, f) Pearson correlation; rows are the anchor's neurons.
 

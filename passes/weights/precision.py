@@ -1,0 +1,101 @@
+"""A model as a package in fewer bits would compute it, without making the package.
+
+The conventions are those of ``passes/graph/quantize.py``; what is told here is the size of the
+weights and the effect of rounding them, and for int8 of rounding what they are multiplied by.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+_ROUNDED = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d)
+DTYPES = ("fp32", "fp16", "int8", "int4")
+_FLOOR = 1024  # elements below which a weight stays float32
+_BLOCK = 32
+
+
+def bytes_of(model: nn.Module, dtype: str) -> int:
+    """Return the bytes of the weights of a package, scales counted, every shared one once.
+
+    Graph, and copies that runtimes need of a weight, are not in it.
+    """
+    total = 0
+    for parameter in model.parameters():
+        count = parameter.numel()
+        if dtype in ("fp32", "fp16") or parameter.ndim < 2 or count < _FLOOR:
+            total += count * (2 if dtype == "fp16" else 4)
+        elif dtype == "int4" and parameter.ndim == 2:
+            total += count // 2 + 4 * (count // _BLOCK)
+        else:
+            total += count + 4 * max(parameter.shape)
+    return total
+
+
+@contextmanager
+def rounded(model: nn.Module, dtype: str) -> Iterator[None]:
+    """Round the weights of maps, convolutions and tables to ``dtype`` for the length of the block.
+
+    Each only while it is used: a large model is never held twice.
+    """
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, _ROUNDED):
+                whole: list[Tensor] = []
+                before, after = partial(_round_, whole, dtype), partial(_restore_, whole)
+                stack.callback(module.register_forward_pre_hook(before).remove)
+                stack.callback(module.register_forward_hook(after, always_call=True).remove)
+        yield
+
+
+def to_dtype(weight: Tensor, dtype: str, summed: bool = True) -> Tensor:
+    """Return a (rows, columns) weight as ``dtype`` can hold it, in its own type.
+
+    The columns of a row are multiplied with an input and summed, if ``summed``; int4 has a scale
+    for each 32 of them, int8 one for each row.
+    """
+    values = weight.float()
+    if dtype == "fp16":
+        return values.half().to(weight.dtype)
+    if dtype == "int8":
+        largest = values.abs().amax(1, keepdim=True)
+        if summed:  # the codes of two neighbours sum to 127 at most: see quantize.py
+            pairs = values[:, : values.shape[1] // 2 * 2].unflatten(1, (-1, 2)).sum(-1)
+            largest = largest.maximum(pairs.abs().amax(1, keepdim=True))
+        scale, codes = largest / 127, (-127, 127)
+    else:
+        width = values.shape[1]
+        filled = nn.functional.pad(values, (0, -width % _BLOCK))
+        values = filled.unflatten(1, (-1, _BLOCK))
+        low, high = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
+        scale, codes = torch.where(high > -low, high, low) / -8, (-8, 7)
+    scale = scale.where(scale != 0, 1)
+    values = (values / scale).round().clamp(*codes) * scale
+    return values.flatten(1)[:, : weight.shape[1]].to(weight.dtype)
+
+
+def _round_(whole: list[Tensor], dtype: str, module: Any, args: tuple[Any, ...]) -> Any:
+    weight = module.weight
+    whole.append(weight.data)
+    if weight.numel() < _FLOOR and dtype != "fp16":
+        return None
+    product, turned = isinstance(module, (nn.Linear, Conv1D)), isinstance(module, Conv1D)
+    rows = (weight.data.T if turned else weight.data).flatten(1)
+    kind = "int8" if weight.ndim > 2 and dtype == "int4" else dtype
+    new = to_dtype(rows, kind, summed=product)
+    weight.data = new.T if turned else new.view_as(weight)
+    if dtype != "int8" or not product:
+        return None
+    x = args[0]  # one range for the whole of it, zero included
+    low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
+    step = ((high - low) / 255).clamp(min=1e-12)
+    zero = (-low / step).round()
+    return (((x / step + zero).round().clamp(0, 255) - zero) * step, *args[1:])
+
+
+def _restore_(whole: list[Tensor], module: Any, *_: Any) -> None:
+    module.weight.data = whole.pop()

@@ -1,0 +1,403 @@
+"""Selection against a search redone by hand, sizes against files, precisions against packages."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from safetensors import safe_open
+from test_merge import _data, _pairs_of_texts, _permute_neurons
+from tiny import gpt2, vit
+from tiny_wider import SEQ2SEQ, t5
+
+import ffmerge.__main__ as command_line
+from ffmerge.errors import InputError
+from ffmerge.exporter import package
+from ffmerge.exporter.package import ExportConfig
+from ffmerge.models import checkpoint
+from ffmerge.models.data import from_arrays
+from ffmerge.models.feedforward import find, stacks
+from ffmerge.models.plan import Group, parse_budget
+from ffmerge.passes.graph.quantize import _blocks, _int8
+from ffmerge.passes.weights import methods, precision, statistics
+from ffmerge.passes.weights.evaluate import score_for
+from ffmerge.passes.weights.merge import MergeConfig, merge_
+from ffmerge.passes.weights.methods import Evidence
+from ffmerge.passes.weights.search import Trials
+from ffmerge.passes.weights.settings import Settings
+
+SEQ2SEQ_TASK = "text2text-generation"
+
+
+def _model() -> Any:
+    """Five layers, of which 1 and 3 compute the same."""
+    model = vit(32, 64, 5)
+    _permute_neurons(model, 1, 3)
+    return model
+
+
+def _pixels(rows: int = 24) -> dict[str, np.ndarray]:
+    return {"pixel_values": _data(_model(), rows)["pixel_values"]}
+
+
+def _sizes(model: Any) -> set[int]:
+    return {sum(model.get_parameter(w.name).nbytes for w in s.weights) for s in find(model)}
+
+
+def test_layers_that_compute_the_same_are_joined_first_wherever_they_stand() -> None:
+    result = merge_(_model(), _pixels(), MergeConfig(budget="-15%", adjacent=False))
+    first = result.frontier[1]
+    assert first.groups == (Group("layers", (1, 3)),)
+    assert first.value == pytest.approx(1, abs=1e-6)  # measured 0
+    tried = {c.groups[0].layers: c.value for c in result.candidates[:10]}
+    assert len(tried) == 10
+    assert sorted(tried.values())[-2] < 0.999  # measured 0.9944
+    result = merge_(_model(), _pixels(), MergeConfig(budget="-5%"))
+    assert [c.groups[0].layers for c in result.candidates] == [(i, i + 1) for i in range(4)]
+
+
+def _averaged(make: Any, groups: tuple[Group, ...], inputs: dict[str, Any]) -> float:
+    """Return the mean cosine to the original's logits, every group's weights their mean."""
+    model, original = make(), make()
+    for group in groups:
+        members = [s for s in find(model) if s.stack == group.stack and s.layer in group.layers]
+        for weights in zip(*(m.weights for m in members), strict=True):
+            values = [original.get_parameter(w.name).detach().double() for w in weights]
+            for weight in weights:
+                model.get_parameter(weight.name).data = (sum(values) / len(values)).float()
+    with torch.no_grad():
+        logits = [m(**inputs).logits for m in (original, model)]
+    return float(torch.cosine_similarity(*logits, dim=-1).mean())
+
+
+@pytest.mark.parametrize("adjacent", [True, False])
+@pytest.mark.parametrize("family", ["vit", "t5"])
+def test_every_step_of_the_search_redone_by_hand(family: str, adjacent: bool) -> None:
+    """Groups that grow are the mean of all their members' own weights; both stacks compete."""
+    make = {"vit": _model, "t5": partial(t5, 3, 3)}[family]
+    data = _pixels() if family == "vit" else _pairs_of_texts()
+    if family == "t5":
+        data["decoder_input_ids"] = np.abs(data.pop("labels")) % 50 + 3  # nothing is padded
+        del data["attention_mask"]
+    odd = {name: torch.from_numpy(array[1::2].copy()) for name, array in data.items()}
+    task = SEQ2SEQ_TASK if family == "t5" else None
+    config = MergeConfig(budget="-20%", method="average", adjacent=adjacent, task=task)
+    result = merge_(make(), data, config)
+    for candidate in result.candidates:
+        by_hand = _averaged(make, candidate.groups, odd)
+        assert abs(candidate.value - by_hand) < 1e-6  # measured 1.2e-7
+    (one,) = _sizes(make())
+    left = list(result.candidates)
+    units = [(name, (s.layer,)) for name, found in stacks(find(make())).items() for s in found]
+    for before, after in zip(result.frontier, result.frontier[1:], strict=False):
+        pairs = [(a, b) for i, a in enumerate(units) for b in units[i + 1 :] if a[0] == b[0]]
+        if adjacent:
+            pairs = [(a, b) for a, b in pairs if units.index(b) == units.index(a) + 1]
+        tried, left = left[: len(pairs)], left[len(pairs) :]
+        joined = [(a[0], tuple(sorted(a[1] + b[1]))) for a, b in pairs]
+        assert [c.groups[-1] for c in tried] == [Group(*unit) for unit in joined]
+        assert after.value == max(c.value for c in tried)
+        assert before.bytes - after.bytes == one
+        (chosen,) = {i for i, c in enumerate(tried) if c.value == after.value}
+        units = [u for u in units if u not in pairs[chosen]] + [joined[chosen]]
+        units.sort(key=lambda unit: (unit[0] != "encoder", unit[1]))
+        assert set(after.groups) == {Group(*unit) for unit in units if len(unit[1]) > 1}
+    assert not left
+    assert result.record.groups == result.frontier[-1].groups
+    assert result.record.metric["merged"] == result.frontier[-1].value
+
+
+def _stored(folder: Path) -> int:
+    """Return the bytes of all tensors in a folder, told by the lengths of its files."""
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        content = path.read_bytes()
+        total += len(content) - 8 - int.from_bytes(content[:8], "little")
+    return total
+
+
+@pytest.mark.parametrize(
+    ("make", "method", "dtype"),
+    [
+        (_model, "calibrated", torch.float32),
+        (_model, "permute", torch.bfloat16),
+        (lambda: t5(2, 3), "residual", torch.float32),
+    ],
+)
+def test_a_size_on_the_frontier_is_what_the_files_hold(make, method, dtype, tmp_path) -> None:
+    """The budget that is exactly met takes no step more, one byte less takes one."""
+    data = _pixels() if make is _model else _pairs_of_texts()
+    task = None if make is _model else SEQ2SEQ_TASK
+    config = partial(MergeConfig, method=method, task=task, settings=Settings(rank=2))
+    points = merge_(make().to(dtype), data, config(budget="-11%")).frontier
+    assert len(points) > 2
+    for number, point in enumerate(points[1:], 1):
+        for budget, at in ((point.bytes, number), (points[number - 1].bytes - 1, number)):
+            model = make().to(dtype)
+            record = merge_(model, data, config(budget=f"{budget}B")).record
+            assert (record.bytes_after, record.groups) == (points[at].bytes, points[at].groups)
+        checkpoint.save(model, tmp_path / str(number))
+        assert _stored(tmp_path / str(number)) == point.bytes
+        assert record.bytes_after <= record.bytes_before
+
+
+def test_what_a_join_costs_is_counted_by_the_byte_it_saves() -> None:
+    """The encoder's sublayers are eight times the decoder's: the best metric is not the choice."""
+    make = partial(SEQ2SEQ["bart"], 3, 3)
+    model = make()
+    wide = type(model)(type(model.config)(**{**model.config.to_dict(), "encoder_ffn_dim": 384}))
+    torch.manual_seed(0)
+    for parameter in wide.parameters():
+        parameter.data += torch.randn(parameter.shape) * 0.05
+    for layer in wide.model.decoder.layers:  # little is lost where little is added
+        layer.fc2.weight.data *= 0.15
+    config = MergeConfig(budget="-1%", method="average", task=SEQ2SEQ_TASK, criterion="fidelity")
+    result = merge_(wide.eval(), _pairs_of_texts(), config)
+    start, chosen = result.frontier
+    costs = [(start.value - c.value) / (start.bytes - c.bytes) for c in result.candidates]
+    cheapest = result.candidates[int(np.argmin(costs))]
+    assert (chosen.groups, chosen.value) == (cheapest.groups, cheapest.value)
+    assert chosen.value < max(c.value for c in result.candidates)
+
+
+def _run(monkeypatch: pytest.MonkeyPatch, capsys: Any, *arguments: object) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["ffmerge", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        command_line.main()
+    out, err = capsys.readouterr()
+    return int(stop.value.code or 0), out, err
+
+
+def test_budgets_of_the_command_line(tmp_path, monkeypatch, capsys) -> None:
+    _model().save_pretrained(tmp_path / "m")
+    np.savez(tmp_path / "data.npz", **_pixels())
+    capsys.readouterr()
+    run = partial(
+        _run, monkeypatch, capsys, "merge", tmp_path / "m", tmp_path / "out", "--method",
+        "average", "--data", tmp_path / "data.npz", "--budget",
+    )  # fmt: skip
+    (one,) = _sizes(_model())
+    whole = sum(p.nbytes for p in _model().parameters())
+    for budget in ("1kB", "-90%", f"{whole - 4 * one - 1}B"):
+        code, out, err = run(budget)
+        assert (code, out, len(err.splitlines())) == (2, "", 1)
+        assert f"({whole - 4 * one:,} bytes)" in err
+        assert not (tmp_path / "out").exists()
+    for wrong in ("1GB", "60", "-5MB", "0%", "-100%", "1e3B", "MB", "5 %"):
+        code, out, err = run(wrong)
+        assert (code, out, len(err.splitlines())) == (2, "", 1), wrong + err
+    code, out, _ = run("-30%", "--any-layers", "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert found["bytes_after"] <= 0.7 * whole < found["frontier"][-2]["bytes"]
+    assert found["bytes_after"] == found["frontier"][-1]["bytes"] == _stored(tmp_path / "out")
+    groups = checkpoint.load(tmp_path / "out").config.ffmerge["groups"]
+    assert groups == found["groups"] == found["frontier"][-1]["groups"]
+
+
+def test_what_is_out_of_reach_is_refused_before_anything_is_tried() -> None:
+    steps: list[str] = []
+    with pytest.raises(InputError, match="out of reach"):
+        merge_(
+            _model(), _pixels(), MergeConfig(budget="-90%"),
+            progress=lambda step, done, total: steps.append(step),
+        )  # fmt: skip
+    assert not steps
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("60MB", 60_000_000), ("1.5kB", 1500), ("2 KiB", 2048), ("1GiB", 2**30), ("77B", 77),
+        ("-25%", 750), ("75%", 750), ("-12.5%", 875),
+    ],
+)  # fmt: skip
+def test_sizes_in_words(text: str, size: int) -> None:
+    assert parse_budget(text, 1000) == size
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"budget": "-10%", "k": 2}, "either"),
+        ({"budget": "-10%", "dtype": "int8"}, "auto"),
+        ({"k": 2, "dtype": "auto"}, "budget"),
+        ({"budget": "-10%", "sync": True}, "in step"),
+        ({"k": 2, "criterion": "taste"}, "metric or fidelity"),
+    ],
+)
+def test_settings_that_do_not_go_together(config, message) -> None:
+    with pytest.raises(InputError, match=message):
+        merge_(_model(), _pixels(), MergeConfig(**config))
+    with pytest.raises(InputError, match="needs data"):
+        merge_(_model(), None, MergeConfig(budget="-10%", method="average"))
+
+
+def test_the_criterion_may_be_fidelity_although_there_are_labels() -> None:
+    data = {**_pixels(), "labels": np.arange(24) % 7}
+    asked = merge_(_model(), data, MergeConfig(k=2, criterion="fidelity"))
+    blind = merge_(_model(), _pixels(), MergeConfig(k=2))
+    assert asked.record.metric["name"] == "fidelity"
+    assert asked.candidates == blind.candidates
+    assert merge_(_model(), data, MergeConfig(k=2)).record.metric["name"] == "accuracy"
+
+
+def test_statistics_come_when_a_step_needs_them_and_go_when_none_does() -> None:
+    model, data = _model(), from_arrays(_pixels())
+    a, b, c, d, _ = find(model)
+    evidence = {"layers": Evidence(Settings())}
+    passes: list[int] = []
+
+    def batches() -> Any:
+        passes.append(1)
+        return data.batches(8)
+
+    trials = Trials(model, methods.get("permute"), evidence, None, batches, 10_000, lambda *_: None)
+    for groups, pairs in (
+        ([(a, b), (b, c), (c, d)], [(0, 1), (1, 2), (2, 3)]),
+        ([(a, b), (b, c, d)], [(0, 1), (1, 2), (1, 3)]),
+        ([(b, c, d)], [(1, 2), (1, 3)]),
+    ):
+        trials.learn([(group,) for group in groups])
+        found = evidence["layers"].moments
+        assert found is not None and sorted(found.cross) == pairs
+        wanted = {"layers": [pair for group in groups for pair in Settings().pairs(group)]}
+        once = statistics.collect(model, wanted, data.batches(8), 10_000)["layers"]
+        for pair in pairs:
+            assert torch.equal(found.correlation(*pair), once.correlation(*pair))
+        assert once.inputs and found.inputs
+        for layer in {layer for pair in pairs for layer in pair}:
+            assert torch.equal(found.inputs.cross[layer, layer], once.inputs.cross[layer, layer])
+    assert len(passes) == 2  # the last step needs nothing new
+
+
+TWO = """
+import os, sys
+from safetensors.torch import save_file
+from test_search import _model, _pixels
+from ffmerge.passes.weights.merge import MergeConfig, merge_
+from ffmerge.passes.weights.search import Trials
+
+attempt, count = Trials.attempt, []
+Trials.attempt = lambda *given: (count.append(1), attempt(*given))[1]
+model = _model()
+result = merge_(model, _pixels(), MergeConfig(budget="-25%", method="calibrated"))
+values = {name: p.detach().contiguous() for name, p in model.named_parameters()}
+groups = str([[group.stack, *group.layers] for group in result.record.groups])
+save_file(values, sys.argv[1] + os.environ["RANK"], {"groups": groups})
+print("tried", len(count), len(result.candidates))
+"""
+
+
+def test_two_processes_choose_and_compute_what_one_does(tmp_path) -> None:
+    paths = f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    (tmp_path / "two.py").write_text(TWO)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+         str(tmp_path / "two.py"), str(tmp_path / "rank")],
+        env=env, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    model = _model()
+    result = merge_(model, _pixels(), MergeConfig(budget="-25%", method="calibrated"))
+    counts = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("tried")]
+    steps, all_tried = len(result.frontier) - 1, len(result.candidates)
+    assert {int(total) for _, total in counts} == {all_tried}
+    # who has not tried the winner of a step merges it again
+    assert sum(int(own) for own, _ in counts) == all_tried + steps
+    for rank in ("rank0", "rank1"):
+        with safe_open(tmp_path / rank, "pt") as found:
+            groups = str([[group.stack, *group.layers] for group in result.record.groups])
+            assert found.metadata()["groups"] == groups
+            assert {*found.keys()} == {name for name, _ in model.named_parameters()}
+            for name, value in model.named_parameters():  # measured 0
+                assert torch.allclose(value, found.get_tensor(name), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("shape", [(48, 64), (33, 50)])
+def test_weights_are_rounded_as_the_exporter_does(shape) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    values = weight.T.numpy()  # as a graph stores it: summed over the rows
+    codes, scale = _int8(values, 0, summed=True)
+    assert np.abs(precision.to_dtype(weight, "int8").numpy() - (codes * scale).T).max() == 0
+    codes, scale = _int8(weight.numpy(), 1)
+    looked_up = precision.to_dtype(weight, "int8", summed=False).numpy()
+    assert np.abs(looked_up - codes * scale).max() == 0
+    codes, scale = _blocks(weight.numpy(), 4, 32, symmetric=True)
+    blocks = ((codes.astype(np.float32) - 8) * scale[..., None]).reshape(len(codes), -1)
+    assert np.abs(precision.to_dtype(weight, "int4").numpy() - blocks[:, : shape[1]]).max() == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "dtype"), [(partial(gpt2, 64, 128, 2), "int8"), (partial(vit, 64, 128, 2), "int4")]
+)
+def test_rounding_is_what_a_package_does(make, dtype, tmp_path) -> None:
+    """Sizes and outputs of the exported graph; what is left apart is the products' own 8 bits."""
+    model = make()
+    inputs = {name: array for name, array in _data(model, 8).items() if name != "labels"}
+    task = "text-generation" if "input_ids" in inputs else None
+    made = package.export(model, tmp_path / "p", ExportConfig(task, dtype=dtype)).manifest
+    session = onnxruntime.InferenceSession(tmp_path / "p" / made.graphs[0].path)
+    fed = dict(inputs)
+    for name in {i.name for i in session.get_inputs()} - {*fed}:
+        ones = np.ones_like(inputs["input_ids"])
+        fed[name] = ones if name == "attention_mask" else ones.cumsum(1) - 1
+    logits = session.run(["logits"], fed)[0]
+    tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with torch.no_grad():
+        plain = model(**tensors).logits.numpy()
+        with precision.rounded(model, dtype):
+            rounded = model(**tensors).logits.numpy()
+        assert np.array_equal(model(**tensors).logits.numpy(), plain)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    size = np.linalg.norm(logits - plain)
+    assert abs(precision.bytes_of(model, dtype) / made.bytes_unique - 1) < 0.02  # measured 0.007
+    if dtype == "int4":
+        assert np.linalg.norm(logits - rounded) < 0.2 * size  # measured 0.06 to 0.09
+    # int8 products read rounded inputs: how far they are off is alike, not where (0.83 to 0.99)
+    assert 0.7 < np.linalg.norm(rounded - plain) / size < 1.3
+
+
+def test_the_best_precision_that_fits_is_chosen(monkeypatch, capsys, tmp_path) -> None:
+    """What fits is measured anew by hand; half the size needs no merging, a tenth does."""
+    pixels = _pixels()
+    odd = from_arrays({"pixel_values": pixels["pixel_values"][1::2]})
+    whole = sum(p.numel() * 4 for p in _model().parameters())
+    for budget in ("-50%", "19%"):
+        model, original = _model(), _model()
+        result = merge_(
+            model, pixels, MergeConfig(budget=budget, dtype="auto", method="calibrated")
+        )
+        metric, fits = result.record.metric, parse_budget(budget, whole)
+        fitting = [point for point in result.frontier if point.bytes <= fits]
+        best = max(fitting, key=lambda point: point.value)
+        assert (best.dtype, best.value) == (metric["dtype"], metric["rounded"])
+        assert best.groups == result.record.groups
+        score = score_for(original, "image-classification", odd, 32)
+        assert score.measure(model) == pytest.approx(metric["merged"], abs=1e-6)
+        with precision.rounded(model, best.dtype):
+            assert score.measure(model) == pytest.approx(best.value, abs=1e-6)
+        last = [point for point in result.frontier if point.groups == result.frontier[-1].groups]
+        assert best.value >= last[0].value or last[0].bytes <= fits
+        if budget == "-50%":
+            assert (best.dtype, best.groups) == ("fp16", ())
+            checkpoint.save(model, tmp_path / "m")
+            assert not hasattr(checkpoint.load(tmp_path / "m").config, "ffmerge")
+        else:
+            assert best.groups
+    np.savez(tmp_path / "data.npz", **pixels)
+    code, out, _ = _run(
+        monkeypatch, capsys, "merge", tmp_path / "m", tmp_path / "out", "--method", "average",
+        "--data", tmp_path / "data.npz", "--budget", "-50%", "--dtype", "auto",
+    )  # fmt: skip
+    assert code == 0
+    assert "--dtype fp16" in " ".join(out.split())
