@@ -71,8 +71,9 @@ class Moments:
         found = Moments((*self.cross, *other.cross), self.count)
         for name in ("mean", "squares", "cross"):
             getattr(found, name).update(getattr(self, name) | getattr(other, name))
-        if self.inputs and other.inputs:
+        if self.inputs and other.inputs and self.hidden and other.hidden:
             found.inputs = self.inputs.joined(other.inputs)
+            found.hidden = self.hidden.joined(other.hidden)
         return found
 
     def correlation(self, anchor: int, other: int) -> Tensor:
