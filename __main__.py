@@ -160,6 +160,40 @@ def merge(
 
 
 @app.command()
+def compare(
+    model: Model,
+    data: Annotated[str, typer.Option(help="Calibration data, as for merge.")],
+    k: Annotated[int, typer.Option("--k", help="Layers to merge.")],
+    validation: Annotated[
+        str | None, typer.Option(help="Data that measures; else half of --data.")
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="The method to hold against the rest.")
+    ] = "calibrated",
+    stack: Annotated[list[str] | None, typer.Option(help="Which stack, as for merge.")] = None,
+    tokens: Annotated[int, typer.Option(help="Positions the statistics are taken from.")] = 10_000,
+    batch_size: Annotated[int, typer.Option(help="Examples per forward pass.")] = 32,
+    task: Task = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Tell whether merging is the right tool: its rivals at equal size, on your data.
+
+    Example: [bold]ffmerge compare gpt2 --k 5 --data validation.txt[/bold]
+    """
+    from ffmerge import pipeline
+    from ffmerge.passes.weights.merge import MergeConfig
+    from ffmerge.tables import comparison_table
+
+    config = MergeConfig(
+        k, stacks=tuple(stack or ()), sync=True, method=method, tokens=tokens,
+        batch_size=batch_size, task=task,
+    )  # fmt: skip
+    result = pipeline.compare(model, config, data, validation, trust_remote_code)
+    _emit(as_json, result.to_json(), comparison_table(result))
+
+
+@app.command()
 def export(
     model: Model,
     out: Annotated[Path, typer.Argument(help="New folder for the package.")],

@@ -17,8 +17,10 @@ from ffmerge.exporter.package import ExportConfig, Package
 from ffmerge.files import FIRST_PROCESS, plain, refuse_existing, staged
 from ffmerge.models import checkpoint, data, digits, tasks
 from ffmerge.models.manifest import Manifest
+from ffmerge.passes.weights import compare as comparing
 from ffmerge.passes.weights import merge as merging
 from ffmerge.passes.weights import search
+from ffmerge.passes.weights.compare import Comparison
 from ffmerge.passes.weights.evaluate import score_for
 from ffmerge.passes.weights.merge import Merge, MergeConfig
 from ffmerge.passes.weights.recover import RecoverConfig, recover_, twin
@@ -74,6 +76,23 @@ def merge(
             checkpoint.save(model, out, folder, expanded=expanded)
             shutil.rmtree(out.with_name(f".{out.name}.recovery"), ignore_errors=True)
     return result
+
+
+def compare(
+    source: str,
+    config: MergeConfig,
+    data_source: str,
+    validation_source: str | None = None,
+    trust_remote_code: bool = False,
+) -> Comparison:
+    """Compare merging of the checkpoint ``source`` with its rivals; nothing is written."""
+    with _progress() as show:
+        folder = checkpoint.resolve(source, code=trust_remote_code)
+        model = checkpoint.load(folder, trust_remote_code)
+        task = tasks.check(config.task) if config.task else tasks.infer(model)
+        calibration = data.read(data_source, folder, task)
+        held_out = data.read(validation_source, folder, task) if validation_source else None
+        return comparing.compare(model, calibration, held_out, config, show)
 
 
 def export(

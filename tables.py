@@ -66,6 +66,13 @@ def merge_table(merge: Any, out: Path) -> Group:
     return Group(*shown)
 
 
+def comparison_table(found: Any) -> Group:
+    """Show every rival of a Comparison, and the verdict."""
+    rows = [(r.name, r.what, size_text(r.bytes), f"{r.value:.4f}") for r in found.rows]
+    metric = f"{found.metric} ({found.examples} examples)"
+    return Group(_table("At equal size", ("", "layers", "bytes", metric), rows), found.verdict)
+
+
 def _layers(groups: Any) -> str:
     """Return groups in words: runs of layers as first-last, others one by one."""
     words = []

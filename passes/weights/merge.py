@@ -94,7 +94,7 @@ def merge_(
         InputError: the window does not fit the model, or the data does not.
     """
     method = methods.get(config.method)
-    chosen = _stacks(model, config)
+    chosen = sublayers(model, config)
     together = [list(chosen)] if config.sync else [[name] for name in chosen]
     searches = [_choices({name: chosen[name] for name in names}, config) for names in together]
     tried = [choice for search in searches for choice in search]
@@ -146,7 +146,7 @@ def merge_(
     return Merge(record, tuple(trials.tried), frontier)
 
 
-def _stacks(model: Any, config: MergeConfig) -> dict[str, tuple[FeedForward, ...]]:
+def sublayers(model: Any, config: MergeConfig) -> dict[str, tuple[FeedForward, ...]]:
     """Return the sublayers to choose from by stack, each proved to be one."""
     if getattr(model.config, "ffmerge", None):
         raise InputError("this model is merged already: start from the original checkpoint.")
