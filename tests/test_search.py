@@ -368,7 +368,7 @@ def test_rounding_is_what_a_package_does(make, dtype, tmp_path) -> None:
 
 
 def test_the_best_precision_that_fits_is_chosen(monkeypatch, capsys, tmp_path) -> None:
-    """What fits is measured anew by hand; half the size needs no merging, a tenth does."""
+    """What fits is measured anew by hand; half the size needs no merging, a fifth does."""
     pixels = _pixels()
     odd = from_arrays({"pixel_values": pixels["pixel_values"][1::2]})
     whole = sum(p.numel() * 4 for p in _model().parameters())
