@@ -58,7 +58,7 @@ def test_layers_that_compute_the_same_are_joined_first_wherever_they_stand() -> 
     assert first.value == pytest.approx(1, abs=1e-6)  # measured 0
     tried = {c.groups[0].layers: c.value for c in result.candidates[:10]}
     assert len(tried) == 10
-    assert sorted(tried.values())[-2] < 0.999  # measured 0.9944
+    assert sorted(tried.values())[-2] < 0.999  # measured 0.9878
     result = merge_(_model(), _pixels(), MergeConfig(budget="-5%"))
     assert [c.groups[0].layers for c in result.candidates] == [(i, i + 1) for i in range(4)]
 
@@ -360,15 +360,15 @@ def test_rounding_is_what_a_package_does(make, dtype, tmp_path) -> None:
         assert np.array_equal(model(**tensors).logits.numpy(), plain)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     size = np.linalg.norm(logits - plain)
-    assert abs(precision.bytes_of(model, dtype) / made.bytes_unique - 1) < 0.02  # measured 0.007
+    assert abs(precision.bytes_of(model, dtype) / made.bytes_unique - 1) < 0.02  # measured 0.0038
     if dtype == "int4":
-        assert np.linalg.norm(logits - rounded) < 0.2 * size  # measured 0.06 to 0.09
-    # int8 products read rounded inputs: how far they are off is alike, not where (0.83 to 0.99)
+        assert np.linalg.norm(logits - rounded) < 0.2 * size  # measured 0.086
+    # int8 products read rounded inputs: how far they are off is alike, not where (0.95 and 0.99)
     assert 0.7 < np.linalg.norm(rounded - plain) / size < 1.3
 
 
 def test_the_best_precision_that_fits_is_chosen(monkeypatch, capsys, tmp_path) -> None:
-    """What fits is measured anew by hand; half the size needs no merging, a tenth does."""
+    """What fits is measured anew by hand; half the size needs no merging, a fifth does."""
     pixels = _pixels()
     odd = from_arrays({"pixel_values": pixels["pixel_values"][1::2]})
     whole = sum(p.numel() * 4 for p in _model().parameters())
