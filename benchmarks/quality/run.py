@@ -5,7 +5,8 @@
 A third (k=3) and a half (k=4) of the six feed-forward sublayers of a stack are merged; Marian's
 encoder and decoder take the same layers. Calibration examples are drawn anew for each seed, the
 window is chosen on validation examples, and every figure is of test examples. Writes
-benchmarks/results/quality.json and prints the tables of docs/quality.md.
+benchmarks/results/quality.json and prints the tables of docs/quality.md (tables.py prints them
+again).
 """
 
 import argparse
@@ -16,7 +17,6 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from statistics import mean, stdev
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -28,6 +28,7 @@ import torch  # noqa: E402
 from reference.tasks import REFERENCES  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
+import tables  # noqa: E402
 from ffmerge.exporter.package import ExportConfig, export  # noqa: E402
 from ffmerge.models import checkpoint  # noqa: E402
 from ffmerge.models.data import Examples, from_arrays  # noqa: E402
@@ -42,7 +43,6 @@ from ffmerge.runtime_tests.loaded import look  # noqa: E402
 from ffmerge.runtime_tests.validate import validate  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "quality.json"
-METRIC = {"digits": "accuracy", "village": "perplexity", "numerals": "chrF"}
 SIZES = {  # calibration, validation, test examples; 16k positions of calibration or more
     "digits": (1900, 1000, 4000),
     "village": (260, 200, 400),
@@ -224,68 +224,7 @@ def main() -> None:
     same = {(*map(r.get, ("part", "task", "k", "seed", "label")),) for r in found}
     kept = [r for r in kept if (*map(r.get, ("part", "task", "k", "seed", "label")),) not in same]
     RESULTS.write_text(json.dumps({"minutes": minutes, "results": kept + found}, indent=1) + "\n")
-    print(tables(kept + found))
-
-
-def tables(results: Sequence[dict[str, Any]]) -> str:
-    """Return the results as Markdown: mean over the seeds, and the spread where there is any."""
-    text = []
-    base = {r["task"]: r["test"][METRIC[r["task"]]] for r in results if r["label"] == "none"}
-
-    def cell(part: str, name: str, k: int, label: str) -> list[str]:
-        found = [
-            r for r in results
-            if (r["part"], r["task"], r["k"], r["label"]) == (part, name, k, label)
-        ]  # fmt: skip
-        values = [loss(r) for r in found]
-        if not values:
-            return ["", ""]
-        spread = f" ± {stdev(values):.2g}" if len(values) > 1 else ""
-        return [f"{shown(name, mean(r['test'][METRIC[name]] for r in found))}{spread}",
-                f"{mean(values) / mean(map(loss, reference(part, name, k))):.2f}"]  # fmt: skip
-
-    def loss(result: dict[str, Any]) -> float:
-        apart = result["test"][METRIC[result["task"]]] - base[result["task"]]
-        return apart if METRIC[result["task"]] == "perplexity" else -apart
-
-    def reference(part: str, name: str, k: int) -> list[dict[str, Any]]:
-        return [r for r in results
-                if (r["part"], r["task"], r["k"], r["label"]) == ("methods", name, k, "permute")]  # fmt: skip
-
-    def table(part: str, labels: Sequence[str], sizes: Sequence[int], title: str) -> None:
-        columns = [(name, k) for name in METRIC for k in sizes]
-        text.append(
-            f"| {title} | "
-            + " | ".join(f"{n} k={k} | of permute's loss" for n, k in columns)
-            + " |"
-        )
-        text.append("|---" * (1 + 2 * len(columns)) + "|")
-        for label in labels:
-            kind = "rival" if label in RIVALS else part
-            cells = [text for name, k in columns for text in cell(kind, name, k, label)]
-            if any(cells):
-                text.append(f"| {label} | " + " | ".join(cells) + " |")
-        text.append("")
-
-    def shown(name: str, value: float) -> str:
-        return f"{100 * value:.2f} %" if METRIC[name] == "accuracy" else f"{value:.3f}"
-
-    text += [
-        "Not merged: " + ", ".join(f"{n} {METRIC[n]} {shown(n, v)}" for n, v in base.items()),
-        "",
-    ]
-    table("methods", (*METHODS, *RIVALS), (3, 4), "method, untuned")
-    table("recovery", ("calibrated",), (3, 4), f"after {STEPS} steps without labels")
-    table("ablation", tuple(ABLATION), (3,), "calibrated, but for")
-    rows = [r for r in results if r["part"] == "precision"]
-    if rows:
-        text += ["| task | model | bytes | metric of ONNX | parity | audit |", "|---" * 6 + "|"]
-        for r in rows:
-            (value,) = r["test"].values()
-            (metric,) = r["test"]
-            text.append(f"| {r['task']} | {r['label']} | {r['bytes']:,} | {metric} {value:.4f} | "
-                        f"{'holds' if r['parity'] else 'FAILS'} | {'ok' if r['audit'] else 'FAILS'} |")  # fmt: skip
-    return "\n".join(text)
+    print(tables.render(kept + found))
 
 
 if __name__ == "__main__":
