@@ -15,6 +15,7 @@ _HOMES = {
     "FfmergeError": "errors",
     "MergeConfig": "passes.weights.merge",
     "RecoverConfig": "passes.weights.recover",
+    "Settings": "passes.weights.settings",
     "audit": "passes.graph.audit",
     "export": "exporter.package",
     "inspect": "models.inspection",
