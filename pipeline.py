@@ -32,6 +32,9 @@ from ffmerge.runtime_tests.validate import Validation
 
 _DEMO_MODEL = Path(__file__).parent / "models" / "digits_vit"
 _DEMO_K = 3
+_DEMO_PICTURES: tuple[tuple[digits.Split, int], ...] = (
+    ("calibration", 500), ("validation", 1000), ("test", 1000),
+)  # fmt: skip
 
 
 def merge(
@@ -169,10 +172,10 @@ def demo(out: Path) -> Demo:
 
     Leaves ``original`` and ``merged`` packages, the merged ``checkpoint`` and ``report.html``
     in the new folder ``out``. Calibration pictures give the statistics, validation pictures
-    choose window and method, test pictures are only reported.
+    choose the window, test pictures are only reported.
     """
     calibration, held_out, test = (
-        data.from_arrays(digits.load(split)) for split in ("calibration", "validation", "test")
+        data.from_arrays(digits.load(split, count=count)) for split, count in _DEMO_PICTURES
     )
     with staged(out) as folder, _progress() as show:
         original = checkpoint.load(_DEMO_MODEL)

@@ -18,10 +18,11 @@ EXCEPTIONS = {
     "AlbertForMaskedLM": "one sublayer for all layers already",
     "MixtralForCausalLM": "its feed-forward layers are mixtures of experts",
 }
-# Their graphs are those of Llama, BART or BERT: tested by `make slow`, to keep to ten minutes.
+# Their graphs are those of Llama, GPT-2, Marian or BERT: tested by `make slow`, to keep to ten minutes.
 ALIKE = {
     "MistralForCausalLM", "Qwen2ForCausalLM", "GemmaForCausalLM", "OlmoForCausalLM",
     "Olmo2ForCausalLM", "StableLmForCausalLM",
+    "GPTJForCausalLM", "GPTNeoForCausalLM", "BartForConditionalGeneration",
     "M2M100ForConditionalGeneration", "PegasusForConditionalGeneration", "RobertaForMaskedLM",
 }  # fmt: skip
 PARAMETERS = [

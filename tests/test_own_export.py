@@ -40,7 +40,6 @@ def _llama(d: int, f: int, layers: int) -> Any:
 
 MODELS: dict[str, Callable[[], Any]] = {  # weights above and below 8,192 elements
     "gpt2 above": lambda: gpt2(*ABOVE, layers=2),
-    "gpt2 below": lambda: gpt2(*BELOW, layers=2),
     "llama above": lambda: _llama(*ABOVE, layers=2),
     "vit below": lambda: vit(*BELOW, layers=2),
 }

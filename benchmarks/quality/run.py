@@ -1,6 +1,6 @@
 """How good is merging? Every method and its rivals on the three reference tasks, at equal size.
 
-    python benchmarks/quality/run.py [--seeds 3] [--only methods recovery ablation precision]
+    python benchmarks/quality/run.py [--seeds 3] [--only methods ...]
 
 A third (k=3) and a half (k=4) of the six feed-forward sublayers of a stack are merged; Marian's
 encoder and decoder take the same layers. Calibration examples are drawn anew for each seed, the
@@ -50,6 +50,7 @@ SIZES = {  # calibration, validation, test examples; 16k positions of calibratio
 }
 METHODS = ("average", "copy-anchor", "weights", "permute", "calibrated", "residual", "drop-ffn")
 RIVALS = ("drop-layer", "low-rank")
+SELECTIONS = ("budget", "budget, any layers", "budget, fidelity")
 STEPS, RATE = 300, 1e-3
 ABLATION: dict[str, dict[str, Any]] = {
     "calibrated": {},
@@ -99,9 +100,8 @@ def run(job: tuple[str, ...]) -> dict[str, Any]:
     part, name, k, seed, label = job
     start = time.perf_counter()
     found: dict[str, Any] = dict(part=part, task=name, k=k, seed=seed, label=label)
-    found |= {"rival": rival, "recovery": recovered, "precision": precisions}.get(part, untuned)(
-        name, k, seed, label
-    )
+    doing = {"rival": rival, "recovery": recovered, "selection": selected, "precision": precisions}
+    found |= doing.get(part, untuned)(name, k, seed, label)
     print(f"{time.perf_counter() - start:6.0f} s  {job}", file=sys.stderr, flush=True)
     return {**found, "seconds": time.perf_counter() - start}
 
@@ -165,6 +165,24 @@ def recovered(name: str, k: int, seed: int, label: str) -> dict[str, Any]:
     }
 
 
+def selected(name: str, k: int, seed: int, label: str) -> dict[str, Any]:
+    """Reach the size of a merge of k layers by joining layers one by one."""
+    calibration, validation, test = splits(name, seed)
+    model = checkpoint.load(REFERENCES[name].folder)
+    size = merged(name, k, seed, "calibrated", {})[2].record.bytes_after
+    config = MergeConfig(
+        budget=f"{size}B", adjacent="any" not in label, batch_size=64,
+        criterion="fidelity" if "fidelity" in label else "metric",
+    )  # fmt: skip
+    merge = merge_(model, calibration, config, validation)
+    return {
+        "parameters": merge.record.parameters_after,
+        "groups": [f"{g.stack} {g.layers}" for g in merge.record.groups],
+        "candidates": len(merge.candidates),
+        "test": REFERENCES[name].metric(model, test),
+    }
+
+
 def precisions(name: str, k: int, seed: int, label: str) -> dict[str, Any]:
     """Export the unmerged, a calibrated or a residual model and serve it; test metric of ONNX."""
     method, dtype = label.split()
@@ -189,6 +207,10 @@ def jobs(seeds: int, only: Sequence[str]) -> Iterator[tuple[Any, ...]]:
             for k in (3, 4):
                 for seed in range(seeds):
                     yield "recovery", name, k, seed, "calibrated"
+        if "selection" in only:
+            for seed in range(seeds):
+                for label in SELECTIONS:
+                    yield "selection", name, 4, seed, label
         if "precision" in only:
             for method in ("none", "calibrated", "residual"):
                 for dtype in ("fp32", "int8", "int4"):
@@ -211,7 +233,7 @@ def main() -> None:
     """Run all jobs on all cores, keep the results, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parts = ("methods", "recovery", "ablation", "precision")
+    parts = ("methods", "recovery", "ablation", "selection", "precision")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--tasks", nargs="+", choices=tuple(REFERENCES), default=tuple(REFERENCES))
     chosen = parser.parse_args()

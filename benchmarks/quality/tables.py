@@ -13,6 +13,7 @@ Results = Sequence[dict[str, Any]]
 RESULTS = Path(__file__).parents[1] / "results" / "quality.json"
 METRIC = {"digits": "accuracy", "village": "perplexity", "numerals": "chrF"}
 RECOVERED = "calibrated, recovered"
+SELECTIONS = ("budget", "budget, any layers", "budget, fidelity")
 
 
 def render(results: Results) -> str:
@@ -33,6 +34,7 @@ def _of_task(results: Results, name: str) -> str:
     ]
     labels = {r["label"]: r["part"] for r in results if r["part"] in ("methods", "rival")}
     rows = [(label, part, label) for label, part in labels.items() if label != "none"]
+    rows += [(label, "selection", label) for label in SELECTIONS]
     for shown, part, label in (*rows, (RECOVERED, "recovery", "calibrated")):
         cells = []
         for k in (3, 4):
