@@ -10,22 +10,26 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers.utils.logging import disable_progress_bar
 
+from ffmerge.errors import InputError
 from ffmerge.exporter import package
 from ffmerge.exporter.package import ExportConfig, Package
-from ffmerge.files import plain, refuse_existing, staged
+from ffmerge.files import plain, refuse_existing, staged, write_json, write_whole
 from ffmerge.models import checkpoint, data, digits, tasks
 from ffmerge.models.manifest import Manifest
 from ffmerge.passes.weights import merge as merging
 from ffmerge.passes.weights.evaluate import score_for
 from ffmerge.passes.weights.merge import Merge, MergeConfig
+from ffmerge.passes.weights.similarity import Similarity, SimilarityConfig, compare
 from ffmerge.runtime_tests import report
 from ffmerge.runtime_tests import validate as validation
 from ffmerge.runtime_tests.footprint import measure_footprint
 from ffmerge.runtime_tests.report import Losses, Summary
 from ffmerge.runtime_tests.validate import Validation
+from ffmerge.tables import similarity_picture
 
 _DEMO_MODEL = Path(__file__).parent / "models" / "digits_vit"
 _DEMO_K = 5
+_PICTURES = (".png", ".svg")
 
 
 def merge(
@@ -48,6 +52,40 @@ def merge(
         result = merging.merge_(model, calibration, config, held_out, show)
         checkpoint.save(model, out, folder, expanded=expanded)
     return result
+
+
+def similarity(
+    source: str,
+    data_source: str,
+    config: SimilarityConfig,
+    out: Path | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[tuple[Similarity, ...], list[Path]]:
+    """Return how alike the sublayers of the checkpoint ``source`` are, and the files written.
+
+    ``out`` is a picture of all stacks, or else a folder: a picture for each, and the numbers.
+
+    Raises:
+        InputError: ``out`` exists, is a file of another kind, or cannot be written.
+    """
+    if out:
+        refuse_existing(out)
+        if out.suffix not in ("", *_PICTURES):
+            raise InputError(f"{out} is no {' or '.join(_PICTURES)}: end in one, or in no suffix.")
+    with _progress() as show:
+        folder = checkpoint.resolve(source, code=trust_remote_code)
+        model = checkpoint.load(folder, trust_remote_code)
+        examples = data.read(data_source, folder, tasks.infer(model))
+        found = compare(model, examples, config, show)
+    if out is None:
+        return found, []
+    if out.suffix:
+        return found, [write_whole(out, similarity_picture(found, out.suffix[1:]))]
+    with staged(out) as target:
+        for stack in found:
+            (target / f"{stack.name}.png").write_bytes(similarity_picture((stack,), "png"))
+        write_json(target / "similarity.json", {"stacks": [stack.to_json() for stack in found]})
+    return found, sorted(out.iterdir())
 
 
 def export(
