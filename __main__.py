@@ -25,13 +25,11 @@ Task = Annotated[str | None, typer.Option(help="Task by its optimum name; inferr
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the code that comes with the checkpoint.")
 ]
-Data = Annotated[
-    str | None,
-    typer.Option(
-        help="Calibration data: .npz of model inputs, text, jsonl, csv, parquet, a folder of "
-        "images, or a hub data set ID:SPLIT."
-    ),
-]
+_DATA = typer.Option(
+    help="Calibration data: .npz of model inputs, text, jsonl, csv, parquet, a folder of "
+    "images, or a hub data set ID:SPLIT."
+)
+Data = Annotated[str | None, _DATA]
 
 
 @app.command()
@@ -299,6 +297,40 @@ def validate(
     result = pipeline.validate(package, tuple(provider or ("cpu",)), data)
     _emit(as_json, result.to_json(), validation_table(result))
     _exit_unless(result.ok)
+
+
+@app.command()
+def similarity(
+    model: Model,
+    data: Annotated[str, _DATA],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="New picture, .png or .svg, or new folder with one for each stack."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Positions each stack is compared on.")] = 10_000,
+    reach: Annotated[
+        int | None,
+        typer.Option(help="Align neurons of layers at most this far apart, 0: none; else of all."),
+    ] = None,
+    memory: Annotated[
+        float, typer.Option(help="GB for the matrices of one pass; less means more passes.")
+    ] = 2.0,
+    batch_size: Annotated[int, typer.Option(help="Examples per forward pass.")] = 32,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Show how alike the feed-forward sublayers are: CKA of outputs, correlation of neurons.
+
+    Example: [bold]ffmerge similarity gpt2 --data validation.txt --out gpt2.png[/bold]
+    """
+    from ffmerge import pipeline
+    from ffmerge.passes.weights.similarity import SimilarityConfig
+    from ffmerge.tables import similarity_table
+
+    config = SimilarityConfig(tokens, reach, batch_size, memory * 1e9)
+    found, files = pipeline.similarity(model, data, config, out, trust_remote_code)
+    value = {"stacks": [stack.to_json() for stack in found], "files": [str(f) for f in files]}
+    _emit(as_json, value, similarity_table(found))
 
 
 def _emit(as_json: bool, value: dict[str, Any], table: Any) -> None:

@@ -57,6 +57,24 @@ def staged(target: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def write_whole(path: Path, content: bytes) -> Path:
+    """Write a file beside ``path`` and rename it over ``path``; return ``path``.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        name = f".{path.name}.partial-"
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=name) as beside:
+            partial = Path(beside) / path.name
+            partial.write_bytes(content)
+            os.replace(partial, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}.") from error
+    return path
+
+
 def open_inside(folder: Path, location: str) -> int:
     """Return a descriptor of a regular file below ``folder``, opened once for reading.
 

@@ -14,7 +14,14 @@ from transformers.utils.logging import disable_progress_bar
 from ffmerge.errors import InputError
 from ffmerge.exporter import package
 from ffmerge.exporter.package import ExportConfig, Package
-from ffmerge.files import FIRST_PROCESS, plain, refuse_existing, staged
+from ffmerge.files import (
+    FIRST_PROCESS,
+    plain,
+    refuse_existing,
+    staged,
+    write_json,
+    write_whole,
+)
 from ffmerge.models import checkpoint, data, digits, tasks
 from ffmerge.models.manifest import Manifest
 from ffmerge.passes.weights import compare as comparing
@@ -24,17 +31,20 @@ from ffmerge.passes.weights.compare import Comparison
 from ffmerge.passes.weights.evaluate import score_for
 from ffmerge.passes.weights.merge import Merge, MergeConfig
 from ffmerge.passes.weights.recover import RecoverConfig, recover_, twin
+from ffmerge.passes.weights.similarity import Similarity, SimilarityConfig, similarities
 from ffmerge.runtime_tests import report
 from ffmerge.runtime_tests import validate as validation
 from ffmerge.runtime_tests.footprint import measure_footprint
 from ffmerge.runtime_tests.report import Losses, Summary
 from ffmerge.runtime_tests.validate import Validation
+from ffmerge.tables import similarity_picture
 
 _DEMO_MODEL = Path(__file__).parent / "models" / "digits_vit"
 _DEMO_K = 3
 _DEMO_PICTURES: tuple[tuple[digits.Split, int], ...] = (
     ("calibration", 500), ("validation", 1000), ("test", 1000),
 )  # fmt: skip
+_PICTURES = (".png", ".svg")
 
 
 def merge(
@@ -96,6 +106,40 @@ def compare(
         calibration = data.read(data_source, folder, task)
         held_out = data.read(validation_source, folder, task) if validation_source else None
         return comparing.compare(model, calibration, held_out, config, show)
+
+
+def similarity(
+    source: str,
+    data_source: str,
+    config: SimilarityConfig,
+    out: Path | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[tuple[Similarity, ...], list[Path]]:
+    """Return how alike the sublayers of the checkpoint ``source`` are, and the files written.
+
+    ``out`` is a picture of all stacks, or else a folder: a picture for each, and the numbers.
+
+    Raises:
+        InputError: ``out`` exists, is a file of another kind, or cannot be written.
+    """
+    if out:
+        refuse_existing(out)
+        if out.suffix not in ("", *_PICTURES):
+            raise InputError(f"{out} is no {' or '.join(_PICTURES)}: end in one, or in no suffix.")
+    with _progress() as show:
+        folder = checkpoint.resolve(source, code=trust_remote_code)
+        model = checkpoint.load(folder, trust_remote_code)
+        examples = data.read(data_source, folder, tasks.infer(model))
+        found = similarities(model, examples, config, show)
+    if out is None:
+        return found, []
+    if out.suffix:
+        return found, [write_whole(out, similarity_picture(found, out.suffix[1:]))]
+    with staged(out) as target:
+        for stack in found:
+            (target / f"{stack.name}.png").write_bytes(similarity_picture((stack,), "png"))
+        write_json(target / "similarity.json", {"stacks": [stack.to_json() for stack in found]})
+    return found, sorted(out.iterdir())
 
 
 def export(

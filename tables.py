@@ -1,11 +1,13 @@
-"""Results as tables for a terminal; the numbers are those of the results' JSON."""
+"""Results as tables for a terminal, and as pictures; the numbers are those of the results' JSON."""
 
 from collections.abc import Iterable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from ffmerge.files import size_text
 
@@ -133,6 +135,51 @@ def audit_table(found: Any) -> Group:
     return Group(sums, _table("Findings", ("what", "cost or state"), findings))
 
 
+def similarity_table(stacks: Iterable[Any]) -> Group:
+    """Show Similarities as heat maps, in percent; lines wider than the terminal are cut."""
+    maps = []
+    for stack in stacks:
+        for what, matrix in _MAPS.items():
+            text = Text(f"{stack.name}, {stack.positions:,} positions: {what}, %\n", no_wrap=True)
+            text.append("".join(f"{layer:4}" for layer in ("", *stack.layers)), "bold")
+            for layer, row in zip(stack.layers, getattr(stack, matrix), strict=True):
+                text.append(f"\n{layer:4}", "bold")
+                for value in row:
+                    known = value == value  # not NaN
+                    shade = round(255 * min(max(value, 0), 1)) if known else 0
+                    style = f"{'black' if shade > 99 else 'white'} on rgb({shade},{shade},96)"
+                    text.append(f"{100 * value:4.0f}" if known else "   -", style if known else "")
+            maps.append(text.append("\n"))
+    return Group(*maps)
+
+
+def similarity_picture(stacks: Iterable[Any], kind: str) -> bytes:
+    """Return Similarities as one picture of the ``kind`` png or svg, a row for each stack.
+
+    The same numbers give the same bytes.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    rows = list(stacks)
+    figure = Figure(figsize=(11, 5 * len(rows)), layout="constrained")
+    axes = iter(figure.subplots(len(rows), len(_MAPS)).flat)
+    for stack in rows:
+        for what, matrix in _MAPS.items():
+            plot, values = next(axes), getattr(stack, matrix)
+            image = plot.imshow(values, vmin=0, vmax=1)
+            ticks = range(0, len(values), -(-len(values) // 16))
+            plot.set_xticks(ticks, [stack.layers[i] for i in ticks])
+            plot.set_yticks(ticks, [stack.layers[i] for i in ticks])
+            plot.set(title=f"{stack.name}: {what}", xlabel="layer", ylabel="layer")
+            figure.colorbar(image, ax=plot, shrink=0.8)
+    file = BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "ffmerge"}):
+        figure.savefig(file, format=kind, metadata={"Date": None} if kind == "svg" else None)
+    return file.getvalue()
+
+
+_MAPS = {"linear CKA of outputs": "cka", "correlation of aligned neurons": "correlation"}
 _COSTS = {
     "rss_bytes": ("memory added by loading", size_text),
     "anonymous_bytes": ("of it anonymous", size_text),

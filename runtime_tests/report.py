@@ -10,12 +10,12 @@ from jinja2 import Environment, StrictUndefined
 from rich.table import Table
 from rich.text import Text
 
-from ffmerge.files import read_json, size_text
+from ffmerge.files import read_json, size_text, write_whole
 from ffmerge.models.manifest import Manifest
 from ffmerge.models.metrics import ACCURACY, PERPLEXITY
 from ffmerge.models.plan import Group
 from ffmerge.runtime_tests.validate import NAME as VALIDATION
-from ffmerge.runtime_tests.validate import Validation, model_bytes, write_whole
+from ffmerge.runtime_tests.validate import Validation, model_bytes
 
 REPORT = "report.html"
 TIMES = ("load_s", "median_ms", "p95_ms")
@@ -216,7 +216,7 @@ def write_report(
         number=lambda value, form: ABSENT if value is None else format(value, form),
         commands="\n".join(commands),
     )
-    return write_whole(folder / REPORT, page)
+    return write_whole(folder / REPORT, page.encode())
 
 
 def time_text(milliseconds: float) -> str:

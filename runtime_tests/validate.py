@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -14,7 +13,7 @@ import numpy as np
 import onnxruntime as ort
 
 from ffmerge.errors import RuntimeCheckError
-from ffmerge.files import plain
+from ffmerge.files import plain, write_whole
 from ffmerge.models.manifest import GraphRecord, Manifest
 from ffmerge.models.metrics import for_task, labels_of
 from ffmerge.models.probe import Array
@@ -128,16 +127,7 @@ def validate(
 def write_validation(folder: Path, validation: Validation) -> Path:
     """Write ``validation.json`` into the package, whole or not at all; return its path."""
     text = json.dumps(validation.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
-    return write_whole(folder / NAME, text + "\n")
-
-
-def write_whole(path: Path, text: str) -> Path:
-    """Write a text file beside ``path`` and rename it over ``path``; return ``path``."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.partial-") as beside:
-        partial = Path(beside) / path.name
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    return path
+    return write_whole(folder / NAME, f"{text}\n".encode())
 
 
 def model_bytes(manifest: Manifest) -> int:

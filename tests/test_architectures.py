@@ -18,7 +18,7 @@ EXCEPTIONS = {
     "AlbertForMaskedLM": "one sublayer for all layers already",
     "MixtralForCausalLM": "its feed-forward layers are mixtures of experts",
 }
-# Their graphs are those of Llama, GPT-2, Marian or BERT: tested by `make slow`, to keep to ten minutes.
+# Their graphs are those of Llama, GPT-2, Marian or BERT: tested by `make slow`, for time.
 ALIKE = {
     "MistralForCausalLM", "Qwen2ForCausalLM", "GemmaForCausalLM", "OlmoForCausalLM",
     "Olmo2ForCausalLM", "StableLmForCausalLM",

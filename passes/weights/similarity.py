@@ -1,0 +1,185 @@
+"""How alike the feed-forward sublayers of a stack are: what they put out, and their neurons.
+
+Outputs are compared by linear CKA (Kornblith et al., arXiv 1905.00414), taken after W_out and
+before the residual is added, as in arXiv 2501.06126, appendix G. In the form
+``|Y^T X|^2 / (|X^T X| |Y^T Y|)`` of centred X and Y it needs products of width d_model only, which
+Moments adds up batch by batch. Hidden neurons are compared by the mean of their correlations
+after alignment.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations, combinations_with_replacement
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ffmerge.errors import InputError
+from ffmerge.files import plain
+from ffmerge.models.data import Examples
+from ffmerge.models.feedforward import FeedForward, proven, stacks
+from ffmerge.models.probe import Array
+from ffmerge.passes.weights.align import match
+from ffmerge.passes.weights.statistics import Moments, watch
+
+Matrix = npt.NDArray[np.float64]
+Stacks = Mapping[str, tuple[FeedForward, ...]]
+Pairs = dict[tuple[str, str], list[tuple[int, int]]]  # layers, by stack and what is compared
+Progress = Callable[[str, int, int], None]
+_OUTPUTS, _FEATURES = "outputs", "features"  # of Signals
+
+
+@dataclass(frozen=True)
+class SimilarityConfig:
+    """Settings of a comparison.
+
+    Each stack is compared on ``tokens`` positions. Neurons are aligned for layers at most
+    ``reach`` apart (None: all, 0: none). The matrices of one pass over the data take ``memory``
+    bytes, or those of one pair if that is more: less memory is more passes.
+    """
+
+    tokens: int = 10_000
+    reach: int | None = None
+    batch_size: int = 32
+    memory: float = 2e9
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """What was found for one stack.
+
+    ``cka`` and ``correlation`` are symmetric, with a row for each of ``layers``. NaN stands where
+    nothing can be said: neurons of layers out of reach or of unlike size, an output that is
+    constant.
+    """
+
+    name: str
+    layers: tuple[int, ...]
+    positions: int
+    cka: Matrix
+    correlation: Matrix
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values; NaN becomes null."""
+        matrices = {"cka": self.cka.tolist(), "correlation": self.correlation.tolist()}
+        return plain({**vars(self), **matrices})
+
+
+def similarities(
+    model: Any,
+    examples: Examples,
+    config: SimilarityConfig = SimilarityConfig(),
+    progress: Progress = lambda step, done, total: None,
+) -> tuple[Similarity, ...]:
+    """Return how alike the sublayers are, for every stack that has at least two.
+
+    Raises:
+        InputError: no stack has two, a setting is out of range, the model does not take the data,
+            or what it computes is not finite.
+    """
+    if config.tokens < 2 or config.batch_size < 1 or (config.reach or 0) < 0:
+        raise InputError("tokens must be 2 or more, batch_size 1 or more, reach 0 or more.")
+    found = {name: members for name, members in stacks(proven(model)[0]).items() if members[1:]}
+    if not found:
+        raise InputError(f"{type(model).__name__} has no two feed-forward sublayers to compare.")
+    values: dict[tuple[str, str, int, int], float] = {}
+    counts: dict[str, int] = {}
+    passes = list(_passes(found, config))
+    for number, pairs in enumerate(passes, 1):
+        step = f"pass {number}/{len(passes)}"
+        seen = _collected(model, found, examples, pairs, config, progress, step)
+        for (name, what), moments in seen.items():
+            counts[name] = moments.count
+            for done, (a, b) in enumerate(moments.pairs, 1):
+                values[name, what, a, b] = _MEASURES[what](moments, a, b)
+                progress(f"comparing {what} of {name}", done, len(moments.pairs))
+    results = []
+    for name, members in found.items():
+        layers = tuple(s.layer for s in members)
+        norms = _matrix(values, (name, _OUTPUTS), layers)
+        with np.errstate(invalid="ignore"):  # a constant output: 0 / 0
+            cka = np.square(norms) / np.outer(norms.diagonal(), norms.diagonal())
+        correlation = _matrix(values, (name, _FEATURES), layers)
+        np.fill_diagonal(correlation, 1.0)
+        results.append(Similarity(name, layers, counts[name], cka, correlation))
+    return tuple(results)
+
+
+def _passes(found: Stacks, config: SimilarityConfig) -> Iterator[Pairs]:
+    """Yield what to compare in each pass over the data, so that its matrices fit the memory."""
+    wanted: list[tuple[tuple[str, str], tuple[int, int], int]] = []
+    for name, members in found.items():
+        for a, b in combinations_with_replacement(members, 2):
+            wanted.append(((name, _OUTPUTS), (a.layer, b.layer), 4 * a.d_model * b.d_model))
+        for a, b in combinations(members, 2):
+            near = config.reach is None or b.layer - a.layer <= config.reach
+            if near and (a.d_ff, a.gated) == (b.d_ff, b.gated):
+                size = 4 * (3 if a.gated else 1) * a.d_ff * b.d_ff  # float32, 3 views if gated
+                wanted.append(((name, _FEATURES), (a.layer, b.layer), size))
+    pairs, left = Pairs(), config.memory
+    for key, pair, size in wanted:
+        if pairs and size > left:
+            yield pairs
+            pairs, left = Pairs(), config.memory
+        pairs.setdefault(key, []).append(pair)
+        left -= size
+    yield pairs
+
+
+def _collected(
+    model: Any,
+    found: Stacks,
+    examples: Examples,
+    pairs: Pairs,
+    config: SimilarityConfig,
+    progress: Progress,
+    step: str,
+) -> dict[tuple[str, str], Moments]:
+    """Return the moments of one pass, by stack and by what is compared."""
+    moments = {key: Moments(tuple(each)) for key, each in pairs.items()}
+    members = {name: found[name] for name, _ in pairs}
+    batches = _watched(examples, config.batch_size, progress, step)
+    for signals in watch(model, members, batches, config.tokens):
+        for (name, what), each in moments.items():
+            layers = dict.fromkeys(layer for pair in each.pairs for layer in pair)
+            seen = {layer: getattr(signals[name][layer], what) for layer in layers}
+            each.update({k: x if what == _FEATURES else x[None] for k, x in seen.items()})
+    for (name, _), each in moments.items():
+        for layer, squares in each.squares.items():
+            if not torch.isfinite(squares).all():
+                raise InputError(
+                    f"layer {layer} of {name!r} gives NaN or infinite values on this data."
+                )
+    return moments
+
+
+def _cross_norm(moments: Moments, a: int, b: int) -> float:
+    """Return the Frobenius norm of Y^T X."""
+    return float(torch.linalg.vector_norm(moments.cross[a, b], dtype=torch.float64))
+
+
+def _aligned(moments: Moments, a: int, b: int) -> float:
+    """Return the mean correlation of the neurons of ``a`` with their partners in ``b``."""
+    correlation = moments.correlation(a, b).cpu() / len(moments.cross[a, b])
+    return float(correlation.gather(1, match(correlation)[:, None]).mean())
+
+
+_MEASURES = {_OUTPUTS: _cross_norm, _FEATURES: _aligned}
+
+
+def _matrix(
+    values: dict[tuple[str, str, int, int], float], key: tuple[str, str], layers: Sequence[int]
+) -> Matrix:
+    unknown = float("nan")
+    ordered = [[(*key, min(i, j), max(i, j)) for j in layers] for i in layers]
+    return np.array([[values.get(place, unknown) for place in row] for row in ordered])
+
+
+def _watched(
+    examples: Examples, size: int, progress: Progress, step: str
+) -> Iterator[dict[str, Array]]:
+    for done, batch in enumerate(examples.batches(size), 1):
+        yield batch
+        progress(step, min(done * size, len(examples)), len(examples))
