@@ -319,7 +319,8 @@ def test_a_comparison_measures_what_it_says_and_leaves_the_model() -> None:
     wanted = {
         "original": size, "calibrated": calibrated, "residual": calibrated + k * 2 * (D + F),
         "permute": size - ffn, "copy-anchor": size - ffn,
-        "drop-ffn": size - ffn - D - F + k * (2 * D + F), "drop-layer": size - layer, "low-rank": thin,
+        "drop-ffn": size - ffn - D - F + k * (2 * D + F), "drop-layer": size - layer,
+        "low-rank": thin,
     }  # fmt: skip
     assert {name: rows[name].bytes for name in wanted} == {
         name: bytes_each * count for name, count in wanted.items()

@@ -4,7 +4,7 @@
 
 Random weights, one window of five layers, 84 pictures of 197 positions: 16,548 tokens. Each method
 has a process of its own with all cores. Memory is the growth of the resident set over that of the
-process before, the model loaded and run once; that of the solve counts the two matrices it is given.
+process before, the model loaded and run once; that of the solve counts the matrices it is given.
 """
 
 import argparse

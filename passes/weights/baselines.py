@@ -6,7 +6,6 @@ methods.
 """
 
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -112,8 +111,8 @@ def _matrix(module: Any) -> Tensor:
 def _blocks(members: Sequence[FeedForward]) -> list[str]:
     """Return the paths of the whole layers around a stack's sublayers: to where they part."""
     parts = [member.output.split(".") for member in members]
-    common = len(os.path.commonprefix(parts))
-    return [".".join(names[: common + 1]) for names in parts]
+    place = next(i for i, names in enumerate(zip(*parts, strict=False)) if len(set(names)) > 1)
+    return [".".join(names[: place + 1]) for names in parts]
 
 
 @contextmanager
