@@ -1,6 +1,7 @@
 """Closed forms against float64 solutions written out, and merges whose result is known."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -247,9 +248,15 @@ def _nearest(rest: np.ndarray, covariance: np.ndarray, rank: int) -> np.ndarray:
     return u[:, :rank] * s[:rank] @ v[:rank] @ np.linalg.inv(root)
 
 
+@pytest.mark.parametrize("classic", [False, True])
 @pytest.mark.parametrize(("gated", "rank"), [(False, 0), (False, 2), (True, 0), (True, 2)])
-def test_a_fit_is_that_of_an_implementation_of_its_own(gated: bool, rank: int) -> None:
-    """Alignment, RegMean, scale, bias, residual and least squares of layers 1 and 2 in numpy."""
+def test_a_fit_is_that_of_an_implementation_of_its_own(
+    gated: bool, rank: int, classic: bool
+) -> None:
+    """Alignment, mean, scale, bias, residual and least squares of layers 1 and 2 in numpy.
+
+    As by default, with weighted means and slopes, or ``classic``: plain mean, RegMean and REPAIR.
+    """
     make = (lambda: GATED["llama"](3)) if gated else _relu_bert
     model = make()
     data = _data(model, 40)
@@ -267,15 +274,26 @@ def test_a_fit_is_that_of_an_implementation_of_its_own(gated: bool, rank: int) -
     n = len(xs[0])
     centred = np.vstack([x - mean for x, mean in zip(xs, means, strict=True)]) / np.sqrt(n)
     strength = 1e-2 * np.trace(sum(covariances)) / d
+    w_outs = [o[f"{maps} weight"][:, p] for o, p in zip(own, orders, strict=True)]
+    strong = [
+        s[f"{maps} in"].var(0)[p] * (w**2).sum(0)
+        for s, p, w in zip(seen, orders, w_outs, strict=True)
+    ]
+    share = np.full(f, 0.5) if classic else strong[0] / (strong[0] + strong[1])
     hidden: list[list[np.ndarray]] = [[], []]
     wanted: list[dict[str, np.ndarray]] = [{}, {}]
     for i in range(maps):
         w = [o[f"{i} weight"][p] for o, p in zip(own, orders, strict=True)]
         targets = np.vstack([(x - m) @ v.T for x, m, v in zip(xs, means, w, strict=True)])
-        merged = _least_squares(centred, targets / np.sqrt(n), strength, (w[0] + w[1]).T / 2).T
+        merged = share[:, None] * w[0] + (1 - share)[:, None] * w[1]
+        if classic:
+            merged = _least_squares(centred, targets / np.sqrt(n), strength, merged.T).T
         for layer in range(2):
             b = own[layer].get(f"{i} bias", np.zeros(f))[orders[layer]]
-            scale = (xs[layer] @ w[layer].T).std(0) / (xs[layer] @ merged.T).std(0)
+            ours, theirs = (x @ (xs[layer] - means[layer]).T for x in (w[layer], merged))
+            scale = ours.std(1) / theirs.std(1)
+            if not classic:
+                scale = (ours * theirs).sum(1) / (theirs**2).sum(1)
             rest = w[layer] - scale[:, None] * merged
             low = _nearest(rest, covariances[layer], rank)
             bias = b + (rest - low) @ means[layer]
@@ -286,9 +304,8 @@ def test_a_fit_is_that_of_an_implementation_of_its_own(gated: bool, rank: int) -
         hidden = [[gate / (1 + np.exp(-gate)) * up] for gate, up in hidden]
     else:
         hidden = [[np.maximum(h, 0)] for (h,) in hidden]
-    w = [o[f"{maps} weight"][:, p] for o, p in zip(own, orders, strict=True)]
-    lows = [_nearest(v - (w[0] + w[1]) / 2, np.eye(f), rank) for v in w]
-    start = (w[0] + w[1]) / 2
+    start = share * w_outs[0] + (1 - share) * w_outs[1]
+    lows = [_nearest(w - start, np.eye(f), rank) for w in w_outs]
     errors = [
         s[f"{maps} out"] - h @ (start + low).T
         for s, (h,), low in zip(seen, hidden, lows, strict=True)
@@ -301,7 +318,10 @@ def test_a_fit_is_that_of_an_implementation_of_its_own(gated: bool, rank: int) -
         wanted[layer][f"{maps} bias"] = errors[layer].mean(0) - step @ hidden[layer][0].mean(0)
         wanted[layer][f"{maps} low"] = lows[layer]
     settings = Settings(rank=rank, tokens=n)
-    config = MergeConfig(window=(1, 2), method="residual", settings=settings, batch_size=7)
+    if classic:
+        settings = replace(settings, importance=0, regmean=True, scale="repair")
+    method = "residual" if rank else "calibrated"
+    config = MergeConfig(window=(1, 2), method=method, settings=settings, batch_size=7)
     merge_(model, data, config, {k: x[:1] for k, x in data.items()})
     for layer, want in enumerate(wanted):
         got = {k: x.numpy() for k, x in _own(model, find(model)[1 + layer]).items()}
@@ -491,8 +511,8 @@ def test_the_anchor_keeps_its_neurons_where_they_are(anchor: Any, layer: int) ->
 
 
 SWITCHES: dict[str, Any] = {
-    "anchor": "last", "after": True, "regmean": False, "scale": "none", "bias": False,
-    "least_squares": False, "rounds": 2, "ridge": 0.1, "tokens": 20, "rank": 2,
+    "anchor": "last", "after": True, "importance": 0.0, "regmean": True, "scale": "none",
+    "bias": False, "least_squares": False, "rounds": 2, "ridge": 0.1, "tokens": 20, "rank": 2,
 }  # fmt: skip
 
 

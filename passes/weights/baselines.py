@@ -42,16 +42,17 @@ def drop_layers(model: nn.Module, by_stack: Stacks, removed: int) -> list[Rival]
     With several stacks the same window is taken out of each (arXiv 2403.03853 chooses layers by
     what they change; here, as in the paper's own baseline, all windows are to be measured).
     """
-    lists = [[_block(member) for member in members] for members in by_stack.values()]
-    sizes = [sum(p.numel() for p in model.get_submodule(paths[0]).parameters()) for paths in lists]
-    length = math.ceil(removed / sum(sizes))
-    return [
-        Rival(
-            "drop-layer", f"{start}-{start + length - 1}", length * sum(sizes),
-            partial(_without, model, [p for paths in lists for p in paths[start : start + length]]),
-        )
-        for start in range(min(map(len, lists)) - length + 1)
-    ]  # fmt: skip
+    lists = [_blocks(members) for members in by_stack.values()]
+    size = {p: sum(x.numel() for x in model.get_submodule(p).parameters()) for p in chain(*lists)}
+    length = math.ceil(removed / sum(min(size[path] for path in paths) for paths in lists))
+    first, rivals = next(iter(by_stack.values())), []
+    for start in range(min(map(len, lists)) - length + 1):
+        span = slice(start, start + length)
+        gone = [path for paths in lists for path in paths[span]]
+        what = f"{first[span][0].layer}-{first[span][-1].layer}"
+        total = sum(size[path] for path in gone)
+        rivals.append(Rival("drop-layer", what, total, partial(_without, model, gone)))
+    return rivals
 
 
 def factor(
@@ -66,10 +67,13 @@ def factor(
     The rank is cut where that least changes what a map puts out on the data (arXiv 2403.07378),
     all maps by the same part of their size, and the biases keep the mean of what it puts out.
     """
-    sizes = [s.shape for m in chain(*by_stack.values()) for s in _matrices(model, m)]
-    keep = 1 - removed / sum(rows * columns for rows, columns in sizes)
+    maps: list[Any] = [model.get_submodule(p) for m in chain(*by_stack.values()) for p in m.maps]
+    sizes = [_matrix(module).shape for module in maps]
+    added = sum(len(_matrix(module)) for module in maps if module.bias is None)
+    keep = 1 - (removed + added) / sum(rows * columns for rows, columns in sizes)
     ranks = {s: int(keep * s[0] * s[1] / sum(s)) for s in sizes}
-    gone = sum(rows * columns - ranks[rows, columns] * (rows + columns) for rows, columns in sizes)
+    kept = sum(ranks[s] * sum(s) for s in sizes) + added
+    gone = sum(rows * columns for rows, columns in sizes) - kept
     seen = {
         (name, m.layer, last): Moments(((m.layer, m.layer),))
         for name, found in by_stack.items()
@@ -83,8 +87,9 @@ def factor(
     groups, sharings = [], []
     for name, member in ((name, m) for name, found in by_stack.items() for m in found):
         own: dict[Key, Tensor] = {}
-        for i, matrix in enumerate(_matrices(model, member)):
-            module: Any = model.get_submodule(member.maps[i])
+        for i, path in enumerate(member.maps):
+            module: Any = model.get_submodule(path)
+            matrix = _matrix(module)
             moments = seen[name, member.layer, i == len(member.inputs)]
             covariance = moments.cross[member.layer, member.layer][0].double() / moments.count
             up, down = low_rank(matrix.double(), covariance, ranks[matrix.shape])
@@ -97,16 +102,17 @@ def factor(
     return [Rival("low-rank", "", gone, partial(ties.tied, model, groups, sharings))]
 
 
-def _matrices(model: nn.Module, member: FeedForward) -> list[Tensor]:
-    """Return the (out, in) matrices of a sublayer's maps."""
-    maps: list[Any] = [model.get_submodule(path) for path in member.maps]
-    return [(m.weight.T if isinstance(m, Conv1D) else m.weight).detach() for m in maps]
+def _matrix(module: Any) -> Tensor:
+    """Return the (out, in) matrix of a map."""
+    weight: Tensor = module.weight.detach()
+    return weight.T if isinstance(module, Conv1D) else weight
 
 
-def _block(member: FeedForward) -> str:
-    """Return the path of the whole layer around a sublayer."""
-    parts = member.output.split(".")
-    return ".".join(parts[: parts.index(str(member.layer)) + 1])
+def _blocks(members: Sequence[FeedForward]) -> list[str]:
+    """Return the paths of the whole layers around a stack's sublayers: to where they part."""
+    parts = [member.output.split(".") for member in members]
+    place = next(i for i, names in enumerate(zip(*parts, strict=False)) if len(set(names)) > 1)
+    return [".".join(names[: place + 1]) for names in parts]
 
 
 @contextmanager

@@ -13,9 +13,12 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from scipy.linalg import get_lapack_funcs
 from torch import Tensor
 
+from ffmerge.errors import InputError
 from ffmerge.models import ties
 from ffmerge.models.feedforward import FeedForward
 from ffmerge.models.probe import Array
@@ -155,8 +158,8 @@ def regmean(weights: Sequence[Tensor], covariances: Sequence[Tensor], ridge: flo
     """
     mean = sum(weights) / len(weights)
     pairs = zip(weights, covariances, strict=True)
-    right = sum((w - mean) @ covariance for w, covariance in pairs)
-    return mean + ridge_solve(sum(covariances), right.mT, ridge).mT
+    right = sum((w - mean) @ covariance for w, covariance in pairs).flatten(0, -2)
+    return mean + ridge_solve(sum(covariances), right.T, ridge).T.view_as(mean)
 
 
 def scale_of(own: Tensor, merged: Tensor, covariance: Tensor, how: str) -> Tensor:
@@ -190,11 +193,28 @@ def low_rank(rest: Tensor, covariance: Tensor, rank: int) -> LowRank:
 def ridge_solve(gram: Tensor, right: Tensor, ridge: float) -> Tensor:
     """Return X of ``(gram + strength I) X = right``, in float64 and finite for any gram.
 
-    The strength is ``ridge`` times the mean of the diagonal, 1 where that is 0.
+    The strength is ``ridge`` times the mean of the diagonal, 1 where that is 0. Cholesky in
+    LAPACK's packed form, half a float64 matrix: no more bytes than a gram in float32.
+
+    Raises:
+        InputError: the ridge is too small for such statistics.
     """
-    damped = gram.double() if gram.dtype != torch.float64 else gram.clone()
-    damped.diagonal().add_(ridge * float(damped.diagonal().mean()) or 1.0)
-    return torch.cholesky_solve(right, torch.linalg.cholesky(damped, out=damped))
+    full = gram.cpu().numpy().T  # symmetric, so in Fortran's order without a copy
+    (pack,), n = get_lapack_funcs(("trttf",), (full,)), len(full)
+    factorize, solve = get_lapack_funcs(("pftrf", "pftrs"))
+    half = pack(full, uplo="L")[0].astype(np.float64)
+    # its diagonal is two of a tall rectangle's (Gustavson et al. 2010, figure 3)
+    even = 1 - n % 2
+    tall = torch.from_numpy(half).view(-1, n + even).T
+    strength = ridge * float(gram.diagonal().double().mean()) or 1.0
+    for offset in (-even, 1 - even):
+        tall.diagonal(offset).add_(strength)
+    half, failed = factorize(n, half, uplo="L", overwrite_a=True)
+    if failed:
+        raise InputError(f"ridge {ridge} is too small for the statistics of this data.")
+    solution = right.cpu().numpy().astype(np.float64, order="F")
+    solution, _ = solve(n, half, solution, uplo="L", overwrite_b=True)
+    return torch.from_numpy(solution).to(right.device)
 
 
 @dataclass
@@ -232,7 +252,7 @@ class Regression:
 
     def solve(self, ridge: float) -> Tensor:
         """Return W, (f, d) in float64; 0 in directions that the data has not."""
-        return ridge_solve(self.gram, self.cross.double(), ridge)
+        return ridge_solve(self.gram, self.cross, ridge)
 
     def bias(self, layer: int, weight: Tensor) -> Tensor:
         """Return the best b_l, (d,), to a weight."""

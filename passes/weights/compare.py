@@ -98,14 +98,12 @@ def compare(
 
 def _verdict(rows: Sequence[Row], score: Score) -> str:
     """Return in a sentence whether a model as small as the merged one, or smaller, is better."""
+    rank = {row: score.rank(round(row.value, 4)) for row in rows}  # as it is shown
     merged = rows[1]
-    better = [
-        row for row in rows[2:]
-        if row.bytes <= merged.bytes * 1.01 and score.rank(row.value) > score.rank(merged.value)
-    ]  # fmt: skip
-    if not better:
+    rivals = [row for row in rows[2:] if row.bytes <= merged.bytes * 1.01]
+    best = max(rivals, key=rank.__getitem__, default=merged)
+    if rank[best] <= rank[merged]:
         return f"{merged.name} is the best of this size."
-    best = max(better, key=lambda row: score.rank(row.value))
     return (
         f"{best.name} is better and no larger: {score.name} {best.value:.4f} against "
         f"{merged.value:.4f} of {merged.name}."

@@ -86,6 +86,7 @@ def drop_ffn(model: Any, members: Sequence[FeedForward], evidence: Evidence) -> 
     kept = members[evidence.settings.place(len(members))]
     hidden = _moments(evidence).hidden
     assert hidden is not None
+    shared = mean_of(model, [kept], [None]).shared
     own: list[dict[tuple[int, str], Tensor]] = []
     for m in members:
         number, bias = len(m.inputs), model.get_submodule(m.output).bias
@@ -95,9 +96,9 @@ def drop_ffn(model: Any, members: Sequence[FeedForward], evidence: Evidence) -> 
         old = torch.zeros_like(mean) if bias is None else bias.detach().double()
         parts = {"scale": torch.full_like(mean, keeps), "bias": old + (1 - keeps) * mean}
         dtype = model.get_parameter(m.weights[0].name).dtype
-        own.append({(number, part): value.to(dtype) for part, value in parts.items()})
-    shared = mean_of(model, [kept], [None]).shared
-    return Sharing({k: v for k, v in shared.items() if k != (len(kept.inputs), "bias")}, own)
+        biases = {key: b.clone() for key, b in shared.items() if key[1] == "bias"}
+        own.append(biases | {(number, part): value.to(dtype) for part, value in parts.items()})
+    return Sharing({key: value for key, value in shared.items() if key[1] != "bias"}, own)
 
 
 @method("permute", source="arXiv 2501.06126, equations (1) to (6)")
