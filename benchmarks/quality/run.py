@@ -15,7 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -201,8 +201,8 @@ def precisions(name: str, k: int, seed: int, label: str) -> dict[str, Any]:
 
 
 def jobs(seeds: int, only: Sequence[str]) -> Iterator[tuple[Any, ...]]:
-    """Yield the jobs, long ones first."""
-    for name in ("numerals", "village", "digits"):
+    """Yield the jobs."""
+    for name in ("digits", "village", "numerals"):
         if "recovery" in only:
             for k in (3, 4):
                 for seed in range(seeds):
@@ -238,15 +238,17 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=tuple(REFERENCES), default=tuple(REFERENCES))
     chosen = parser.parse_args()
     todo = [job for job in jobs(chosen.seeds, chosen.only) if job[1] in chosen.tasks]
-    start = time.perf_counter()
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
-        found = list(pool.map(run, todo, chunksize=1))
-    minutes = (time.perf_counter() - start) / 60
     kept = json.loads(RESULTS.read_text())["results"] if RESULTS.is_file() else []
-    same = {(*map(r.get, ("part", "task", "k", "seed", "label")),) for r in found}
-    kept = [r for r in kept if (*map(r.get, ("part", "task", "k", "seed", "label")),) not in same]
-    RESULTS.write_text(json.dumps({"minutes": minutes, "results": kept + found}, indent=1) + "\n")
-    print(tables.render(kept + found))
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        for found in as_completed([pool.submit(run, job) for job in todo]):
+            kept = [r for r in kept if _job(r) != _job(found.result())] + [found.result()]
+            kept.sort(key=lambda r: todo.index(_job(r)) if _job(r) in todo else -1)
+            RESULTS.write_text(json.dumps({"results": kept}, indent=1) + "\n")  # survives a kill
+    print(tables.render(kept))
+
+
+def _job(result: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(result[key] for key in ("part", "task", "k", "seed", "label"))
 
 
 if __name__ == "__main__":

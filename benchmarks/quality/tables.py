@@ -3,6 +3,7 @@
 python benchmarks/quality/tables.py
 """
 
+import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -101,5 +102,36 @@ def _shown(name: str, test: dict[str, float]) -> str:
     return f"{100 * value:.2f} %" if METRIC[name] == "accuracy" else f"{value:.2f}"
 
 
+def draw(results: Results, file: str) -> None:
+    """Draw what each way of making the models smaller loses, against its size."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    shown = ("permute", "calibrated", "drop-ffn", "drop-layer", "low-rank")
+    for plot, name in zip(figure.subplots(1, len(METRIC)), METRIC, strict=True):
+        base = _pick(results, task=name, label="none")[0]
+        for label, marker in zip(shown, "osv^D", strict=True):
+            points = []
+            for k in (3, 4):
+                found = [r for r in _pick(results, task=name, k=k, label=label)
+                         if r["part"] in ("methods", "rival")]  # fmt: skip
+                if found:
+                    size = mean(r["parameters"] for r in found) / base["parameters"]
+                    points.append((100 * size, max(_loss(found, base), 0)))
+            plot.plot(*zip(*points, strict=True), marker=marker, label=label)
+        plot.set(title=f"{name}: {METRIC[name]}", xlabel="% of the parameters", ylabel="loss")
+        plot.set_yscale("symlog", linthresh=0.02)
+    figure.axes[-1].legend(fontsize="small")
+    with matplotlib.rc_context({"svg.hashsalt": "ffmerge"}):
+        figure.savefig(file, metadata={"Date": None})
+
+
 if __name__ == "__main__":
-    print(render(json.loads(RESULTS.read_text())["results"]))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--picture", help="also draw an .svg")
+    chosen = parser.parse_args()
+    known = json.loads(RESULTS.read_text())["results"]
+    print(render(known))
+    if chosen.picture:
+        draw(known, chosen.picture)
