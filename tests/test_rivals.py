@@ -21,6 +21,8 @@ from ffmerge.models.data import from_arrays
 from ffmerge.models.feedforward import FeedForward, find, stacks
 from ffmerge.passes.weights.baselines import drop_layers, factor
 from ffmerge.passes.weights.compare import Row, compare
+from ffmerge.passes.weights.compare import _verdict as _said
+from ffmerge.passes.weights.evaluate import Score
 from ffmerge.passes.weights.merge import MergeConfig, merge_
 from ffmerge.passes.weights.settings import Settings
 
@@ -386,6 +388,27 @@ def test_the_verdict_says_when_the_method_is_the_best() -> None:
     assert verdict == "permute is the best of this size."
     assert rows["permute"].what == "1-2"
     assert rows["drop-ffn"].value < 0.995 < 0.99999 < rows["permute"].value  # 0.9903, 1.0
+
+
+@pytest.mark.parametrize(
+    ("size", "value", "better"),
+    [
+        (100, 0.81, True),
+        (100, 0.80004, False),
+        (101, 0.81, True),
+        (102, 0.81, False),
+        (9, 0.7, False),
+    ],
+)
+@pytest.mark.parametrize("higher", [True, False])
+def test_only_what_shows_and_is_no_larger_is_better(
+    size: int, value: float, better: bool, higher: bool
+) -> None:
+    sign = 1 if higher else -1
+    found = [("original", 200, 1.0), ("permute", 100, 0.8), ("low-rank", size, value)]
+    rows = [Row(name, "", count, sign * x) for name, count, x in found]
+    said = _said(rows, Score("accuracy", lambda model: 0.0, higher))
+    assert said.startswith("low-rank is better" if better else "permute is the best")
 
 
 @pytest.fixture
