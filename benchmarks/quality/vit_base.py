@@ -126,10 +126,11 @@ def main() -> None:
         return
     environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
     found = {}
-    for name in (*METHODS, SOLVE):
+    for name in (SOLVE, *METHODS):
         command = [sys.executable, __file__, "--only", name]
         run = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE)
         found[name] = json.loads(run.stdout.splitlines()[-1])
+        print(f"{name}: {run.stdout.decode().strip()}", file=sys.stderr)
     names = list(dict.fromkeys(part for m in METHODS for part in found[m]["seconds"]))
     print(f"{'':18}" + "".join(f"{method:>22}" for method in METHODS))
     for name in names:
