@@ -22,7 +22,7 @@ EXCEPTIONS = {
 ALIKE = {
     "MistralForCausalLM", "Qwen2ForCausalLM", "GemmaForCausalLM", "OlmoForCausalLM",
     "Olmo2ForCausalLM", "StableLmForCausalLM",
-    "GPTJForCausalLM", "GPTNeoForCausalLM", "BartForConditionalGeneration",
+    "GPTJForCausalLM", "GPTNeoForCausalLM", "BartForConditionalGeneration", "GlmForCausalLM",
     "M2M100ForConditionalGeneration", "PegasusForConditionalGeneration", "RobertaForMaskedLM",
 }  # fmt: skip
 PARAMETERS = [

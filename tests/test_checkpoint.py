@@ -31,7 +31,7 @@ def _merged(name: str):
         if name == "vit"
         else {"input_ids": np.arange(36).reshape(4, 9)}
     )
-    merge_(model, inputs, MergeConfig(window=(1, 4)))
+    merge_(model, inputs, MergeConfig(window=(1, 4), method="permute"))
     return model, {k: torch.from_numpy(v) for k, v in inputs.items()}
 
 

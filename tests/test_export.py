@@ -52,7 +52,7 @@ Case = tuple[str, Any, Package]
 def merged(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     name, (d, f) = request.param
     model = FAMILIES[name](d, f)
-    merge_(model, _inputs(name, 8), MergeConfig(window=(1, 4)))
+    merge_(model, _inputs(name, 8), MergeConfig(window=(1, 4), method="permute"))
     return name, model, export(model, tmp_path_factory.mktemp(name) / "package")
 
 
@@ -118,7 +118,7 @@ from ffmerge.exporter.package import export
 from ffmerge.models import checkpoint, tasks
 from ffmerge.passes.weights.merge import MergeConfig, merge_
 model = tiny.gpt2(layers=2)
-merge_(model, {"input_ids": np.arange(90).reshape(9, 10)}, MergeConfig(k=2))
+merge_(model, {"input_ids": np.arange(90).reshape(9, 10)}, MergeConfig(k=2, method="permute"))
 checkpoint.save(model, sys.argv[1] + "/checkpoint")
 export(model, sys.argv[1] + "/package")
 """

@@ -90,7 +90,7 @@ def test_what_the_converter_leaves_wrong_is_refused(monkeypatch):
 def test_a_package_below_what_pytorch_writes(tmp_path):
     model = vit(64, 256)
     images = {"pixel_values": normal(4, 3, 16, 16)}
-    merge_(model, images, MergeConfig(window=(1, 4)))
+    merge_(model, images, MergeConfig(window=(1, 4), method="permute"))
     package = export(model, tmp_path / "p", ExportConfig(opset=17))
     assert package.manifest.opset == 17 and audit(package.path).ok
     tied = json.loads(ir.load(tmp_path / "p" / "model.onnx").metadata_props["ffmerge.ties"])

@@ -363,13 +363,14 @@ def test_two_processes_of_one_command_do_what_one_does(tmp_path) -> None:
     source, data = str(tmp_path / "gpt2"), str(tmp_path / "data.npz")
     done = _python([
         "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "ffmerge", "merge", source,
-        str(tmp_path / "two"), "--window", "0-2", "--data", data, "--batch-size", "5", "--recover",
+        str(tmp_path / "two"), "--window", "0-2", "--method", "permute", "--data", data, "--batch-size", "5", "--recover",
         "12", "--recover-labels", "--recover-parts", "all", "--learning-rate", "3e-3", "--json",
     ])  # fmt: skip
     assert done.returncode == 0, done.stderr
     metric = json.loads(done.stdout)["metric"]  # printed once
     result = pipeline.merge(
-        source, tmp_path / "one", MergeConfig(window=(0, 2), batch_size=5), data,
+        source, tmp_path / "one", MergeConfig(window=(0, 2), batch_size=5, method="permute"),
+        data,
         recovery=RecoverConfig(12, 3e-3, 5, parts="all", labels=True),
     )  # fmt: skip
     one, two = (_values(checkpoint.load(tmp_path / name)) for name in ("one", "two"))
