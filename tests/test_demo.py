@@ -20,10 +20,11 @@ def test_the_demo_keeps_its_promises(
     result = json.loads(capsys.readouterr().out)
     losses, before, after = result["losses"], result["before"], result["after"]
     assert losses["original"] >= 0.95  # measured 0.964 of 4,000 test pictures
-    assert losses["merged"] >= 0.95 * losses["original"]  # measured 0.9365
+    assert losses["merged"] >= 0.99 * losses["original"]  # measured 0.964 against 0.962
     assert losses["exported"] == losses["merged"] == after["metric"]
-    assert before["parameters"] - after["parameters"] == 2 * (2 * 64 * 256 + 64 + 256)
-    assert before["bytes_on_disk"] - after["bytes_on_disk"] > 0.99 * 2 * 4 * (2 * 64 * 256)
+    removed = 2 * 2 * 64 * 256 - 3 * 256  # every layer keeps its biases, and gets a scale
+    assert before["parameters"] - after["parameters"] == removed
+    assert before["bytes_on_disk"] - after["bytes_on_disk"] > 0.98 * 4 * removed
     assert sorted(p.name for p in (tmp_path / "d").iterdir()) == [
         "checkpoint", "merged", "original", "report.html",
     ]  # fmt: skip

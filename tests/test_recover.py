@@ -363,7 +363,8 @@ def test_two_processes_of_one_command_do_what_one_does(tmp_path) -> None:
     source, data = str(tmp_path / "gpt2"), str(tmp_path / "data.npz")
     done = _python([
         "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "ffmerge", "merge", source,
-        str(tmp_path / "two"), "--window", "0-2", "--method", "permute", "--data", data, "--batch-size", "5", "--recover",
+        str(tmp_path / "two"), "--window", "0-2", "--method", "permute",
+        "--data", data, "--batch-size", "5", "--recover",
         "12", "--recover-labels", "--recover-parts", "all", "--learning-rate", "3e-3", "--json",
     ])  # fmt: skip
     assert done.returncode == 0, done.stderr
