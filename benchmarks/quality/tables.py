@@ -45,7 +45,8 @@ def _of_task(results: Results, name: str) -> str:
                 f"{mean(r['parameters'] for r in found):,.0f}", _spread(name, found),
                 f"{_loss(found, base) / _loss(usual, base):.2f}",
             ]  # fmt: skip
-        lines.append(f"| {shown} | " + " | ".join(cells) + " |")
+        if any(cells):
+            lines.append(f"| {shown} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
