@@ -3,7 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 PYTEST = FFMERGE_OPTIMUM=required OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadgroup
 
-.PHONY: install install-optimum demo test slow check lint types wheel clean
+NODE_MODULES := examples/web/node_modules/.package-lock.json
+
+.PHONY: install install-optimum demo web test test-web slow check lint types wheel clean
 
 install: .venv/installed
 
@@ -29,8 +31,23 @@ demo: install
 	rm -rf build/demo
 	$(BIN)/ffmerge demo --out build/demo
 
+# The demo's packages in your own browser: open the address it prints.
+web: install $(NODE_MODULES)
+	test -d build/demo || $(BIN)/ffmerge demo --out build/demo
+	$(BIN)/python examples/web/serve.py --packages build/demo
+
+# Scripts of packages do not run: one of them downloads what nothing here needs.
+$(NODE_MODULES): examples/web/package-lock.json
+	cd examples/web && npm ci --ignore-scripts
+	touch $@
+
 test: install install-optimum
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not web"
+
+# Says so and passes where there is no browser or no npm; with FFMERGE_WEB=required it fails.
+test-web: install
+	if command -v npm; then $(MAKE) $(NODE_MODULES); fi
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m web
 
 slow: install install-optimum
 	$(PYTEST) -m slow
