@@ -138,7 +138,7 @@ def survey(model: nn.Module) -> tuple[tuple[FeedForward, ...], tuple[LeftAlone, 
     alike: dict[str, tuple[str, str]] = {}
     for name, hidden in trace.calls:
         makers, ops = _before(trace, hidden)
-        place = _place(model, name)
+        place = place_of(model, name)
         if not makers or place is None or _PRODUCT in ops or not _reads(trace, makers[0][1]):
             continue
         d_ff, d_model = trace.linear[name]
@@ -157,7 +157,7 @@ def survey(model: nn.Module) -> tuple[tuple[FeedForward, ...], tuple[LeftAlone, 
                 left[match.path.rpartition(".")[0]] = EXPERTS
             else:
                 found.setdefault(match, []).append(source)
-        elif d_ff > d_model and {_place(model, maker) for maker in inputs} == {place}:
+        elif d_ff > d_model and {place_of(model, maker) for maker in inputs} == {place}:
             reason = "its maps d -> f read several tensors, or another tensor enters after them"
             if unlike := {op.strip("_") for op in between - _MOVES - {_NONE}}:
                 reason = f"{min(unlike)} between its maps does not treat every neuron alike"
@@ -369,7 +369,7 @@ def _banks(model: nn.Module) -> list[str]:
     return paths
 
 
-def _place(model: nn.Module, path: str) -> tuple[str, int] | None:
+def place_of(model: nn.Module, path: str) -> tuple[str, int] | None:
     """Return the innermost list of equal blocks around a module and its block's number.
 
     T5 lists the unlike sublayers of a block as well: that list repeats nothing.

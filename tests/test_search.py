@@ -30,6 +30,7 @@ from ffmerge.passes.weights import methods, precision, statistics
 from ffmerge.passes.weights.evaluate import score_for
 from ffmerge.passes.weights.merge import MergeConfig, merge_
 from ffmerge.passes.weights.methods import Evidence
+from ffmerge.passes.weights.resume import Resumed
 from ffmerge.passes.weights.search import Trials
 from ffmerge.passes.weights.settings import Settings
 
@@ -259,7 +260,10 @@ def test_statistics_come_when_a_step_needs_them_and_go_when_none_does() -> None:
         passes.append(1)
         return data.batches(8)
 
-    trials = Trials(model, methods.get("permute"), evidence, None, batches, 10_000, lambda *_: None)
+    resumed = Resumed(model, find(model))
+    trials = Trials(
+        model, resumed, methods.get("permute"), evidence, None, batches, 10_000, lambda *_: None
+    )
     for groups, pairs in (
         ([(a, b), (b, c), (c, d)], [(0, 1), (1, 2), (2, 3)]),
         ([(a, b), (b, c, d)], [(0, 1), (1, 2), (1, 3)]),
@@ -283,6 +287,7 @@ import os, sys
 from safetensors.torch import save_file
 from test_search import _model, _pixels
 from ffmerge.passes.weights.merge import MergeConfig, merge_
+from ffmerge.passes.weights.resume import Resumed
 from ffmerge.passes.weights.search import Trials
 
 attempt, count = Trials.attempt, []

@@ -21,11 +21,12 @@ from torch import Tensor
 from ffmerge.errors import InputError
 from ffmerge.models import ties
 from ffmerge.models.feedforward import FeedForward
+from ffmerge.models.inputs import unchunked
 from ffmerge.models.probe import Array
 from ffmerge.models.ties import Key, Sharing
 from ffmerge.passes.weights.align import neurons
 from ffmerge.passes.weights.settings import Settings
-from ffmerge.passes.weights.statistics import Moments, forward, positions
+from ffmerge.passes.weights.statistics import Enough, Moments, forward, positions
 
 _TINY = 1e-12  # of the mean variance: a row below it never changes
 LowRank = tuple[Tensor, Tensor]  # up and down: their product is added to a weight
@@ -302,17 +303,23 @@ def _side_by_side(
     original: dict[str, list[Tensor]] = {m.output: [] for m in members}
     given: dict[str, list[Tensor]] = {m.output: [] for m in members}
 
+    once = all(m.runs == 1 for m in members)
+
     def keep(path: str, _: Any, args: Any, out: Tensor) -> None:
         original[path].append(out)
+        if once and all(original.values()):
+            raise Enough
 
     def swap(path: str, _: Any, args: Any, out: Tensor) -> Tensor | None:
         given[path].append(args[0])
+        if once and all(given.values()):
+            raise Enough
         return original[path][len(given[path]) - 1] if forced else None
 
     for batch in batches:
         for kept in (*original.values(), *given.values()):
             kept.clear()
-        with torch.no_grad():
+        with torch.no_grad(), unchunked(model):
             with _hooked(model, members, keep):
                 forward(model, batch)
             with ties.tied(model, [members], [sharing]), _hooked(model, members, swap):

@@ -15,6 +15,7 @@ from ffmerge.models.probe import Array
 from ffmerge.passes.weights import methods
 from ffmerge.passes.weights.evaluate import score_for
 from ffmerge.passes.weights.methods import Evidence
+from ffmerge.passes.weights.resume import Resumed
 from ffmerge.passes.weights.search import (
     Candidate,
     Choice,
@@ -116,7 +117,10 @@ def merge_(
         raise InputError("a budget is met by measuring what is lost: it needs data.")
     parameters, size = size_of(model)
     now = before = Candidate((), score.measure(model) if score else 0.0, size)
-    trials = Trials(model, method, evidence, score, watched, config.tokens, progress)
+    resumed = Resumed(model, (s for members in chosen.values() for s in members))
+    if resumed.reason:
+        progress(f"candidates run the whole model: {resumed.reason}", 0, 0)
+    trials = Trials(model, resumed, method, evidence, score, watched, config.tokens, progress)
     metric: dict[str, Any] = {"name": score.name if score else None}
     frontier: tuple[Point, ...] = ()
     if config.budget:

@@ -1,9 +1,9 @@
 """What to merge: every candidate is merged, put in place and measured, and the best is kept.
 
 The model keeps its own weights until the end: a group that grows is made anew of its members'
-originals. Several processes (torchrun, ``accelerate launch``) share the candidates of a step. Not
-shared yet: every candidate runs the whole model on the whole data, the layers before the first
-merged one too, and every process collects all statistics.
+originals. A candidate runs only what comes after its first merged layer (``resume.py``). Several
+processes (torchrun, ``accelerate launch``) share the candidates of a step. Not shared yet: every
+process collects all statistics.
 """
 
 import math
@@ -24,6 +24,7 @@ from ffmerge.models.ties import Sharing
 from ffmerge.passes.weights import precision, processes, statistics
 from ffmerge.passes.weights.evaluate import Score
 from ffmerge.passes.weights.methods import Evidence, Method
+from ffmerge.passes.weights.resume import Resumed
 
 # The sublayers that one candidate would tie, group by group.
 Choice = tuple[tuple[FeedForward, ...], ...]
@@ -62,9 +63,11 @@ class Trials:
     """What every candidate is tried with, and in ``tried`` what came of it.
 
     ``batches`` gives the data for the statistics, ``tokens`` positions of it; None: there is none.
+    ``resumed`` runs the model behind what a candidate leaves as it is.
     """
 
     model: Any
+    resumed: Resumed
     method: Method
     evidence: dict[str, Evidence]
     score: Score | None
@@ -90,7 +93,8 @@ class Trials:
         if not new:
             return
         after = next(iter(self.evidence.values())).settings.after
-        found = statistics.collect(self.model, new, self.batches(), self.tokens, after)
+        with self.resumed.behind(a for pairs in new.values() for pair in pairs for a in pair):
+            found = statistics.collect(self.model, new, self.batches(), self.tokens, after)
         for name, moments in found.items():
             if before := self.evidence[name].moments:
                 moments = before.joined(moments)
@@ -98,7 +102,8 @@ class Trials:
 
     def attempt(self, choice: Choice, rest: State = State()) -> tuple[Candidate, State]:
         """Return a candidate and its state: ``choice`` merged while ``rest`` is in place."""
-        with ties.tied(self.model, rest.groups, rest.shared):
+        changed = [sublayer for members in choice for sublayer in members]
+        with ties.tied(self.model, rest.groups, rest.shared), self.resumed.behind(changed):
             shared = [
                 self.method.merge(self.model, members, self.evidence[members[0].stack])
                 for members in choice

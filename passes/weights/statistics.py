@@ -7,6 +7,7 @@ the update of Chan, Golub and LeVeque (1979): every batch is centred on its own 
 squared, so nothing cancels however far the mean lies from zero.
 """
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -19,11 +20,15 @@ from torch import Tensor
 
 from ffmerge.errors import InputError
 from ffmerge.models.feedforward import FeedForward
-from ffmerge.models.inputs import to_tensors
+from ffmerge.models.inputs import to_tensors, unchunked
 from ffmerge.models.metrics import IGNORED
 from ffmerge.models.probe import Array
 
 Pair = tuple[int, int]
+
+
+class Enough(Exception):
+    """What a hook raises when nothing that comes after it in the pass is needed."""
 
 
 @dataclass
@@ -121,10 +126,19 @@ def watch(
         InputError: a stack has no two positions that count, or the model does not take the data.
     """
     counts = dict.fromkeys(sublayers, 0)
-    seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    watched = [s for found in sublayers.values() for s in found]
+    seen: dict[str, list[tuple[Tensor, Tensor]]] = {p: [] for s in watched for p in s.maps}
+    once = all(s.runs == 1 for s in watched)
+
+    def keep(path: str, _: Any, args: tuple[Tensor, ...], out: Tensor) -> None:
+        seen[path].append((args[0], out))
+        if once and all(seen.values()):
+            raise Enough
+
     with ExitStack() as stack, torch.no_grad():
-        for path in (path for found in sublayers.values() for s in found for path in s.maps):
-            hook = partial(_keep, seen.setdefault(path, []))
+        stack.enter_context(unchunked(model))
+        for path in seen:
+            hook = partial(keep, path)
             stack.callback(model.get_submodule(path).register_forward_hook(hook).remove)
         for batch in batches:
             for kept in seen.values():
@@ -227,27 +241,28 @@ def _mask(config: Any, batch: Mapping[str, Array], reads: Sequence[str]) -> Arra
 def forward(model: Any, batch: Mapping[str, Array], **options: Any) -> Any:
     """Return the model's output for a batch; ``options`` go to the model as they are.
 
-    Labels are left out, unless an encoder-decoder has to make the decoder's input of them.
+    None if a hook has :class:`Enough`. Labels are left out, unless an encoder-decoder has to make
+    the decoder's input of them.
 
     Raises:
         InputError: the model does not take these arrays.
     """
     inputs = {name: array for name, array in batch.items() if name != "labels"}
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        options = {"use_cache": False, **options}  # keys and values of a batch are never read
     decoded = model.config.is_encoder_decoder and "decoder_input_ids" not in batch
     if decoded and "labels" in batch and batch["labels"].ndim == 2:
         inputs["labels"] = batch["labels"]
     try:
         return model(**{**to_tensors(inputs, model), **options})
+    except Enough:
+        return None
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         shapes = ", ".join(f"{name} {tuple(array.shape)}" for name, array in inputs.items())
         raise InputError(
             f"{type(model).__name__} does not take this data ({shapes}): "
             f"{str(error).splitlines()[0]}"
         ) from error
-
-
-def _keep(kept: list[Any], _: Any, args: tuple[Tensor, ...], out: Tensor) -> None:
-    kept.append((args[0], out))
 
 
 def _whole(seen: Mapping[str, Sequence[tuple[Tensor, Tensor]]], path: str, side: int) -> Tensor:
