@@ -279,22 +279,27 @@ def audit(
 def validate(
     package: Annotated[Path, typer.Argument(help="A package folder.")],
     provider: Annotated[
-        list[str] | None, typer.Option(help="cpu, cuda or webgpu; may be given several times.")
+        list[str] | None,
+        typer.Option(help="cpu, cuda, webgpu or another runtime; may be given several times."),
     ] = None,
+    installed: Annotated[
+        bool, typer.Option("--all", help="Test also every other runtime that is installed.")
+    ] = False,
     data: Data = None,
     as_json: Json = False,
 ) -> None:
-    """Compare a package with PyTorch's outputs on ONNX Runtime; measure memory and latency.
+    """Compare a package with PyTorch's outputs on real runtimes; measure memory and latency.
 
     Writes validation.json and report.html into the package. Exits with 1 on any failure; a
-    provider that is not really used is one.
+    provider that is not really used is one. What --all does not find installed is listed as
+    not tested.
 
     Example: [bold]ffmerge validate package --provider cpu[/bold]
     """
     from ffmerge import pipeline
     from ffmerge.tables import validation_table
 
-    result = pipeline.validate(package, tuple(provider or ("cpu",)), data)
+    result = pipeline.validate(package, tuple(provider or ("cpu",)), data, installed)
     _emit(as_json, result.to_json(), validation_table(result))
     _exit_unless(result.ok)
 

@@ -5,6 +5,7 @@ FfmergeError
 ├── TieError      a tie is broken, or would be stored twice
 ├── ExportError   a model could not be turned into ONNX
 └── RuntimeCheckError   a runtime did not do what was asked of it
+    └── NotInstalled    it is not on this machine, or the device it needs is not
 
 The command line prints the message of any of them as one line and exits with 2. A message says
 what is wrong, where, and what to do.
@@ -29,3 +30,7 @@ class ExportError(FfmergeError):
 
 class RuntimeCheckError(FfmergeError):
     """A runtime did not do what was asked of it."""
+
+
+class NotInstalled(RuntimeCheckError):
+    """A runtime is not on this machine, or the device it needs is not; how to get it is said."""

@@ -167,17 +167,20 @@ def _costs(manifest: Manifest, folder: Path) -> dict[str, Any]:
     return costs
 
 
-def validate(folder: Path, providers: tuple[str, ...], data_source: str | None) -> Validation:
+def validate(
+    folder: Path, providers: tuple[str, ...], data_source: str | None, installed: bool = False
+) -> Validation:
     """Validate a package and write ``validation.json`` and ``report.html`` into it."""
     manifest = Manifest.read(folder)
     examples = data.read(data_source, folder, manifest.task) if data_source else None
     with _progress() as show:
         result = validation.validate(
-            folder, providers, examples, progress=lambda step: show(step, 0, 0)
+            folder, providers, examples, 1, lambda step: show(step, 0, 0), installed
         )
     validation.write_validation(folder, result)
     after = report.summarize("package", manifest, result)
     command = f"ffmerge validate {folder.name}" + "".join(f" --provider {p}" for p in providers)
+    command += " --all" * installed
     report.write_report(folder, None, after, report.collect_losses(manifest, after), [command])
     return result
 

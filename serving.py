@@ -19,8 +19,8 @@ from transformers.utils import ModelOutput
 from ffmerge.exporter.graphs import FLAG
 from ffmerge.models import checkpoint
 from ffmerge.models.manifest import GraphRecord, Manifest
-from ffmerge.runtime_tests.parity import run_session
-from ffmerge.runtime_tests.session import open_session
+from ffmerge.runtime_tests.runtimes.base import Session
+from ffmerge.runtime_tests.runtimes.registry import find_runtime
 
 _PAST, _PRESENT = "past_key_values.", "present."
 
@@ -42,8 +42,9 @@ def load_package(
     manifest = Manifest.read(folder)
     manifest.check_files(folder)
     model = checkpoint.without_weights(folder)
+    runtime = find_runtime(provider)
     served = [
-        _Session(open_session(folder / path, provider, threads=threads), graph)
+        _Served(runtime.open(folder / path, threads=threads), graph)
         for path, graph in manifest.served(kind).items()
     ]
     cached = any(name.startswith(_PRESENT) for each in served for name in each.graph.outputs)
@@ -59,8 +60,8 @@ def load_package(
 
 
 @dataclass(frozen=True)
-class _Session:
-    session: Any
+class _Served:
+    session: Session
     graph: GraphRecord
 
     def run(self, given: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -68,7 +69,7 @@ class _Session:
         feeds = {
             name: x.detach().cpu().numpy() for name, x in given.items() if isinstance(x, Tensor)
         }
-        outputs = run_session(self.session, self.graph.outputs, self.graph.probe.complete(feeds))
+        outputs = self.session.run(self.graph.outputs, self.graph.probe.complete(feeds))
         return {name: torch.from_numpy(array) for name, array in outputs.items()}
 
 
@@ -89,7 +90,7 @@ def _swap(module: Any, run: Any) -> Any:
     return module
 
 
-def _step(served: _Session, given: Mapping[str, Any]) -> ModelOutput:
+def _step(served: _Served, given: Mapping[str, Any]) -> ModelOutput:
     """Run the whole model, or a step of a decoder that continues the cache it is given."""
     cache = given.get("past_key_values")
     feeds = {**given, **_named(cache, "")}
@@ -100,7 +101,7 @@ def _step(served: _Session, given: Mapping[str, Any]) -> ModelOutput:
     return _outputs(outputs)
 
 
-def _encode_and_decode(model: Any, decoder: _Session, given: Mapping[str, Any]) -> ModelOutput:
+def _encode_and_decode(model: Any, decoder: _Served, given: Mapping[str, Any]) -> ModelOutput:
     """Run a step of an encoder-decoder; the encoder first if its outputs are not given."""
     states = given.get("encoder_outputs")
     if states is None:

@@ -201,7 +201,16 @@ def validation_table(result: Any) -> Group:
         for o in p.worst()
     ]
     outputs += [(p.name, "-", "-", p.reason) for p in result.providers if not p.outputs]
+    outputs += [(p.name, "-", "-", f"not tested: {p.reason}") for p in result.not_tested]
     costs = [
+        (f"{p.name}: compute nodes on {part}", f"{count} of {sum(compute.values())}")
+        for p in result.providers
+        if p.footprint and p.footprint.placement
+        for compute in (p.footprint.placement.compute,)
+        for part, count in compute.items()
+        if len(compute) > 1 or part != p.requested or p.name != "cpu"
+    ]
+    costs += [
         (f"{p.name}: {what}", show(getattr(p.footprint, field)))
         for p in result.providers
         for field, (what, show) in _COSTS.items()

@@ -6,8 +6,6 @@ reused.
 """
 
 import argparse
-import ctypes
-import gc
 import json
 import os
 import statistics
@@ -22,9 +20,11 @@ from typing import Any
 import numpy as np
 
 from ffmerge.errors import FfmergeError, RuntimeCheckError
+from ffmerge.files import restored
 from ffmerge.models.manifest import Manifest
-from ffmerge.runtime_tests.parity import run_session
-from ffmerge.runtime_tests.session import PROVIDERS, open_session
+from ffmerge.runtime_tests.memory import growth
+from ffmerge.runtime_tests.runtimes.base import Placement
+from ffmerge.runtime_tests.runtimes.registry import RUNTIMES, find_runtime
 
 # y = Identity(x), ONNX opset 17: a first session that pays for the library's own start.
 TRIVIAL = (
@@ -41,7 +41,7 @@ class Footprint:
     A graph that generates makes one token. The bytes are what creating the sessions added to
     the process: all resident memory, and its anonymous part (a weight that stays in the mapped
     file is resident, not anonymous). They are None where the system does not tell,
-    and ``memory_reason`` says so.
+    and ``memory_reason`` says so. ``placement`` is where the nodes ran, over all the graphs.
     """
 
     rss_bytes: int | None
@@ -53,6 +53,8 @@ class Footprint:
     p95_ms: float
     runs: int
     threads: int
+    device: str
+    placement: Placement | None
 
 
 def measure_footprint(
@@ -67,7 +69,10 @@ def measure_footprint(
     """
     options = ["--provider", provider, "--threads", str(threads), "--kind", kind]
     doing = f"measuring {folder} ({kind})"
-    return Footprint(**in_fresh_process(__spec__.name, [str(folder), *options], doing))
+    found: Footprint = restored(
+        Footprint, in_fresh_process(__spec__.name, [str(folder), *options], doing)
+    )
+    return found
 
 
 def in_fresh_process(module: str, arguments: Sequence[str], doing: str) -> Any:
@@ -99,14 +104,15 @@ def answer(work: Callable[..., Any], **arguments: Any) -> None:
 def _measure_here(folder: Path, kind: str, provider: str, threads: int) -> Footprint:
     served = Manifest.read(folder).served(kind)
     threads = min(threads, os.cpu_count() or 1)
-    trivial = open_session(TRIVIAL, provider, threads=threads)
-    run_session(trivial, ["y"], {"x": np.zeros(1, np.float32)})
+    runtime = find_runtime(provider)
+    trivial = runtime.open(TRIVIAL, threads=threads)
+    trivial.run(["y"], {"x": np.zeros(1, np.float32)})
 
-    before = resident()
+    before = runtime.resident()
     start = time.perf_counter()
-    sessions = [open_session(folder / path, provider, threads=threads) for path in served]
+    sessions = [runtime.open(folder / path, threads=threads) for path in served]
     load_s = time.perf_counter() - start
-    after = resident()
+    after = runtime.resident()
 
     runs = [
         (session, graph.outputs, graph.probe.draw(0, batch=1))
@@ -117,11 +123,19 @@ def _measure_here(folder: Path, kind: str, provider: str, threads: int) -> Footp
     while len(times) < 4 or (len(times) <= RUNS and time.perf_counter() < end):
         start = time.perf_counter()
         for session, outputs, feeds in runs:
-            run_session(session, outputs, feeds)
+            session.run(outputs, feeds)
         times.append(1e3 * (time.perf_counter() - start))
     first_ms, *warm = times
     rss, anonymous = growth(before, after)
-    silent = "this system has no readable /proc/self/smaps_rollup" if rss is None else None
+    silent = (
+        "this system has no /proc/self/smaps_rollup, or the engine does not tell"
+        if rss is None
+        else None
+    )
+    placed = [
+        runtime.place(folder / path, outputs, feeds)
+        for path, (_, outputs, feeds) in zip(served, runs, strict=True)
+    ]
     return Footprint(
         rss_bytes=rss,
         anonymous_bytes=anonymous,
@@ -132,34 +146,9 @@ def _measure_here(folder: Path, kind: str, provider: str, threads: int) -> Footp
         p95_ms=float(np.percentile(warm, 95)),
         runs=len(warm),
         threads=threads,
+        device=sessions[0].device,
+        placement=Placement.total(placed),
     )
-
-
-def resident(trim: bool = True) -> tuple[int, int] | None:
-    """Return this process's resident and anonymous bytes, freed heap given back first.
-
-    Without the trim the heap that loading the model freed counts as well.
-    """
-    rollup = Path("/proc/self/smaps_rollup")
-    if not rollup.exists():
-        return None
-    gc.collect()
-    give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl has not
-    if give_back and trim:
-        give_back(0)
-    try:
-        fields = [line.split() for line in rollup.read_text().splitlines()]
-    except OSError:
-        return None
-    sizes = {field[0]: 1024 * int(field[1]) for field in fields if field[-1] == "kB"}
-    return sizes["Rss:"], sizes["Anonymous:"]
-
-
-def growth(
-    before: tuple[int, int] | None, after: tuple[int, int] | None
-) -> tuple[int, int] | tuple[None, None]:
-    """Return what two readings of :func:`resident` differ by, None where there is none."""
-    return (after[0] - before[0], after[1] - before[1]) if before and after else (None, None)
 
 
 def main() -> None:
@@ -167,7 +156,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, metavar="PACKAGE")
     parser.add_argument("--kind", default="onnx")
-    parser.add_argument("--provider", choices=PROVIDERS, default="cpu")
+    parser.add_argument("--provider", choices=RUNTIMES, default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     answer(_measure_here, **vars(parser.parse_args()))
 

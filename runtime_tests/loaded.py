@@ -18,8 +18,9 @@ from ffmerge.passes.graph.audit import NOTABLE, Loaded, Unshared
 from ffmerge.passes.graph.read import read_model
 from ffmerge.passes.graph.resident import FLOOR
 from ffmerge.passes.graph.tensors import Stored, find_copies, graphs, is_op, stored
-from ffmerge.runtime_tests.footprint import TRIVIAL, answer, growth, in_fresh_process, resident
-from ffmerge.runtime_tests.session import open_session
+from ffmerge.runtime_tests.footprint import TRIVIAL, answer, in_fresh_process
+from ffmerge.runtime_tests.memory import growth, resident
+from ffmerge.runtime_tests.runtimes.registry import find_runtime
 
 NAME = "loaded.onnx"
 
@@ -112,7 +113,7 @@ def _packed(after: ir.Model, grown: int | None) -> Sequence[Unshared]:
 def _load_here(model: Path, folder: Path) -> dict[str, int | None]:
     ort.InferenceSession(TRIVIAL, providers=["CPUExecutionProvider"])
     before = resident()
-    session = open_session(model)
+    session = find_runtime("cpu").open(model)
     untrimmed, after = resident(trim=False), resident()
     del session
     options = ort.SessionOptions()

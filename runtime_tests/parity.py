@@ -1,18 +1,17 @@
 """Does the package compute what PyTorch computed? Every output, element by element."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from ffmerge.errors import InputError, RuntimeCheckError
+from ffmerge.errors import InputError
 from ffmerge.models.manifest import REFERENCE, GraphRecord, Manifest, reference_key
 from ffmerge.models.probe import Array, stored_elements, stride
-from ffmerge.runtime_tests.session import open_session
+from ffmerge.runtime_tests.runtimes.base import LEVEL
+from ffmerge.runtime_tests.runtimes.registry import find_runtime
 from ffmerge.runtime_tests.tolerance import NOISE, Tolerance, for_dtype
 
 
@@ -60,7 +59,7 @@ class _Sample:
 
 
 def check_parity(
-    folder: Path, manifest: Manifest, provider: str = "cpu", optimization: str = "default"
+    folder: Path, manifest: Manifest, provider: str = "cpu", optimization: str = LEVEL
 ) -> list[OutputParity]:
     """Return, for each output, how far the package is from the PyTorch outputs it carries.
 
@@ -70,34 +69,21 @@ def check_parity(
     """
     if not any(graph.outputs for graph in manifest.graphs):
         raise InputError(f"the manifest in {folder} names no output: export the package again.")
-    tolerance = for_dtype(manifest.dtype)
+    runtime = find_runtime(provider)
+    tolerance = for_dtype(manifest.dtype, runtime.arithmetic)
     reference = _load_reference(folder / REFERENCE)
     found: list[OutputParity] = []
     for graph in manifest.graphs:
-        session = open_session(folder / graph.path, provider, optimization)
+        session = runtime.open(folder / graph.path, optimization)
         samples: dict[str, list[_Sample]] = {name: [] for name in graph.outputs}
         for case in range(len(graph.probe.cases)):
-            outputs = run_session(session, graph.outputs, graph.probe.draw(case))
+            outputs = session.run(graph.outputs, graph.probe.draw(case))
             for name, output in outputs.items():
                 expected = reference.get(reference_key(graph.path, case, name))
                 got = stored_elements(output, len(outputs))
                 samples[name].append(_Sample(expected, got, output.shape))
         found += [_compare(graph, name, optimization, s, tolerance) for name, s in samples.items()]
     return found
-
-
-def run_session(
-    session: ort.InferenceSession, names: Sequence[str], feeds: dict[str, Array]
-) -> dict[str, Array]:
-    """Return the named outputs.
-
-    Raises:
-        RuntimeCheckError: ONNX Runtime refuses the inputs, lacks an output or fails.
-    """
-    try:
-        return dict(zip(names, session.run(list(names), feeds), strict=True))
-    except Exception as error:  # ONNX Runtime's errors have no common class of their own
-        raise RuntimeCheckError(f"ONNX Runtime does not run the model: {error}") from error
 
 
 def _load_reference(path: Path) -> dict[str, Array]:

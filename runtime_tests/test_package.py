@@ -7,7 +7,7 @@ import pytest
 
 from ffmerge.models.manifest import Manifest
 from ffmerge.runtime_tests.parity import check_parity
-from ffmerge.runtime_tests.session import LEVELS
+from ffmerge.runtime_tests.runtimes.registry import find_runtime
 
 # Smaller initializers (norms, shapes) may be equal by chance and cost next to nothing.
 LARGE = 1024
@@ -17,7 +17,7 @@ def test_every_listed_file_is_there_and_unchanged(package: Path) -> None:
     Manifest.read(package).check_files(package)
 
 
-@pytest.mark.parametrize("optimization", LEVELS)
+@pytest.mark.parametrize("optimization", find_runtime("cpu").levels)
 def test_outputs_are_those_of_pytorch(package: Path, optimization: str) -> None:
     outputs = check_parity(package, Manifest.read(package), optimization=optimization)
     assert outputs

@@ -4,7 +4,7 @@ import json
 import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,18 +12,20 @@ from typing import Any, Protocol
 import numpy as np
 import onnxruntime as ort
 
-from ffmerge.errors import RuntimeCheckError
+from ffmerge.errors import NotInstalled, RuntimeCheckError
 from ffmerge.files import plain, write_whole
 from ffmerge.models.manifest import GraphRecord, Manifest
 from ffmerge.models.metrics import for_task, labels_of
 from ffmerge.models.probe import Array
 from ffmerge.models.tasks import base
 from ffmerge.runtime_tests.footprint import Footprint, measure_footprint
-from ffmerge.runtime_tests.parity import OutputParity, check_parity, run_session
-from ffmerge.runtime_tests.session import LEVELS, find_provider, open_session
+from ffmerge.runtime_tests.parity import OutputParity, check_parity
+from ffmerge.runtime_tests.runtimes.base import Placement, Session
+from ffmerge.runtime_tests.runtimes.registry import RUNTIMES, find_runtime
 
 NAME = "validation.json"
 BATCH = 8  # examples per run when the task metric is measured
+PLACED = 0.9  # the fraction of the compute nodes that a runtime must take to count as used
 
 
 class Examples(Protocol):
@@ -36,12 +38,13 @@ class Examples(Protocol):
 
 @dataclass(frozen=True)
 class ProviderResult:
-    """What was found on one execution provider; ``used`` is None when it did not run."""
+    """What was found on one runtime; ``used`` is None when it did not run."""
 
     name: str
     requested: str
     used: str | None
     device: str | None
+    arithmetic: str
     optimization: tuple[str, ...]
     outputs: tuple[OutputParity, ...]
     footprint: Footprint | None
@@ -57,6 +60,15 @@ class ProviderResult:
 
 
 @dataclass(frozen=True)
+class NotTested:
+    """A runtime that was not asked for by name, and the reason why it is not on this machine."""
+
+    name: str
+    requested: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class MetricResult:
     """The task metric on the first provider that ran."""
 
@@ -67,10 +79,11 @@ class MetricResult:
 
 @dataclass(frozen=True)
 class Validation:
-    """What was found on every provider that was asked for; ``ok`` if all of them hold."""
+    """What was found on every runtime that was asked for; ``ok`` if all of them hold."""
 
     ok: bool
     providers: tuple[ProviderResult, ...]
+    not_tested: tuple[NotTested, ...]
     metric: MetricResult | None
     environment: dict[str, Any]
     package: dict[str, Any]
@@ -86,12 +99,14 @@ def validate(
     examples: Examples | None = None,
     threads: int = 1,
     progress: Callable[[str], None] = lambda step: None,
+    installed: bool = False,
 ) -> Validation:
     """Return what the package in ``folder`` does on this machine; writes nothing.
 
-    Every provider is checked at every optimization level. One that is absent, falls back or
-    fails is a result that is not ok, and the others still run. ``threads`` is for the memory
-    and latency, and ``progress`` is told each step as it begins.
+    Every runtime is checked at each of its optimization levels. One that is absent, falls back
+    or fails is a result that is not ok, and the others still run. With ``installed`` all others
+    that are installed are checked as well, and the rest is listed as not tested. ``threads`` is
+    for the memory and latency, and ``progress`` is told each step as it begins.
 
     Raises:
         InputError: the package is not whole, or a provider is unknown.
@@ -101,8 +116,17 @@ def validate(
     progress("checking the files")
     manifest.check_files(folder)
     for name in providers:
-        find_provider(name)
-    results = tuple(_validate_on(name, folder, manifest, threads, progress) for name in providers)
+        find_runtime(name)
+    results: list[ProviderResult] = []
+    absent: list[NotTested] = []
+    for name in dict.fromkeys((*providers, *(RUNTIMES if installed else ()))):
+        try:
+            results.append(_validate_on(name, folder, manifest, threads, progress))
+        except NotInstalled as error:
+            if name in providers:
+                results.append(_failed(name, str(error)))
+            else:
+                absent.append(NotTested(name, find_runtime(name).requested, str(error)))
     working = next((r.name for r in results if r.used), None)
     metric = None
     if examples and working:
@@ -110,7 +134,8 @@ def validate(
         metric = _measure_metric(folder, manifest, working, examples)
     return Validation(
         ok=bool(results) and all(r.ok for r in results),
-        providers=results,
+        providers=tuple(results),
+        not_tested=tuple(absent),
         metric=metric,
         environment=_environment(),
         package={
@@ -138,31 +163,55 @@ def model_bytes(manifest: Manifest) -> int:
 def _validate_on(
     name: str, folder: Path, manifest: Manifest, threads: int, progress: Callable[[str], None]
 ) -> ProviderResult:
-    provider = find_provider(name)
+    runtime = find_runtime(name)
     outputs: list[OutputParity] = []
-    footprint = None
     try:
-        for level in LEVELS:
+        for level in runtime.levels:
             progress(f"comparing with PyTorch on {name}, optimization {level}")
             outputs += check_parity(folder, manifest, name, level)
         progress(f"measuring memory and latency on {name}")
         footprint = measure_footprint(folder, name, threads)
-        failed = [o for o in outputs if not o.ok]
-        named = (f"{o.graph}: {o.name} ({o.optimization}): {o.reason}" for o in failed)
-        reason = "; ".join(named) or None
+    except NotInstalled:
+        raise
     except RuntimeCheckError as error:
-        reason = str(error)
+        return _failed(name, str(error), outputs)
+    failed = (o for o in outputs if not o.ok)
+    reasons = [f"{o.graph}: {o.name} ({o.optimization}): {o.reason}" for o in failed]
+    reasons += _elsewhere(runtime.requested, footprint.placement)
+    return replace(
+        _failed(name, "; ".join(reasons), outputs),
+        footprint=footprint,
+        device=footprint.device,
+        ok=not reasons,
+        reason="; ".join(reasons) or None,
+    )
+
+
+def _failed(name: str, reason: str, outputs: Sequence[OutputParity] = ()) -> ProviderResult:
+    runtime = find_runtime(name)
     return ProviderResult(
         name=name,
-        requested=provider.name,
-        used=provider.name if outputs else None,  # open_session lets no other one through
-        device=provider.device if outputs else None,
-        optimization=LEVELS,
+        requested=runtime.requested,
+        used=runtime.requested if outputs else None,  # open lets no other one through
+        device=None,
+        arithmetic=runtime.arithmetic,
+        optimization=runtime.levels,
         outputs=tuple(outputs),
-        footprint=footprint,
-        ok=reason is None,
+        footprint=None,
+        ok=False,
         reason=reason,
     )
+
+
+def _elsewhere(requested: str, placement: Placement | None) -> list[str]:
+    """Return the reason why a runtime that took few of the nodes was not really used."""
+    if placement is None or placement.fraction(requested) >= PLACED:
+        return []
+    count, all_nodes = placement.compute.get(requested, 0), sum(placement.compute.values())
+    return [
+        f"{requested} ran {count} of {all_nodes} compute nodes, at least {PLACED:.0%} are needed; "
+        f"the others: {', '.join(part for part in placement.compute if part != requested)}"
+    ]
 
 
 def _measure_metric(
@@ -170,7 +219,8 @@ def _measure_metric(
 ) -> MetricResult | None:
     task, metric = base(manifest.task), for_task(manifest.task)
     served = [
-        (graph, open_session(folder / path, provider)) for path, graph in manifest.served().items()
+        (graph, find_runtime(provider).open(folder / path))
+        for path, graph in manifest.served().items()
     ]
     total, count, seen = 0.0, 0, 0
     for batch in examples.batches(BATCH):
@@ -184,11 +234,11 @@ def _measure_metric(
     return MetricResult(metric.name, metric.value(total, count), seen) if metric else None
 
 
-def _logits(served: Sequence[tuple[GraphRecord, Any]], batch: dict[str, Array]) -> Array:
+def _logits(served: Sequence[tuple[GraphRecord, Session]], batch: dict[str, Array]) -> Array:
     """Run the whole model on a batch: its one graph, or encoder and decoder."""
     feeds = batch
     for graph, session in served:
-        outputs = run_session(session, graph.outputs, graph.probe.complete(feeds))
+        outputs = session.run(graph.outputs, graph.probe.complete(feeds))
         if "last_hidden_state" in outputs and graph is not served[-1][0]:
             states = outputs["last_hidden_state"]
             mask = batch.get("attention_mask", np.ones(states.shape[:2]))
@@ -211,6 +261,7 @@ def _provider_json(result: ProviderResult) -> dict[str, Any]:
         "latency_ms": {key: cost.get(field) for key, field in latency.items()},
         "load_s": cost.get("load_s"),
         "threads": cost.get("threads"),
+        "placement": cost.get("placement"),
     }
 
 

@@ -1,6 +1,6 @@
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,8 @@ from ffmerge.models.manifest import reference_key
 from ffmerge.models.probe import InputSpec, Probe
 from ffmerge.runtime_tests import footprint
 from ffmerge.runtime_tests.footprint import measure_footprint
+from ffmerge.runtime_tests.runtimes.ort import OrtSession
+from ffmerge.runtime_tests.runtimes.registry import RUNTIMES, find_runtime
 
 WIDTH = 3162  # 3162 x 3162 float32 are 40 MB
 SMALL = 1500  # 9 MB
@@ -78,13 +80,13 @@ def test_batch_is_one_whatever_the_probe_says(
         cases=({"batch_size": 3},),
     )
     shapes = set()
-    run = footprint.run_session
+    run = OrtSession.run
 
     def spy(session, names, feeds):  # type: ignore[no-untyped-def]
         shapes.add(feeds["x"].shape)
         return run(session, names, feeds)
 
-    monkeypatch.setattr(footprint, "run_session", spy)
+    monkeypatch.setattr(OrtSession, "run", spy)
     footprint._measure_here(tmp_path / "package", "onnx", "cpu", 1)
     assert shapes == {(1,), (1, 4)}  # the trivial model's, then the package's
 
@@ -93,7 +95,8 @@ def test_memory_is_null_with_a_reason_where_the_system_does_not_tell(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     linear_package(tmp_path / "package", np.eye(4, dtype=np.float32), np.zeros(4, np.float32))
-    monkeypatch.setattr(footprint, "resident", lambda: None)
+    silent = replace(find_runtime("cpu"), resident=lambda: None)
+    monkeypatch.setitem(RUNTIMES, "cpu", silent)
     cost = asdict(footprint._measure_here(tmp_path / "package", "onnx", "cpu", 1))
     assert (cost["rss_bytes"], cost["anonymous_bytes"]) == (None, None)
     assert "smaps_rollup" in cost["memory_reason"]
@@ -110,7 +113,7 @@ def test_a_failing_process_is_an_error_with_its_last_line(tmp_path: Path) -> Non
 def test_the_room_never_imports_torch() -> None:
     program = """
 import sys, importlib
-for name in ("session", "tolerance", "parity", "footprint", "validate", "report"):
+for name in ("runtimes.registry", "tolerance", "parity", "footprint", "validate", "report"):
     importlib.import_module(f"ffmerge.runtime_tests.{name}")
 print(sorted({"torch", "transformers", "onnx"} & set(sys.modules)))
 """

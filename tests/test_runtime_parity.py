@@ -2,22 +2,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 import pytest
 from packages import linear_package, regraphed
 
 from ffmerge.errors import InputError, RuntimeCheckError
 from ffmerge.models.probe import stored_elements
 from ffmerge.runtime_tests.parity import check_parity
-from ffmerge.runtime_tests.session import LEVELS, open_session
-from ffmerge.runtime_tests.tolerance import TOLERANCES, for_dtype
+from ffmerge.runtime_tests.runtimes.registry import find_runtime
+from ffmerge.runtime_tests.tolerance import for_dtype
 
 GENERATOR = np.random.default_rng(0)
 WEIGHT = (GENERATOR.standard_normal((8, 5)) / 1000).astype(np.float32)
 BIAS = np.zeros(5, np.float32)
 
 
-@pytest.mark.parametrize("optimization", LEVELS)
+@pytest.mark.parametrize("optimization", find_runtime("cpu").levels)
 def test_the_same_weights_are_in_parity(tmp_path: Path, optimization: str) -> None:
     manifest = linear_package(tmp_path / "package", WEIGHT, BIAS)
     (output,) = check_parity(tmp_path / "package", manifest, "cpu", optimization)
@@ -148,48 +147,6 @@ def test_outputs_and_inputs_the_graph_lacks_are_errors(tmp_path: Path) -> None:
     (tmp_path / "package" / "reference.safetensors").write_bytes(b"no")
     with pytest.raises(InputError, match=r"reference\.safetensors cannot be read"):
         check_parity(tmp_path / "package", manifest)
-
-
-def test_the_level_reaches_the_runtime(tmp_path: Path) -> None:
-    linear_package(tmp_path / "package", WEIGHT, BIAS)
-    model = tmp_path / "package" / "model.onnx"
-    off = open_session(model, "cpu", "disabled").get_session_options()
-    assert off.graph_optimization_level == ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    on = open_session(model).get_session_options()
-    assert on.graph_optimization_level == ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-
-
-def test_unknown_names_are_input_errors(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="unknown provider 'tpu'"):
-        open_session(tmp_path, "tpu")
-    with pytest.raises(InputError, match="unknown optimization 'max'"):
-        open_session(tmp_path, "cpu", "max")
-    with pytest.raises(InputError, match="no tolerance for dtype 'fp8'"):
-        for_dtype("fp8")
-
-
-def test_a_provider_that_is_absent_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    with pytest.raises(RuntimeCheckError, match="CUDAExecutionProvider is not in this"):
-        open_session(tmp_path / "model.onnx", "cuda")
-
-
-def test_a_silent_fall_back_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A build with CUDA on a machine without it lists CUDA and then runs on the CPU."""
-    linear_package(tmp_path / "package", WEIGHT, BIAS)
-    on_cpu = open_session(tmp_path / "package" / "model.onnx")
-    listed = ["CUDAExecutionProvider", "CPUExecutionProvider"]
-    monkeypatch.setattr(ort, "get_available_providers", lambda: listed)
-    monkeypatch.setattr(ort, "InferenceSession", lambda *args, **options: on_cpu)
-    with pytest.raises(RuntimeCheckError, match="fell back to CPUExecutionProvider"):
-        open_session(tmp_path / "package" / "model.onnx", "cuda")
-
-
-def test_every_bound_leaves_room_above_what_was_measured_but_not_much() -> None:
-    for tolerance in TOLERANCES.values():
-        assert tolerance.measured < tolerance.atol < 25 * tolerance.measured
 
 
 def test_samples_have_the_stride_the_places_are_computed_with() -> None:

@@ -1,0 +1,108 @@
+"""What every engine must do: open a model and run it, on exactly what was asked for."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from ffmerge.errors import InputError, RuntimeCheckError
+from ffmerge.models.probe import Array
+from ffmerge.runtime_tests.memory import Resident, resident
+
+LEVEL = "all"  # the optimization that an engine serves with
+
+
+class Session(Protocol):
+    """A loaded model; ``used`` is the engine's own name of what runs it, ``device`` where."""
+
+    @property
+    def used(self) -> str: ...
+
+    @property
+    def device(self) -> str: ...
+
+    def run(self, names: Sequence[str], feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Return the named outputs.
+
+        Raises:
+            RuntimeCheckError: the engine refuses the inputs, lacks an output or fails.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How many nodes ran on each part of an engine: the compute nodes, and all others.
+
+    A compute node writes something else than int64 or bool, which are what shapes, positions and
+    masks are made of; a copy between devices computes nothing.
+    """
+
+    compute: Mapping[str, int]
+    other: Mapping[str, int]
+
+    def fraction(self, part: str) -> float:
+        """Return which fraction of the compute nodes ran on ``part``."""
+        return self.compute.get(part, 0) / max(sum(self.compute.values()), 1)
+
+    @staticmethod
+    def total(placed: Iterable["Placement | None"]) -> "Placement | None":
+        """Return the sums over several graphs, None if nothing is known of any."""
+        known = [each for each in placed if each]
+        compute, other = Counter[str](), Counter[str]()
+        for each in known:
+            compute.update(each.compute)
+            other.update(each.other)
+        return Placement(dict(compute), dict(other)) if known else None
+
+
+def _silent(model: Path, names: Sequence[str], feeds: Mapping[str, Array]) -> Placement | None:
+    """Return None: the engine does not tell where its nodes ran."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """An engine, as ``--provider`` calls it (``name``) and as it calls itself (``requested``).
+
+    It is checked at each of its ``levels`` of graph optimization, the last of which it serves
+    with. ``arithmetic`` is the precision of its float32 products, a row of the tolerance table.
+    ``place`` runs a model once and returns where its nodes ran, None if the engine does not tell;
+    ``resident`` reads the memory of the process that holds the model.
+    """
+
+    name: str
+    requested: str
+    start: Callable[[Path | bytes, str, int], Session] = field(repr=False)
+    levels: tuple[str, ...] = (LEVEL,)
+    arithmetic: str = "fp32"
+    place: Callable[..., Placement | None] = field(default=_silent, repr=False)
+    resident: Callable[[], Resident | None] = field(default=resident, repr=False)
+
+    def open(self, model: Path | bytes, level: str = LEVEL, threads: int = 0) -> Session:
+        """Return a session on what was ``requested``; never one that fell back to something else.
+
+        ``threads`` is for one operator, 0 for all cores.
+
+        Raises:
+            InputError: the runtime has no such level.
+            NotInstalled: the engine, or the device it needs, is not there.
+            RuntimeCheckError: the engine fell back, or does not load the model.
+        """
+        if level not in self.levels:
+            raise InputError(f"unknown optimization {level!r}: {self.name} has {self.levels}.")
+        session = self.start(model, level, threads)
+        if session.used != self.requested:
+            raise RuntimeCheckError(
+                f"{self.requested} was asked for and not used: the engine fell back to "
+                f"{session.used}, because its libraries or its device are missing here."
+            )
+        return session
+
+
+def failing(engine: str, doing: str, work: Callable[[], Any]) -> Any:
+    """Return what ``work`` returns; whatever it raises is an error of ours that names both."""
+    try:
+        return work()
+    except Exception as error:  # the errors of these engines have no common class of their own
+        raise RuntimeCheckError(f"{engine} does not {doing} the model: {error}") from error

@@ -1,0 +1,164 @@
+"""The engines behind one interface: what is asked for is what runs, or it is said why not."""
+
+import json
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from packages import linear_package
+
+from ffmerge.__main__ import main
+from ffmerge.errors import InputError, NotInstalled, RuntimeCheckError
+from ffmerge.runtime_tests.footprint import TRIVIAL, measure_footprint
+from ffmerge.runtime_tests.runtimes.base import Placement, Runtime
+from ffmerge.runtime_tests.runtimes.ort import _placement
+from ffmerge.runtime_tests.runtimes.registry import RUNTIMES, find_runtime
+from ffmerge.runtime_tests.tolerance import ARITHMETIC, TOLERANCES, for_dtype
+from ffmerge.runtime_tests.validate import _elsewhere, validate
+
+EYE, ZEROS = np.eye(4, dtype=np.float32), np.zeros(4, np.float32)
+CUDA_HERE = "CUDAExecutionProvider" in ort.get_available_providers()
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    linear_package(tmp_path / "package", EYE, ZEROS)
+    return tmp_path / "package"
+
+
+def test_the_level_reaches_the_engine(package: Path) -> None:
+    levels = []
+    for level in find_runtime("cpu").levels:
+        session = find_runtime("cpu").open(package / "model.onnx", level)
+        levels.append(session.session.get_session_options().graph_optimization_level)  # type: ignore[attr-defined]
+    assert levels == [
+        ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+        ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+        ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+    ]
+
+
+def test_unknown_names_are_input_errors() -> None:
+    with pytest.raises(InputError, match="unknown provider 'tpu'"):
+        find_runtime("tpu")
+    with pytest.raises(InputError, match="unknown optimization 'max'"):
+        find_runtime("cpu").open(TRIVIAL, "max")
+    with pytest.raises(InputError, match="no tolerance for dtype 'fp8'"):
+        for_dtype("fp8")
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda-tf32"])
+def test_a_provider_that_is_absent_was_not_used(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(NotInstalled, match=r"CUDAExecutionProvider was not used.*onnxruntime-gpu"):
+        find_runtime(name).open(TRIVIAL)
+
+
+def test_a_silent_fall_back_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build with CUDA on a machine without it lists CUDA and then runs on the CPU."""
+    on_cpu = ort.InferenceSession(TRIVIAL, providers=["CPUExecutionProvider"])
+    listed = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(ort, "get_available_providers", lambda: listed)
+    monkeypatch.setattr(ort, "InferenceSession", lambda *args, **options: on_cpu)
+    with pytest.raises(
+        RuntimeCheckError, match=r"not used.*fell back to CPUExecutionProvider"
+    ) as e:
+        find_runtime("cuda").open(TRIVIAL)
+    assert not isinstance(e.value, NotInstalled)  # it is a failure even where all are tried
+
+
+@pytest.mark.parametrize(("name", "tf32"), [("cuda", "0"), ("cuda-tf32", "1")])
+def test_tensorfloat_is_on_only_where_it_is_asked_for(
+    name: str, tf32: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(ort, "InferenceSession", lambda *_, providers: asked.extend(providers))
+    with pytest.raises(AttributeError):  # what was made is no session
+        find_runtime(name).open(TRIVIAL)
+    assert asked == [("CUDAExecutionProvider", {"use_tf32": tf32})]
+
+
+@pytest.mark.skipif(CUDA_HERE, reason="this ONNX Runtime has CUDA: the GPU tests run it")
+def test_cuda_on_a_machine_without_it_exits_with_1(
+    package: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["validate", str(package), "--provider", "cuda", "--json"])
+    assert end.value.code == 1
+    result = json.loads(capsys.readouterr().out)
+    (cuda,) = result["providers"]
+    assert (result["ok"], cuda["ok"], cuda["used"], cuda["outputs"]) == (False, False, None, [])
+    assert "CUDAExecutionProvider was not used" in cuda["reason"]
+
+
+def test_all_lists_what_is_not_installed_and_does_not_fail(
+    package: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(model: object, level: str, threads: int) -> NoReturn:
+        raise NotInstalled("install it")
+
+    for name in set(RUNTIMES) - {"cpu"}:
+        monkeypatch.delitem(RUNTIMES, name)
+    monkeypatch.setitem(RUNTIMES, "missing", Runtime("missing", "MissingProvider", refuse))
+    with pytest.raises(SystemExit) as end:
+        main(["validate", str(package), "--all", "--json"])
+    assert end.value.code in (None, 0)
+    result = json.loads(capsys.readouterr().out)
+    assert [p["name"] for p in result["providers"]] == ["cpu"]
+    assert result["not_tested"] == [
+        {"name": "missing", "requested": "MissingProvider", "reason": "install it"}
+    ]
+    asked = validate(package, ("missing",), installed=True)
+    assert not asked.ok  # asked for by name, it is a failure
+    assert [(p.name, p.ok) for p in asked.providers] == [("missing", False), ("cpu", True)]
+
+
+def test_nodes_are_counted_once_and_shapes_apart() -> None:
+    def event(name: str, op: str, provider: str, *kinds: str, index: str = "0") -> dict:  # type: ignore[type-arg]
+        shapes = [{kind: [1]} for kind in kinds]
+        found = {"op_name": op, "provider": provider, "output_type_shape": shapes}
+        return {"cat": "Node", "name": name, "args": {**found, "node_index": index}}
+
+    events = [
+        {"cat": "Session", "name": "model_run", "args": {}},
+        *2 * [event("product", "MatMul", "GPU", "float")],  # of two runs
+        event("", "Add", "GPU", "float16", index="1"),
+        event("", "Add", "GPU", "float16", index="2"),  # another without a name
+        event("lookup", "Gather", "CPU", "float"),
+        event("codes", "DynamicQuantizeLinear", "CPU", "uint8", "float", "uint8"),
+        event("shape", "Shape", "CPU", "int64"),
+        event("mask", "And", "CPU", "bool"),
+        event("copy", "MemcpyToHost", "GPU", "float"),
+    ]
+    assert _placement(events) == Placement({"GPU": 3, "CPU": 2}, {"CPU": 2, "GPU": 1})
+
+
+def test_a_runtime_that_takes_few_nodes_was_not_really_used() -> None:
+    assert _elsewhere("GPU", Placement({"GPU": 9, "CPU": 1}, {"CPU": 50})) == []
+    assert _elsewhere("GPU", None) == []  # this engine does not tell
+    (reason,) = _elsewhere("GPU", Placement({"GPU": 8, "CPU": 1}, {}))
+    assert reason == "GPU ran 8 of 9 compute nodes, at least 90% are needed; the others: CPU"
+    (reason,) = _elsewhere("GPU", Placement({}, {"CPU": 3}))
+    assert "0 of 0" in reason
+
+
+def test_the_nodes_of_a_package_are_counted_by_the_engine(package: Path) -> None:
+    cost = measure_footprint(package)
+    # MatMul and Add; ONNX Runtime makes one Gemm of them
+    assert cost.placement == Placement({"CPUExecutionProvider": 1}, {})
+    assert cost.device == "cpu"
+
+
+def test_every_bound_leaves_room_above_what_was_measured_but_not_much() -> None:
+    for tolerance in (*TOLERANCES.values(), *ARITHMETIC.values()):
+        assert tolerance.measured < tolerance.atol < 25 * tolerance.measured
+
+
+def test_of_package_and_arithmetic_the_looser_bound_counts() -> None:
+    assert for_dtype("fp32", "bf16") == ARITHMETIC["bf16"]
+    assert for_dtype("int4", "tf32") == TOLERANCES["int4"]
+    assert for_dtype("fp32") == TOLERANCES["fp32"]
+    assert {runtime.arithmetic for runtime in RUNTIMES.values()} <= set(ARITHMETIC)
