@@ -1,6 +1,6 @@
-"""What a merge cost and what it saved, as a page and as a table made of the same rows."""
+"""What a merge cost and what it saved: a page, a text and a table made of the same rows."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -17,7 +17,7 @@ from ffmerge.models.plan import Group
 from ffmerge.runtime_tests.validate import NAME as VALIDATION
 from ffmerge.runtime_tests.validate import Validation, model_bytes
 
-REPORT = "report.html"
+REPORT, TEXT = "report.html", "report.md"
 TIMES = ("load_s", "median_ms", "p95_ms")
 ABSENT = "\N{EN DASH}"
 
@@ -188,22 +188,24 @@ def write_report(
     losses: Losses | None,
     commands: Sequence[str],
     package: Path | None = None,
+    similarity: Sequence[Mapping[str, Any]] = (),
 ) -> Path:
-    """Write ``report.html``, one file that loads nothing else, into ``folder``; return its path.
+    """Write ``report.html``, one file that loads nothing else, and ``report.md`` into ``folder``.
 
-    The manifest and ``validation.json`` are read from ``package``, by default ``folder``; the
-    same of them gives the same bytes.
+    Returns the path of the page. The manifest and ``validation.json`` are read from ``package``,
+    by default ``folder``; the same of them gives the same bytes. ``similarity`` holds the stacks
+    that ``ffmerge similarity`` wrote, whose heat maps are drawn.
 
     Raises:
         InputError: one of the two is missing or unreadable.
     """
     manifest = Manifest.read(package or folder)
     validation = read_json((package or folder) / VALIDATION)
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    template = files("ffmerge.runtime_tests").joinpath("report.html.j2").read_text("utf-8")
     table = {row.name: row for row in rows(before, after)}
     metric = (after.metric_name or "").capitalize()
-    page = environment.from_string(template).render(
+    pictured = ("Size on disk", "Memory", "Latency, median", metric)
+    fields = ("bytes_on_disk", "rss_bytes", "median_ms", "metric")
+    shown = dict(
         manifest=manifest,
         validation=validation,
         before=before,
@@ -211,12 +213,18 @@ def write_report(
         rows=table,
         metric=table.get(metric),
         losses=_loss_rows(losses),
-        pictured={"Size on disk": "bytes_on_disk", "Memory": "rss_bytes", metric: "metric"},
+        pictured=dict(zip(pictured, fields, strict=True)),
         groups=[(g, _window(g)) for g in manifest.merge.groups] if manifest.merge else [],
         number=lambda value, form: ABSENT if value is None else format(value, form),
         commands="\n".join(commands),
+        similarity=similarity,
     )
-    return write_whole(folder / REPORT, page.encode())
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    for name in (TEXT, REPORT):
+        template = files("ffmerge.runtime_tests").joinpath(f"{name}.j2").read_text("utf-8")
+        page = environment.from_string(template).render(shown)
+        written = write_whole(folder / name, page.encode())
+    return written
 
 
 def time_text(milliseconds: float) -> str:

@@ -16,12 +16,12 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
+from run import REFERENCES, splits
 from scipy.stats import rankdata, spearmanr
 
 from ffmerge.models import checkpoint
 from ffmerge.passes.weights.merge import MergeConfig, merge_
 from ffmerge.passes.weights.similarity import Similarity, similarities
-from run import REFERENCES, splits
 
 COLUMNS = (
     "model", "stack", "k", "windows", "rho CKA", "rho correlation", "best", "by CKA",
