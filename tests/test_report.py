@@ -152,7 +152,7 @@ def test_the_page_and_the_terminal_say_the_same(package: Path) -> None:
 
 def test_the_page_loads_nothing_from_elsewhere(package: Path) -> None:
     page = write_report(package, BEFORE, AFTER, LOSSES, []).read_text()
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 6  # size, memory, latency, accuracy, two groups
     assert re.findall(r"https?:|//\w|\bsrc=|\bhref=|url\((?!#)|@import|<link|<script", page) == []
 
 
@@ -220,7 +220,34 @@ def test_bars_start_at_zero_and_keep_their_proportion(package: Path) -> None:
     assert widths["--after"] / widths["--before"] == pytest.approx(0.62, abs=1e-8)  # measured 0
     assert 'aria-label="Size on disk: Before 10.0 MB, After 6.20 MB"' in size
     alone = write_report(package, None, AFTER, None, []).read_text()
-    assert alone.count("<rect") == 3 and "--before)" not in alone.split("<svg", 1)[1]
+    assert alone.count('height="26"') == 4 and "--before)" not in alone.split("<svg", 1)[1]
+
+
+def test_every_member_of_a_group_leads_to_the_one_that_is_stored(package: Path) -> None:
+    page = write_report(package, None, AFTER, None, []).read_text()
+    drawings = re.findall(r"<svg class=\"wide\".*?</svg>", page, re.DOTALL)
+    assert [re.findall(r">([^<>\s]+)</text>", d) for d in drawings] == [["3", "4", "5"], ["7", "9"]]
+    assert [d.count("<line") for d in drawings] == [3, 2]
+    assert [d.count("stored once") for d in drawings] == [1, 1]
+
+
+def test_the_heat_map_shows_the_numbers_it_was_given(package: Path) -> None:
+    stack = {"name": "encoder", "layers": [2, 5], "cka": [[1.0, 0.25], [0.25, None]]}
+    page = write_report(package, None, AFTER, None, [], similarity=[stack]).read_text()
+    (heat,) = re.findall(r"<svg viewBox=\"0 0 352 346\".*?</svg>", page, re.DOTALL)
+    assert re.findall(r'fill-opacity="(\S+)"', heat) == ["1.0", "0.25", "0.25"]  # one is unknown
+    assert re.findall(r">(\d+)</text>", heat) == ["2", "2", "100", "25", "5", "5", "25"]
+
+
+def test_the_markdown_says_what_the_page_says(package: Path) -> None:
+    page = visible(write_report(package, BEFORE, AFTER, LOSSES, ["ffmerge demo"]))
+    text = (package / "report.md").read_text()
+    table = [line.strip("|").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    cells = [cell.strip(" |") for line in table[1:] for cell in line if cell.strip(" |")]
+    assert len(table) == 1 + len(rows(BEFORE, AFTER, LOSSES))
+    assert [cell for cell in cells if cell not in page] == []
+    assert "&lt;script&gt;" in text and "<script" not in text
+    assert "```\nffmerge demo\n```" in text
 
 
 def test_summary_and_losses_come_from_the_package(package: Path) -> None:
