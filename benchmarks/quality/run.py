@@ -86,8 +86,9 @@ def merged(name: str, k: int, seed: int, method: str, settings: dict[str, Any]) 
     model = checkpoint.load(REFERENCES[name].folder)
     original = twin(model)
     tokens = settings.get("tokens", 16_384)
+    size = 64 if tokens > 4096 else 16  # statistics end with a whole batch
     config = MergeConfig(
-        k=k, method=method, sync=True, tokens=tokens, batch_size=64, settings=Settings(**settings)
+        k=k, method=method, sync=True, tokens=tokens, batch_size=size, settings=Settings(**settings)
     )
     return model, original, merge_(model, calibration, config, validation)
 
@@ -237,9 +238,12 @@ def main() -> None:
     parts = ("methods", "recovery", "ablation", "selection", "precision")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--tasks", nargs="+", choices=tuple(REFERENCES), default=tuple(REFERENCES))
+    parser.add_argument("--missing", action="store_true", help="only what has no result yet")
     chosen = parser.parse_args()
     todo = [job for job in jobs(chosen.seeds, chosen.only) if job[1] in chosen.tasks]
     kept = json.loads(RESULTS.read_text())["results"] if RESULTS.is_file() else []
+    if chosen.missing:
+        todo = [job for job in todo if job not in {_job(r) for r in kept}]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         for found in as_completed([pool.submit(run, job) for job in todo]):
             kept = [r for r in kept if _job(r) != _job(found.result())] + [found.result()]
