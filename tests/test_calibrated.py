@@ -142,6 +142,15 @@ def test_low_rank_is_the_best_of_its_rank_on_the_inputs() -> None:
     assert (up @ down - rest).abs().max() < 5e-14  # it has no more ranks; measured 2.5e-15
 
 
+def test_a_gram_of_nothing_but_rounding_gives_a_finite_solution() -> None:
+    """Some of its eigenvalues are negative: no ridge relative to its diagonal can be too small."""
+    noise = _normal(40, 64).float() * 1e-6
+    gram = (noise.T @ noise) - 1e-16 * torch.eye(64)
+    assert torch.linalg.eigvalsh(gram.double())[0] < -5e-17
+    solution = ridge_solve(gram, noise.T @ noise[:, :3], 1e-9)
+    assert torch.isfinite(solution).all()
+
+
 def test_ridge_solve_solves() -> None:
     gram, right = _covariance(_normal(30, 5)), _normal(5, 3, seed=1)
     for ridge in (1e-8, 0.5):

@@ -194,8 +194,9 @@ def low_rank(rest: Tensor, covariance: Tensor, rank: int) -> LowRank:
 def ridge_solve(gram: Tensor, right: Tensor, ridge: float) -> Tensor:
     """Return X of ``(gram + strength I) X = right``, in float64 and finite for any gram.
 
-    The strength is ``ridge`` times the mean of the diagonal, 1 where that is 0. Cholesky in
-    LAPACK's packed form, half a float64 matrix: no more bytes than a gram in float32.
+    The strength is ``ridge`` times the mean of the diagonal, 1 where that is 0, and never below
+    what rounding can have cost a gram of its type. Cholesky in LAPACK's packed form, half a
+    float64 matrix: no more bytes than a gram in float32.
 
     Raises:
         InputError: the ridge is too small for such statistics.
@@ -207,7 +208,8 @@ def ridge_solve(gram: Tensor, right: Tensor, ridge: float) -> Tensor:
     # its diagonal is two of a tall rectangle's (Gustavson et al. 2010, figure 3)
     even = 1 - n % 2
     tall = torch.from_numpy(half).view(-1, n + even).T
-    strength = ridge * float(gram.diagonal().double().mean()) or 1.0
+    relative = max(ridge, n * torch.finfo(gram.dtype).eps)
+    strength = relative * float(gram.diagonal().double().mean()) or 1.0
     for offset in (-even, 1 - even):
         tall.diagonal(offset).add_(strength)
     half, failed = factorize(n, half, uplo="L", overwrite_a=True)
