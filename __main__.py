@@ -286,20 +286,25 @@ def validate(
         bool, typer.Option("--all", help="Test also every other runtime that is installed.")
     ] = False,
     data: Data = None,
+    similarity: Annotated[
+        Path | None,
+        typer.Option(help="similarity.json of ffmerge similarity: its heat maps in the report."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compare a package with PyTorch's outputs on real runtimes; measure memory and latency.
 
-    Writes validation.json and report.html into the package. Exits with 1 on any failure; a
-    provider that is not really used is one. What --all does not find installed is listed as
-    not tested.
+    Writes validation.json, report.html and report.md into the package. Exits with 1 on any
+    failure; a provider that is not really used is one. What --all does not find installed is
+    listed as not tested.
 
     Example: [bold]ffmerge validate package --provider cpu[/bold]
     """
     from ffmerge import pipeline
     from ffmerge.tables import validation_table
 
-    result = pipeline.validate(package, tuple(provider or ("cpu",)), data, installed)
+    providers = tuple(provider or ("cpu",))
+    result = pipeline.validate(package, providers, data, installed, similarity)
     _emit(as_json, result.to_json(), validation_table(result))
     _exit_unless(result.ok)
 

@@ -17,6 +17,7 @@ from ffmerge.exporter.package import ExportConfig, Package
 from ffmerge.files import (
     FIRST_PROCESS,
     plain,
+    read_json,
     refuse_existing,
     staged,
     write_json,
@@ -168,9 +169,19 @@ def _costs(manifest: Manifest, folder: Path) -> dict[str, Any]:
 
 
 def validate(
-    folder: Path, providers: tuple[str, ...], data_source: str | None, installed: bool = False
+    folder: Path,
+    providers: tuple[str, ...],
+    data_source: str | None,
+    installed: bool = False,
+    similarity_source: Path | None = None,
 ) -> Validation:
-    """Validate a package and write ``validation.json`` and ``report.html`` into it."""
+    """Validate a package; write ``validation.json``, ``report.html`` and ``report.md`` into it.
+
+    ``similarity_source`` is a ``similarity.json``, whose heat maps are drawn in the report.
+    """
+    alike = read_json(similarity_source) if similarity_source else {}
+    if similarity_source and "stacks" not in alike:
+        raise InputError(f"{similarity_source} is not what ffmerge similarity --out writes.")
     manifest = Manifest.read(folder)
     examples = data.read(data_source, folder, manifest.task) if data_source else None
     with _progress() as show:
@@ -181,7 +192,8 @@ def validate(
     after = report.summarize("package", manifest, result)
     command = f"ffmerge validate {folder.name}" + "".join(f" --provider {p}" for p in providers)
     command += " --all" * installed
-    report.write_report(folder, None, after, report.collect_losses(manifest, after), [command])
+    losses = report.collect_losses(manifest, after)
+    report.write_report(folder, None, after, losses, [command], similarity=alike.get("stacks", ()))
     return result
 
 
@@ -244,8 +256,10 @@ def demo(out: Path) -> Demo:
         before, after = summaries
         along = (score.measure(original), score.measure(merged), after.metric)
         losses = Losses(score.name, *along, after.max_abs)
-        package_folder = folder / "merged"
-        report.write_report(folder, before, after, losses, ["ffmerge demo"], package_folder)
+        alike = [stack.to_json() for stack in similarities(original, calibration)]
+        report.write_report(
+            folder, before, after, losses, ["ffmerge demo"], folder / "merged", alike
+        )
     return Demo(all(check.ok for check in checks), before, after, losses, result)
 
 

@@ -103,6 +103,26 @@ def collect_losses(manifest: Manifest, after: Summary) -> Losses | None:
     )
 
 
+def made_by(manifest: Manifest, folder: str) -> list[str]:
+    """Return the commands that make such a package of MODEL, with the layers that were chosen."""
+    model, lines, merge = "MODEL", [], manifest.merge
+    if merge and merge.groups:
+        spans = {g.stack: _window(g) for g in merge.groups}
+        chosen = f"--budget {merge.bytes_after}B"
+        if any("," in _window(g) for g in merge.groups):
+            chosen += " --any-layers"
+        elif len(spans) == len(merge.groups):  # the command takes one window for each stack
+            named = spans if len(spans) > 1 else {"": spans[merge.groups[0].stack]}
+            chosen = " ".join(f"--window {s}{':' * bool(s)}{w}" for s, w in named.items())
+        recover = " --recover STEPS" * (merge.metric.get("recovered") is not None)
+        lines = [
+            f"ffmerge merge MODEL merged {chosen} --method {merge.method} --data DATA{recover}"
+        ]
+        model = "merged"
+    task = f"--task {manifest.task} --opset {manifest.opset} --dtype {manifest.dtype}"
+    return [*lines, f"ffmerge export {model} {folder} {task}"]
+
+
 def rows(before: Summary | None, after: Summary, losses: Losses | None = None) -> list[Row]:
     """Return the before/after table: costs, task metric, losses; nothing that was not measured."""
 

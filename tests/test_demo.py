@@ -26,7 +26,8 @@ def test_the_demo_keeps_its_promises(
     assert before["parameters"] - after["parameters"] == removed
     assert before["bytes_on_disk"] - after["bytes_on_disk"] > 0.98 * 4 * removed
     assert sorted(p.name for p in (tmp_path / "d").iterdir()) == [
-        "checkpoint", "merged", "original", "report.html",
+        "checkpoint", "merged", "original", "report.html", "report.md",
     ]  # fmt: skip
+    assert "How alike the sublayers were" in (tmp_path / "d" / "report.html").read_text()
     assert audit(tmp_path / "d" / "merged").ok
     assert json.loads((tmp_path / "d" / "merged" / "validation.json").read_text())["ok"] is True

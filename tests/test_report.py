@@ -10,12 +10,13 @@ from rich.console import Console
 
 from ffmerge.errors import InputError
 from ffmerge.files import size_text
-from ffmerge.models.manifest import Skip
+from ffmerge.models.manifest import Manifest, Skip
 from ffmerge.models.plan import Group, MergeRecord, Tie
 from ffmerge.runtime_tests.report import (
     Losses,
     Summary,
     collect_losses,
+    made_by,
     rows,
     summarize,
     terminal_table,
@@ -248,6 +249,21 @@ def test_the_markdown_says_what_the_page_says(package: Path) -> None:
     assert [cell for cell in cells if cell not in page] == []
     assert "&lt;script&gt;" in text and "<script" not in text
     assert "```\nffmerge demo\n```" in text
+
+
+def test_the_commands_name_the_layers_of_every_stack(package: Path) -> None:
+    manifest = Manifest.read(package)
+    assert manifest.merge
+    groups = (Group("encoder", (1, 2)), Group("decoder", (0, 1, 2)))
+    both = replace(manifest, dtype="int8", merge=replace(manifest.merge, groups=groups))
+    assert made_by(both, "out") == [
+        "ffmerge merge MODEL merged --window encoder:1-2 --window decoder:0-2 --method permute"
+        " --data DATA --recover STEPS",
+        "ffmerge export merged out --task image-classification --opset 20 --dtype int8",
+    ]
+    apart = made_by(manifest, "out")[0]  # layers 3-5, and 7 with 9, of one stack; 20 bytes
+    assert "merged --budget 20B --any-layers --method" in apart
+    assert made_by(replace(manifest, merge=None), "out")[0].startswith("ffmerge export MODEL out")
 
 
 def test_summary_and_losses_come_from_the_package(package: Path) -> None:
