@@ -343,6 +343,37 @@ def similarity(
     _emit(as_json, value, similarity_table(found))
 
 
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(help="YAML: a list of `command: {option: value}`.")],
+    as_json: Json = False,
+) -> None:
+    """Do the steps of a recipe in order, until one fails; options are those of the commands.
+
+    Example: [bold]ffmerge run recipe.yaml[/bold]
+    """
+    from contextlib import redirect_stdout
+    from io import StringIO
+
+    from ffmerge.recipe import steps
+
+    commands = {k: v for k, v in typer.main.get_command(app).commands.items() if k != "run"}
+    results, code = [], 0
+    for name, *words in steps(recipe, commands):
+        with redirect_stdout(StringIO() if as_json else sys.stdout) as out:
+            words = ["--json", *words] if as_json else words
+            code = commands[name].main(words, f"ffmerge {name}", standalone_mode=False) or 0
+        if isinstance(out, StringIO):
+            results.append(
+                {"command": name, "exit_code": code, "result": json.loads(out.getvalue())}
+            )
+        if code:
+            break
+    if as_json:
+        print(json.dumps({"steps": results}, indent=2))
+    _exit_unless(not code)
+
+
 def _emit(as_json: bool, value: dict[str, Any], table: Any) -> None:
     if not FIRST_PROCESS:
         return
