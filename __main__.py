@@ -357,7 +357,8 @@ def run(
 
     from ffmerge.recipe import steps
 
-    commands = {k: v for k, v in typer.main.get_command(app).commands.items() if k != "run"}
+    group: Any = typer.main.get_command(app)
+    commands = {name: command for name, command in group.commands.items() if name != "run"}
     results, code = [], 0
     for name, *words in steps(recipe, commands):
         with redirect_stdout(StringIO() if as_json else sys.stdout) as out:
