@@ -5,7 +5,7 @@ PYTEST = FFMERGE_OPTIMUM=required OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n l
 
 NODE_MODULES := examples/web/node_modules/.package-lock.json
 
-.PHONY: install install-optimum demo web test test-web slow check lint types wheel clean
+.PHONY: install install-optimum demo web test test-web test-webgpu slow check lint types wheel clean
 
 install: .venv/installed
 
@@ -14,7 +14,7 @@ install: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q --upgrade pip -c constraints.txt
 	$(BIN)/pip install -q torch==2.13.0
-	$(BIN)/pip install -q -c constraints.txt -e . --group dev
+	$(BIN)/pip install -q -c constraints.txt -e '.[webgpu]' --group dev
 	touch $@
 
 # The second environment: optimum-onnx and transformers 4.57, for the tests that go through it.
@@ -42,12 +42,16 @@ $(NODE_MODULES): examples/web/package-lock.json
 	touch $@
 
 test: install install-optimum
-	$(PYTEST) -m "not slow and not web"
+	$(PYTEST) -m "not slow and not web and not webgpu"
 
 # Says so and passes where there is no browser or no npm; with FFMERGE_WEB=required it fails.
 test-web: install
 	if command -v npm; then $(MAKE) $(NODE_MODULES); fi
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m web
+
+# As test-web, with FFMERGE_WEBGPU=required. Needs no browser, but two files of Debian's.
+test-webgpu: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m webgpu
 
 slow: install install-optimum
 	$(PYTEST) -m slow

@@ -206,9 +206,8 @@ def validation_table(result: Any) -> Group:
         (f"{p.name}: compute nodes on {part}", f"{count} of {sum(compute.values())}")
         for p in result.providers
         if p.footprint and p.footprint.placement
-        for compute in (p.footprint.placement.compute,)
+        for compute in (p.footprint.placement.counts(),)
         for part, count in compute.items()
-        if len(compute) > 1 or part != p.requested or p.name != "cpu"
     ]
     costs += [
         (f"{p.name}: {what}", show(getattr(p.footprint, field)))

@@ -207,10 +207,16 @@ def _elsewhere(requested: str, placement: Placement | None) -> list[str]:
     """Return the reason why a runtime that took few of the nodes was not really used."""
     if placement is None or placement.fraction(requested) >= PLACED:
         return []
-    count, all_nodes = placement.compute.get(requested, 0), sum(placement.compute.values())
+    counts = placement.counts()
+    others = ", ".join(
+        f"{count} {op} on {part}"
+        for part, ops in placement.compute.items()
+        for op, count in ops.items()
+        if part != requested
+    )
     return [
-        f"{requested} ran {count} of {all_nodes} compute nodes, at least {PLACED:.0%} are needed; "
-        f"the others: {', '.join(part for part in placement.compute if part != requested)}"
+        f"{requested} ran {counts.get(requested, 0)} of {sum(counts.values())} compute nodes, at "
+        f"least {PLACED:.0%} are needed; elsewhere: {others}"
     ]
 
 

@@ -75,7 +75,9 @@ def test_tensorfloat_is_on_only_where_it_is_asked_for(
 ) -> None:
     asked = []
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
-    monkeypatch.setattr(ort, "InferenceSession", lambda *_, providers: asked.extend(providers))
+    monkeypatch.setattr(
+        ort, "InferenceSession", lambda model, options, providers, **_: asked.extend(providers)
+    )
     with pytest.raises(AttributeError):  # what was made is no session
         find_runtime(name).open(TRIVIAL)
     assert asked == [("CUDAExecutionProvider", {"use_tf32": tf32})]
@@ -133,14 +135,20 @@ def test_nodes_are_counted_once_and_shapes_apart() -> None:
         event("mask", "And", "CPU", "bool"),
         event("copy", "MemcpyToHost", "GPU", "float"),
     ]
-    assert _placement(events) == Placement({"GPU": 3, "CPU": 2}, {"CPU": 2, "GPU": 1})
+    assert _placement(events) == Placement(
+        {"GPU": {"MatMul": 1, "Add": 2}, "CPU": {"Gather": 1, "DynamicQuantizeLinear": 1}},
+        {"CPU": 2, "GPU": 1},
+    )
 
 
 def test_a_runtime_that_takes_few_nodes_was_not_really_used() -> None:
-    assert _elsewhere("GPU", Placement({"GPU": 9, "CPU": 1}, {"CPU": 50})) == []
+    good = Placement({"GPU": {"MatMul": 9}, "CPU": {"Gather": 1}}, {"CPU": 50})
+    assert _elsewhere("GPU", good) == []
     assert _elsewhere("GPU", None) == []  # this engine does not tell
-    (reason,) = _elsewhere("GPU", Placement({"GPU": 8, "CPU": 1}, {}))
-    assert reason == "GPU ran 8 of 9 compute nodes, at least 90% are needed; the others: CPU"
+    (reason,) = _elsewhere("GPU", Placement({"GPU": {"MatMul": 8}, "CPU": {"Gather": 1}}, {}))
+    assert reason == (
+        "GPU ran 8 of 9 compute nodes, at least 90% are needed; elsewhere: 1 Gather on CPU"
+    )
     (reason,) = _elsewhere("GPU", Placement({}, {"CPU": 3}))
     assert "0 of 0" in reason
 
@@ -148,7 +156,7 @@ def test_a_runtime_that_takes_few_nodes_was_not_really_used() -> None:
 def test_the_nodes_of_a_package_are_counted_by_the_engine(package: Path) -> None:
     cost = measure_footprint(package)
     # MatMul and Add; ONNX Runtime makes one Gemm of them
-    assert cost.placement == Placement({"CPUExecutionProvider": 1}, {})
+    assert cost.placement == Placement({"CPUExecutionProvider": {"Gemm": 1}}, {})
     assert cost.device == "cpu"
 
 

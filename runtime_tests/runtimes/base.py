@@ -1,6 +1,6 @@
 """What every engine must do: open a model and run it, on exactly what was asked for."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,28 +33,35 @@ class Session(Protocol):
 
 @dataclass(frozen=True)
 class Placement:
-    """How many nodes ran on each part of an engine: the compute nodes, and all others.
+    """How many nodes ran on each part of an engine: the compute nodes by operator, and all others.
 
     A compute node writes something else than int64 or bool, which are what shapes, positions and
     masks are made of; a copy between devices computes nothing.
     """
 
-    compute: Mapping[str, int]
+    compute: Mapping[str, Mapping[str, int]]
     other: Mapping[str, int]
+
+    def counts(self) -> dict[str, int]:
+        """Return the number of compute nodes on each part."""
+        return {part: sum(ops.values()) for part, ops in self.compute.items()}
 
     def fraction(self, part: str) -> float:
         """Return which fraction of the compute nodes ran on ``part``."""
-        return self.compute.get(part, 0) / max(sum(self.compute.values()), 1)
+        counts = self.counts()
+        return counts.get(part, 0) / max(sum(counts.values()), 1)
 
     @staticmethod
     def total(placed: Iterable["Placement | None"]) -> "Placement | None":
         """Return the sums over several graphs, None if nothing is known of any."""
         known = [each for each in placed if each]
-        compute, other = Counter[str](), Counter[str]()
+        compute, other = defaultdict[str, Counter[str]](Counter), Counter[str]()
         for each in known:
-            compute.update(each.compute)
             other.update(each.other)
-        return Placement(dict(compute), dict(other)) if known else None
+            for part, ops in each.compute.items():
+                compute[part].update(ops)
+        counts = {part: dict(ops) for part, ops in compute.items()}
+        return Placement(counts, dict(other)) if known else None
 
 
 def _silent(model: Path, names: Sequence[str], feeds: Mapping[str, Array]) -> Placement | None:

@@ -2,8 +2,7 @@
 
 import json
 import tempfile
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import onnxruntime as ort
 
-from ffmerge.errors import NotInstalled
+from ffmerge.errors import NotInstalled, RuntimeCheckError
 from ffmerge.models.probe import Array
 from ffmerge.runtime_tests.runtimes.base import LEVEL, Placement, Runtime, failing
 
@@ -23,6 +22,9 @@ _LEVELS = {
 }
 _SHAPES = {"int64", "bool"}  # what shapes, positions and masks are made of
 _COPIES = ("Memcpy", "Constant")
+WEBGPU = "WebGpuExecutionProvider"
+ALLOWED = "ORT_WEBGPU_EP_ALLOW_SOFTWARE_ADAPTER"
+_REGISTERED: list[str] = []  # a library may be registered once in a process
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,9 @@ class Provider:
     def start(self, model: Path | bytes, level: str, threads: int) -> "OrtSession":
         """Return a session; it is for the caller to look at what it really uses."""
         options = ort.SessionOptions()
-        options.log_severity_level = 3
         options.intra_op_num_threads = threads
         options.graph_optimization_level = _LEVELS[level]
-        return OrtSession(self._create(model, options), self.device)
+        return self._create(model, options)
 
     def place(
         self, model: Path, names: Sequence[str], feeds: Mapping[str, Array]
@@ -48,25 +49,66 @@ class Provider:
         """Return where the nodes of a model ran, from ONNX Runtime's own profile of one run."""
         with tempfile.TemporaryDirectory(prefix="ffmerge-") as folder:
             options = ort.SessionOptions()
-            options.log_severity_level = 3
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(folder) / "run")
-            session = OrtSession(self._create(model, options), self.device)
+            session = self._create(model, options)
             session.run(names, feeds)
             events = json.loads(Path(session.session.end_profiling()).read_text())
         return _placement(events)
 
-    def _create(self, model: Path | bytes, options: Any) -> Any:
-        if self.name not in ort.get_available_providers():
+    def _create(self, model: Path | bytes, options: Any) -> "OrtSession":
+        options.log_severity_level = 3
+        providers: list[tuple[str, dict[str, str]]] | None = [(self.name, dict(self.options))]
+        device = self.device
+        if found := _plugged_in(self.name):
+            options.add_provider_for_devices([found], dict(self.options))
+            providers = None  # named here, they would replace that
+            if found.device.type == ort.OrtHardwareDeviceType.CPU:
+                device = f"{device}, in software"
+        elif self.name not in ort.get_available_providers():
             raise NotInstalled(
                 f"{self.name} was not used, it is not in this ONNX Runtime ({ort.__version__}): "
                 f"install {self.install}."
             )
         source = model if isinstance(model, bytes) else str(model)
-        providers = [(self.name, dict(self.options))]
-        return failing(
-            ENGINE, "load", lambda: ort.InferenceSession(source, options, providers=providers)
+        # else an error of a provider, in a run too, is printed and the CPU takes over
+        create = partial(ort.InferenceSession, source, options, providers, enable_fallback=0)
+        try:
+            session = failing(ENGINE, "load", create)
+        except RuntimeCheckError as error:
+            if "Failed to get a WebGPU adapter" in str(error):
+                raise NotInstalled(f"{self.name} was not used: no Vulkan driver works.") from error
+            raise
+        return OrtSession(session, device)
+
+
+def _plugged_in(name: str) -> Any:
+    """Return the device of a provider that is a package of its own; a GPU before the processor.
+
+    Once registered it is listed as available, but only a device adds it to a session. The
+    processor is a device where ONNX Runtime's own variable ``ALLOWED`` is set. None if the
+    provider is no such package, or it is not installed.
+
+    Raises:
+        NotInstalled: it is, and finds no device.
+    """
+    if name != WEBGPU:
+        return None
+    try:
+        import onnxruntime_ep_webgpu as plugin
+    except ModuleNotFoundError:
+        return None
+    if not _REGISTERED:
+        path = plugin.get_library_path()
+        failing(ENGINE, "take", lambda: ort.register_execution_provider_library("webgpu", path))
+        _REGISTERED.append(path)
+    found = [device for device in ort.get_ep_devices() if device.ep_name == name]
+    if not found:
+        raise NotInstalled(
+            f"{name} was not used: this machine shows no GPU. A Vulkan driver in software is used "
+            f"if {ALLOWED}=1 is set."
         )
+    return min(found, key=lambda each: each.device.type == ort.OrtHardwareDeviceType.CPU)
 
 
 @dataclass(frozen=True)
@@ -88,25 +130,21 @@ class OrtSession:
 
 
 def _placement(events: Sequence[Mapping[str, Any]]) -> Placement:
-    """Count each node of a profile once, in a subgraph that ran often too."""
-    nodes = dict(_nodes(events))
-    return Placement(
-        *(
-            dict(Counter(part for part, computes in nodes.values() if computes is wanted))
-            for wanted in (True, False)
-        )
-    )
-
-
-def _nodes(events: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Any, tuple[str, bool]]]:
-    """Yield of each event that is a node's run its identity, its provider, if it computes."""
+    """Count each node of a profile once, however often it ran."""
+    nodes = {}
     for event in events:
         found = event.get("args", {})
-        if event.get("cat") != "Node" or "provider" not in found:
-            continue
+        if event.get("cat") == "Node" and "provider" in found:
+            nodes[event["name"], found.get("node_index")] = found
+    compute: dict[str, dict[str, int]] = {}
+    other: dict[str, int] = {}
+    for found in nodes.values():
+        part, op = found["provider"], found["op_name"]
         kinds = {kind for shaped in found.get("output_type_shape", []) for kind in shaped}
-        computes = not found["op_name"].startswith(_COPIES) and not kinds <= _SHAPES
-        yield (event["name"], found.get("node_index")), (found["provider"], computes)
+        copies = op.startswith(_COPIES) or kinds <= _SHAPES
+        counts, key = (other, part) if copies else (compute.setdefault(part, {}), op)
+        counts[key] = counts.get(key, 0) + 1
+    return Placement(compute, other)
 
 
 def _runtime(name: str, provider: Provider, arithmetic: str = "fp32") -> Runtime:
@@ -121,5 +159,5 @@ RUNTIMES = (
     # TensorFloat-32 keeps 10 bits of the mantissa, too few to tell parity from a fault.
     _runtime("cuda", _CUDA((("use_tf32", "0"),))),
     _runtime("cuda-tf32", _CUDA((("use_tf32", "1"),)), "tf32"),
-    _runtime("webgpu", Provider("WebGpuExecutionProvider", "webgpu", "onnxruntime-ep-webgpu")),
+    _runtime("webgpu", Provider(WEBGPU, "webgpu", "onnxruntime-ep-webgpu")),
 )
