@@ -256,7 +256,7 @@ def test_statistics_come_when_a_step_needs_them_and_go_when_none_does() -> None:
     evidence = {"layers": Evidence(Settings())}
     passes: list[int] = []
 
-    def batches() -> Any:
+    def batches(told: str) -> Any:
         passes.append(1)
         return data.batches(8)
 

@@ -1,9 +1,13 @@
 """Merge feed-forward sublayers of one or several stacks: choose windows, compute, tie."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from ffmerge.errors import InputError
 from ffmerge.files import plain
@@ -12,7 +16,7 @@ from ffmerge.models.data import Examples, from_arrays
 from ffmerge.models.feedforward import FeedForward, proven, stacks
 from ffmerge.models.plan import MergeRecord, Window, parse_budget
 from ffmerge.models.probe import Array
-from ffmerge.passes.weights import methods
+from ffmerge.passes.weights import cost, methods
 from ffmerge.passes.weights.evaluate import score_for
 from ffmerge.passes.weights.methods import Evidence
 from ffmerge.passes.weights.resume import Resumed
@@ -28,8 +32,10 @@ from ffmerge.passes.weights.search import (
     size_of,
 )
 from ffmerge.passes.weights.settings import Settings
+from ffmerge.passes.weights.statistics import Enough, forward
 
 Data = Examples | Mapping[str, Array] | None
+ByName = Mapping[str, tuple[FeedForward, ...]]
 
 
 @dataclass(frozen=True)
@@ -106,8 +112,9 @@ def merge_(
         raise InputError(f"method {method.name!r} with {len(tried)} windows to try needs data.")
     evidence, watched = dict.fromkeys(chosen, Evidence(config.settings)), None
     if calibration is not None:
-        watched = partial(_watched, calibration, config.batch_size, progress)
-        again = partial(calibration.batches, config.batch_size)
+        size = _rows(model, calibration, config, chosen)
+        watched = partial(_watched, calibration, size, progress)
+        again = partial(calibration.batches, size)
         evidence = dict.fromkeys(chosen, Evidence(config.settings, None, again))
     score = None
     if held_out is not None:
@@ -120,7 +127,11 @@ def merge_(
     resumed = Resumed(model, (s for members in chosen.values() for s in members))
     if resumed.reason:
         progress(f"candidates run the whole model: {resumed.reason}", 0, 0)
-    trials = Trials(model, resumed, method, evidence, score, watched, config.tokens, progress)
+    # what stacks to come are aligned by is taken from the original, so before one is merged
+    memory = math.inf if len(searches) > 1 else cost.PAIRS
+    trials = Trials(
+        model, resumed, method, evidence, score, watched, config.tokens, progress, memory
+    )
     metric: dict[str, Any] = {"name": score.name if score else None}
     frontier: tuple[Point, ...] = ()
     if config.budget:
@@ -133,7 +144,8 @@ def merge_(
         now = next(Candidate(p.groups, p.value, 0) for p in frontier if p.groups == groups)
     else:
         groups = ()
-        trials.learn(tried)
+        if len(searches) > 1:
+            trials.learn(tried)
         for search in searches:
             options = [(choice, State()) for choice in search]
             now, state = trials.best(options, lambda candidate: trials.rank(candidate.value))
@@ -221,7 +233,28 @@ def _examples(data: Data) -> Examples | None:
     return from_arrays(data) if isinstance(data, Mapping) else data
 
 
-def _watched(examples: Examples, size: int, progress: Progress) -> Iterator[dict[str, Array]]:
+def _watched(
+    examples: Examples, size: int, progress: Progress, told: str
+) -> Iterator[dict[str, Array]]:
     for done, batch in enumerate(examples.batches(size), 1):
         yield batch
-        progress("statistics", min(done * size, len(examples)), len(examples))
+        progress(f"statistics: {told}", min(done * size, len(examples)), len(examples))
+
+
+def _rows(model: Any, examples: Examples, config: MergeConfig, chosen: ByName) -> int:
+    """Return how many rows go through the model at a time: few, where what is watched is large."""
+    size = config.batch_size
+    row = {name: array[:1] for name, array in next(examples.batches(size)).items()}
+    lengths: list[int] = []
+
+    def look(_: Any, args: Any, out: Tensor) -> None:
+        lengths.append(out.numel() // out.shape[-1])
+        raise Enough
+
+    for members in chosen.values():
+        handle = model.get_submodule(members[0].output).register_forward_hook(look)
+        with torch.no_grad():
+            forward(model, row)
+        handle.remove()
+    width = sum(n * cost.width_of(m) for n, m in zip(lengths, chosen.values(), strict=True))
+    return min(size, max(1, cost.BATCH // width))

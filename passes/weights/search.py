@@ -2,8 +2,8 @@
 
 The model keeps its own weights until the end: a group that grows is made anew of its members'
 originals. A candidate runs only what comes after its first merged layer (``resume.py``). Several
-processes (torchrun, ``accelerate launch``) share the candidates of a step. Not shared yet: every
-process collects all statistics.
+processes (torchrun, ``accelerate launch``) share the candidates of a step, and before that the
+batches of the statistics.
 """
 
 import math
@@ -21,7 +21,7 @@ from ffmerge.models import ties
 from ffmerge.models.feedforward import FeedForward
 from ffmerge.models.plan import Group
 from ffmerge.models.ties import Sharing
-from ffmerge.passes.weights import precision, processes, statistics
+from ffmerge.passes.weights import cost, precision, processes, statistics
 from ffmerge.passes.weights.evaluate import Score
 from ffmerge.passes.weights.methods import Evidence, Method
 from ffmerge.passes.weights.resume import Resumed
@@ -62,7 +62,9 @@ class Point:
 class Trials:
     """What every candidate is tried with, and in ``tried`` what came of it.
 
-    ``batches`` gives the data for the statistics, ``tokens`` positions of it; None: there is none.
+    ``batches`` gives the data for the statistics, whose costs it is told, ``tokens`` positions of
+    it; None: there is none. Candidates whose statistics are more than ``memory`` bytes are tried in
+    parts, each with a pass of its own.
     ``resumed`` runs the model behind what a candidate leaves as it is.
     """
 
@@ -71,9 +73,10 @@ class Trials:
     method: Method
     evidence: dict[str, Evidence]
     score: Score | None
-    batches: Callable[[], Any] | None
+    batches: Callable[[str], Any] | None
     tokens: int
     progress: Progress
+    memory: float = cost.PAIRS
     tried: list[Candidate] = field(default_factory=list)
 
     def learn(self, choices: Sequence[Choice]) -> None:
@@ -83,6 +86,8 @@ class Trials:
         new = {}
         for name, evidence in self.evidence.items():
             groups = [members for c in choices for members in c if members[0].stack == name]
+            if not groups:
+                continue
             pairs = [pair for members in groups for pair in evidence.settings.pairs(members)]
             wanted = {(a.layer, b.layer): (a, b) for a, b in pairs}
             known = evidence.moments.cross if evidence.moments else {}
@@ -93,8 +98,10 @@ class Trials:
         if not new:
             return
         after = next(iter(self.evidence.values())).settings.after
-        with self.resumed.behind(a for pairs in new.values() for pair in pairs for a in pair):
-            found = statistics.collect(self.model, new, self.batches(), self.tokens, after)
+        every = [pair for pairs in new.values() for pair in pairs]
+        told = cost.cost_of(every).text(self.tokens, next(self.model.parameters()).device)
+        with self.resumed.behind(sublayer for pair in every for sublayer in pair):
+            found = statistics.collect(self.model, new, self.batches(told), self.tokens, after)
         for name, moments in found.items():
             if before := self.evidence[name].moments:
                 moments = before.joined(moments)
@@ -130,15 +137,34 @@ class Trials:
             first, every = joined.process_index, joined.num_processes
         mine: dict[int, Candidate] = {}
         kept: dict[int, State] = {}
-        for number in range(first, len(options), every):
-            mine[number], state = self.attempt(*options[number])
-            if not kept or rank(mine[number]) > rank(mine[next(iter(kept))]):
-                kept = {number: state}
-            self.progress(step, number + 1, len(options))
+        parts = self._parts([choice for choice, _ in options])
+        for part in parts:
+            self.learn([options[number][0] for number in part])
+            for number in (n for n in part if n % every == first):
+                mine[number], state = self.attempt(*options[number])
+                if not kept or rank(mine[number]) > rank(mine[next(iter(kept))]):
+                    kept = {number: state}
+                self.progress(step, number + 1, len(options))
         found = dict(sorted(gather_object([*mine.items()]) if every > 1 else mine.items()))
         self.tried.extend(found.values() if self.score else ())
         winner = max(found, key=lambda number: rank(found[number]))
+        if every > 1 and winner not in parts[-1]:
+            self.learn([options[winner][0]])
         return found[winner], kept.get(winner) or self.attempt(*options[winner])[1]
+
+    def _parts(self, choices: Sequence[Choice]) -> list[list[int]]:
+        """Return the choices, by number, in parts whose statistics fit the memory, if one does."""
+        parts: list[list[int]] = [[]]
+        pairs: list[tuple[FeedForward, FeedForward]] = []
+        for number, choice in enumerate(choices):
+            settings = self.evidence[choice[0][0].stack].settings
+            own = [pair for members in choice for pair in settings.pairs(members)]
+            if parts[-1] and cost.cost_of([*pairs, *own]).bytes > self.memory:
+                parts.append([])
+                pairs = []
+            parts[-1].append(number)
+            pairs += own
+        return parts
 
     def rank(self, value: float) -> float:
         """Return a measure so that higher is better; what is not a number is worst."""
@@ -185,7 +211,6 @@ def shrink(
         ]  # what grows is merged from its own weights, all other groups in place
         if not options:
             break
-        trials.learn([choice for choice, _ in options])
 
         def worth(candidate: Candidate, now: Candidate = now) -> float:
             saved = now.bytes - candidate.bytes

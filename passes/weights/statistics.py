@@ -12,10 +12,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object, reduce
 from torch import Tensor
 
 from ffmerge.errors import InputError
@@ -23,6 +25,7 @@ from ffmerge.models.feedforward import FeedForward
 from ffmerge.models.inputs import to_tensors, unchunked
 from ffmerge.models.metrics import IGNORED
 from ffmerge.models.probe import Array
+from ffmerge.passes.weights import processes
 
 Pair = tuple[int, int]
 
@@ -55,12 +58,15 @@ class Moments:
         if n == 0:
             return
         total = self.count + n
-        means = {layer: x.double().mean(1) for layer, x in features.items()}
-        centred = {layer: (x - means[layer][:, None]).float() for layer, x in features.items()}
+        means = {layer: x.mean(1, dtype=torch.float64) for layer, x in features.items()}
         shift = {layer: m - self.mean.get(layer, m) for layer, m in means.items()}
         scale = self.count * n / total
-        for layer, x in centred.items():
-            squares = x.double().square().sum(1) + scale * shift[layer].square()
+        centred = {}
+        for layer, x in features.items():
+            # the last row gives what the means of the batch and of those before are apart
+            centred[layer] = _centred(x, means[layer], scale**0.5 * shift[layer])
+            squares = torch.linalg.vector_norm(centred[layer][:, :n], dim=1, dtype=torch.float64)
+            squares = squares.square() + scale * shift[layer].square()
             self.squares[layer] = self.squares.get(layer, 0) + squares
             self.mean[layer] = self.mean.get(layer, means[layer]) + shift[layer] * (n / total)
         for a, b in self.pairs:
@@ -68,8 +74,30 @@ class Moments:
             cross = self.cross.setdefault((a, b), centred[a].new_zeros(shape))
             for view in range(views):
                 cross[view].addmm_(centred[a][view].T, centred[b][view])
-                cross[view].addr_((scale * shift[a][view]).float(), shift[b][view].float())
         self.count = total
+
+    def pooled(self, sizes: Mapping[int, tuple[int, int]], like: Tensor) -> None:
+        """Make these the moments of all processes together, none of which need have a batch.
+
+        ``sizes`` are the (v, f) of every layer, ``like`` is a tensor of the device.
+        """
+        count = like.new_tensor(self.count, dtype=torch.float64)
+        total = reduce(count, "sum")
+        shift = {}
+        for layer, size in sizes.items():
+            zeros = like.new_zeros(size, dtype=torch.float64)
+            mean = self.mean.get(layer, zeros)
+            self.mean[layer] = reduce(mean * count, "sum") / total.clamp(min=1)
+            shift[layer] = mean - self.mean[layer]
+            squares = self.squares.get(layer, zeros) + count * shift[layer].square()
+            self.squares[layer] = reduce(squares, "sum")
+        for a, b in self.pairs:
+            (views, f), (_, g) = sizes[a], sizes[b]
+            cross = self.cross.get((a, b), like.new_zeros((views, f, g), dtype=torch.float32))
+            for view in range(views):
+                cross[view].addr_((count * shift[a][view]).float(), shift[b][view].float())
+            self.cross[a, b] = reduce(cross, "sum")
+        self.count = int(total)
 
     def joined(self, other: "Moments") -> "Moments":
         """Return these moments with those of other layers and pairs at the same positions."""
@@ -116,11 +144,14 @@ def watch(
     sublayers: Mapping[str, Sequence[FeedForward]],
     batches: Iterable[Mapping[str, Array]],
     tokens: int,
+    place: tuple[int, int] = (0, 1),
 ) -> Iterator[dict[str, dict[int, Signals]]]:
     """Yield, batch by batch, what goes through the sublayers, by stack and layer.
 
     A stack counts its own positions: a decoder those of its own input, and none counts padding.
-    Stops with the batch that brings every stack to ``tokens``, or with the data.
+    Stops with the batch that brings every stack to ``tokens``, or with the data. With ``place``,
+    number and count of the processes, each runs every so many-th batch; together they yield what
+    one would.
 
     Raises:
         InputError: a stack has no two positions that count, or the model does not take the data.
@@ -140,17 +171,18 @@ def watch(
         for path in seen:
             hook = partial(keep, path)
             stack.callback(model.get_submodule(path).register_forward_hook(hook).remove)
-        for batch in batches:
-            for kept in seen.values():
-                kept.clear()
-            forward(model, batch)
-            signals: dict[str, dict[int, Signals]] = {}
-            for name, found in sublayers.items():
-                shape = _whole(seen, found[0].output, 1).shape[:-1]
-                counted = positions(model, batch, found[0].reads, shape)
-                signals[name] = {s.layer: _signals(s, seen, counted) for s in found}
-                counts[name] += int(counted.sum())
-            yield signals
+        for every in _rounds(batches, place[1]):
+            counted, signals = dict.fromkeys(sublayers, 0), None
+            if len(every) > place[0]:
+                signals = _through(model, sublayers, every[place[0]], seen)
+                counted = {n: len(next(iter(x.values())).inputs) for n, x in signals.items()}
+            for number, own in enumerate(gather_object([counted]) if place[1] > 1 else [counted]):
+                if all(count >= tokens for count in counts.values()):
+                    break
+                for name in counts:
+                    counts[name] += own[name]
+                if signals is not None and number == place[0]:
+                    yield signals
             if all(count >= tokens for count in counts.values()):
                 break
     for name, count in counts.items():
@@ -167,23 +199,30 @@ def collect(
 ) -> dict[str, Moments]:
     """Return, by stack, the moments of the sublayers' features over at least ``tokens`` positions.
 
+    Several processes take their share of the batches each and all have the moments of the whole.
     ``pairs`` are anchors and members by stack. ``after`` takes the activations after the
     nonlinearity, which the map f -> d takes, for the features.
     """
     found = {name: list(x) for name, x in pairs.items()}
     members = {n: list({s.layer: s for pair in x for s in pair}.values()) for n, x in found.items()}
     layers = {name: sorted({(a.layer, b.layer) for a, b in x}) for name, x in found.items()}
+    place = processes.place()
     moments, inputs, hidden = {}, {}, {}
     for name, pairs_of in layers.items():
         inputs[name] = Moments(tuple((m.layer, m.layer) for m in members[name]))
         hidden[name] = Moments(())
         moments[name] = Moments(tuple(pairs_of), inputs=inputs[name], hidden=hidden[name])
-    for signals in watch(model, members, batches, tokens):
+    for signals in watch(model, members, batches, tokens, place):
         for name, by_layer in signals.items():
             found_in = {i: s.hidden[None] if after else s.features for i, s in by_layer.items()}
             moments[name].update(found_in)
             inputs[name].update({i: s.inputs[None] for i, s in by_layer.items()})
             hidden[name].update({i: s.hidden[None] for i, s in by_layer.items()})
+    for name, of in members.items() if place[1] > 1 else ():
+        like, size, gated = next(model.parameters()), (1, of[0].d_ff), of[0].gated and not after
+        moments[name].pooled({m.layer: (3, m.d_ff) if gated else size for m in of}, like)
+        inputs[name].pooled({m.layer: (1, m.d_model) for m in of}, like)
+        hidden[name].pooled({m.layer: size for m in of}, like)
     return moments
 
 
@@ -263,6 +302,43 @@ def forward(model: Any, batch: Mapping[str, Array], **options: Any) -> Any:
             f"{type(model).__name__} does not take this data ({shapes}): "
             f"{str(error).splitlines()[0]}"
         ) from error
+
+
+def _centred(x: Tensor, mean: Tensor, last: Tensor) -> Tensor:
+    """Return the rows ``x - mean``, (v, n, f), and one more, in float32.
+
+    What rounding takes from the mean is taken off after it.
+    """
+    near = mean.float()[:, None]
+    out = near.new_empty((x.shape[0], x.shape[1] + 1, x.shape[2]))
+    torch.sub(x, near, out=out[:, :-1])
+    out[:, :-1] -= mean[:, None] - near
+    out[:, -1] = last
+    return out
+
+
+def _rounds(batches: Iterable[Mapping[str, Array]], size: int) -> Iterator[list[Any]]:
+    rest = iter(batches)
+    while every := [*islice(rest, size)]:
+        yield every
+
+
+def _through(
+    model: Any,
+    sublayers: Mapping[str, Sequence[FeedForward]],
+    batch: Mapping[str, Array],
+    seen: Mapping[str, list[tuple[Tensor, Tensor]]],
+) -> dict[str, dict[int, Signals]]:
+    """Run a batch; return what its hooks have put into ``seen``, and leave nothing there."""
+    forward(model, batch)
+    signals = {}
+    for name, found in sublayers.items():
+        shape = _whole(seen, found[0].output, 1).shape[:-1]
+        counted = positions(model, batch, found[0].reads, shape)
+        signals[name] = {s.layer: _signals(s, seen, counted) for s in found}
+    for kept in seen.values():
+        kept.clear()
+    return signals
 
 
 def _whole(seen: Mapping[str, Sequence[tuple[Tensor, Tensor]]], path: str, side: int) -> Tensor:
