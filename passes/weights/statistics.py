@@ -70,10 +70,11 @@ class Moments:
             self.squares[layer] = self.squares.get(layer, 0) + squares
             self.mean[layer] = self.mean.get(layer, means[layer]) + shift[layer] * (n / total)
         for a, b in self.pairs:
-            shape = (views, means[a].shape[1], means[b].shape[1])
-            cross = self.cross.setdefault((a, b), centred[a].new_zeros(shape))
+            if (a, b) not in self.cross:
+                shape = (views, means[a].shape[1], means[b].shape[1])
+                self.cross[a, b] = centred[a].new_zeros(shape)
             for view in range(views):
-                cross[view].addmm_(centred[a][view].T, centred[b][view])
+                self.cross[a, b][view].addmm_(centred[a][view].T, centred[b][view])
         self.count = total
 
     def pooled(self, sizes: Mapping[int, tuple[int, int]], like: Tensor) -> None:

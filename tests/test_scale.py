@@ -1,0 +1,132 @@
+"""Costs that are told against what is held, and work that is shared by parts and processes."""
+
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_merge import _data
+from tiny import gpt2, vit
+from tiny_wider import GATED
+
+from ffmerge.models.data import from_arrays
+from ffmerge.models.feedforward import find
+from ffmerge.passes.weights import cost, merge, statistics
+from ffmerge.passes.weights.merge import MergeConfig, merge_
+from ffmerge.passes.weights.settings import Settings
+
+LAYERS = 5
+MODELS = {"vit": partial(vit, 32, 64, LAYERS), "llama": partial(GATED["llama"], LAYERS)}
+
+
+def _pairs(model: Any) -> list[Any]:
+    layers = find(model)
+    return [pair for i in range(3) for pair in Settings().pairs(layers[i : i + 3])]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_statistics_cost_is_what_they_hold(name: str) -> None:
+    model = MODELS[name]()
+    pairs = _pairs(model)
+    found = statistics.collect(model, {"layers": pairs}, [_data(model)], 1000)["layers"]
+    assert found.inputs is not None
+    told = cost.cost_of([*pairs, pairs[0]])
+    assert told.pairs == len(found.cross) == 6
+    held = [*found.cross.values(), *found.inputs.cross.values()]
+    assert told.bytes == sum(tensor.nbytes for tensor in held)
+    d, f, views = {"vit": (32, 64, 1), "llama": (32, 48, 3)}[name]
+    assert told.flops == 2 * (6 * views * f * f + LAYERS * d * d)
+    assert told.text(1000, torch.device("cpu")).startswith("6 pairs, ")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_windows_in_parts_are_the_windows_at_once(name: str, monkeypatch) -> None:
+    """A part for each window: each has its own pass, that begins with its first layer."""
+    found, passes = [], []
+    collect = statistics.collect
+
+    def counted(model: Any, pairs: Any, *rest: Any) -> Any:
+        passes.append({s.layer for pair in pairs["layers"] for s in pair})
+        return collect(model, pairs, *rest)
+
+    monkeypatch.setattr(statistics, "collect", counted)
+    for memory in (cost.PAIRS, 1):
+        monkeypatch.setattr(cost, "PAIRS", memory)
+        model = MODELS[name]()
+        result = merge_(model, _data(model), MergeConfig(k=3, batch_size=5))
+        found.append((result.candidates, dict(model.named_parameters())))
+    assert passes == [{0, 1, 2, 3, 4}, {0, 1, 2}, {1, 2, 3}, {2, 3, 4}]
+    (at_once, whole), (in_parts, parts) = found
+    assert at_once == in_parts
+    assert all(torch.equal(p, parts[n]) for n, p in whole.items())
+
+
+def test_rows_that_go_through_at_a_time_fit_the_memory(monkeypatch) -> None:
+    model = gpt2(32, 64, 4)
+    examples, config = from_arrays(_data(model)), MergeConfig(k=2, batch_size=12)
+    chosen = {"layers": find(model)}
+    width = 4 * 3 * 4 * (2 * 32 + 2 * 64)  # bytes, copies, layers, numbers: of one position
+    for memory, rows in ((12 * 9 * width, 12), (12 * 9 * width - 1, 11), (1, 1)):
+        monkeypatch.setattr(cost, "BATCH", memory)
+        assert merge._rows(model, examples, config, chosen) == rows
+
+
+CASES = [("llama", 5, 60, (2, 2)), ("vit", 5, 999, (3, 2)), ("llama", 1, 999, (1, 0))]
+
+
+def collected(name: str, count: int, tokens: int) -> dict[str, torch.Tensor]:
+    """Return all moments over some batches of two rows, and how many of them were run."""
+    model = MODELS[name]()
+    pairs, ran = {"layers": _pairs(model)}, list[int]()
+    model.register_forward_pre_hook(lambda *_: ran.append(1))
+    data = _data(model, 2 * count)
+    batches = [{key: x[i : i + 2] for key, x in data.items()} for i in range(0, 2 * count, 2)]
+    found = statistics.collect(model, pairs, batches, tokens)["layers"]
+    parts = {"": found, "inputs": found.inputs, "hidden": found.hidden}
+    tensors = {
+        f"{part} {what} {key}": tensor
+        for part, moments in parts.items()
+        for what in ("mean", "squares", "cross")
+        for key, tensor in getattr(moments, what).items()
+    }
+    return {**tensors, "counts": torch.tensor([found.count, len(ran)])}
+
+
+TWO = """
+import os, sys
+from safetensors.torch import save_file
+from test_scale import CASES, collected
+
+for number, (name, count, tokens, _) in enumerate(CASES):
+    save_file(collected(name, count, tokens), f"{sys.argv[1]}/{number}-{os.environ['RANK']}")
+"""
+
+
+def test_two_processes_have_the_moments_of_one(tmp_path) -> None:
+    """18 positions in a batch of Llama's: the fourth is the last. One process may have none."""
+    paths = f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    (tmp_path / "two.py").write_text(TWO)
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*run, str(tmp_path / "two.py"), str(tmp_path)],
+        env=env, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    worst = 0.0
+    for number, (*case, ran) in enumerate(CASES):
+        one = collected(*case)
+        count, passes = one.pop("counts").tolist()
+        assert passes == sum(ran)
+        for rank in (0, 1):
+            each = load_file(tmp_path / f"{number}-{rank}")
+            assert each.pop("counts").tolist() == [count, ran[rank]]
+            assert each.keys() == one.keys()
+            for key, value in one.items():
+                worst = max(worst, float((value - each[key]).abs().max() / value.abs().max()))
+    assert worst < 1e-6  # measured 1.5e-7
