@@ -42,14 +42,12 @@ def gpt2(layers: int, width: int, inner: int, heads: int, vocabulary: int) -> An
     return GPT2LMHeadModel(config)
 
 
-def llama(
-    layers: int, width: int, inner: int, heads: int, vocabulary: int, groups: int | None = None
-) -> Any:
+def llama(layers: int, width: int, inner: int, heads: int, vocabulary: int) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         num_hidden_layers=layers, hidden_size=width, intermediate_size=inner, vocab_size=vocabulary,
-        num_attention_heads=heads, num_key_value_heads=groups or heads, tie_word_embeddings=True,
+        num_attention_heads=heads, tie_word_embeddings=True,
         max_position_embeddings=256, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     return LlamaForCausalLM(config)
@@ -66,7 +64,7 @@ class Decoder:
 
 MODELS = {
     "GPT-2 small": Decoder(lambda: gpt2(12, 768, 3072, 12, 50257), 12, ((3, 7), (0, 11))),
-    "SmolLM-135M": Decoder(lambda: llama(30, 576, 1536, 9, 49152, 3), 30, ((10, 19), (0, 29))),
+    "stories-42M": Decoder(lambda: llama(8, 512, 1376, 8, 32000), 8, ((0, 7),)),
     "stories-15M": Decoder(lambda: llama(6, 288, 768, 6, 32000), 6, ((0, 5),)),
     "12 x 384": Decoder(lambda: gpt2(12, 384, 1536, 6, 8192), 12, ((3, 7), (0, 11))),
     "4 x 1600": Decoder(lambda: gpt2(4, 1600, 6400, 25, 8192), 4, ((0, 3),)),

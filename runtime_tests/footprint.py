@@ -38,10 +38,11 @@ RUNS, SECONDS = 50, 2.0  # latency is taken over at most this many runs and abou
 class Footprint:
     """What the sessions of a package cost, one run of each at batch 1.
 
-    A graph that generates makes one token. The bytes are what creating the sessions added to
-    the process: all resident memory, and its anonymous part (a weight that stays in the mapped
-    file is resident, not anonymous). They are None where the system does not tell,
-    and ``memory_reason`` says so. ``placement`` is where the nodes ran, over all the graphs.
+    A graph that generates makes one token; ``tokens_per_s`` counts those that a graph with a
+    cache makes after a few others, and is None where there is none. The bytes are what creating
+    the sessions added to the process: all resident memory, and its anonymous part (a weight that
+    stays in the mapped file is resident, not anonymous). They are None where the system does not
+    tell, and ``memory_reason`` says so. ``placement`` is where the nodes ran, over all the graphs.
     """
 
     rss_bytes: int | None
@@ -51,6 +52,7 @@ class Footprint:
     first_ms: float
     median_ms: float
     p95_ms: float
+    tokens_per_s: float | None
     runs: int
     threads: int
     device: str
@@ -118,14 +120,20 @@ def _measure_here(folder: Path, kind: str, provider: str, threads: int) -> Footp
         (session, graph.outputs, graph.probe.draw(0, batch=1))
         for session, graph in zip(sessions, served.values(), strict=True)
     ]
-    times: list[float] = []
+    times: list[list[float]] = []  # of each run, the ms of each graph
     end = time.perf_counter() + SECONDS
     while len(times) < 4 or (len(times) <= RUNS and time.perf_counter() < end):
-        start = time.perf_counter()
+        times.append([])
         for session, outputs, feeds in runs:
+            start = time.perf_counter()
             session.run(outputs, feeds)
-        times.append(1e3 * (time.perf_counter() - start))
-    first_ms, *warm = times
+            times[-1].append(1e3 * (time.perf_counter() - start))
+    first_ms, *warm = map(sum, times)
+    steps = [
+        1e3 / statistics.median(ms)
+        for (_, _, feeds), *ms in zip(runs, *times[1:], strict=True)
+        if any(name.startswith("past_key_values") for name in feeds)
+    ]
     rss, anonymous = growth(before, after)
     silent = (
         "this system has no /proc/self/smaps_rollup, or the engine does not tell"
@@ -144,6 +152,7 @@ def _measure_here(folder: Path, kind: str, provider: str, threads: int) -> Footp
         first_ms=first_ms,
         median_ms=statistics.median(warm),
         p95_ms=float(np.percentile(warm, 95)),
+        tokens_per_s=steps[0] if steps else None,
         runs=len(warm),
         threads=threads,
         device=sessions[0].device,

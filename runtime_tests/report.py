@@ -18,7 +18,7 @@ from ffmerge.runtime_tests.validate import NAME as VALIDATION
 from ffmerge.runtime_tests.validate import Validation, model_bytes
 
 REPORT, TEXT = "report.html", "report.md"
-TIMES = ("load_s", "median_ms", "p95_ms")
+TIMES = ("load_s", "median_ms", "p95_ms", "tokens_per_s")
 ABSENT = "\N{EN DASH}"
 
 
@@ -34,6 +34,7 @@ class Summary:
     load_s: float | None
     median_ms: float | None
     p95_ms: float | None
+    tokens_per_s: float | None
     metric_name: str | None
     metric: float | None
     examples: int | None
@@ -133,6 +134,8 @@ def rows(before: Summary | None, after: Summary, losses: Losses | None = None) -
             return []
         noise = _spread(before, after) if field in TIMES else 0.01
         change, verdict = _cost_change(old, new, noise)
+        if field == "tokens_per_s":  # the only one of which more is better
+            verdict = {"better": "worse", "worse": "better"}.get(verdict, verdict)
         return [Row(name, None if old is None else form(old), form(new), change, verdict, note)]
 
     batch = "batch 1, after the first run"
@@ -141,12 +144,26 @@ def rows(before: Summary | None, after: Summary, losses: Losses | None = None) -
         *cost("Parameters", "parameters", "{:,}".format, "each shared one counted once"),
         *cost("Memory", "rss_bytes", size_text, "resident, added by loading"),
         *cost("Memory, anonymous", "anonymous_bytes", size_text, "the part no file backs"),
+        *_kept_rows(before, after),
         *cost("Load time", "load_s", lambda s: time_text(1e3 * s), "opening the session"),
         *cost("Latency, median", "median_ms", time_text, batch),
         *cost("Latency, p95", "p95_ms", time_text, batch),
+        *cost("Tokens per second", "tokens_per_s", "{:,.1f}".format, "one sequence, with a cache"),
         *_metric_rows(before, after),
         *_loss_rows(losses),
     ]
+
+
+def _kept_rows(before: Summary | None, after: Summary) -> list[Row]:
+    """Return how much of what the file no longer holds is gone from memory as well."""
+    if not before or before.rss_bytes is None or after.rss_bytes is None:
+        return []
+    removed = before.bytes_on_disk - after.bytes_on_disk
+    if removed <= 0:
+        return []
+    kept = (before.rss_bytes - after.rss_bytes) / removed
+    note = "memory saved, of the bytes removed"
+    return [Row("Sharing kept", None, _signed(f"{100 * kept:.0f} %"), "", "", note)]
 
 
 def _metric_rows(before: Summary | None, after: Summary) -> list[Row]:

@@ -265,6 +265,7 @@ def _provider_json(result: ProviderResult) -> dict[str, Any]:
         **{key: value for key, value in vars(result).items() if key != "footprint"},
         "memory": {key.removeprefix("memory_"): cost.get(key) for key in memory},
         "latency_ms": {key: cost.get(field) for key, field in latency.items()},
+        "tokens_per_s": cost.get("tokens_per_s"),
         "load_s": cost.get("load_s"),
         "threads": cost.get("threads"),
         "placement": cost.get("placement"),

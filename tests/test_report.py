@@ -34,6 +34,7 @@ BEFORE = Summary(
     load_s=0.05,
     median_ms=4.0,
     p95_ms=5.0,
+    tokens_per_s=None,
     metric_name="accuracy",
     metric=0.9755,
     examples=1000,
@@ -138,6 +139,22 @@ def test_times_change_to_seconds() -> None:
         "999 ms",
         "1.50 s",
     ]
+
+
+def test_sharing_kept_is_memory_saved_of_bytes_removed() -> None:
+    saved = replace(AFTER, rss_bytes=BEFORE.rss_bytes - 3_610_000)  # of 3,800,000
+    kept = next(row for row in rows(BEFORE, saved) if row.name == "Sharing kept")
+    assert (kept.before, kept.after) == (None, "95 %")
+    for old, new in ((None, AFTER), (AFTER, BEFORE), (replace(BEFORE, rss_bytes=None), AFTER)):
+        assert "Sharing kept" not in {row.name for row in rows(old, new)}
+
+
+def test_more_tokens_per_second_are_better() -> None:
+    old, new = replace(BEFORE, tokens_per_s=1000.0), replace(AFTER, tokens_per_s=2000.0)
+    (row,) = (row for row in rows(old, new) if row.name == "Tokens per second")
+    assert (row.before, row.after, row.change) == ("1,000.0", "2,000.0", "+100.0 %")
+    assert row.verdict == "better"
+    assert "Tokens per second" not in {row.name for row in rows(BEFORE, AFTER)}
 
 
 def test_the_page_and_the_terminal_say_the_same(package: Path) -> None:

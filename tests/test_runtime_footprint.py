@@ -1,7 +1,9 @@
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -89,6 +91,32 @@ def test_batch_is_one_whatever_the_probe_says(
     monkeypatch.setattr(OrtSession, "run", spy)
     footprint._measure_here(tmp_path / "package", "onnx", "cpu", 1)
     assert shapes == {(1,), (1, 4)}  # the trivial model's, then the package's
+
+
+def test_tokens_per_second_are_those_of_the_graph_with_a_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that only running advances: 100 ms for the encoder, 20 ms for the decoder."""
+    now = 0.0
+
+    def run(session, names, feeds):  # type: ignore[no-untyped-def]
+        nonlocal now
+        now += 0.02 if "past_key_values.0.key" in feeds else 0.1
+
+    monkeypatch.setattr(OrtSession, "run", run)
+    monkeypatch.setattr(footprint, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setitem(RUNTIMES, "cpu", replace(find_runtime("cpu"), place=lambda *of: None))
+    weights = np.eye(4, dtype=np.float32), np.zeros(4, np.float32)
+    manifest = linear_package(tmp_path / "one", *weights)
+    assert footprint._measure_here(tmp_path / "one", "onnx", "cpu", 1).tokens_per_s is None
+
+    past = InputSpec("past_key_values.0.key", "float32", ("batch_size", 1))
+    encoder = manifest.graphs[0]
+    decoder = replace(encoder, path="decoder.onnx", probe=Probe((past,), CASES))
+    shutil.copyfile(tmp_path / "one" / "model.onnx", tmp_path / "one" / "decoder.onnx")
+    replace(manifest, graphs=(encoder, decoder)).write(tmp_path / "one")
+    cost = footprint._measure_here(tmp_path / "one", "onnx", "cpu", 1)
+    assert (cost.tokens_per_s, cost.median_ms) == (pytest.approx(50), pytest.approx(120))
 
 
 def test_memory_is_null_with_a_reason_where_the_system_does_not_tell(
