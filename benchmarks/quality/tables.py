@@ -19,7 +19,7 @@ SELECTIONS = ("budget", "budget, any layers", "budget, fidelity")
 
 def render(results: Results) -> str:
     """Return a table for each task, one for the ablation, one for the precisions."""
-    parts = [_of_task(results, name) for name in METRIC]
+    parts = [_of_task(results, n) for n in METRIC if _pick(results, task=n, label="none")]
     return "\n\n".join([*parts, _ablation(results), _precisions(results)])
 
 
