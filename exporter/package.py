@@ -1,14 +1,11 @@
 """A model as a folder that a runtime serves: graph, weights, configuration, manifest, card."""
 
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from safetensors.numpy import save_file
 
 import ffmerge
 from ffmerge.errors import InputError
@@ -17,12 +14,15 @@ from ffmerge.exporter.graphs import Graph, graphs
 from ffmerge.exporter.merged import either
 from ffmerge.exporter.ort_format import write_ort
 from ffmerge.exporter.prepack import write_prepacked
-from ffmerge.exporter.torch_onnx import reference_outputs, to_onnx
+from ffmerge.exporter.reference import greedy, real_inputs, real_rows, trace, write_reference
+from ffmerge.exporter.torch_onnx import to_onnx
 from ffmerge.files import read_json, staged, write_json
 from ffmerge.models import checkpoint, tasks
+from ffmerge.models.data import Examples
 from ffmerge.models.inputs import unchunked
-from ffmerge.models.manifest import REFERENCE, GraphRecord, Manifest, record_files, reference_key
-from ffmerge.models.probe import stored_elements
+from ffmerge.models.manifest import REFERENCE, GraphRecord, Manifest, record_files
+from ffmerge.models.processing import like_the_task
+from ffmerge.models.trace import Trace
 from ffmerge.passes.graph.contract import join_ties
 from ffmerge.passes.graph.opset import OLDEST, to_opset
 from ffmerge.passes.graph.quantize import PRECISIONS, QuantizeConfig
@@ -87,16 +87,19 @@ def export(
     target: str | Path,
     config: ExportConfig = ExportConfig(),
     source: Path | None = None,
+    examples: Examples | None = None,
 ) -> Package:
     """Write ``model`` as an ONNX package; weights that PyTorch shares are stored once.
 
     ``source`` is the checkpoint folder the model came from: its tokenizer and processor files
-    travel along and its weight files are named in the manifest.
+    travel along, the inputs of the comparison are drawn as they say, and its weight files are
+    named in the manifest. Of ``examples`` a few are stored, to compare on as well.
 
     Raises:
         ExportError: the model cannot be exported.
         TieError: a shared weight would be stored twice.
-        InputError: the task is not served, or ``target`` exists or cannot be written.
+        InputError: the task is not served, the examples lack what the model takes, or ``target``
+            exists or cannot be written.
     """
     task = tasks.fit(config.task, model) if config.task else tasks.infer(model)
     parameters = list(model.parameters())
@@ -107,8 +110,17 @@ def export(
     if config.layout not in LAYOUTS:
         raise InputError(f"no layout {config.layout!r}: there is {', '.join(LAYOUTS)}.")
     with staged(Path(target)) as folder, unchunked(model):
-        plan = graphs(model, task)
-        shared = _to_onnx(plan, config)
+        plan = tuple(
+            replace(g, probe=like_the_task(g.probe, source, model.config))
+            for g in graphs(model, task)
+        )
+        batch = real_rows(examples, model, task) if examples else {}
+        real = real_inputs(plan, batch) if batch else {}
+        plan = tuple(replace(g, probe=replace(g.probe, real=int(g.name in real))) for g in plan)
+        shared, traces = _to_onnx(plan, config, real)
+        generates = tasks.base(task) in tasks.GENERATE and plan[-1].outputs[0] == "logits"
+        prompts = batch or plan[0].probe.draw(len(plan[0].probe.cases) - 1)
+        decoded = greedy(plan, prompts, model) if generates else {}
         if config.layout == "transformers.js":  # it opens no graph that another one contains
             parts = {part for graph in plan for part in graph.parts}
             plan = tuple(replace(g, parts=()) for g in plan if g.name not in parts)
@@ -121,7 +133,8 @@ def export(
             if wanted
             for variant in write(folder, served)
         ]
-        _write_reference(folder / REFERENCE, zip(plan, records, strict=True))
+        paired = [(g, record.path) for g, record in zip(plan, records, strict=True)]
+        write_reference(folder / REFERENCE, paired, real, traces, decoded)
         _write_config(folder, model)
         if source:
             checkpoint.copy_companions(source, folder)
@@ -155,9 +168,20 @@ def export(
     return Package(Path(target), manifest)
 
 
-def _to_onnx(plan: Sequence[Graph], config: ExportConfig) -> dict[str, ShareResult]:
-    """Return every graph of the plan by name, in the opset and precision that were asked for."""
-    done = {g.name: to_onnx(g, max(config.opset, DIRECT)) for g in plan if not g.parts}
+def _to_onnx(
+    plan: Sequence[Graph], config: ExportConfig, real: Mapping[str, Mapping[str, Any]]
+) -> tuple[dict[str, ShareResult], dict[str, Trace]]:
+    """Return every graph of the plan by name, in the opset and precision that were asked for.
+
+    And of each that PyTorch translated, what PyTorch computes at its nodes.
+    """
+    done: dict[str, ShareResult] = {}
+    traces: dict[str, Trace] = {}
+    for graph in plan:
+        if not graph.parts:
+            done[graph.name], program = to_onnx(graph, max(config.opset, DIRECT))
+            named = {str(v.name) for n in done[graph.name].model.graph for v in n.outputs}
+            traces[graph.name] = trace(graph, program, named, real.get(graph.name, {}))
     if config.opset < DIRECT:
         done = {name: share(to_opset(each.model, config.opset)) for name, each in done.items()}
     if config.dtype != "fp32":  # all graphs agree on the form of a weight: it is stored once
@@ -176,7 +200,7 @@ def _to_onnx(plan: Sequence[Graph], config: ExportConfig) -> dict[str, ShareResu
         if graph.parts:
             first, later = (done[part].model for part in graph.parts)
             done[graph.name] = either(first, later, graph)
-    return done
+    return done, traces
 
 
 def _write_graphs(
@@ -196,19 +220,6 @@ def _write_graphs(
         GraphRecord(paths[g.name], g.outputs, g.probe, tuple(paths[p] for p in g.parts))
         for g in plan
     )
-
-
-def _write_reference(path: Path, graphs: Iterable[tuple[Graph, GraphRecord]]) -> None:
-    """Store the sampled outputs of every graph and case."""
-    tensors = {
-        reference_key(record.path, case, name): np.ascontiguousarray(
-            stored_elements(array, len(graph.outputs))
-        )
-        for graph, record in graphs
-        for case, outputs in enumerate(reference_outputs(graph))
-        for name, array in outputs.items()
-    }
-    save_file(tensors, path)
 
 
 def _write_config(folder: Path, model: Any) -> None:

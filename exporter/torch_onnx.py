@@ -26,8 +26,10 @@ from ffmerge.passes.graph.contract import read_ties, write_ties
 from ffmerge.passes.graph.run import ShareResult, share
 
 
-def to_onnx(graph: Graph, opset: int) -> ShareResult:
-    """Return ``graph`` as ONNX, its initializers called by parameter name.
+def to_onnx(graph: Graph, opset: int) -> tuple[ShareResult, Any]:
+    """Return ``graph`` as ONNX, its initializers called by parameter name, and its program.
+
+    The ``torch.export`` program calls its nodes as the ONNX graph calls their outputs.
 
     A tied parameter is one initializer under the name :func:`ffmerge.models.ties.ties` gives;
     parameters that happen to be equal are one under the first's.
@@ -73,7 +75,7 @@ def to_onnx(graph: Graph, opset: int) -> ShareResult:
     write_ties(
         graph_model, [t for t in known if t.name in held or model.get_parameter(t.name).any()]
     )
-    return placed(share(graph_model), f"{graph.name}.onnx")
+    return placed(share(graph_model), f"{graph.name}.onnx"), program.exported_program
 
 
 def placed(shared: ShareResult, file: str) -> ShareResult:
@@ -86,15 +88,6 @@ def placed(shared: ShareResult, file: str) -> ShareResult:
     counted = tuple(replace(tie, places={file: counts[tie.name]}) for tie in shared.ties)
     write_ties(shared.model, counted)
     return replace(shared, ties=counted)
-
-
-def reference_outputs(graph: Graph) -> Iterator[dict[str, Any]]:
-    """Yield what PyTorch gives on each case of the probe, by output name, as arrays."""
-    model = graph.module.eval()
-    for case in range(len(graph.probe.cases)):
-        with torch.no_grad():
-            got = model(to_tensors(graph.probe.draw(case), model))
-        yield {n: t.cpu().numpy() for n, t in zip(graph.outputs, got, strict=True)}
 
 
 def _rename(model: ir.Model, known: tuple[Tie, ...]) -> None:

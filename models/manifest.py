@@ -144,6 +144,11 @@ def reference_key(graph: str, case: int, output: str) -> str:
     return f"{graph}/{case}.{output}"
 
 
+def input_key(graph: str, name: str) -> str:
+    """Return the name under which an input of the real case is kept in ``REFERENCE``."""
+    return f"{graph}/real.{name}"
+
+
 def record_files(folder: Path) -> tuple[FileRecord, ...]:
     """Return a record of every file below ``folder``, sorted by path."""
     paths = sorted(p for p in folder.rglob("*") if p.is_file())

@@ -1,10 +1,11 @@
-"""Fixed inputs on which a model and its package are compared, drawn from a seed.
+"""Fixed inputs on which a model and its package are compared: drawn from a seed, and real ones.
 
-The package stores the outputs PyTorch gave and this recipe, not the inputs: the folder stays
-small and the check runs on a device without PyTorch.
+The package stores the outputs PyTorch gave. Of the inputs it stores this recipe and, if it was
+exported with data, a few real rows: the check runs on a device without PyTorch or the data.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,23 @@ Array = npt.NDArray[Any]
 # At most this many elements of all outputs are stored per case (a language model at batch 8
 # would otherwise add 16 MB of logits to the package, and as much for its cache).
 STORED = 1 << 16
+# Of logits whole positions are stored, so that there is a first class and a distribution: at
+# least this many of a drawn and of a real case.
+POSITIONS, REAL_POSITIONS = 2, 16
+_COARSE = 4  # random points along each side of a drawn picture
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What a tokenizer makes of text: rows of ids that are not ``special``, padded with ``pad``.
+
+    ``first`` and ``last`` are what it puts before and behind a text.
+    """
+
+    special: tuple[int, ...] = ()
+    pad: int = 0
+    first: tuple[int, ...] = ()
+    last: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -23,8 +41,9 @@ class InputSpec:
     """One model input; ``shape`` mixes numbers and the names of dynamic dimensions.
 
     ``kind`` says what it is drawn from: "normal" is N(0, 1), "integer" are numbers below
-    ``high``, "mask" is ones with padding at the end of some rows, "position" counts on from the
-    length of the past, "flag" is the size of that name.
+    ``high``, as ``tokens`` if given, "mask" is ones with padding at the end of some rows,
+    "position" counts on from the length of the past, "flag" is the size of that name, "picture"
+    is a smooth picture in 0..1, normalized by the ``colours``: mean and deviation by channel.
     """
 
     name: str
@@ -32,15 +51,25 @@ class InputSpec:
     shape: tuple[int | str, ...]
     kind: str = "normal"
     high: int = 0
+    tokens: Tokens | None = None
+    colours: tuple[tuple[float, float], ...] = ()
 
 
 @dataclass(frozen=True)
 class Probe:
-    """The recipe: inputs, the sizes of the dynamic dimensions of each case, and the seed."""
+    """The recipe: inputs, the sizes of the dynamic dimensions of each case, and the seed.
+
+    Behind the ``cases`` that are drawn come as many ``real`` ones, whose inputs the package has.
+    """
 
     inputs: tuple[InputSpec, ...]
     cases: tuple[Mapping[str, int], ...]
     seed: int = 0
+    real: int = 0
+
+    def feeds(self, case: int, stored: Mapping[str, Array]) -> dict[str, Array]:
+        """Return the inputs of one case; those of a real one are completed from ``stored``."""
+        return self.draw(case) if case < len(self.cases) else self.complete(stored)
 
     def draw(self, case: int, batch: int | None = None) -> dict[str, Array]:
         """Return the inputs of one case; the same values on every machine.
@@ -89,24 +118,75 @@ def _draw(spec: InputSpec, sizes: Mapping[str, int], generator: np.random.Genera
     if spec.kind == "position":
         count = np.arange(shape[1]) + sizes.get("past_sequence_length", 0)
         return np.broadcast_to(count, shape).astype(spec.dtype)
-    if spec.kind == "mask":  # row i ends in i % 3 padded positions, and never has none left
-        padding = np.minimum(np.arange(shape[0]) % 3, shape[1] - 1)
-        return (np.arange(shape[1]) < shape[1] - padding[:, None]).astype(spec.dtype)
+    if spec.kind == "mask":
+        return (np.arange(shape[1]) < _lengths(shape)[:, None]).astype(spec.dtype)
+    if spec.kind == "integer" and spec.tokens:
+        past = any(name.startswith("past_") and size for name, size in sizes.items())
+        return _text(shape, spec.high, spec.tokens, past, generator).astype(spec.dtype)
     if spec.kind == "integer":
         return generator.integers(0, spec.high, shape).astype(spec.dtype)
+    if spec.kind == "picture":
+        mean, deviation = np.array(spec.colours).T[:, :, None, None]
+        return ((_smooth(shape, generator) - mean) / deviation).astype(spec.dtype)
     return generator.standard_normal(shape, dtype=np.float32).astype(spec.dtype)
 
 
-def stored_elements(output: Array, of: int = 1) -> Array:
+def _lengths(shape: tuple[int, ...]) -> Array:
+    """Return how much of each row is no padding: i % 3 less than all, and never nothing."""
+    return shape[1] - np.minimum(np.arange(shape[0]) % 3, shape[1] - 1)
+
+
+def _text(
+    shape: tuple[int, ...], high: int, tokens: Tokens, past: bool, generator: np.random.Generator
+) -> Array:
+    """Return rows of ids: what begins a text unless there is a ``past``, the ends, the padding."""
+    plain = np.setdiff1d(np.arange(high), tokens.special)
+    ids = plain[generator.integers(0, len(plain), shape)]
+    for row, length in zip(ids, _lengths(shape), strict=True):
+        first = () if past else tokens.first[:length]
+        last = tokens.last[: length - len(first)]
+        row[: len(first)] = first
+        row[length - len(last) : length] = last
+        row[length:] = tokens.pad
+    return ids
+
+
+def _smooth(shape: tuple[int, ...], generator: np.random.Generator) -> Array:
+    """Return pictures in 0..1 whose colours run from point to point of a coarse random grid.
+
+    Only sums and products of single elements: the same bits on every machine.
+    """
+    picture = generator.random((*shape[:2], _COARSE, _COARSE))
+    for axis in (2, 3):
+        at = np.linspace(0, _COARSE - 1, shape[axis])
+        low = np.minimum(at.astype(np.intp), _COARSE - 2)
+        part = (at - low).reshape((-1, 1) if axis == 2 else (-1,))
+        picture = np.take(picture, low, axis) * (1 - part) + np.take(picture, low + 1, axis) * part
+    return picture
+
+
+def is_logits(name: str) -> bool:
+    """Say whether an output of this name has scores of classes along its last dimension."""
+    return name.startswith("logits") or name.endswith("_logits")
+
+
+def stored_elements(output: Array, of: int = 1, name: str = "", real: bool = False) -> Array:
     """Return the flat sample of one ``of`` several outputs that the package keeps.
 
-    Every n-th element, n odd: an odd stride visits every residue of the usual even row lengths.
-    All elements when there are at most ``STORED // of``.
+    All elements when there are at most ``STORED // of``; else see :func:`kept`.
     """
-    return output.reshape(-1)[:: stride(output.size, of)]
+    step, width = kept(output.shape, of, name, real)
+    return output.reshape(-1, width)[::step].reshape(-1)
 
 
-def stride(size: int, of: int = 1) -> int:
-    """Return the step between stored elements of an output of ``size`` elements."""
-    step = -(-size // max(STORED // of, 1))
-    return step + (step + 1) % 2 if step > 1 else 1
+def kept(shape: Sequence[int], of: int = 1, name: str = "", real: bool = False) -> tuple[int, int]:
+    """Return ``(step, width)``: every step-th run of ``width`` elements of an output is stored.
+
+    A run is one element, or of logits all classes of a position. The step is odd, so that it
+    visits every residue of the usual even row lengths.
+    """
+    width = shape[-1] if is_logits(name) and len(shape) > 1 and shape[-1] else 1
+    least = REAL_POSITIONS if real else POSITIONS
+    runs = max(STORED // of // width, least if width > 1 else 1)
+    step = -(-math.prod(shape) // width // runs)
+    return (step + (step + 1) % 2 if step > 1 else 1), width

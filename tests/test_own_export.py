@@ -63,7 +63,7 @@ def _exported(name: str) -> tuple[Any, onnx.ModelProto, Any, dict[str, Any], np.
     feeds = plan.probe.draw(1)
     with torch.no_grad():
         wanted = plan.module({k: torch.from_numpy(np.asarray(x)) for k, x in feeds.items()})
-    proto = ir.to_proto(to_onnx(plan, 20).model)
+    proto = ir.to_proto(to_onnx(plan, 20)[0].model)
     return model, proto, plan, feeds, wanted[0].numpy()
 
 

@@ -98,7 +98,7 @@ def test_four_bits_for_dequantize_linear_where_ort_writes_an_invalid_graph():
 
 
 def test_gpt2_whose_gemms_the_int4_quantizer_leaves_in_float():
-    model = to_onnx(*graphs(tiny.gpt2(), "text-generation"), 20).model
+    model = to_onnx(*graphs(tiny.gpt2(), "text-generation"), 20)[0].model
     gemms = ops(model)["Gemm"]
     theirs = MatMulNBitsQuantizer(ir.to_proto(model), block_size=32, is_symmetric=True)
     theirs.process()
@@ -338,7 +338,7 @@ def exported(family):
     model = family()
     merge_(model, None, MergeConfig(window=(1, 3), method="average"))
     (plan,) = graphs(model, tasks.base(tasks.infer(model)))
-    graph = to_onnx(plan, 20).model
+    graph = to_onnx(plan, 20)[0].model
     feeds = plan.probe.draw(1)
     return ir.to_proto(graph).SerializeToString(), feeds, run(graph, **feeds)[0].ravel()
 

@@ -1,0 +1,65 @@
+"""What a package stores of PyTorch: outputs, real inputs, a trace, and ids of greedy decoding."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file
+
+from ffmerge.errors import InputError
+from ffmerge.models.manifest import REFERENCE, GraphRecord, input_key
+from ffmerge.models.probe import Array
+from ffmerge.models.trace import GREEDY, Trace, TracedValue, split, trace_key
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The tensors of the file by name, and what it says about them."""
+
+    tensors: Mapping[str, Array]
+    about: Mapping[str, str]
+
+    def feeds(self, graph: GraphRecord, case: int) -> dict[str, Array]:
+        """Return the inputs of one case of a graph."""
+        return graph.probe.feeds(case, self.real(graph))
+
+    def real(self, graph: GraphRecord) -> dict[str, Array]:
+        """Return the stored inputs of a graph; one made of parts is given what its first is."""
+        prefix = input_key((graph.parts or (graph.path,))[0], "")
+        return self._below(prefix)
+
+    def greedy(self) -> dict[str, Array]:
+        """Return prompts and PyTorch's ids, or nothing."""
+        return self._below(GREEDY)
+
+    def trace(self, graph: GraphRecord) -> Trace | None:
+        """Return what PyTorch gave at the nodes of a graph, if that is known."""
+        key = trace_key(graph.path)
+        if key not in self.about:
+            return None
+        values = [TracedValue(n, tuple(shape), at) for n, shape, at in json.loads(self.about[key])]
+        return split(values, self.tensors[key])
+
+    def _below(self, prefix: str) -> dict[str, Array]:
+        return {
+            name.removeprefix(prefix): array
+            for name, array in self.tensors.items()
+            if name.startswith(prefix)
+        }
+
+
+def read_reference(folder: Path) -> Reference:
+    """Return the reference of the package in ``folder``.
+
+    Raises:
+        InputError: there is none, or it cannot be read.
+    """
+    path = folder / REFERENCE
+    try:
+        with safe_open(path, "numpy") as file:
+            about = dict(file.metadata() or {})
+        return Reference(load_file(path), about)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} cannot be read: {error}. Export the package again.") from error
