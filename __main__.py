@@ -208,6 +208,12 @@ def export(
         bool,
         typer.Option("--prepack", help="Also weights packed for this processor; says the costs."),
     ] = False,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Data of the task: a few rows are stored, and validate compares on them."
+        ),
+    ] = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
@@ -220,7 +226,7 @@ def export(
     from ffmerge.tables import package_table
 
     config = ExportConfig(task, opset, dtype, ort, prepack, layout)
-    package = pipeline.export(model, out, config, trust_remote_code)
+    package = pipeline.export(model, out, config, data, trust_remote_code)
     _emit(as_json, package.to_json(), package_table(package))
 
 

@@ -18,6 +18,7 @@ from ffmerge.errors import InputError
 
 # of the processes that torchrun or accelerate launch starts, the one that writes and prints
 FIRST_PROCESS = os.environ.get("RANK", "0") == "0"
+_BLOCK = 1 << 20
 
 
 def refuse_existing(*paths: Path) -> None:
@@ -125,10 +126,19 @@ def open_inside(folder: Path, location: str) -> int:
     raise InputError("is not a file.")
 
 
-def sha256(file: Path | int) -> str:
-    """Return the hex SHA-256 of a file, read in blocks; an open descriptor is left open."""
+def sha256(file: Path | int, offset: int = 0, length: int | None = None) -> str:
+    """Return the hex SHA-256 of a file, or of a part of it, read in blocks.
+
+    An open descriptor is left open.
+    """
+    found = hashlib.sha256()
     with open(file, "rb", closefd=not isinstance(file, int)) as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        stream.seek(offset)
+        left = os.fstat(stream.fileno()).st_size - offset if length is None else length
+        while block := stream.read(min(left, _BLOCK)):
+            found.update(block)
+            left -= len(block)
+    return found.hexdigest()
 
 
 def size_text(count: float) -> str:

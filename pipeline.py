@@ -144,15 +144,21 @@ def similarity(
 
 
 def export(
-    source: str, out: Path, config: ExportConfig, trust_remote_code: bool = False
+    source: str,
+    out: Path,
+    config: ExportConfig,
+    data_source: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Package:
-    """Export the checkpoint ``source`` as the new package ``out``."""
+    """Export the checkpoint ``source`` as the new package ``out``, with a few rows of the data."""
     refuse_existing(out)
     with _progress() as show:
         folder = checkpoint.resolve(source, code=trust_remote_code)
         model = checkpoint.load(folder, trust_remote_code).float()
+        task = tasks.fit(config.task, model) if config.task else tasks.infer(model)
+        examples = data.read(data_source, folder, task) if data_source else None
         show("tracing and writing", 0, 0)
-        result = package.export(model, out, config, folder)
+        result = package.export(model, out, config, folder, examples)
         show("measuring", 0, 0)
         return replace(result, costs=_costs(result.manifest, out) if config.prepack else {})
 
@@ -239,12 +245,14 @@ def demo(out: Path) -> Demo:
     with staged(out) as folder, _progress() as show:
         original = checkpoint.load(_DEMO_MODEL)
         score = score_for(original, "image-classification", test, 100)
-        first = package.export(original, folder / "original", source=_DEMO_MODEL)
+        first = package.export(original, folder / "original", source=_DEMO_MODEL, examples=held_out)
         show("merging", 0, 0)
         merged = checkpoint.load(_DEMO_MODEL)
         result = merging.merge_(merged, calibration, MergeConfig(k=_DEMO_K), held_out, show)
         checkpoint.save(merged, folder / "checkpoint")
-        second = package.export(merged, folder / "merged", source=folder / "checkpoint")
+        second = package.export(
+            merged, folder / "merged", source=folder / "checkpoint", examples=held_out
+        )
         show("validating", 0, 0)
         packages = {"The original ViT": first, "The merged ViT": second}
         once = [validation.validate(p.path, examples=test) for p in packages.values()]

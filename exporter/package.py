@@ -14,7 +14,15 @@ from ffmerge.exporter.graphs import Graph, graphs
 from ffmerge.exporter.merged import either
 from ffmerge.exporter.ort_format import write_ort
 from ffmerge.exporter.prepack import write_prepacked
-from ffmerge.exporter.reference import greedy, real_inputs, real_rows, trace, write_reference
+from ffmerge.exporter.records import record_tensors
+from ffmerge.exporter.reference import (
+    greedy,
+    real_inputs,
+    real_rows,
+    trace,
+    traced_names,
+    write_reference,
+)
 from ffmerge.exporter.torch_onnx import to_onnx
 from ffmerge.files import read_json, staged, write_json
 from ffmerge.models import checkpoint, tasks
@@ -162,6 +170,7 @@ def export(
             skipped=tuple(dict.fromkeys(s for each in shared.values() for s in each.skipped)),
             graphs=records,
             files=files,
+            tensors=record_tensors(folder, [record.path for record in records]),
             variants=tuple(variants),
         )
         manifest.write(folder)
@@ -180,7 +189,7 @@ def _to_onnx(
     for graph in plan:
         if not graph.parts:
             done[graph.name], program = to_onnx(graph, max(config.opset, DIRECT))
-            named = {str(v.name) for n in done[graph.name].model.graph for v in n.outputs}
+            named = traced_names(done[graph.name].model)
             traces[graph.name] = trace(graph, program, named, real.get(graph.name, {}))
     if config.opset < DIRECT:
         done = {name: share(to_opset(each.model, config.opset)) for name, each in done.items()}

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import torch
 from safetensors.numpy import save_file
 from torch.utils import _pytree as pytree
@@ -22,6 +23,8 @@ from ffmerge.models.trace import GREEDY, Trace, TracedValue, sampled, trace_key,
 ROWS, LENGTH = 32, 64  # of the real case, and tokens of each
 BYTES, SCORES = 1 << 22, 1 << 24  # of its inputs, and elements of its logits, at most
 PROMPTS, PROMPT, NEW = 4, 8, 16  # of greedy decoding: rows, tokens given, tokens made
+_VIEWS = {"Cast", "Concat", "Expand", "Identity", "Reshape", "Slice", "Split", "Squeeze",
+          "Transpose", "Unsqueeze"}  # fmt: skip
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_target_positions")
 
 
@@ -102,6 +105,12 @@ def greedy(plan: Sequence[Graph], batch: Mapping[str, Array], model: Any) -> dic
         ids = np.concatenate([ids, logits[:, -1:].argmax(-1)], 1)
     named = {"start": ids[:, :start_length], "tokens": ids[:, start_length:], **prompts}
     return {**named, "margin": np.stack(margins, 1)} if margins and len(ids) else {}
+
+
+def traced_names(model: ir.Model) -> set[str]:
+    """Return the values of a graph that are computed, not only seen in another shape."""
+    nodes = [node for node in model.graph if node.op_type not in _VIEWS]
+    return {str(value.name) for node in nodes for value in node.outputs}
 
 
 def trace(graph: Graph, program: Any, names: set[str], real: Mapping[str, Array]) -> Trace:

@@ -12,7 +12,8 @@ from ffmerge.models.plan import MergeRecord, Tie
 from ffmerge.models.probe import Probe
 
 NAME, REFERENCE = "ffmerge.json", "reference.safetensors"
-SCHEMA = 2
+SCHEMA = 3
+DIGITS = 16  # of a tensor's sha256: it names what changed, that of the file tells that it did
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,17 @@ class FileRecord:
     """One file of the package, relative to its folder."""
 
     path: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """Where the bytes of an initializer are, so that a change of the file can be named."""
+
+    name: str
+    path: str
+    offset: int
     bytes: int
     sha256: str
 
@@ -81,6 +93,7 @@ class Manifest:
     skipped: tuple[Skip, ...]
     graphs: tuple[GraphRecord, ...]
     files: tuple[FileRecord, ...]
+    tensors: tuple[TensorRecord, ...] = ()
     variants: tuple[Variant, ...] = ()
 
     def served(self, kind: str = "onnx") -> dict[str, GraphRecord]:
@@ -123,7 +136,10 @@ class Manifest:
             ) from error
 
     def check_files(self, folder: Path) -> None:
-        """Raise InputError at the first listed file that is outside, a link, missing or changed."""
+        """Raise InputError at the first listed file that is outside, a link, missing or changed.
+
+        Of a changed file it names the tensors whose bytes changed.
+        """
         for file in self.files:
             try:
                 descriptor = open_inside(folder, file.path)
@@ -132,11 +148,29 @@ class Manifest:
             try:
                 size = os.fstat(descriptor).st_size
                 if size != file.bytes or sha256(descriptor) != file.sha256:
+                    where = self._changed(file, descriptor)
                     raise InputError(
-                        f"{folder / file.path} is not the file that {NAME} describes: export again."
+                        f"{folder / file.path} is not the file that {NAME} describes: {where}. "
+                        "Export again."
                     )
             finally:
                 os.close(descriptor)
+
+    def _changed(self, file: FileRecord, descriptor: int) -> str:
+        """Say what of a file is not as recorded."""
+        size = os.fstat(descriptor).st_size
+        if size != file.bytes:
+            return f"it has {size} bytes instead of {file.bytes}"
+        own = [tensor for tensor in self.tensors if tensor.path == file.path]
+        changed = [
+            tensor.name
+            for tensor in own
+            if sha256(descriptor, tensor.offset, tensor.bytes)[:DIGITS] != tensor.sha256
+        ]
+        if not changed:
+            return "other bytes than those of its tensors changed" if own else "its bytes changed"
+        more = f" and {len(changed) - 4} more" * (len(changed) > 4)
+        return f"the bytes of {', '.join(changed[:4])}{more} changed"
 
 
 def reference_key(graph: str, case: int, output: str) -> str:

@@ -92,7 +92,7 @@ class Probe:
         past = next((x.shape[2] for k, x in batch.items() if k.startswith("past_key_values")), 0)
         filled = {
             "mask": np.ones((rows, past + length)),
-            "position": np.broadcast_to(np.arange(past, past + length), (rows, length)),
+            "position": np.tile(np.arange(past, past + length), (rows, 1)),
             "integer": np.zeros_like(ids),  # the first kind of token, where there are several
         }
         return {
@@ -186,7 +186,8 @@ def kept(shape: Sequence[int], of: int = 1, name: str = "", real: bool = False) 
     visits every residue of the usual even row lengths.
     """
     width = shape[-1] if is_logits(name) and len(shape) > 1 and shape[-1] else 1
-    least = REAL_POSITIONS if real else POSITIONS
-    runs = max(STORED // of // width, least if width > 1 else 1)
+    runs = max(STORED // of // width, 1)
+    if width > 1:
+        runs = max(STORED // width, REAL_POSITIONS) if real else max(runs, POSITIONS)
     step = -(-math.prod(shape) // width // runs)
     return (step + (step + 1) % 2 if step > 1 else 1), width

@@ -11,7 +11,7 @@ from ffmerge.models.probe import InputSpec, Probe, Tokens
 def like_the_task(probe: Probe, folder: Path | None, config: Any) -> Probe:
     """Return the probe with pictures and ids as the processor and tokenizer in ``folder`` say.
 
-    Without them the inputs stay those of the configuration.
+    Without a processor pictures are in -1..1, without a tokenizer ids are any of the configuration.
     """
     import transformers
 
@@ -30,17 +30,19 @@ def like_the_task(probe: Probe, folder: Path | None, config: Any) -> Probe:
     for spec in probe.inputs:
         kind, fit = ways.get(spec.name, ("", _text))
         processor = loaded(kind) if folder and kind else None
-        specs.append(spec if processor is None else fit(spec, processor, config))
+        if spec.name == "pixel_values" or processor:
+            spec = fit(spec, processor, config)
+        specs.append(spec)
     return replace(probe, inputs=tuple(specs))
 
 
 def _picture(spec: InputSpec, processor: Any, config: Any) -> InputSpec:
-    mean, deviation = (getattr(processor, f"image_{part}", None) for part in ("mean", "std"))
     channels = int(spec.shape[1])
-    if not getattr(processor, "do_normalize", False) or not mean or not deviation:
+    mean, deviation = (getattr(processor, f"image_{part}", None) for part in ("mean", "std"))
+    if processor and not getattr(processor, "do_normalize", False):
         mean, deviation = [0.0] * channels, [1.0] * channels
-    if len(mean) != channels:
-        return spec
+    if not mean or not deviation or len(mean) != channels:
+        mean = deviation = [0.5] * channels
     colours = tuple((float(m), float(d)) for m, d in zip(mean, deviation, strict=True))
     return replace(spec, kind="picture", colours=colours)
 

@@ -8,7 +8,7 @@ import numpy as np
 from ffmerge.models.probe import Array, Probe
 
 SAMPLED = 64  # elements of each value
-TRACED = 4  # rows of the case
+TRACED = 2  # rows of the case
 GREEDY = "greedy/"  # what names begin with that belong to greedy decoding
 
 

@@ -1,5 +1,6 @@
 """How far one set of scores is from another: first classes, distributions, directions."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,15 @@ class Quality:
     positions: int
     agreement: float
     kl: float
+
+    @staticmethod
+    def mean(parts: Sequence["Quality"]) -> "Quality":
+        """Return the quality over the positions of all parts, of which there is at least one."""
+        counts = [part.positions for part in parts]
+        means = (
+            np.average([getattr(p, n) for p in parts], weights=counts) for n in ("agreement", "kl")
+        )
+        return Quality(sum(counts), *map(float, means))
 
 
 def compare_scores(expected: Array, got: Array, counted: Array, tie: float) -> Quality | None:

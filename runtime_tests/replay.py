@@ -79,8 +79,9 @@ def replay(
     reason = None
     if agreement < needed and first:
         reason = (
-            f"greedy decoding agrees in {agreement:.1%} of {compared} ids, {needed:.0%} are needed: "
-            f"prompt {first.prompt}, id {first.step} is {first.got} instead of {first.expected}"
+            f"greedy decoding agrees in {agreement:.1%} of {compared} ids, {needed:.0%} are "
+            f"needed: id {first.step} of prompt {first.prompt} is {first.got} instead of "
+            f"{first.expected}"
         )
     return Generation(
         optimization, len(expected), expected.shape[1], compared, agreement, ties, first, needed,

@@ -19,7 +19,14 @@ from ffmerge.models.metrics import for_task, labels_of
 from ffmerge.models.probe import Array
 from ffmerge.models.tasks import base
 from ffmerge.runtime_tests.footprint import Footprint, measure_footprint
-from ffmerge.runtime_tests.parity import OutputParity, check_parity
+from ffmerge.runtime_tests.locate import Divergence
+from ffmerge.runtime_tests.parity import (
+    OutputParity,
+    check_generation,
+    check_nodes,
+    check_parity,
+)
+from ffmerge.runtime_tests.replay import Generation
 from ffmerge.runtime_tests.runtimes.base import Placement, Session
 from ffmerge.runtime_tests.runtimes.registry import RUNTIMES, find_runtime
 
@@ -38,7 +45,11 @@ class Examples(Protocol):
 
 @dataclass(frozen=True)
 class ProviderResult:
-    """What was found on one runtime; ``used`` is None when it did not run."""
+    """What was found on one runtime; ``used`` is None when it did not run.
+
+    ``generation`` is greedy decoding at each optimization level, ``divergences`` the first node of
+    each graph that is off, and ``metric`` the task metric if there were data.
+    """
 
     name: str
     requested: str
@@ -47,6 +58,9 @@ class ProviderResult:
     arithmetic: str
     optimization: tuple[str, ...]
     outputs: tuple[OutputParity, ...]
+    generation: tuple[Generation, ...]
+    divergences: tuple[Divergence, ...]
+    metric: "MetricResult | None"
     footprint: Footprint | None
     ok: bool
     reason: str | None
@@ -70,7 +84,7 @@ class NotTested:
 
 @dataclass(frozen=True)
 class MetricResult:
-    """The task metric on the first provider that ran."""
+    """The task metric of a package on one runtime."""
 
     name: str
     value: float
@@ -79,7 +93,10 @@ class MetricResult:
 
 @dataclass(frozen=True)
 class Validation:
-    """What was found on every runtime that was asked for; ``ok`` if all of them hold."""
+    """What was found on every runtime that was asked for; ``ok`` if all of them hold.
+
+    ``metric`` is that of the first runtime that measured one.
+    """
 
     ok: bool
     providers: tuple[ProviderResult, ...]
@@ -121,22 +138,17 @@ def validate(
     absent: list[NotTested] = []
     for name in dict.fromkeys((*providers, *(RUNTIMES if installed else ()))):
         try:
-            results.append(_validate_on(name, folder, manifest, threads, progress))
+            results.append(_validate_on(name, folder, manifest, threads, progress, examples))
         except NotInstalled as error:
             if name in providers:
                 results.append(_failed(name, str(error)))
             else:
                 absent.append(NotTested(name, find_runtime(name).requested, str(error)))
-    working = next((r.name for r in results if r.used), None)
-    metric = None
-    if examples and working:
-        progress(f"measuring the task metric on {working}")
-        metric = _measure_metric(folder, manifest, working, examples)
     return Validation(
         ok=bool(results) and all(r.ok for r in results),
         providers=tuple(results),
         not_tested=tuple(absent),
-        metric=metric,
+        metric=next((result.metric for result in results if result.metric), None),
         environment=_environment(),
         package={
             "bytes_total": sum(file.bytes for file in manifest.files),
@@ -161,14 +173,24 @@ def model_bytes(manifest: Manifest) -> int:
 
 
 def _validate_on(
-    name: str, folder: Path, manifest: Manifest, threads: int, progress: Callable[[str], None]
+    name: str,
+    folder: Path,
+    manifest: Manifest,
+    threads: int,
+    progress: Callable[[str], None],
+    examples: Examples | None,
 ) -> ProviderResult:
     runtime = find_runtime(name)
     outputs: list[OutputParity] = []
+    generated: list[Generation] = []
     try:
         for level in runtime.levels:
             progress(f"comparing with PyTorch on {name}, optimization {level}")
             outputs += check_parity(folder, manifest, name, level)
+            decoded = check_generation(folder, manifest, name, level)
+            generated += [decoded] if decoded else []
+        progress(f"comparing nodes with PyTorch's on {name}")
+        divergences = check_nodes(folder, manifest, name, outputs)
         progress(f"measuring memory and latency on {name}")
         footprint = measure_footprint(folder, name, threads)
     except NotInstalled:
@@ -177,9 +199,14 @@ def _validate_on(
         return _failed(name, str(error), outputs)
     failed = (o for o in outputs if not o.ok)
     reasons = [f"{o.graph}: {o.name} ({o.optimization}): {o.reason}" for o in failed]
+    reasons += [f"{g.reason} ({g.optimization})" for g in generated if g.reason]
+    reasons += map(str, divergences)
     reasons += _elsewhere(runtime.requested, footprint.placement)
     return replace(
         _failed(name, "; ".join(reasons), outputs),
+        generation=tuple(generated),
+        divergences=tuple(divergences),
+        metric=_measure_metric(folder, manifest, name, examples) if examples else None,
         footprint=footprint,
         device=footprint.device,
         ok=not reasons,
@@ -197,6 +224,9 @@ def _failed(name: str, reason: str, outputs: Sequence[OutputParity] = ()) -> Pro
         arithmetic=runtime.arithmetic,
         optimization=runtime.levels,
         outputs=tuple(outputs),
+        generation=(),
+        divergences=(),
+        metric=None,
         footprint=None,
         ok=False,
         reason=reason,

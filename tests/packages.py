@@ -38,7 +38,7 @@ def linear_package(
     for case in range(len(cases)):
         logits = probe.draw(case)["x"].astype(np.float64) @ weight + bias
         reference[reference_key("model.onnx", case, "logits")] = np.ascontiguousarray(
-            stored_elements(logits.astype(np.float32))
+            stored_elements(logits.astype(np.float32), name="logits")
         )
     return write_package(folder, nodes, served, reference, probe, **fields)
 

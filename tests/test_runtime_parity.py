@@ -52,11 +52,11 @@ def test_a_sampled_output_is_placed_in_the_full_one(tmp_path: Path) -> None:
     )
     (output,) = check_parity(tmp_path / "package", manifest)
     x = manifest.graphs[0].probe.draw(0)["x"]
-    assert (output.compared, output.elements) == (33334, 100_000)  # every third
+    assert (output.compared, output.elements) == (34_000, 100_000)  # every third row
     assert output.worst is not None
     row, column = output.worst.index
     assert column == 501
-    assert (1000 * row + column) % 3 == 0
+    assert row % 3 == 0
     assert output.worst.got == pytest.approx(x[row] @ served[:, 501], rel=1e-5)  # measured 1.2e-7
     assert output.worst.expected == pytest.approx(x[row] @ weight[:, 501], rel=1e-5)  # measured 0
 
@@ -121,7 +121,7 @@ def test_small_logits_of_a_quantized_model_must_point_the_same_way(tmp_path: Pat
     (output,) = check_parity(tmp_path / "package", manifest)
     assert output.max_abs is not None and output.max_abs < for_dtype("int8").atol
     assert output.cosine == pytest.approx(-1, abs=1e-14)  # measured 1.2e-15
-    assert output.reason == "cosine -1.000000 is below 0.999"
+    assert output.reason == "cosine -1.000000 is below 0.995"
     assert not output.ok
 
 

@@ -63,7 +63,7 @@ def test_a_good_package_is_ok_on_every_level(package: Path) -> None:
     sizes = {p.name: p.stat().st_size for p in package.iterdir()}
     assert result["package"]["bytes_model"] == sizes["model.onnx"] + sizes["model.onnx_data"]
     assert result["package"]["parameters"] == 20
-    assert len(steps) == 5
+    assert len(steps) == 6
 
 
 def test_validating_writes_nothing_until_told_to(package: Path) -> None:
