@@ -20,7 +20,6 @@ from ffmerge.exporter.reference import (
     real_inputs,
     real_rows,
     trace,
-    traced_names,
     write_reference,
 )
 from ffmerge.exporter.torch_onnx import to_onnx
@@ -185,12 +184,10 @@ def _to_onnx(
     And of each that PyTorch translated, what PyTorch computes at its nodes.
     """
     done: dict[str, ShareResult] = {}
-    traces: dict[str, Trace] = {}
+    programs: dict[str, Any] = {}
     for graph in plan:
         if not graph.parts:
-            done[graph.name], program = to_onnx(graph, max(config.opset, DIRECT))
-            named = traced_names(done[graph.name].model)
-            traces[graph.name] = trace(graph, program, named, real.get(graph.name, {}))
+            done[graph.name], programs[graph.name] = to_onnx(graph, max(config.opset, DIRECT))
     if config.opset < DIRECT:
         done = {name: share(to_opset(each.model, config.opset)) for name, each in done.items()}
     if config.dtype != "fp32":  # all graphs agree on the form of a weight: it is stored once
@@ -205,6 +202,11 @@ def _to_onnx(
             name: share(each.model, dtype=config.dtype, config=settings)
             for name, each in done.items()
         }
+    traces = {
+        g.name: trace(g, programs[g.name], done[g.name].model, config.dtype, real.get(g.name, {}))
+        for g in plan
+        if g.name in programs
+    }
     for graph in plan:
         if graph.parts:
             first, later = (done[part].model for part in graph.parts)

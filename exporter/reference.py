@@ -19,6 +19,7 @@ from ffmerge.models.inputs import to_tensors
 from ffmerge.models.manifest import input_key, reference_key
 from ffmerge.models.probe import Array, stored_elements
 from ffmerge.models.trace import GREEDY, Trace, TracedValue, sampled, trace_key, traced_feeds
+from ffmerge.passes.weights import precision
 
 ROWS, LENGTH = 32, 64  # of the real case, and tokens of each
 BYTES, SCORES = 1 << 22, 1 << 24  # of its inputs, and elements of its logits, at most
@@ -113,34 +114,76 @@ def traced_names(model: ir.Model) -> set[str]:
     return {str(value.name) for node in nodes for value in node.outputs}
 
 
-def trace(graph: Graph, program: Any, names: set[str], real: Mapping[str, Array]) -> Trace:
-    """Return what PyTorch computes at every node of an exported program that the graph names.
+def trace(
+    graph: Graph, program: Any, model: ir.Model, dtype: str, real: Mapping[str, Array]
+) -> Trace:
+    """Return what PyTorch computes at every node of an exported program that ``model`` names.
 
-    The program is run by PyTorch's own kernels, node by node; a sample of each value stays.
+    The program is run by PyTorch's own kernels, node by node; a sample of each value stays. Where
+    the graph holds a weight in ``dtype``, PyTorch multiplies by that weight rounded by
+    ``passes/weights/precision.py``, which is not the code that quantized the graph.
     """
-    signature = program.graph_signature
     feeds = traced_feeds(graph.probe, real)
-    inputs = pytree.tree_leaves(dict(to_tensors(feeds, graph.module.model)))
+    given = iter(pytree.tree_leaves(dict(to_tensors(feeds, graph.module.model))))
     held = {**program.state_dict, **program.constants}
-    given = iter(inputs)
-    arguments = [
-        held[spec.target] if spec.target is not None else next(given)
-        for spec in signature.input_specs
-    ]
-    recorder = _Recorder(program.graph_module, names)
+    rounded = _rounded(graph.module.model, model, dtype)
+    arguments = []
+    for spec in program.graph_signature.input_specs:
+        value = next(given) if spec.target is None else held[spec.target]
+        arguments.append(rounded.get(_place(value), value))
+    inputs_too = {id(weight) for weight in rounded.values()} if dtype == "int8" else set[int]()
+    recorder = _Recorder(program.graph_module, traced_names(model), inputs_too)
     with torch.no_grad():
         recorder.run(*arguments)
     return Trace(tuple(recorder.values), tuple(recorder.samples))
 
 
-class _Recorder(torch.fx.Interpreter):
-    """Runs a program and keeps a sample of each float tensor that has one of the ``names``."""
+def _rounded(model: Any, graph: ir.Model, dtype: str) -> dict[Any, torch.Tensor]:
+    """Return the weights that the graph has rounded, as it should have them, by their place.
 
-    def __init__(self, module: torch.fx.GraphModule, names: set[str]) -> None:
+    A weight that is a table and a map is rounded as the map has it.
+    """
+    if dtype not in ("int8", "int4"):
+        return {}
+    held = graph.graph.initializers
+    names: dict[Any, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(_place(parameter), []).append(name)
+    modules = [m for m in model.modules() if isinstance(m, precision.ROUNDED)]
+    modules.sort(key=lambda m: not isinstance(m, torch.nn.Embedding))
+    return {
+        _place(m.weight): precision.rounded_weight(m, dtype)
+        for m in modules
+        if any(f"{name}/scale" in held for name in names[_place(m.weight)])
+    }
+
+
+def _place(value: Any) -> Any:
+    return (value.data_ptr(), value.shape) if isinstance(value, torch.Tensor) else None
+
+
+class _Recorder(torch.fx.Interpreter):
+    """Runs a program and keeps a sample of each float tensor that has one of the ``names``.
+
+    What is multiplied by a weight of ``rounds``, given by identity, is rounded as well.
+    """
+
+    def __init__(self, module: torch.fx.GraphModule, names: set[str], rounds: set[int]) -> None:
         super().__init__(module)
-        self.names = names
+        self.names, self.rounds = names, rounds
         self.values: list[TracedValue] = []
         self.samples: list[Array] = []
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        product = any(kind in str(target) for kind in ("linear", "mm"))  # mm, addmm, bmm
+        if product and any(id(x) in self.rounds for x in args):
+            args = tuple(
+                precision.rounded_input(x)
+                if isinstance(x, torch.Tensor) and x.ndim > 1 and id(x) not in self.rounds
+                else x
+                for x in args
+            )
+        return super().call_function(target, args, kwargs)
 
     def run_node(self, node: torch.fx.Node) -> Any:
         value = super().run_node(node)

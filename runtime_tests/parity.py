@@ -154,7 +154,11 @@ def check_nodes(
         if failed or tolerance.real:
             level = failed.optimization if failed else runtime.levels[-1]
             case = failed.worst.case if failed and failed.worst else None
-            found.append(locate(folder, graph, reference, runtime, level, tolerance.node, case))
+            found.append(
+                locate(
+                    folder, graph, reference, runtime, level, tolerance.node, tolerance.real, case
+                )
+            )
     return [divergence for divergence in found if divergence]
 
 

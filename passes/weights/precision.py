@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-_ROUNDED = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d)
+_PRODUCTS = (nn.Linear, Conv1D)
+ROUNDED = (*_PRODUCTS, nn.Embedding, nn.Conv1d, nn.Conv2d)
 DTYPES = ("fp32", "fp16", "int8", "int4")
 _FLOOR = 1024  # elements below which a weight stays float32
 _BLOCK = 32
@@ -44,7 +45,7 @@ def rounded(model: nn.Module, dtype: str) -> Iterator[None]:
     """
     with ExitStack() as stack:
         for module in model.modules():
-            if isinstance(module, _ROUNDED):
+            if isinstance(module, ROUNDED):
                 whole: list[Tensor] = []
                 before, after = partial(_round_, whole, dtype), partial(_restore_, whole)
                 stack.callback(module.register_forward_pre_hook(before).remove)
@@ -78,23 +79,32 @@ def to_dtype(weight: Tensor, dtype: str, summed: bool = True) -> Tensor:
     return values.flatten(1)[:, : weight.shape[1]].to(weight.dtype)
 
 
-def _round_(whole: list[Tensor], dtype: str, module: Any, args: tuple[Any, ...]) -> Any:
+def rounded_weight(module: Any, dtype: str) -> Tensor:
+    """Return the weight of a map, a convolution or a table as ``dtype`` holds it, in its layout."""
     weight = module.weight
-    whole.append(weight.data)
     if weight.numel() < _FLOOR and dtype != "fp16":
-        return None
-    product, turned = isinstance(module, (nn.Linear, Conv1D)), isinstance(module, Conv1D)
-    rows = (weight.data.T if turned else weight.data).flatten(1)
+        return weight.data
+    rows = (weight.data.T if isinstance(module, Conv1D) else weight.data).flatten(1)
     kind = "int8" if weight.ndim > 2 and dtype == "int4" else dtype
-    new = to_dtype(rows, kind, summed=product)
-    weight.data = new.T if turned else new.view_as(weight)
-    if dtype != "int8" or not product:
-        return None
-    x = args[0]  # one range for the whole of it, zero included
+    new = to_dtype(rows, kind, summed=isinstance(module, _PRODUCTS))
+    return new.T if isinstance(module, Conv1D) else new.view_as(weight)
+
+
+def rounded_input(x: Tensor) -> Tensor:
+    """Return what an int8 product reads of ``x``: one range for the whole of it, zero included."""
     low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
     step = ((high - low) / 255).clamp(min=1e-12)
     zero = (-low / step).round()
-    return (((x / step + zero).round().clamp(0, 255) - zero) * step, *args[1:])
+    return ((x / step + zero).round().clamp(0, 255) - zero) * step
+
+
+def _round_(whole: list[Tensor], dtype: str, module: Any, args: tuple[Any, ...]) -> Any:
+    weight = module.weight
+    whole.append(weight.data)
+    weight.data = rounded_weight(module, dtype)
+    if dtype != "int8" or weight.numel() < _FLOOR or not isinstance(module, _PRODUCTS):
+        return None
+    return (rounded_input(args[0]), *args[1:])
 
 
 def _restore_(whole: list[Tensor], module: Any, *_: Any) -> None:
