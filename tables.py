@@ -195,13 +195,15 @@ def validation_table(result: Any) -> Group:
             f"{p.name}, {o.optimization}: {o.graph}, {o.name}",
             "-" if o.max_abs is None else f"{o.max_abs:.2g}",
             f"{o.atol:.2g} + {o.rtol:.2g} |x|",
+            f"{o.quality.agreement:.1%}, {o.quality.kl:.2g}" if o.quality else "-",
             "ok" if o.ok else o.reason,
         )
         for p in result.providers
         for o in p.worst()
     ]
-    outputs += [(p.name, "-", "-", p.reason) for p in result.providers if not p.outputs]
-    outputs += [(p.name, "-", "-", f"not tested: {p.reason}") for p in result.not_tested]
+    absent: list[tuple[str, Any]] = [(p.name, p.reason) for p in result.providers if not p.outputs]
+    absent += [(p.name, f"not tested: {p.reason}") for p in result.not_tested]
+    outputs += [(name, "-", "-", "-", reason) for name, reason in absent]
     costs = [
         (f"{p.name}: compute nodes on {part}", f"{count} of {sum(compute.values())}")
         for p in result.providers
@@ -215,8 +217,32 @@ def validation_table(result: Any) -> Group:
         for field, (what, show) in _COSTS.items()
         if getattr(p.footprint, field, None) is not None
     ]
-    if metric := result.metric:
-        costs.append((f"{metric.name} ({metric.examples} examples)", f"{metric.value:.4f}"))
-    columns = ("worst output of each graph", "largest difference", "tolerance", "verdict")
+    columns = (
+        "worst output of each graph", "largest difference", "tolerance", "same first class, KL",
+        "verdict",
+    )  # fmt: skip
     shown = _table("ok" if result.ok else "NOT ok", columns, outputs)
-    return Group(shown, _table("Cost", ("", ""), costs))
+    tables = [shown]
+    decoded = [
+        (
+            f"{p.name}, {g.optimization}",
+            f"{g.agreement:.1%} of {g.compared}",
+            g.ties,
+            g.reason or "ok",
+        )
+        for p in result.providers
+        for g in p.generation
+    ]
+    if decoded:
+        heads = ("greedy decoding", "ids that are PyTorch's", "ties", "verdict")
+        tables.append(_table("Generation", heads, decoded))
+    off = [(p.name, str(d)) for p in result.providers for d in p.divergences]
+    if off:
+        tables.append(_table("Divergence", ("runtime", "the first node that is off"), off))
+    if result.metrics:
+        measured = [
+            (m.stage, m.by, f"{m.value:.4f}", f"{m.examples} of {m.data}") for m in result.metrics
+        ]
+        name = result.metrics[0].name
+        tables.append(_table("Metric", ("stage", "computed by", name, "examples"), measured))
+    return Group(*tables, _table("Cost", ("", ""), costs))

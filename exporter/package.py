@@ -18,6 +18,7 @@ from ffmerge.exporter.records import record_tensors
 from ffmerge.exporter.reference import (
     greedy,
     real_inputs,
+    real_metric,
     real_rows,
     trace,
     write_reference,
@@ -27,7 +28,7 @@ from ffmerge.files import read_json, staged, write_json
 from ffmerge.models import checkpoint, tasks
 from ffmerge.models.data import Examples
 from ffmerge.models.inputs import unchunked
-from ffmerge.models.manifest import REFERENCE, GraphRecord, Manifest, record_files
+from ffmerge.models.manifest import LABELS, REFERENCE, GraphRecord, Manifest, record_files
 from ffmerge.models.processing import like_the_task
 from ffmerge.models.trace import Trace
 from ffmerge.passes.graph.contract import join_ties
@@ -141,7 +142,9 @@ def export(
             for variant in write(folder, served)
         ]
         paired = [(g, record.path) for g, record in zip(plan, records, strict=True)]
-        write_reference(folder / REFERENCE, paired, real, traces, decoded)
+        metric = real_metric(batch, model, task) if batch else None
+        labels = {LABELS: batch["labels"]} if metric and "labels" in batch else {}
+        write_reference(folder / REFERENCE, paired, real, traces, decoded, labels)
         _write_config(folder, model)
         if source:
             checkpoint.copy_companions(source, folder)
@@ -169,6 +172,7 @@ def export(
             skipped=tuple(dict.fromkeys(s for each in shared.values() for s in each.skipped)),
             graphs=records,
             files=files,
+            metric=metric,
             tensors=record_tensors(folder, [record.path for record in records]),
             variants=tuple(variants),
         )

@@ -14,12 +14,14 @@ from torch.utils import _pytree as pytree
 from ffmerge.errors import InputError
 from ffmerge.exporter.graphs import Graph
 from ffmerge.models import tasks
-from ffmerge.models.data import Examples
+from ffmerge.models.data import Examples, from_arrays
 from ffmerge.models.inputs import to_tensors
-from ffmerge.models.manifest import input_key, reference_key
+from ffmerge.models.manifest import MetricResult, input_key, reference_key
+from ffmerge.models.metrics import for_task
 from ffmerge.models.probe import Array, stored_elements
 from ffmerge.models.trace import GREEDY, Trace, TracedValue, sampled, trace_key, traced_feeds
 from ffmerge.passes.weights import precision
+from ffmerge.passes.weights.evaluate import score_for
 
 ROWS, LENGTH = 32, 64  # of the real case, and tokens of each
 BYTES, SCORES = 1 << 22, 1 << 24  # of its inputs, and elements of its logits, at most
@@ -72,6 +74,17 @@ def real_inputs(plan: Sequence[Graph], batch: Mapping[str, Array]) -> dict[str, 
             name: np.ascontiguousarray(given[name]) for name in names if name in given
         }
     return found
+
+
+def real_metric(batch: Mapping[str, Array], model: Any, task: str) -> MetricResult | None:
+    """Return PyTorch's task metric on a batch; None if it has no labels, or the task no metric."""
+    metric, kind = for_task(task), tasks.base(task)
+    paired = kind == "text2text-generation" and "decoder_input_ids" not in batch
+    if metric is None or paired or ("labels" not in batch and kind != "text-generation"):
+        return None
+    examples = from_arrays(batch)
+    value = score_for(model, task, examples, len(examples)).measure(model)
+    return MetricResult(metric.name, value, len(examples))
 
 
 def greedy(plan: Sequence[Graph], batch: Mapping[str, Array], model: Any) -> dict[str, Array]:
@@ -203,9 +216,11 @@ def write_reference(
     real: Mapping[str, Mapping[str, Array]],
     traces: Mapping[str, Trace],
     decoded: Mapping[str, Array],
+    labels: Mapping[str, Array],
 ) -> None:
-    """Store the outputs of every graph and case, the real inputs, the traces and the greedy ids."""
+    """Store outputs of every graph and case, real inputs and labels, traces and greedy ids."""
     tensors: dict[str, Array] = {f"{GREEDY}{name}": array for name, array in decoded.items()}
+    tensors |= labels
     about: dict[str, str] = {}
     for graph, file in graphs:
         own = real.get(graph.name, {})

@@ -37,6 +37,15 @@ class TensorRecord:
 
 
 @dataclass(frozen=True)
+class MetricResult:
+    """A task metric, and on how many examples it was measured."""
+
+    name: str
+    value: float
+    examples: int
+
+
+@dataclass(frozen=True)
 class Skip:
     """Something a pass left alone, and why."""
 
@@ -75,7 +84,8 @@ class Manifest:
     """The package's contents; the same bytes for the same input (no times, no measurements).
 
     ``bytes_total`` is the sum of ``files``, ``bytes_unique`` that of the distinct initializers,
-    ``parameter_bytes`` that of the distinct PyTorch parameters.
+    ``parameter_bytes`` that of the distinct PyTorch parameters. ``metric`` is PyTorch's on the real
+    rows that the package holds, if they have labels.
     """
 
     versions: Mapping[str, str]
@@ -94,6 +104,7 @@ class Manifest:
     graphs: tuple[GraphRecord, ...]
     files: tuple[FileRecord, ...]
     tensors: tuple[TensorRecord, ...] = ()
+    metric: MetricResult | None = None
     variants: tuple[Variant, ...] = ()
 
     def served(self, kind: str = "onnx") -> dict[str, GraphRecord]:
@@ -181,6 +192,9 @@ def reference_key(graph: str, case: int, output: str) -> str:
 def input_key(graph: str, name: str) -> str:
     """Return the name under which an input of the real case is kept in ``REFERENCE``."""
     return f"{graph}/real.{name}"
+
+
+LABELS = "real.labels"  # what the labels of the real rows are kept under in ``REFERENCE``
 
 
 def record_files(folder: Path) -> tuple[FileRecord, ...]:

@@ -80,7 +80,9 @@ class Probe:
         sizes = dict(self.cases[case])
         if batch:
             sizes |= {name: batch for name in sizes if name.endswith("batch_size")}
-        return {spec.name: _draw(spec, sizes, generator) for spec in self.inputs}
+        read = {d for spec in self.inputs for d in spec.shape if isinstance(d, str)}
+        past = any(d.startswith("past_") and sizes[d] for d in read)
+        return {spec.name: _draw(spec, sizes, past, generator) for spec in self.inputs}
 
     def complete(self, batch: Mapping[str, Array]) -> dict[str, Array]:
         """Return the inputs for a batch of data; what it lacks is no padding and an empty past.
@@ -111,7 +113,9 @@ def _sized(spec: InputSpec, rows: int) -> tuple[int, ...]:
     return tuple(d if isinstance(d, int) else rows * (d == "batch_size") for d in spec.shape)
 
 
-def _draw(spec: InputSpec, sizes: Mapping[str, int], generator: np.random.Generator) -> Array:
+def _draw(
+    spec: InputSpec, sizes: Mapping[str, int], past: bool, generator: np.random.Generator
+) -> Array:
     shape = tuple(sizes[d] if isinstance(d, str) else d for d in spec.shape)
     if spec.kind == "flag":
         return np.full(shape, sizes[spec.name], spec.dtype)
@@ -121,7 +125,6 @@ def _draw(spec: InputSpec, sizes: Mapping[str, int], generator: np.random.Genera
     if spec.kind == "mask":
         return (np.arange(shape[1]) < _lengths(shape)[:, None]).astype(spec.dtype)
     if spec.kind == "integer" and spec.tokens:
-        past = any(name.startswith("past_") and size for name, size in sizes.items())
         return _text(shape, spec.high, spec.tokens, past, generator).astype(spec.dtype)
     if spec.kind == "integer":
         return generator.integers(0, spec.high, shape).astype(spec.dtype)

@@ -55,7 +55,7 @@ def _text(spec: InputSpec, tokenizer: Any, config: Any) -> InputSpec:
         return spec
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     first, last = _ends(tokenizer("a")["input_ids"], special)
-    decodes = "decoder" in spec.name
+    decodes = any("decoder" in str(dimension) for dimension in spec.shape)
     start = getattr(config, "decoder_start_token_id", None)
     tokens = Tokens(
         special, int(pad if pad is not None and pad < spec.high else 0),

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -193,11 +192,17 @@ def _compare(
     compared = sum(s.got.size for s in samples)
     elements = sum(int(np.prod(s.shape)) for s in samples)
 
-    def result(reason: str | None, *measured: Any) -> OutputParity:
-        numbers = measured or (None,) * 5
+    def result(
+        reason: str | None,
+        worst: Worst | None = None,
+        max_abs: float | None = None,
+        max_rel: float | None = None,
+        alike: float | None = None,
+        quality: Quality | None = None,
+    ) -> OutputParity:
         return OutputParity(
-            graph.path, name, optimization, *numbers, compared, elements,
-            tolerance.atol, tolerance.rtol, reason is None, reason, cases,
+            graph.path, name, optimization, max_abs, max_rel, alike, quality, worst, compared,
+            elements, tolerance.atol, tolerance.rtol, reason is None, reason, cases,
         )  # fmt: skip
 
     cases: tuple[CaseParity, ...] = ()
@@ -212,7 +217,7 @@ def _compare(
                 f"shape {list(sample.shape)} has {sample.got.size} to compare"
             )
     cases = tuple(_case(name, sample, tolerance) for sample in samples)
-    real = [case for case in cases if case.real] or cases
+    real = [case for case in cases if case.real and case.worst] or cases
     judged = real if tolerance.real else cases
     told = [c.worst for c in cases if c.worst and (c in judged or c.max_abs is None)]
     worst = max(told, key=lambda w: _used(w, tolerance))
@@ -223,15 +228,15 @@ def _compare(
     )
     if any(case.max_abs is None for case in cases):
         wrong = sum(
-            (~np.isfinite(_difference(s.expected, s.got, tolerance)[0])).sum() for s in samples
+            (~np.isfinite(_difference(np.asarray(s.expected), s.got, tolerance)[0])).sum()
+            for s in samples
         )
-        reason = f"NaN or infinity in {wrong} of {compared} elements"
-        return result(reason, None, None, None, None, worst)
+        return result(f"NaN or infinity in {wrong} of {compared} elements", worst)
     difference, bound = _difference(expected, got, tolerance)
     known = [c.quality for c in real if c.quality]
     quality = Quality.mean(known) if known else None
     alike = cosine(expected, got)
-    reason = None
+    reason: str | None = None
     if (difference > bound).any():
         reason = f"{(difference > bound).sum()} of {compared} elements are out of tolerance"
     elif np.abs(expected).max() > NOISE and alike < tolerance.cosine:
@@ -243,8 +248,8 @@ def _compare(
         )
     elif quality and quality.kl > tolerance.kl:
         reason = f"the mean KL divergence {quality.kl:.2g} is above {tolerance.kl}"
-    largest = float(difference.max())
-    return result(reason, largest, max(c.max_rel or 0 for c in judged), alike, quality, worst)
+    max_rel = max(c.max_rel or 0 for c in judged)
+    return result(reason, worst, float(difference.max()), max_rel, alike, quality)
 
 
 def _case(name: str, sample: _Sample, tolerance: Tolerance) -> CaseParity:
@@ -266,8 +271,8 @@ def _case(name: str, sample: _Sample, tolerance: Tolerance) -> CaseParity:
     max_rel = float((difference[large] / np.abs(expected[large])).max(initial=0))
     quality = None
     if is_logits(name) and sample.width > 1:
-        scores = (x.reshape(-1, sample.width) for x in (expected, got))
-        quality = compare_scores(*scores, sample.counted, tolerance.tie)
+        first, second = (x.reshape(-1, sample.width) for x in (expected, got))
+        quality = compare_scores(first, second, sample.counted, tolerance.tie)
     alike = cosine(expected, got)
     largest = float(difference.max())
     return CaseParity(sample.case, sample.real, largest, max_rel, alike, quality, worst)

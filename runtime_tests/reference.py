@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 
 from ffmerge.errors import InputError
-from ffmerge.models.manifest import REFERENCE, GraphRecord, input_key
+from ffmerge.models.manifest import LABELS, REFERENCE, GraphRecord, Manifest, input_key
 from ffmerge.models.probe import Array
 from ffmerge.models.trace import GREEDY, Trace, TracedValue, split, trace_key
 
@@ -29,6 +29,14 @@ class Reference:
         """Return the stored inputs of a graph; one made of parts is given what its first is."""
         prefix = input_key((graph.parts or (graph.path,))[0], "")
         return self._below(prefix)
+
+    def labelled(self, manifest: Manifest) -> dict[str, Array]:
+        """Return the real rows as a batch of examples, on which PyTorch's metric is known."""
+        first, *rest = manifest.served().values()
+        batch = self.real(first)
+        if rest:
+            batch["decoder_input_ids"] = self.real(rest[-1])["input_ids"]
+        return batch | ({"labels": self.tensors[LABELS]} if LABELS in self.tensors else {})
 
     def greedy(self) -> dict[str, Array]:
         """Return prompts and PyTorch's ids, or nothing."""

@@ -14,7 +14,8 @@ import onnxruntime as ort
 
 from ffmerge.errors import NotInstalled, RuntimeCheckError
 from ffmerge.files import plain, write_whole
-from ffmerge.models.manifest import GraphRecord, Manifest
+from ffmerge.models.data import from_arrays
+from ffmerge.models.manifest import GraphRecord, Manifest, MetricResult
 from ffmerge.models.metrics import for_task, labels_of
 from ffmerge.models.probe import Array
 from ffmerge.models.tasks import base
@@ -26,6 +27,7 @@ from ffmerge.runtime_tests.parity import (
     check_nodes,
     check_parity,
 )
+from ffmerge.runtime_tests.reference import read_reference
 from ffmerge.runtime_tests.replay import Generation
 from ffmerge.runtime_tests.runtimes.base import Placement, Session
 from ffmerge.runtime_tests.runtimes.registry import RUNTIMES, find_runtime
@@ -48,7 +50,8 @@ class ProviderResult:
     """What was found on one runtime; ``used`` is None when it did not run.
 
     ``generation`` is greedy decoding at each optimization level, ``divergences`` the first node of
-    each graph that is off, and ``metric`` the task metric if there were data.
+    each graph that is off, and ``metric`` the task metric if there were data. ``sample`` is that
+    on the real rows that the package holds.
     """
 
     name: str
@@ -60,7 +63,8 @@ class ProviderResult:
     outputs: tuple[OutputParity, ...]
     generation: tuple[Generation, ...]
     divergences: tuple[Divergence, ...]
-    metric: "MetricResult | None"
+    metric: MetricResult | None
+    sample: MetricResult | None
     footprint: Footprint | None
     ok: bool
     reason: str | None
@@ -83,9 +87,12 @@ class NotTested:
 
 
 @dataclass(frozen=True)
-class MetricResult:
-    """The task metric of a package on one runtime."""
+class MetricRow:
+    """The task metric of one ``stage`` of a model, computed by ``by``, on ``data``."""
 
+    stage: str
+    by: str
+    data: str
     name: str
     value: float
     examples: int
@@ -95,13 +102,15 @@ class MetricResult:
 class Validation:
     """What was found on every runtime that was asked for; ``ok`` if all of them hold.
 
-    ``metric`` is that of the first runtime that measured one.
+    ``metric`` is that of the first runtime that measured one; ``metrics`` are all that are known,
+    from the original to each runtime. Those on other data are not to be compared.
     """
 
     ok: bool
     providers: tuple[ProviderResult, ...]
     not_tested: tuple[NotTested, ...]
     metric: MetricResult | None
+    metrics: tuple[MetricRow, ...]
     environment: dict[str, Any]
     package: dict[str, Any]
 
@@ -149,6 +158,7 @@ def validate(
         providers=tuple(results),
         not_tested=tuple(absent),
         metric=next((result.metric for result in results if result.metric), None),
+        metrics=tuple(_metrics(manifest, results)),
         environment=_environment(),
         package={
             "bytes_total": sum(file.bytes for file in manifest.files),
@@ -191,6 +201,8 @@ def _validate_on(
             generated += [decoded] if decoded else []
         progress(f"comparing nodes with PyTorch's on {name}")
         divergences = check_nodes(folder, manifest, name, outputs)
+        labelled = read_reference(folder).labelled(manifest) if manifest.metric else {}
+        rows = from_arrays(labelled) if labelled else None
         progress(f"measuring memory and latency on {name}")
         footprint = measure_footprint(folder, name, threads)
     except NotInstalled:
@@ -207,11 +219,29 @@ def _validate_on(
         generation=tuple(generated),
         divergences=tuple(divergences),
         metric=_measure_metric(folder, manifest, name, examples) if examples else None,
+        sample=_measure_metric(folder, manifest, name, rows) if rows else None,
         footprint=footprint,
         device=footprint.device,
         ok=not reasons,
         reason="; ".join(reasons) or None,
     )
+
+
+def _metrics(manifest: Manifest, results: Sequence[ProviderResult]) -> Iterator[MetricRow]:
+    """Yield the metric of the original and the merged model, the exported one and each runtime."""
+    along = dict(manifest.merge.metric) if manifest.merge else {}
+    stages = {"before": "original", "merged": "merged", "recovered": "recovered"}
+    for key, stage in stages.items():
+        if along.get("name") and along.get(key) is not None:
+            of = along["name"], along[key], along.get("examples", 0)
+            yield MetricRow(stage, "PyTorch", "merge's validation data", *of)
+    own, given = "real rows of the package", "--data"
+    if manifest.metric:
+        yield MetricRow("exported", "PyTorch", own, *vars(manifest.metric).values())
+    for data, field in ((own, "sample"), (given, "metric")):
+        for result in results:
+            if found := getattr(result, field):
+                yield MetricRow(manifest.dtype, result.name, data, *vars(found).values())
 
 
 def _failed(name: str, reason: str, outputs: Sequence[OutputParity] = ()) -> ProviderResult:
@@ -227,6 +257,7 @@ def _failed(name: str, reason: str, outputs: Sequence[OutputParity] = ()) -> Pro
         generation=(),
         divergences=(),
         metric=None,
+        sample=None,
         footprint=None,
         ok=False,
         reason=reason,

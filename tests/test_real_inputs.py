@@ -1,0 +1,245 @@
+"""What a package is compared on: drawn like the task, real rows, and greedy decoding."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from reference.tasks import REFERENCES, Reference
+from scipy.special import rel_entr, softmax
+
+from ffmerge.errors import InputError
+from ffmerge.exporter.graphs import Graph, graphs
+from ffmerge.exporter.reference import (
+    LENGTH,
+    ROWS,
+    _run,
+    greedy,
+    real_inputs,
+    real_rows,
+)
+from ffmerge.models import checkpoint, data, tasks
+from ffmerge.models.data import from_arrays
+from ffmerge.models.manifest import GraphRecord
+from ffmerge.models.probe import InputSpec, Probe, Tokens, kept, stored_elements
+from ffmerge.models.processing import like_the_task
+from ffmerge.runtime_tests.quality import Quality, compare_scores
+from ffmerge.runtime_tests.replay import replay
+
+Plan = tuple[Graph, ...]
+
+
+@pytest.fixture(scope="module", params=["village", "numerals"])
+def written(request: pytest.FixtureRequest) -> tuple[Reference, Any, Plan, dict[str, Any]]:
+    """A reference model that writes text, its graphs and a few real rows."""
+    reference = REFERENCES[request.param]
+    model = checkpoint.load(reference.folder)
+    task = tasks.infer(model)
+    examples = data.from_arrays(reference.load("test"))
+    return reference, model, graphs(model, task), real_rows(examples, model, task)
+
+
+def test_ids_are_drawn_as_the_tokenizer_writes_them() -> None:
+    from transformers import AutoTokenizer
+
+    folder = REFERENCES["numerals"].folder
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = checkpoint.load(folder)
+    encoder, decoder, *_ = graphs(model, "text2text-generation-with-past")
+    probe = like_the_task(encoder.probe, folder, model.config)
+    drawn = probe.draw(1)
+    ids, mask = drawn["input_ids"], drawn["attention_mask"]
+    assert (ids[mask == 0] == tokenizer.pad_token_id).all() and (mask == 0).any()
+    for row, length in zip(ids, mask.sum(1), strict=True):
+        assert row[length - 1] == tokenizer.eos_token_id
+        assert not {*row[: length - 1]} & {*tokenizer.all_special_ids}
+        assert row[: length - 1].max() < len(tokenizer)
+    assert np.array_equal(ids, probe.draw(1)["input_ids"])
+    first = like_the_task(decoder.probe, folder, model.config).draw(0)["input_ids"]
+    assert (first[:, 0] == model.config.decoder_start_token_id).all()
+
+
+def test_a_row_behind_a_past_does_not_begin_a_text() -> None:
+    tokens = Tokens(special=(0, 1, 2), pad=0, first=(1,), last=(2,))
+    shape = ("batch_size", "sequence_length")
+    spec = InputSpec("input_ids", "int64", shape, "integer", 50, tokens)
+    keys = InputSpec("past_key_values.0.key", "float32", ("batch_size", "past_sequence_length"))
+    sizes = {"batch_size": 3, "sequence_length": 6}
+    probe = Probe((spec, keys), tuple({**sizes, "past_sequence_length": n} for n in (0, 2)))
+    fresh, later = (probe.draw(case)["input_ids"] for case in (0, 1))
+    assert (fresh[:, 0] == 1).all() and (later[:, 0] > 2).all()
+    for drawn in (fresh, later):  # row i ends in i % 3 padding
+        assert [row[5 - i] for i, row in enumerate(drawn)] == [2, 2, 2]
+        assert [(row == 0).sum() for row in drawn] == [0, 1, 2]
+
+
+def test_pictures_are_smooth_and_normalized(tmp_path: Path) -> None:
+    from transformers import ViTImageProcessor
+
+    processor = ViTImageProcessor(image_mean=[0.4, 0.5, 0.6], image_std=[0.2, 0.25, 0.3])
+    processor.save_pretrained(tmp_path)
+    shape = ("batch_size", 3, 32, 32)
+    probe = Probe((InputSpec("pixel_values", "float32", shape),), ({"batch_size": 5},))
+    drawn = like_the_task(probe, tmp_path, None).draw(0)["pixel_values"]
+    plain = drawn * np.array([0.2, 0.25, 0.3]).reshape(3, 1, 1) + np.array([0.4, 0.5, 0.6]).reshape(
+        3, 1, 1
+    )
+    assert -1e-6 < plain.min() and plain.max() < 1 + 1e-6
+    assert np.abs(np.diff(plain, axis=-1)).max() < 3 / 31 + 1e-6  # at most 1 from point to point
+    assert plain.std() > 0.1  # and no flat grey
+    unknown = like_the_task(probe, None, None).draw(0)["pixel_values"]
+    assert -1 <= unknown.min() < -0.5 and 0.5 < unknown.max() <= 1
+
+
+def test_real_rows_come_from_all_over_the_data_and_are_bounded() -> None:
+    reference = REFERENCES["digits"]
+    model = checkpoint.load(reference.folder)
+    arrays = {"pixel_values": np.zeros((1000, 1, 8, 16), "f"), "labels": np.arange(1000)}
+    rows = real_rows(from_arrays(arrays), model, "image-classification")
+    assert len(rows["labels"]) == ROWS
+    assert (rows["labels"][0], rows["labels"][-1]) == (0, 999)
+    large = {"pixel_values": np.zeros((9, 3, 400, 400), "f"), "labels": np.arange(9)}
+    assert len(real_rows(from_arrays(large), model, "image-classification")["labels"]) == 2
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_long_text_is_cut_where_its_padding_is(left: bool) -> None:
+    model = checkpoint.load(REFERENCES["village"].folder)
+    mask = (np.arange(100) < np.array([[90], [70]])).astype(np.int64)
+    ids = np.arange(1, 101) * mask
+    if left:
+        mask, ids = mask[:, ::-1], ids[:, ::-1]
+    rows = real_rows(
+        from_arrays({"input_ids": ids, "attention_mask": mask}), model, "text-generation"
+    )
+    assert rows["input_ids"].shape == (2, LENGTH)
+    assert (rows["input_ids"][0] > 0).all()
+    assert rows["attention_mask"][1].all()
+
+
+def test_data_of_another_kind_is_refused() -> None:
+    model = checkpoint.load(REFERENCES["digits"].folder)
+    plan = graphs(model, "image-classification")
+    with pytest.raises(InputError, match="the data has no pixel_values"):
+        real_inputs(plan, {"input_ids": np.zeros((2, 3), np.int64)})
+
+
+def test_greedy_ids_are_those_of_generate(
+    written: tuple[Reference, Any, Plan, dict[str, Any]],
+) -> None:
+    """The loop of transformers, with a cache and its settings, against whole forward passes."""
+    _, model, plan, batch = written
+    made = greedy(plan, batch, model)
+    given = {k: torch.tensor(made[k]) for k in ("input_ids", "attention_mask") if k in made}
+    if not model.config.is_encoder_decoder:
+        given = {"input_ids": torch.tensor(made["start"])}
+    expected = model.generate(**given, do_sample=False, num_beams=1, max_new_tokens=16)
+    start = made["start"].shape[1]
+    ends = {model.generation_config.eos_token_id}
+    compared = 0
+    for row, ids in zip(expected[:, start:].tolist(), made["tokens"].tolist(), strict=True):
+        until = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
+        assert row[:until] == ids[:until]
+        compared += until
+    assert compared > 20
+    assert (made["margin"] > 0).all()
+
+
+@dataclass(frozen=True)
+class TorchSession:
+    """A graph of the plan, run by PyTorch; ``forgets`` the oldest position of its cache."""
+
+    graph: Graph
+    forgets: bool = False
+    used: str = "torch"
+    device: str = "cpu"
+
+    def run(self, names: Sequence[str], feeds: Mapping[str, Any]) -> dict[str, Any]:
+        feeds = {name: np.array(array) for name, array in feeds.items()}
+        if self.forgets:
+            for name, array in feeds.items():
+                if name.startswith("past_") and "encoder" not in name:
+                    array[:, :, :1] = 0
+        outputs = _run(self.graph, feeds)
+        return {name: outputs[name] for name in names}
+
+
+def _served(plan: Plan, forgets: bool) -> list[tuple[GraphRecord, TorchSession]]:
+    chosen = (plan[0], plan[-1]) if len(plan) > 1 else plan
+    return [
+        (GraphRecord(f"{g.name}.onnx", g.outputs, g.probe), TorchSession(g, forgets))
+        for g in chosen
+    ]
+
+
+def test_replay_with_the_cache_gives_the_ids_of_whole_passes(
+    written: tuple[Reference, Any, Plan, dict[str, Any]],
+) -> None:
+    _, model, plan, batch = written
+    made = greedy(plan, batch, model)
+    found = replay(_served(plan, False), made, "all", 1e-4, 1.0)
+    assert found.ok and found.agreement == 1
+    assert (found.prompts, found.compared, found.ties) == (4, 4 * 16, 0)
+
+
+def test_a_cache_that_forgets_is_found(
+    written: tuple[Reference, Any, Plan, dict[str, Any]],
+) -> None:
+    _, model, plan, batch = written
+    found = replay(_served(plan, True), greedy(plan, batch, model), "all", 1e-4, 1.0)
+    assert not found.ok and found.agreement < 1
+    assert found.difference and found.difference.step > 0
+    assert "instead of" in str(found.reason)
+
+
+def test_where_two_ids_are_equally_likely_both_are_right(
+    written: tuple[Reference, Any, Plan, dict[str, Any]],
+) -> None:
+    _, model, plan, batch = written
+    made = greedy(plan, batch, model)
+    other = made["tokens"].copy()
+    other[0, 3] += 1
+    margin = made["margin"].copy()
+    for tie, ties, compared in ((0.5, 1, 3 + 3 * 16), (0.1, 0, 4 * 16)):
+        margin[0, 3] = 0.3
+        stored = {**made, "tokens": other, "margin": margin}
+        found = replay(_served(plan, False), stored, "all", tie, 1.0)
+        assert (found.ties, found.compared) == (ties, compared)
+        assert found.ok is bool(ties)
+
+
+def test_scores_are_compared_as_by_hand() -> None:
+    generator = np.random.default_rng(0)
+    expected = generator.standard_normal((6, 9)).astype("f")
+    got = expected + 0.3 * generator.standard_normal((6, 9)).astype("f")
+    counted = np.array([True, True, False, True, True, True])
+    quality = compare_scores(expected, got, counted, 0.0)
+    p, q = softmax(expected[counted].astype(float), -1), softmax(got[counted].astype(float), -1)
+    assert quality is not None and quality.positions == 5
+    assert quality.kl == pytest.approx(rel_entr(p, q).sum(-1).mean(), rel=1e-9)
+    assert quality.agreement == (p.argmax(-1) == q.argmax(-1)).mean()
+    assert compare_scores(expected, got, counted & False, 0.0) is None
+
+
+def test_a_tie_is_no_disagreement_and_a_class_behind_it_is() -> None:
+    expected = np.array([[1.0, 1.0, 0.5]])
+    counted = np.array([True])
+    for first, tie, agreement in ((1, 0.0, 1), (2, 0.0, 0), (2, 0.5, 1), (2, 0.4, 0)):
+        got = np.eye(3)[[first]]
+        quality = compare_scores(expected, got, counted, tie)
+        assert quality is not None and quality.agreement == agreement
+    parts = [Quality(1, 1.0, 0.2), Quality(3, 0.0, 0.6)]
+    assert Quality.mean(parts) == Quality(4, 0.25, pytest.approx(0.5))
+
+
+def test_of_large_logits_whole_positions_are_kept() -> None:
+    logits = np.arange(2 * 50 * 40_000, dtype="f").reshape(2, 50, 40_000)
+    step, width = kept(logits.shape, 13, "logits", real=True)
+    assert width == 40_000
+    rows = stored_elements(logits, 13, "logits", real=True).reshape(-1, width)
+    assert len(rows) >= 12 and step % 2
+    assert np.array_equal(rows[1], logits.reshape(-1, width)[step])
+    assert kept((100_000,), 1, "hidden") == (3, 1)
