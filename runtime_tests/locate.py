@@ -1,6 +1,5 @@
 """Where a package leaves PyTorch: the first node of a graph whose output is out of tolerance."""
 
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -109,19 +108,15 @@ def locate(
 
 @contextmanager
 def _opened(folder: Path, graph: GraphRecord) -> Iterator["_Graph"]:
-    """Yield a graph whose inner values can be put out, beside links to its data."""
+    """Yield a graph whose inner values can be put out, beside a copy of its data.
+
+    A link would not do: onnx and this package refuse data under a second name.
+    """
     path = folder / graph.path
     with tempfile.TemporaryDirectory(prefix="ffmerge-") as temporary:
         for data in path.parent.glob("*.onnx_data"):
-            _link(data, Path(temporary) / data.name)
+            shutil.copyfile(data, Path(temporary) / data.name)
         yield _Graph(graph.path, ir.load(path), Path(temporary) / path.name)
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system
-        shutil.copyfile(source, target)
 
 
 @dataclass(frozen=True)
