@@ -201,7 +201,8 @@ def _to_onnx(
             for v in each.model.graph.initializers.values()
         )
         multiplied = {str(n) for n, nodes in read if any(is_op(c, "MatMul", "Gemm") for c in nodes)}
-        settings = QuantizeConfig(multiplied=frozenset(multiplied))
+        browser = config.layout == "transformers.js"
+        settings = QuantizeConfig(multiplied=frozenset(multiplied), plain_lookups=browser)
         done = {
             name: share(each.model, dtype=config.dtype, config=settings)
             for name, each in done.items()

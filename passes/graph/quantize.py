@@ -36,7 +36,8 @@ class QuantizeConfig:
     ``symmetric``. ``standard`` stores int4 for DequantizeLinear of opset 21 instead of ONNX
     Runtime's own operators. ``calibration`` is what int8-static takes its ranges from.
     ``multiplied`` names weights that another graph of the package multiplies by: a table among
-    them is stored as it is there.
+    them is stored as it is there. ``plain_lookups`` unpacks the rows of every int4 table by
+    standard operators: onnxruntime-web has no GatherBlockQuantized for wasm.
     """
 
     per_channel: bool = True
@@ -45,6 +46,7 @@ class QuantizeConfig:
     standard: bool = False
     calibration: Sequence[Mapping[str, Array]] = ()
     multiplied: frozenset[str] = frozenset()
+    plain_lookups: bool = False
 
 
 def quantize(
@@ -146,17 +148,17 @@ def _ranges(
 
 
 def _nbits(model: ir.Model, config: QuantizeConfig, bits: int) -> Iterator[Skip]:
-    """Products become MatMulNBits, lookups GatherBlockQuantized, or both on the one tensor."""
+    """Products become MatMulNBits, lookups GatherBlockQuantized or standard operators."""
     for weight, how in (yield from _matrices(model, config, config.block)):
         model.opset_imports.setdefault(MICROSOFT, 1)
         assert weight.const_value is not None
         values = values_of(weight.const_value)
         values = values.T if how.products and not how.turned else values
         rows, width = values.shape
-        tied = bool(how.products and how.lookups)
-        codes, scale, *zero = _blocks(values, bits, config.block, config.symmetric or tied)
+        plain = bool(how.lookups and (how.products or config.plain_lookups))
+        codes, scale, *zero = _blocks(values, bits, config.block, config.symmetric or plain)
         packed = _pack(codes, bits)
-        _replace(weight, ir.Tensor(packed if how.products else packed.reshape(rows, -1)))
+        _replace(weight, ir.Tensor(packed if how.products or plain else packed.reshape(rows, -1)))
         arrays = [scale, *(_pack(z, bits) for z in zero)]
         parts = _store_parts(model, weight, [ir.Tensor(array) for array in arrays])
         layout: dict[str, Any] = {"bits": bits, "block_size": config.block}
@@ -167,7 +169,7 @@ def _nbits(model: ir.Model, config: QuantizeConfig, bits: int) -> Iterator[Skip]
             new.take_place(new.op("MatMulNBits", *inputs, domain=MICROSOFT, **sizes))
         for node in how.lookups:
             new = Rewrite(node, model.graph)
-            if tied:
+            if plain:
                 new.take_place(_unpacked_rows(new, weight, parts[0], bits, width))
             else:
                 inputs = [weight, node.inputs[1], *parts]
