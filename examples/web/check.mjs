@@ -87,10 +87,42 @@ async function draw(page, points) {
   await page.mouse.up();
 }
 
+/** Let transformers.js classify or generate, in a page for each model: an error in one stops it. */
+async function library(browser, device, [name, dtype, kind]) {
+  const page = await open(browser, "transformers.html");
+  const found = await page.evaluate(async ([name, dtype, device, kind, { prompts, tokens, picture }]) => {
+    const hub = await import("./transformers.js");
+    const settings = { device, dtype };
+    if (kind === "image-classification") {
+      const classify = await hub.pipeline(kind, name, settings);
+      return { scores: await classify(picture, { top_k: null }) };
+    }
+    const tokenizer = await hub.AutoTokenizer.from_pretrained(name);
+    const inputs = await tokenizer(prompts, { padding: true });
+    const Auto = kind === "text-generation" ? hub.AutoModelForCausalLM : hub.AutoModelForSeq2SeqLM;
+    const model = await Auto.from_pretrained(name, settings);
+    const length = { max_new_tokens: tokens, min_new_tokens: tokens };
+    const ids = await model.generate({ ...inputs, ...length, do_sample: false });
+    const numbers = (tensor) => tensor.tolist().map((row) => row.map(Number));
+    const found = { inputs: numbers(inputs.input_ids), ids: numbers(ids) };
+    if (kind === "text-generation") found.logits = (await model(inputs)).logits.tolist();
+    return found;
+  }, [name, dtype, device, kind, job]);
+  found.dispatches = await page.evaluate(() => window.dispatches);
+  await page.close();
+  return found;
+}
+
 const browser = await chromium.launch({ executablePath: job.chromium, args: ARGUMENTS });
 try {
-  const found = { demo: {} };
-  for (const backend of ["wasm", "webgpu"]) found.demo[backend] = await demo(browser, backend);
+  const found = { demo: {}, library: {} };
+  for (const backend of ["wasm", "webgpu"]) {
+    found.demo[backend] = await demo(browser, backend);
+    found.library[backend] = {};
+    for (const model of job.models[backend]) {
+      found.library[backend][model[0]] = await library(browser, backend, model);
+    }
+  }
   console.log(JSON.stringify(found));
 } finally {
   await browser.close();

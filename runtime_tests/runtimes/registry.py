@@ -1,10 +1,10 @@
 """Every runtime by the name that ``--provider`` takes, installed here or not."""
 
 from ffmerge.errors import InputError
-from ffmerge.runtime_tests.runtimes import ort
+from ffmerge.runtime_tests.runtimes import ort, web
 from ffmerge.runtime_tests.runtimes.base import Runtime
 
-RUNTIMES = {runtime.name: runtime for runtime in (*ort.RUNTIMES,)}
+RUNTIMES = {runtime.name: runtime for runtime in (*ort.RUNTIMES, *web.RUNTIMES)}
 
 
 def find_runtime(name: str) -> Runtime:
