@@ -14,7 +14,7 @@ install: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q --upgrade pip -c constraints.txt
 	$(BIN)/pip install -q torch==2.13.0
-	$(BIN)/pip install -q -c constraints.txt -e '.[webgpu]' --group dev
+	$(BIN)/pip install -q -c constraints.txt -e '.[webgpu,openvino]' --group dev
 	touch $@
 
 # The second environment: optimum-onnx and transformers 4.57, for the tests that go through it.

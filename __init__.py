@@ -4,8 +4,13 @@ The public verbs load what they need when they are first used: importing ffmerge
 torch nor onnxruntime.
 """
 
+import os
 from importlib import import_module
 from typing import Any
+
+# Since 1.29 ONNX Runtime's own builds for Linux write a device id into the home folder and report
+# every model that is loaded to their maker. It must be said before they are imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __version__ = "0.1.0"
 

@@ -169,4 +169,7 @@ def test_of_package_and_arithmetic_the_looser_bound_counts() -> None:
     assert for_dtype("fp32", "bf16") == ARITHMETIC["bf16"]
     assert for_dtype("int4", "tf32") == TOLERANCES["int4"]
     assert for_dtype("fp32") == TOLERANCES["fp32"]
+    both = for_dtype("int8-weights", "bf16")
+    assert (both.atol, both.rtol) == (ARITHMETIC["bf16"].atol, TOLERANCES["int8-weights"].rtol)
+    assert (both.node, both.tokens, both.real) == (TOLERANCES["int8-weights"].node, 0.8, True)
     assert {runtime.arithmetic for runtime in RUNTIMES.values()} <= set(ARITHMETIC)

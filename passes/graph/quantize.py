@@ -184,18 +184,16 @@ def _unpacked_rows(
     ids = new.node.inputs[1]
     assert ids is not None and ids.shape is not None and table.const_value is not None
     blocks, last = shape_of(table.const_value)[1], new.constant(np.array([-1]))
-    codes = new.op("Gather", table, ids)
-    if bits == 4:
-        half = new.constant(np.array(4, np.uint8))
-        low = new.op(
-            "BitShift", new.op("BitShift", codes, half, direction="LEFT"), half, direction="RIGHT"
-        )
-        high = new.op("BitShift", codes, half, direction="RIGHT")
+    codes = new.op("Cast", new.op("Gather", table, ids), to=_FLOAT)
+    if bits == 4:  # by arithmetic: OpenVINO shifts a byte left without dropping its upper bits
+        sixteen = new.constant(np.array(16, np.float32))
+        high = new.op("Floor", new.op("Div", codes, sixteen))
+        low = new.op("Sub", codes, new.op("Mul", high, sixteen))
         pair = [new.op("Unsqueeze", part, last) for part in (low, high)]
         leading = [0] * ids.shape.rank()
         codes = new.op("Concat", *pair, axis=-1)
         codes = new.op("Reshape", codes, new.constant(np.array([*leading, blocks, -1])))
-    centred = new.op("Sub", new.op("Cast", codes, to=_FLOAT), new.constant(np.array(_middle(bits))))
+    centred = new.op("Sub", codes, new.constant(np.array(_middle(bits))))
     scale = new.op("Unsqueeze", new.op("Gather", scales, ids), last)
     shape = new.constant(np.array([*[0] * ids.shape.rank(), width]))
     return new.op("Reshape", new.op("Mul", centred, scale), shape)

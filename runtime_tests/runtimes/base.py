@@ -112,4 +112,5 @@ def failing(engine: str, doing: str, work: Callable[[], Any]) -> Any:
     try:
         return work()
     except Exception as error:  # the errors of these engines have no common class of their own
-        raise RuntimeCheckError(f"{engine} does not {doing} the model: {error}") from error
+        what = " ".join(str(error).split())  # one line, as they are printed
+        raise RuntimeCheckError(f"{engine} does not {doing} the model: {what}") from error

@@ -1,10 +1,11 @@
 """Every runtime by the name that ``--provider`` takes, installed here or not."""
 
 from ffmerge.errors import InputError
-from ffmerge.runtime_tests.runtimes import ort, web
+from ffmerge.runtime_tests.runtimes import evaluator, ort, vino, web
 from ffmerge.runtime_tests.runtimes.base import Runtime
 
-RUNTIMES = {runtime.name: runtime for runtime in (*ort.RUNTIMES, *web.RUNTIMES)}
+ENGINES = (ort, vino, evaluator, web)
+RUNTIMES = {runtime.name: runtime for engine in ENGINES for runtime in engine.RUNTIMES}
 
 
 def find_runtime(name: str) -> Runtime:

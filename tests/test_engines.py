@@ -1,0 +1,102 @@
+"""OpenVINO and the ONNX reference evaluator, against PyTorch's outputs in the package."""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiny
+from architectures import merge_all
+
+from ffmerge.errors import NotInstalled, RuntimeCheckError
+from ffmerge.exporter.package import ExportConfig, export
+from ffmerge.models.manifest import Manifest
+from ffmerge.runtime_tests.footprint import TRIVIAL
+from ffmerge.runtime_tests.parity import OutputParity, check_parity
+from ffmerge.runtime_tests.runtimes import vino
+from ffmerge.runtime_tests.runtimes.registry import find_runtime
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("packages")
+    model = tiny.vit(layers=2)
+    assert merge_all(model)
+    export(model, folder / "vit")
+    export(tiny.gpt2(layers=2), folder / "gpt2-int4", ExportConfig(dtype="int4"))
+    return folder
+
+
+def outputs(folder: Path, runtime: str) -> list[OutputParity]:
+    """Return what was compared; skips where OpenVINO, or the precision, is not there."""
+    try:
+        return check_parity(folder, Manifest.read(folder), runtime)
+    except NotInstalled as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.mark.parametrize("runtime", ["openvino", "reference"])
+def test_float32_is_as_exact_as_onnx_runtime(packages: Path, runtime: str) -> None:
+    (logits,) = outputs(packages / "vit", runtime)
+    assert logits.ok, logits.reason
+    assert logits.max_abs is not None and logits.max_abs < 2e-6  # measured 4.5e-7 and 6.3e-7
+
+
+def test_bfloat16_is_asked_for_and_has_its_own_bounds(packages: Path) -> None:
+    (logits,) = outputs(packages / "vit", "openvino-bf16")
+    assert logits.ok, logits.reason
+    assert logits.max_abs is not None and 1e-3 < logits.max_abs < 3e-2  # measured 9.7e-3
+
+
+def test_int4_with_a_tied_embedding_is_read_alike(packages: Path) -> None:
+    """OpenVINO shifts bytes as if they were wider, so rows are not unpacked by shifting."""
+    here = outputs(packages / "gpt2-int4", "cpu")
+    there = outputs(packages / "gpt2-int4", "openvino")
+    assert all(output.ok for output in there), [output.reason for output in there]
+    for one, other in zip(here, there, strict=True):  # measured 3e-7
+        assert one.max_abs == pytest.approx(other.max_abs, abs=1e-5)
+
+
+def test_the_evaluator_says_which_operator_it_lacks(packages: Path) -> None:
+    with pytest.raises(RuntimeCheckError, match=r"does not load the model: .*com\.microsoft"):
+        find_runtime("reference").open(packages / "gpt2-int4" / "model.onnx")
+
+
+def test_neither_openvino_nor_onnx_runtime_reports_anything(tmp_path: Path) -> None:
+    """No module for it is loaded, nothing is connected to, nothing is written into the home."""
+    pytest.importorskip("openvino")
+    program = f"""
+import sys
+def hook(event, arguments):
+    assert not event.startswith(("socket.connect", "socket.getaddrinfo", "socket.sendto")), event
+sys.addaudithook(hook)
+from ffmerge.runtime_tests.runtimes.registry import find_runtime
+import numpy as np
+for name in ("cpu", "openvino"):
+    session = find_runtime(name).open({TRIVIAL!r})
+    assert session.run(["y"], {{"x": np.ones(1, np.float32)}})["y"] == 1
+import openvino.tools.ovc.telemetry_utils as used
+assert used.tm.__name__ == "openvino.tools.ovc.telemetry_stub", used.tm
+print([name for name in sys.modules if "openvino_telemetry" in name])
+"""
+    home = tmp_path / "home"
+    home.mkdir()
+    path = {"PYTHONPATH": ":".join(filter(None, sys.path)), "HOME": str(home)}
+    child = subprocess.run(
+        [sys.executable, "-P", "-c", program], env=path, capture_output=True, text=True
+    )
+    assert child.returncode == 0, child.stderr
+    assert child.stdout.strip() == "['openvino_telemetry']"  # a name for which there is no module
+    assert list(home.iterdir()) == []
+
+
+def test_what_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    core = SimpleNamespace(get_property=lambda *_: ["FP32", "INT8"])
+    with monkeypatch.context() as patch:
+        patch.setattr(vino, "_core", lambda: core)
+        with pytest.raises(NotInstalled, match="this processor has no such products"):
+            find_runtime("openvino-bf16").open(TRIVIAL)
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(NotInstalled, match=r"pip install 'ffmerge\[openvino\]'"):
+        find_runtime("openvino").open(TRIVIAL)
