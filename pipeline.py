@@ -197,9 +197,10 @@ def validate(
     validation.write_validation(folder, result)
     after = report.summarize("package", manifest, result)
     command = f"ffmerge validate {folder.name}" + "".join(f" --provider {p}" for p in providers)
-    command += " --all" * installed
+    command += " --all" * installed + " --data DATA" * (data_source is not None)
     losses = report.collect_losses(manifest, after)
-    report.write_report(folder, None, after, losses, [command], similarity=alike.get("stacks", ()))
+    commands = [*report.made_by(manifest, folder.name), command]
+    report.write_report(folder, None, after, losses, commands, similarity=alike.get("stacks", ()))
     return result
 
 

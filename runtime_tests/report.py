@@ -121,7 +121,8 @@ def made_by(manifest: Manifest, folder: str) -> list[str]:
         ]
         model = "merged"
     task = f"--task {manifest.task} --opset {manifest.opset} --dtype {manifest.dtype}"
-    return [*lines, f"ffmerge export {model} {folder} {task}"]
+    rows = " --data DATA" * any(graph.probe.real for graph in manifest.graphs)
+    return [*lines, f"ffmerge export {model} {folder} {task}{rows}"]
 
 
 def rows(before: Summary | None, after: Summary, losses: Losses | None = None) -> list[Row]:
@@ -253,6 +254,11 @@ def write_report(
         pictured=dict(zip(pictured, fields, strict=True)),
         groups=[(g, _window(g)) for g in manifest.merge.groups] if manifest.merge else [],
         number=lambda value, form: ABSENT if value is None else format(value, form),
+        quantity=lambda value, text: ABSENT if value is None else text(value),
+        metric_text=metric_text,
+        size_text=size_text,
+        time_text=time_text,
+        seconds_text=lambda seconds: time_text(1e3 * seconds),
         commands="\n".join(commands),
         similarity=similarity,
     )

@@ -84,6 +84,7 @@ def test_merge_export_audit_validate(run: Run, model_folder: Path, tmp_path: Pat
     assert validated["metric"]["value"] == right
     report = (tmp_path / "p" / "report.html").read_text()
     assert f"{100 * validated['metric']['value']:.2f}" in report and "fc1.weight" in report
+    assert "ffmerge export merged p --task image-classification" in report
     assert json.loads((tmp_path / "p" / "validation.json").read_text())["ok"] is True
 
     code, again, _ = run("audit", tmp_path / "p", "--json")  # the report is not part of the promise
