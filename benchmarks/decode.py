@@ -4,9 +4,8 @@
 
 Random weights at true size. The packages are made once, under ``--build`` (about 8 GB; a run
 that finds them there only measures). Tied and untied decode in turns in one process, so that what
-else the machine does falls on both; a row is the median of the ratios of all pairs of turns over
-several processes, and the spread their quartiles. ``--json`` keeps the rows of other models that
-the file has; the table of all of them is printed as Markdown.
+else the machine does falls on both, in several fresh processes. ``--json`` keeps the rows of other
+models that the file has; the table of all of them is printed as Markdown.
 """
 
 import argparse
@@ -55,19 +54,22 @@ def llama(layers: int, width: int, inner: int, heads: int, vocabulary: int) -> A
 
 @dataclass(frozen=True)
 class Decoder:
-    """A model by its maker, and the windows of layers that are tied, first and last inclusive."""
+    """A model by its maker, and the windows of layers that are tied, first and last inclusive.
+
+    None is the control: nothing tied, so the untied model against itself.
+    """
 
     make: Callable[[], Any]
     layers: int
-    windows: tuple[tuple[int, int], ...]
+    windows: tuple[tuple[int, int] | None, ...]
 
 
 MODELS = {
-    "GPT-2 small": Decoder(lambda: gpt2(12, 768, 3072, 12, 50257), 12, ((3, 7), (0, 11))),
+    "GPT-2 small": Decoder(lambda: gpt2(12, 768, 3072, 12, 50257), 12, (None, (3, 7), (0, 11))),
     "stories-42M": Decoder(lambda: llama(8, 512, 1376, 8, 32000), 8, ((0, 7),)),
     "stories-15M": Decoder(lambda: llama(6, 288, 768, 6, 32000), 6, ((0, 5),)),
     "12 x 384": Decoder(lambda: gpt2(12, 384, 1536, 6, 8192), 12, ((3, 7), (0, 11))),
-    "4 x 1600": Decoder(lambda: gpt2(4, 1600, 6400, 25, 8192), 4, ((0, 3),)),
+    "4 x 1600": Decoder(lambda: gpt2(4, 1600, 6400, 25, 8192), 4, (None, (0, 3))),
     "24 x 256": Decoder(lambda: gpt2(24, 256, 1024, 4, 8192), 24, ((8, 15), (0, 23))),
 }
 
@@ -79,7 +81,7 @@ def build(name: str, folder: Path) -> None:
     import ffmerge
     from ffmerge.passes.graph.run import share_file
 
-    for window in (None, *MODELS[name].windows):
+    for window in dict.fromkeys((None, *MODELS[name].windows)):
         path = package(folder, name, window)
         if not path.exists():
             torch.manual_seed(0)
@@ -180,18 +182,29 @@ def pairs(paths: Sequence[Path], threads: int, count: int) -> list[list[float]]:
 
 
 def measure(paths: Sequence[Path], threads: int, processes: int, count: int) -> dict[str, Any]:
-    """Return the medians and the ratio tied / untied with its quartiles, over fresh processes."""
+    """Return the medians and the ratio tied / untied, over fresh processes.
+
+    The decoder that is loaded later may be faster by some percent, whichever it is: every other
+    process loads them the other way round, and the ratio is the geometric mean over processes of
+    the median of the pairs. The quartiles are of all pairs.
+    """
     found: list[list[float]] = []
-    for _ in range(processes):
-        command = [sys.executable, __file__, "--pair", *map(str, paths), str(threads), str(count)]
-        found += json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
-    low, ratio, high = np.percentile([tied / untied for untied, tied in found], (25, 50, 75))
+    ratios: list[list[float]] = []
+    for number in range(processes):
+        step = -1 if number % 2 else 1
+        given = [*map(str, paths[::step]), str(threads), str(count)]
+        command = [sys.executable, __file__, "--pair", *given]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
+        turns = [pair[::step] for pair in json.loads(done.stdout)]
+        found += turns
+        ratios.append([tied / untied for untied, tied in turns])
+    low, high = np.percentile(np.concatenate(ratios), (25, 75))
     untied_ms, tied_ms = (statistics.median(ms) for ms in zip(*found, strict=True))
     return {
         "threads": threads,
         "untied_ms": untied_ms,
         "tied_ms": tied_ms,
-        "ratio": float(ratio),
+        "ratio": statistics.geometric_mean(map(statistics.median, ratios)),
         "quartiles": [float(low), float(high)],
         "pairs": len(found),
         "load": os.getloadavg()[0],
@@ -201,6 +214,7 @@ def measure(paths: Sequence[Path], threads: int, processes: int, count: int) -> 
 def rows(name: str, folder: Path, threads: Sequence[int], *counts: int) -> Iterator[dict[str, Any]]:
     """Yield one row for each window, precision and number of threads."""
     for window in MODELS[name].windows:
+        count = window[1] - window[0] + 1 if window else 0
         for dtype in DTYPES:
             paths = [graph(package(folder, name, of), dtype) for of in (None, window)]
             touched = [bytes_touched(path) for path in paths]
@@ -208,11 +222,11 @@ def rows(name: str, folder: Path, threads: Sequence[int], *counts: int) -> Itera
                 yield {
                     "model": name,
                     "layers": MODELS[name].layers,
-                    "window": window,
                     "dtype": dtype,
                     "untied_bytes": touched[0],
                     "tied_bytes": touched[1],
-                    "sublayer_bytes": (touched[0] - touched[1]) // (window[1] - window[0]),
+                    "tied_layers": count,
+                    "sublayer_bytes": (touched[0] - touched[1]) // max(count - 1, 1),
                     **measure(paths, number, *counts),
                 }
 
@@ -235,7 +249,7 @@ def markdown(results: dict[str, Any]) -> str:
     """Return all rows as a Markdown table, a column of ratios for each number of threads."""
     merged: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = {}
     for row in results["rows"]:
-        key = (row["model"], *row["window"], row["dtype"])
+        key = (row["model"], row["tied_layers"], row["dtype"])
         merged.setdefault(key, {})[row["threads"]] = row
     threads = sorted({row["threads"] for row in results["rows"]})
     heads = ["model", "tied", "dtype", "untied MB", "tied MB", "bytes", "sublayer", "untied in"]
@@ -246,12 +260,12 @@ def markdown(results: dict[str, Any]) -> str:
         sublayer, untied = row["sublayer_bytes"], row["untied_bytes"]
         line = [
             row["model"],
-            f"{row['window'][1] - row['window'][0] + 1} of {row['layers']}",
+            f"{row['tied_layers'] or 'none'} of {row['layers']}",
             row["dtype"],
             f"{untied / 1e6:.1f}",
             f"{row['tied_bytes'] / 1e6:.1f}",
             f"{row['tied_bytes'] / untied:.2f}",
-            f"{sublayer / 1e6:.2f} MB, {held_by(sublayer, results['caches'])}",
+            f"{sublayer / 1e6:.2f} MB, {held_by(sublayer, results['caches'])}" if sublayer else "",
             held_by(untied, results["caches"]),
         ]
         for number in threads:
@@ -270,7 +284,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--processes", type=int, default=3)
+    parser.add_argument("--processes", type=int, default=4, help="an even number")
     parser.add_argument("--pairs", type=int, default=6, help="pairs of turns in each process")
     parser.add_argument("--build", type=Path, default=Path("build/decode"))
     parser.add_argument("--json", type=Path)
