@@ -24,6 +24,7 @@ from ffmerge.files import (
     write_whole,
 )
 from ffmerge.models import checkpoint, data, digits, tasks
+from ffmerge.models.examples import from_arrays
 from ffmerge.models.manifest import Manifest
 from ffmerge.passes.weights import compare as comparing
 from ffmerge.passes.weights import merge as merging
@@ -241,7 +242,7 @@ def demo(out: Path) -> Demo:
     choose the window, test pictures are only reported.
     """
     calibration, held_out, test = (
-        data.from_arrays(digits.load(split, count=count)) for split, count in _DEMO_PICTURES
+        from_arrays(digits.load(split, count=count)) for split, count in _DEMO_PICTURES
     )
     with staged(out) as folder, _progress() as show:
         original = checkpoint.load(_DEMO_MODEL)

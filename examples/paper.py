@@ -20,7 +20,7 @@ import numpy as np
 from transformers import AutoImageProcessor, AutoTokenizer
 
 import ffmerge
-from ffmerge.models.data import Examples, from_arrays
+from ffmerge.models.examples import Examples, from_arrays
 from ffmerge.models.metrics import IGNORED
 from ffmerge.passes.weights.merge import Merge
 

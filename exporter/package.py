@@ -26,7 +26,7 @@ from ffmerge.exporter.reference import (
 from ffmerge.exporter.torch_onnx import to_onnx
 from ffmerge.files import read_json, staged, write_json
 from ffmerge.models import checkpoint, tasks
-from ffmerge.models.data import Examples
+from ffmerge.models.examples import Examples
 from ffmerge.models.inputs import unchunked
 from ffmerge.models.manifest import LABELS, REFERENCE, GraphRecord, Manifest, record_files
 from ffmerge.models.processing import like_the_task

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from ffmerge.errors import InputError
 from ffmerge.exporter.graphs import Graph
 from ffmerge.models import tasks
-from ffmerge.models.data import Examples, from_arrays
+from ffmerge.models.examples import Examples, from_arrays
 from ffmerge.models.inputs import to_tensors
 from ffmerge.models.manifest import MetricResult, input_key, reference_key
 from ffmerge.models.metrics import for_task

@@ -1,13 +1,13 @@
-"""Examples as model inputs: from arrays, an ``.npz``, text, images, tables or a hub data set."""
+"""Examples as model inputs: from an ``.npz``, text, images, tables or a hub data set."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ffmerge.errors import InputError
+from ffmerge.models.examples import Examples, from_arrays
 from ffmerge.models.probe import Array
 
 # file extension -> builder of the datasets library
@@ -22,43 +22,6 @@ _TEXT_COLUMNS = ("text", "sentence", "content")
 _IMAGE_COLUMNS = ("image", "img", "pixel_values")
 _LABEL_COLUMNS = ("label", "labels", "fine_label")
 _MAX_TOKENS = 512
-
-
-@dataclass(frozen=True)
-class Examples:
-    """Rows that become model inputs when they are asked for, so none is held longer than needed."""
-
-    rows: Sequence[int]
-    take: Callable[[Sequence[int]], dict[str, Array]]
-
-    def __len__(self) -> int:
-        """Return the number of rows."""
-        return len(self.rows)
-
-    def batches(self, size: int) -> Iterator[dict[str, Array]]:
-        """Yield all rows in order as model inputs, ``size`` at a time, with ``labels`` if known."""
-        for start in range(0, len(self.rows), size):
-            yield self.take(self.rows[start : start + size])
-
-    def halves(self) -> tuple["Examples", "Examples"]:
-        """Return the rows at even and at odd places; twice the same row if there is only one."""
-        odd = self.rows[1::2] or self.rows
-        return Examples(self.rows[::2], self.take), Examples(odd, self.take)
-
-
-def from_arrays(arrays: Mapping[str, Array]) -> Examples:
-    """Return examples whose row i is the i-th element of every array.
-
-    Raises:
-        InputError: there are no rows, or the arrays differ in length.
-    """
-    lengths = {name: len(array) if np.ndim(array) else 0 for name, array in arrays.items()}
-    if len(set(lengths.values())) != 1 or not all(lengths.values()):
-        raise InputError(
-            f"the arrays of the data must have one common length above 0, not {lengths}."
-        )
-    rows = range(next(iter(lengths.values())))
-    return Examples(rows, lambda i: {name: array[np.asarray(i)] for name, array in arrays.items()})
 
 
 def read(source: str, folder: Path, task: str) -> Examples:

@@ -14,7 +14,7 @@ import onnxruntime as ort
 
 from ffmerge.errors import NotInstalled, RuntimeCheckError
 from ffmerge.files import plain, write_whole
-from ffmerge.models.data import from_arrays
+from ffmerge.models.examples import from_arrays
 from ffmerge.models.manifest import GraphRecord, Manifest, MetricResult
 from ffmerge.models.metrics import for_task, labels_of
 from ffmerge.models.probe import Array

@@ -22,7 +22,7 @@ from ffmerge.exporter.reference import (
     real_rows,
 )
 from ffmerge.models import checkpoint, data, tasks
-from ffmerge.models.data import from_arrays
+from ffmerge.models.examples import from_arrays
 from ffmerge.models.manifest import GraphRecord
 from ffmerge.models.probe import InputSpec, Probe, Tokens, kept, stored_elements
 from ffmerge.models.processing import like_the_task

@@ -18,7 +18,7 @@ from torch import nn
 
 from ffmerge.errors import InputError
 from ffmerge.models import checkpoint, ties
-from ffmerge.models.data import from_arrays
+from ffmerge.models.examples import from_arrays
 from ffmerge.passes.weights.merge import MergeConfig, merge_
 from ffmerge.passes.weights.recover import RecoverConfig, learning_rate, recover_, twin
 
@@ -272,7 +272,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from test_recover import MODELS, _data, _merged
-from ffmerge.models.data import from_arrays
+from ffmerge.models.examples import from_arrays
 from ffmerge.passes.weights.recover import RecoverConfig, recover_
 
 def progress(step, done, total):

@@ -12,7 +12,7 @@ from test_merge import _data, _pairs_of_texts
 from tiny import bert, gpt2, vit
 from tiny_wider import GATED, SEQ2SEQ, t5
 
-from ffmerge.models.data import from_arrays
+from ffmerge.models.examples import from_arrays
 from ffmerge.models.feedforward import find
 from ffmerge.passes.weights import resume
 from ffmerge.passes.weights.merge import MergeConfig, merge_

@@ -17,7 +17,7 @@ from torch import nn
 
 import ffmerge
 import ffmerge.__main__ as command_line
-from ffmerge.models.data import from_arrays
+from ffmerge.models.examples import from_arrays
 from ffmerge.models.feedforward import FeedForward, find, stacks
 from ffmerge.passes.weights.baselines import drop_layers, factor
 from ffmerge.passes.weights.compare import Row, compare

@@ -14,7 +14,7 @@ from test_merge import _data
 from tiny import gpt2, vit
 from tiny_wider import GATED
 
-from ffmerge.models.data import from_arrays
+from ffmerge.models.examples import from_arrays
 from ffmerge.models.feedforward import find
 from ffmerge.passes.weights import cost, merge, statistics
 from ffmerge.passes.weights.merge import MergeConfig, merge_

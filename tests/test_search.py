@@ -22,7 +22,7 @@ from ffmerge.errors import InputError
 from ffmerge.exporter import package
 from ffmerge.exporter.package import ExportConfig
 from ffmerge.models import checkpoint
-from ffmerge.models.data import from_arrays
+from ffmerge.models.examples import from_arrays
 from ffmerge.models.feedforward import find, stacks
 from ffmerge.models.plan import Group, parse_budget
 from ffmerge.passes.graph.quantize import _blocks, _int8

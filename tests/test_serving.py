@@ -14,7 +14,7 @@ from tiny import gpt2, vit
 import ffmerge
 from ffmerge.errors import InputError, RuntimeCheckError
 from ffmerge.exporter.package import ExportConfig, export
-from ffmerge.models.data import from_arrays
+from ffmerge.models.examples import from_arrays
 from ffmerge.models.manifest import Manifest
 from ffmerge.passes.graph.audit import audit
 from ffmerge.runtime_tests.validate import validate

@@ -31,7 +31,7 @@ from transformers.utils import logging  # noqa: E402
 import tables  # noqa: E402
 from ffmerge.exporter.package import ExportConfig, export  # noqa: E402
 from ffmerge.models import checkpoint  # noqa: E402
-from ffmerge.models.data import Examples, from_arrays  # noqa: E402
+from ffmerge.models.examples import Examples, from_arrays  # noqa: E402
 from ffmerge.models.feedforward import find, stacks  # noqa: E402
 from ffmerge.passes.graph.audit import audit  # noqa: E402
 from ffmerge.passes.weights import baselines  # noqa: E402

@@ -14,7 +14,7 @@ from reference import numerals, village
 from transformers import AutoTokenizer
 
 from ffmerge.models import digits
-from ffmerge.models.data import Examples
+from ffmerge.models.examples import Examples
 from ffmerge.passes.weights.evaluate import score_for
 
 Arrays = dict[str, np.ndarray]

@@ -7,7 +7,7 @@ from typing import Any
 from ffmerge.errors import InputError
 from ffmerge.files import plain
 from ffmerge.models import tasks
-from ffmerge.models.data import Examples
+from ffmerge.models.examples import Examples
 from ffmerge.passes.weights import baselines, precision
 from ffmerge.passes.weights.evaluate import Score, score_for
 from ffmerge.passes.weights.merge import MergeConfig, merge_, sublayers

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ffmerge.errors import InputError
-from ffmerge.models.data import Examples
+from ffmerge.models.examples import Examples
 from ffmerge.models.metrics import Metric, for_task, labels_of
 from ffmerge.models.probe import Array
 from ffmerge.models.tasks import base

@@ -12,7 +12,7 @@ from torch import Tensor
 from ffmerge.errors import InputError
 from ffmerge.files import plain
 from ffmerge.models import tasks, ties
-from ffmerge.models.data import Examples, from_arrays
+from ffmerge.models.examples import Examples, from_arrays
 from ffmerge.models.feedforward import FeedForward, proven, stacks
 from ffmerge.models.plan import MergeRecord, Window, parse_budget
 from ffmerge.models.probe import Array

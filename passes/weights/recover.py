@@ -28,7 +28,7 @@ from torch.nn.functional import kl_div
 from ffmerge.errors import InputError
 from ffmerge.models import tasks, ties
 from ffmerge.models.checkpoint import merge_record
-from ffmerge.models.data import Examples
+from ffmerge.models.examples import Examples
 from ffmerge.models.metrics import IGNORED, for_task, labels_of
 from ffmerge.models.probe import Array
 from ffmerge.passes.weights.processes import join

@@ -18,7 +18,7 @@ import torch
 
 from ffmerge.errors import InputError
 from ffmerge.files import plain
-from ffmerge.models.data import Examples
+from ffmerge.models.examples import Examples
 from ffmerge.models.feedforward import FeedForward, proven, stacks
 from ffmerge.models.probe import Array
 from ffmerge.passes.weights.align import match
