@@ -321,10 +321,16 @@ def _logits(served: Sequence[tuple[GraphRecord, Session]], batch: dict[str, Arra
 def _provider_json(result: ProviderResult) -> dict[str, Any]:
     cost = vars(result.footprint) if result.footprint else {}
     memory = ("rss_bytes", "anonymous_bytes", "memory_reason")
+    held = getattr(cost.get("placement"), "device_bytes", None)
+    silent = None if held is not None else "the engine has no other device, or does not tell"
     latency = {"first": "first_ms", "median": "median_ms", "p95": "p95_ms", "runs": "runs"}
     return {
         **{key: value for key, value in vars(result).items() if key != "footprint"},
-        "memory": {key.removeprefix("memory_"): cost.get(key) for key in memory},
+        "memory": {
+            **{key.removeprefix("memory_"): cost.get(key) for key in memory},
+            "device_bytes": held,
+            "device_reason": silent,
+        },
         "latency_ms": {key: cost.get(field) for key, field in latency.items()},
         "tokens_per_s": cost.get("tokens_per_s"),
         "load_s": cost.get("load_s"),

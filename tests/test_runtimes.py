@@ -13,7 +13,7 @@ from ffmerge.__main__ import main
 from ffmerge.errors import InputError, NotInstalled, RuntimeCheckError
 from ffmerge.runtime_tests.footprint import TRIVIAL, measure_footprint
 from ffmerge.runtime_tests.runtimes.base import Placement, Runtime
-from ffmerge.runtime_tests.runtimes.ort import _placement
+from ffmerge.runtime_tests.runtimes.ort import CPU, _placement
 from ffmerge.runtime_tests.runtimes.registry import RUNTIMES, find_runtime
 from ffmerge.runtime_tests.tolerance import ARITHMETIC, TOLERANCES, for_dtype
 from ffmerge.runtime_tests.validate import _elsewhere, validate
@@ -139,6 +139,19 @@ def test_nodes_are_counted_once_and_shapes_apart() -> None:
         {"GPU": {"MatMul": 1, "Add": 2}, "CPU": {"Gather": 1, "DynamicQuantizeLinear": 1}},
         {"CPU": 2, "GPU": 1},
     )
+
+
+def test_what_a_device_holds_is_the_peak_of_its_allocator() -> None:
+    def event(provider: str, peak: str) -> dict[str, object]:
+        found = {"op_name": "MatMul", "provider": provider, "output_type_shape": [{"float": [1]}]}
+        return {"cat": "Node", "name": provider + peak, "args": {**found, "mem_in_use_peak": peak}}
+
+    gpu = _placement([event("GPU", "100"), event("GPU", "300"), event(CPU, "900")])
+    assert gpu.device_bytes == 300
+    cpu = _placement([event(CPU, "900")])
+    assert cpu.device_bytes is None
+    two = Placement.total([gpu, cpu, gpu, None])
+    assert two == Placement({"GPU": {"MatMul": 4}, CPU: {"MatMul": 3}}, {}, 600)
 
 
 def test_a_runtime_that_takes_few_nodes_was_not_really_used() -> None:

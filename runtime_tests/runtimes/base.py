@@ -37,10 +37,13 @@ class Placement:
 
     A compute node writes something else than int64 or bool, which are what shapes, positions and
     masks are made of; a copy between devices computes nothing.
+    ``device_bytes`` is the most that the engine held on another device than the processor, None if
+    it does not tell.
     """
 
     compute: Mapping[str, Mapping[str, int]]
     other: Mapping[str, int]
+    device_bytes: int | None = None
 
     def counts(self) -> dict[str, int]:
         """Return the number of compute nodes on each part."""
@@ -61,7 +64,8 @@ class Placement:
             for part, ops in each.compute.items():
                 compute[part].update(ops)
         counts = {part: dict(ops) for part, ops in compute.items()}
-        return Placement(counts, dict(other)) if known else None
+        held = [each.device_bytes for each in known if each.device_bytes is not None]
+        return Placement(counts, dict(other), sum(held) if held else None) if known else None
 
 
 def _silent(model: Path, names: Sequence[str], feeds: Mapping[str, Array]) -> Placement | None:

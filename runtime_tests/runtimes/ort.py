@@ -22,6 +22,7 @@ _LEVELS = {
 }
 _SHAPES = {"int64", "bool"}  # what shapes, positions and masks are made of
 _COPIES = ("Memcpy", "Constant")
+CPU = "CPUExecutionProvider"
 WEBGPU = "WebGpuExecutionProvider"
 ALLOWED = "ORT_WEBGPU_EP_ALLOW_SOFTWARE_ADAPTER"
 _REGISTERED: list[str] = []  # a library may be registered once in a process
@@ -144,7 +145,12 @@ def _placement(events: Sequence[Mapping[str, Any]]) -> Placement:
         copies = op.startswith(_COPIES) or kinds <= _SHAPES
         counts, key = (other, part) if copies else (compute.setdefault(part, {}), op)
         counts[key] = counts.get(key, 0) + 1
-    return Placement(compute, other)
+    held = [
+        int(found["mem_in_use_peak"])
+        for found in nodes.values()
+        if found["provider"] != CPU and "mem_in_use_peak" in found
+    ]
+    return Placement(compute, other, max(held, default=None))
 
 
 def _runtime(name: str, provider: Provider, arithmetic: str = "fp32") -> Runtime:
@@ -155,7 +161,7 @@ def _runtime(name: str, provider: Provider, arithmetic: str = "fp32") -> Runtime
 _GPU = "onnxruntime-gpu[cuda,cudnn] in place of onnxruntime, on a machine with an NVIDIA GPU"
 _CUDA = partial(Provider, "CUDAExecutionProvider", "cuda:0", _GPU)
 RUNTIMES = (
-    _runtime("cpu", Provider("CPUExecutionProvider", "cpu", "onnxruntime")),
+    _runtime("cpu", Provider(CPU, "cpu", "onnxruntime")),
     # TensorFloat-32 keeps 10 bits of the mantissa, too few to tell parity from a fault.
     _runtime("cuda", _CUDA((("use_tf32", "0"),))),
     _runtime("cuda-tf32", _CUDA((("use_tf32", "1"),)), "tf32"),
