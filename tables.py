@@ -196,14 +196,13 @@ def validation_table(result: Any) -> Group:
             "-" if o.max_abs is None else f"{o.max_abs:.2g}",
             f"{o.atol:.2g} + {o.rtol:.2g} |x|",
             f"{o.quality.agreement:.1%}, {o.quality.kl:.2g}" if o.quality else "-",
-            "ok" if o.ok else o.reason,
+            "ok" if o.ok else "NOT ok",
         )
         for p in result.providers
         for o in p.worst()
     ]
-    absent: list[tuple[str, Any]] = [(p.name, p.reason) for p in result.providers if not p.outputs]
-    absent += [(p.name, f"not tested: {p.reason}") for p in result.not_tested]
-    outputs += [(name, "-", "-", "-", reason) for name, reason in absent]
+    reasons: list[tuple[str, Any]] = [(p.name, p.reason) for p in result.providers if p.reason]
+    reasons += [(p.name, f"not tested: {p.reason}") for p in result.not_tested]
     costs = [
         (f"{p.name}: compute nodes on {part}", f"{count} of {sum(compute.values())}")
         for p in result.providers
@@ -223,6 +222,8 @@ def validation_table(result: Any) -> Group:
     )  # fmt: skip
     shown = _table("ok" if result.ok else "NOT ok", columns, outputs)
     tables = [shown]
+    if reasons:
+        tables.append(_table("Failed or not tested", ("runtime", "why"), reasons))
     decoded = [
         (
             f"{p.name}, {g.optimization}",

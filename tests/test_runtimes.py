@@ -1,6 +1,8 @@
 """The engines behind one interface: what is asked for is what runs, or it is said why not."""
 
 import json
+from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import NoReturn
 
@@ -8,6 +10,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 from packages import linear_package
+from rich.console import Console
 
 from ffmerge.__main__ import main
 from ffmerge.errors import InputError, NotInstalled, RuntimeCheckError
@@ -16,7 +19,8 @@ from ffmerge.runtime_tests.runtimes.base import Placement, Runtime
 from ffmerge.runtime_tests.runtimes.ort import CPU, _placement
 from ffmerge.runtime_tests.runtimes.registry import RUNTIMES, find_runtime
 from ffmerge.runtime_tests.tolerance import ARITHMETIC, TOLERANCES, for_dtype
-from ffmerge.runtime_tests.validate import _elsewhere, validate
+from ffmerge.runtime_tests.validate import NotTested, _elsewhere, validate
+from ffmerge.tables import validation_table
 
 EYE, ZEROS = np.eye(4, dtype=np.float32), np.zeros(4, np.float32)
 CUDA_HERE = "CUDAExecutionProvider" in ort.get_available_providers()
@@ -94,6 +98,19 @@ def test_cuda_on_a_machine_without_it_exits_with_1(
     (cuda,) = result["providers"]
     assert (result["ok"], cuda["ok"], cuda["used"], cuda["outputs"]) == (False, False, None, [])
     assert "CUDAExecutionProvider was not used" in cuda["reason"]
+
+
+def test_the_table_says_why_a_runtime_failed_whose_outputs_are_right(package: Path) -> None:
+    result = validate(package)
+    (cpu,) = result.providers
+    reason = "GPU ran 1 of 2 compute nodes"
+    failed = replace(result, ok=False, providers=(replace(cpu, ok=False, reason=reason),))
+    absent = replace(failed, not_tested=(NotTested("web", "Web", "no browser"),))
+    console = Console(width=200, record=True, file=StringIO())
+    console.print(validation_table(absent))
+    shown = console.export_text()
+    assert "NOT ok" in shown and reason in shown
+    assert "not tested: no browser" in shown
 
 
 def test_all_lists_what_is_not_installed_and_does_not_fail(
