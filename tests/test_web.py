@@ -194,6 +194,8 @@ def test_what_is_drawn_or_photographed_is_read(seen: Any, backend: str) -> None:
     for name in ("original", "merged"):
         assert np.argmax(seen["demo"][backend]["drawn"][name]) == 8
         assert np.argmax(seen["demo"][backend]["photo"][name]) == 7
+        again = seen["demo"][backend]["again"][name]  # nothing of the photograph is left
+        assert again == pytest.approx(seen["demo"][backend]["drawn"][name], abs=1e-6)
 
 
 def test_only_webgpu_uses_the_gpu(seen: Any, packages: Path) -> None:
@@ -201,6 +203,12 @@ def test_only_webgpu_uses_the_gpu(seen: Any, packages: Path) -> None:
     used = {b: {s["dispatches"] for s in seen["demo"][b]["samples"].values()} for b in BACKENDS}
     assert used["wasm"] == {0}
     assert min(used["webgpu"]) > 300  # measured 323
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_browser_without_webgpu_goes_on_with_wasm(seen: Any, backend: str) -> None:
+    text, wasm = seen["demo"][backend]["without"]
+    assert wasm and text == "It does not run: this browser offers no WebGPU device."
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

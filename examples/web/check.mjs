@@ -65,14 +65,26 @@ async function demo(browser, backend) {
   }
   const shot = (name) => page.screenshot({ path: `${job.out}/${backend}-${name}.png`, fullPage: true });
   found.costs = await page.locator("tbody").innerText();
-  await shot("desktop");
+  const strokes = async () => {
+    let last;
+    for (const stroke of job.strokes) last = await answer(page, () => draw(page, stroke));
+    return last;
+  };
+  found.drawn = await strokes();
   found.photo = await answer(page, () => page.setInputFiles("#file", job.photo));
-  for (const stroke of job.strokes) found.drawn = await answer(page, () => draw(page, stroke));
+  found.again = await strokes();
+  await shot("desktop");
   await page.emulateMedia({ colorScheme: backend === "webgpu" ? "dark" : "light" });
   await page.setViewportSize({ width: 390, height: 844 });
   await shot("phone");
   found.overflow = await page.evaluate(() => document.documentElement.scrollWidth - innerWidth);
   found.isolated = await page.evaluate(() => crossOriginIsolated);
+  await page.evaluate(() => Object.defineProperty(navigator, "gpu", { value: undefined }));
+  await page.click("text=wasm");
+  await page.waitForSelector("body[data-state=ready]");
+  await page.click("text=WebGPU");
+  await page.waitForSelector("body[data-state=failed]");
+  found.without = [await page.textContent("#status"), await page.isChecked("[value=wasm]")];
   await page.close();
   return found;
 }
