@@ -47,7 +47,7 @@ test: install install-optimum
 # Says so and passes where there is no browser or no npm; with FFMERGE_WEB=required it fails.
 test-web: install
 	if command -v npm; then $(MAKE) $(NODE_MODULES); fi
-	$(PYTEST) -m web tests/test_web.py tests/test_runtime_web.py
+	$(PYTEST) -m web tests/test_web.py tests/test_runtime_web.py tests/test_report_page.py
 
 # As test-web, with FFMERGE_WEBGPU=required. Needs no browser, but two files of Debian's.
 test-webgpu: install

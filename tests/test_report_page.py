@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from packages import linear_package
 from test_report import AFTER, BEFORE, LOSSES
-from test_web import OUT, require_browser
+from web_env import ROOT, require_browser
 
 from ffmerge.models.plan import Group, MergeRecord
 from ffmerge.runtime_tests.report import write_report
 from ffmerge.runtime_tests.validate import validate, write_validation
 
 pytestmark = pytest.mark.web
+OUT = ROOT / "build" / "web"
 # What headless Chromium needs to stay silent; as root it has no sandbox.
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars",
