@@ -186,6 +186,10 @@ def test_what_was_kept_of_other_weights_is_not_used() -> None:
     last.data = last.data * 2
     assert torch.equal(*outputs())
     assert resumed.skipped == 3
+    with torch.no_grad(), resumed.behind(layers[1:]):  # what was kept is of a later layer
+        weight.data = weight.data * 2
+        got = forward(model, batch).logits
+    assert torch.equal(got, forward(model, batch).logits)
 
 
 def test_files_go_as_they_are_replaced_and_with_the_search(tmp_path: Path, monkeypatch) -> None:

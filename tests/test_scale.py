@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,6 +17,7 @@ from tiny_wider import GATED
 
 from ffmerge.models.examples import from_arrays
 from ffmerge.models.feedforward import find
+from ffmerge.passes.graph import quantize
 from ffmerge.passes.weights import cost, merge, statistics
 from ffmerge.passes.weights.merge import MergeConfig, merge_
 from ffmerge.passes.weights.settings import Settings
@@ -74,6 +76,16 @@ def test_rows_that_go_through_at_a_time_fit_the_memory(monkeypatch) -> None:
     for memory, rows in ((12 * 9 * width, 12), (12 * 9 * width - 1, 11), (1, 1)):
         monkeypatch.setattr(cost, "BATCH", memory)
         assert merge._rows(model, examples, config, chosen) == rows
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_table_is_quantized_by_rows_as_at_once(symmetric: bool, monkeypatch) -> None:
+    values = torch.randn(50, 37, generator=torch.Generator().manual_seed(0)).numpy()
+    whole = quantize._blocks(values, 4, 32, symmetric)
+    monkeypatch.setattr(quantize, "BLOCK", 4 * 37 * 7)  # seven rows, one at the end
+    parts = quantize._blocks(values, 4, 32, symmetric)
+    assert [p.shape for p in parts] == [(50, 2, 32), (50, 2), (50, 2)][: len(parts)]
+    assert all(map(np.array_equal, parts, whole))
 
 
 CASES = [("llama", 5, 60, (2, 2)), ("vit", 5, 999, (3, 2)), ("llama", 1, 999, (1, 0))]

@@ -18,7 +18,7 @@ from ffmerge.errors import InputError
 from ffmerge.models.manifest import Skip
 from ffmerge.passes.graph.float16 import MASK, to_float16
 from ffmerge.passes.graph.matmul import Readers, Rewrite, readers, store, straighten
-from ffmerge.passes.graph.tensors import Array, Stored, is_op, shape_of, stored, values_of
+from ffmerge.passes.graph.tensors import BLOCK, Array, Stored, is_op, shape_of, stored, values_of
 
 FLOOR = 1024  # elements below which scales and nodes cost about what a weight saves
 MICROSOFT = "com.microsoft"
@@ -279,7 +279,8 @@ def _stays_float(value: ir.Value, tensor: ir.TensorProtocol, main: ir.Graph) -> 
         return "only float32 is quantized"
     if tensor.size < FLOOR or len(tensor.shape) < 2:
         return f"{tensor.size} elements, too few to gain by it"
-    if not (np.abs(values_of(tensor)) < MASK).all():
+    values = values_of(tensor)
+    if not -MASK < values.min() <= values.max() < MASK:
         return "it is a mask, or holds values that are not finite"
     return None
 
@@ -367,8 +368,18 @@ def _blocks(values: Array, bits: int, block: int, symmetric: bool) -> list[Array
     """Return codes [rows, blocks, block], scales [rows, blocks] and, if asymmetric, zero points.
 
     A symmetric block's largest magnitude has the code 0 (that is -8, or -128), whatever its
-    sign: the scale takes the sign. Rows are filled up with zeros.
+    sign: the scale takes the sign. Rows are filled up with zeros. Some rows are worked on at a
+    time: a large table needs no copies of itself.
     """
+    step = max(1, BLOCK // (4 * values.shape[1]))
+    parts = [
+        _blocks_of(values[start : start + step], bits, block, symmetric)
+        for start in range(0, len(values), step)
+    ]
+    return [np.concatenate(same) for same in zip(*parts, strict=True)]
+
+
+def _blocks_of(values: Array, bits: int, block: int, symmetric: bool) -> list[Array]:
     rows, width = values.shape
     filled = np.pad(values, ((0, 0), (0, -width % block))).reshape(rows, -1, block)
     low, high = filled.min(-1, initial=0), filled.max(-1, initial=0)

@@ -1,0 +1,344 @@
+"""What large models cost: the pipeline step by step, a search, and how statistics grow.
+
+    python benchmarks/scale.py steps --model olmo-1b --window 6-8 --tokens 512
+    python benchmarks/scale.py search --tokens 2000
+    python benchmarks/scale.py fit
+
+``steps`` writes a model with random weights, shard by shard, into a temporary folder, and runs it
+from checkpoint to packages in one process; without a window nothing is merged. Beside the times
+stand floors measured in the same run: matrix products at the rate of this machine, bytes at the
+speed of a copy on this disk. ``search`` tries all windows of k in a ViT, as ffmerge does, with
+whole passes, and every window alone from the input. ``fit`` measures statistics for three numbers
+of layers and of tokens, and fits lines. Times that are compared are those of the processors.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from safetensors.torch import save_file
+
+from ffmerge.exporter import package
+from ffmerge.exporter.package import ExportConfig
+from ffmerge.files import write_json
+from ffmerge.models import checkpoint
+from ffmerge.models.data import from_arrays
+from ffmerge.models.feedforward import find
+from ffmerge.models.inspection import inspect
+from ffmerge.passes.weights import cost, statistics
+from ffmerge.passes.weights.merge import MergeConfig, merge_
+from ffmerge.passes.weights.recover import twin
+from ffmerge.passes.weights.resume import Resumed
+from ffmerge.passes.weights.settings import Settings
+
+SHARD = 400 << 20  # bytes of random weights that are held at a time
+LENGTH = 256  # tokens of a row
+_NO_TOKENS = {"bos_token_id": 0, "eos_token_id": 0}
+
+# name -> class of the configuration, its settings, the task of the packages
+MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "vit-base": ("ViT", {"architectures": ["ViTForImageClassification"]}, "image-classification"),
+    "gpt2-large": (
+        "GPT2",
+        {"n_embd": 1280, "n_layer": 36, "n_head": 20, "architectures": ["GPT2LMHeadModel"]},
+        "text-generation-with-past",
+    ),
+    "olmo-1b": (
+        "Olmo",
+        {
+            "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+            "num_attention_heads": 16, "vocab_size": 50304, "tie_word_embeddings": True,
+            "architectures": ["OlmoForCausalLM"], "pad_token_id": 1, **_NO_TOKENS,
+        },
+        "text-generation-with-past",
+    ),
+}  # fmt: skip
+
+
+def write_random(name: str, folder: Path, **changes: Any) -> None:
+    """Write the model ``name`` with random weights, never more than a shard of them in memory."""
+    kind, settings, _ = MODELS[name]
+    config = getattr(transformers, f"{kind}Config")(**{**settings, **changes})
+    config.save_pretrained(folder)
+    model = checkpoint.without_weights(folder)
+    shapes = {n: p.shape for n, p in model.named_parameters()}
+    generator = torch.Generator().manual_seed(0)
+    shards: list[list[str]] = [[]]
+    held = 0
+    for key, shape in shapes.items():
+        if held + 4 * shape.numel() > SHARD and shards[-1]:
+            shards.append([])
+            held = 0
+        shards[-1].append(key)
+        held += 4 * shape.numel()
+    places, size = {}, 0
+    for number, keys in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        tensors = {
+            key: torch.randn(shapes[key], generator=generator) * 0.02 + (".ln_" in key)
+            for key in keys
+        }
+        save_file(tensors, folder / file, {"format": "pt"})
+        places |= dict.fromkeys(keys, file)
+        size += sum(t.nbytes for t in tensors.values())
+    index = {"metadata": {"total_size": size}, "weight_map": places}
+    write_json(folder / "model.safetensors.index.json", index)
+
+
+def rows_for(model: Any, tokens: int, seed: int) -> dict[str, np.ndarray]:
+    """Return random rows of at least so many positions."""
+    draw = np.random.default_rng(seed)
+    if model.main_input_name == "pixel_values":
+        size, patch = model.config.image_size, model.config.patch_size
+        count = -(-tokens // ((size // patch) ** 2 + 1))
+        return {"pixel_values": draw.standard_normal((count, 3, size, size), np.float32)}
+    return {"input_ids": draw.integers(2, model.config.vocab_size, (-(-tokens // LENGTH), LENGTH))}
+
+
+def copy_rate(folder: Path) -> float:
+    """Return the bytes a second of writing and syncing a file of 256 MiB."""
+    block = np.random.default_rng(0).bytes(1 << 24)
+    began = time.perf_counter()
+    with open(folder / "copy", "wb", 0) as file:
+        for _ in range(16):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+    (folder / "copy").unlink()
+    return 16 * len(block) / (time.perf_counter() - began)
+
+
+def gemm_rate() -> float:
+    """Return the flops of a large float32 product for a second of the processors, best of three."""
+    a, times = torch.randn(2048, 2048), []
+    for _ in range(3):
+        began = time.process_time()
+        a @ a
+        times.append(time.process_time() - began)
+    return 2 * 2048**3 / min(times)
+
+
+class Steps:
+    """Times, peaks of memory and bytes written, by step."""
+
+    def __init__(self) -> None:
+        """Begin without steps."""
+        self.found: list[dict[str, Any]] = []
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Measure what is done in the block."""
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        began, used, written = time.perf_counter(), time.process_time(), _written()
+        yield
+        self.found.append({
+            "step": name,
+            "seconds": round(time.perf_counter() - began, 2),
+            "processor_seconds": round(time.process_time() - used, 2),
+            "peak_mb": round(_status("VmHWM")),
+            "anonymous_mb": round(_status("RssAnon")),
+            "written_mb": round((_written() - written) / 1e6),
+        })  # fmt: skip
+        print(json.dumps(self.found[-1]), flush=True)
+
+
+def _status(key: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024 / 1e6
+
+
+def _written() -> int:
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("wchar"))
+
+
+def steps(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Run the pipeline on one model; return what each step took and the floors."""
+    task = MODELS[args.model][2]
+    source, run = folder / "model", Steps()
+    with run.step("write random weights"):
+        write_random(args.model, source)
+    floors = {"gemm_gflops": gemm_rate() / 1e9, "copy_mb_s": copy_rate(folder) / 1e6}
+    with run.step("inspect"):
+        inspect(source)
+    with run.step("load"):
+        model = checkpoint.load(source)
+    size = sum(p.nbytes for p in model.parameters())
+    merged, result = source, {}
+    if args.window:
+        merged, result = folder / "merged", _merge(model, args, floors, run, source)
+        shutil.rmtree(source)
+    del model
+    for dtype in ("fp32", "int4"):
+        with run.step(f"load and export {dtype}"):
+            model = checkpoint.load(merged)
+            package.export(model, folder / dtype, ExportConfig(task, dtype=dtype), merged)
+            del model
+        shutil.rmtree(folder / dtype)
+    floors["gemm_gflops_after"] = gemm_rate() / 1e9
+    return {
+        "model": args.model, "model_mb": round(size / 1e6), **result, "floors": floors,
+        "steps": run.found,
+    }  # fmt: skip
+
+
+def _merge(
+    model: Any, args: argparse.Namespace, floors: dict[str, float], run: Steps, source: Path
+) -> dict[str, Any]:
+    """Merge one window and save the model beside ``source``."""
+    first, last = map(int, args.window.split("-"))
+    data = from_arrays(rows_for(model, args.tokens, 1))
+    pairs = Settings().pairs(find(model)[first : last + 1])
+    told = cost.cost_of(pairs)
+    with run.step("statistics"):
+        found = statistics.collect(model, {"layers": pairs}, data.batches(1), args.tokens)
+    count = found["layers"].count
+    del found
+    floors["statistics_s"] = told.flops * count / (floors["gemm_gflops"] * 1e9)
+    held_out = from_arrays(rows_for(model, 1, 2))
+    config = MergeConfig(window=(first, last), tokens=args.tokens, method=args.method)
+    with run.step("merge, statistics once more"):
+        merge_(model, data, config, held_out)
+    with run.step("save"):
+        checkpoint.save(model, source.with_name("merged"), source)
+    return {
+        "window": args.window, "method": args.method, "tokens": count,
+        "pairs": told.pairs, "pairs_mb": round(told.bytes / 1e6),
+    }  # fmt: skip
+
+
+def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Return the seconds of the processors, which other programs hardly change, and the result."""
+    began = time.process_time()
+    result = work()
+    return time.process_time() - began, result
+
+
+def search(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Try all windows of ViT-B, as ffmerge does and every window from the input."""
+    write_random(
+        "vit-base", folder / "model", num_hidden_layers=args.layers, hidden_size=args.width,
+        intermediate_size=4 * args.width, num_attention_heads=args.width // 64,
+    )  # fmt: skip
+    model = checkpoint.load(folder / "model")
+    data, held_out = (from_arrays(rows_for(model, args.tokens, seed)) for seed in (1, 2))
+    layers = find(model)
+    windows = [layers[i : i + args.k] for i in range(args.layers - args.k + 1)]
+    pairs = [pair for window in windows for pair in Settings().pairs(window)]
+    told, rate = cost.cost_of(pairs), gemm_rate()
+    taken, moments = _timed(
+        lambda: statistics.collect(model, {"layers": pairs}, data.batches(8), args.tokens)
+    )
+    count = moments["layers"].count
+    print(f"statistics {taken:.1f} s, floor {told.flops * count / rate:.1f} s", flush=True)
+    every, _ = _timed(
+        lambda: statistics.collect(
+            model, {"layers": list(combinations(layers, 2))}, data.batches(8), args.tokens
+        )
+    )
+    common = {"tokens": args.tokens, "method": args.method, "batch_size": 8}
+    shared, found = _timed(
+        lambda: merge_(twin(model), data, MergeConfig(k=args.k, **common), held_out)
+    )
+    print(f"search {shared:.1f} s", flush=True)
+    behind = Resumed.behind
+    Resumed.behind = lambda self, members: nullcontext()  # type: ignore[method-assign]
+    whole, wanted = _timed(
+        lambda: merge_(twin(model), data, MergeConfig(k=args.k, **common), held_out)
+    )
+    print(f"search, every candidate through the whole model {whole:.1f} s", flush=True)
+    alone, values = 0.0, []
+    for window in windows:
+        at = (window[0].layer, window[-1].layer)
+        taken_by_it, one = _timed(
+            lambda at=at: merge_(twin(model), data, MergeConfig(window=at, **common), held_out)
+        )
+        alone += taken_by_it
+        values += [candidate.value for candidate in one.candidates]
+    Resumed.behind = behind  # type: ignore[method-assign]
+    worst = max(abs(c.value - v) for c, v in zip(found.candidates, values, strict=True))
+    after = gemm_rate()
+    return {
+        "layers": args.layers, "width": args.width, "k": args.k, "tokens": count,
+        "method": args.method,
+        "gemm_gflops": [rate / 1e9, after / 1e9],
+        "statistics_s": taken, "statistics_floor_s": told.flops * count / rate,
+        "all_pairs_s": every, "search_s": shared, "whole_passes_s": whole,
+        "every_window_alone_s": alone, "values_differ_by": worst,
+        "same_as_whole": found.candidates == wanted.candidates,
+    }  # fmt: skip
+
+
+def fit(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Measure statistics at three sizes each; return slope, intercept and R² of lines."""
+    sizes = {"hidden_size": 192, "intermediate_size": 768, "num_attention_heads": 3}
+    points: dict[str, list[tuple[int, float]]] = {"layers": [], "tokens": []}
+    for what, layers, tokens in (
+        *(("layers", n, 1500) for n in (6, 12, 24)),
+        *(("tokens", 12, n) for n in (1500, 3000, 6000)),
+    ):
+        target = folder / f"{what}-{layers}-{tokens}"
+        write_random("vit-base", target, num_hidden_layers=layers, **sizes)
+        model = checkpoint.load(target)
+        found = find(model)
+        windows = [found[i : i + 3] for i in range(layers - 2)]
+        pairs = [pair for window in windows for pair in Settings().pairs(window)]
+        data = from_arrays(rows_for(model, tokens, 1))
+
+        def once(model: Any = model, pairs: Any = pairs, data: Any = data) -> Any:
+            return statistics.collect(model, {"layers": pairs}, data.batches(4), 10**9)
+
+        once()
+        points[what].append(
+            (layers if what == "layers" else tokens, min(_timed(once)[0] for _ in range(2)))
+        )
+    lines = {}
+    for what, measured in points.items():
+        x, y = np.array(measured).T
+        slope, start = np.polyfit(x, y, 1)
+        rest = ((y - slope * x - start) ** 2).sum() / ((y - y.mean()) ** 2).sum()
+        lines[what] = {"points": measured, "slope": slope, "start": start, "r2": 1 - rest}
+    return lines
+
+
+def main() -> None:
+    """Run one of the three and print what was found as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("what", choices=["steps", "search", "fit"])
+    parser.add_argument("--model", choices=MODELS, default="vit-base")
+    parser.add_argument("--window", help="layers to merge in steps, for example 4-8")
+    parser.add_argument("--tokens", type=int, default=10_000)
+    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--k", type=int, default=5)
+    parser.add_argument("--method", default="calibrated")
+    parser.add_argument("--folder", type=Path, help="where large files go for a while")
+    parser.add_argument("--json", type=Path, help="a file to add the result to")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        work = {"steps": steps, "search": search, "fit": fit}[args.what]
+        result = {
+            "command": " ".join(["python", "benchmarks/scale.py", *sys.argv[1:]]),
+            "threads": torch.get_num_threads(),
+            **work(args, Path(folder)),
+        }
+    print(json.dumps(result, indent=1))
+    if args.json:
+        before = json.loads(args.json.read_text()) if args.json.exists() else []
+        write_json(args.json, [*before, result])
+
+
+if __name__ == "__main__":
+    main()
