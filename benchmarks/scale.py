@@ -1,15 +1,17 @@
 """What large models cost: the pipeline step by step, a search, and how statistics grow.
 
     python benchmarks/scale.py steps --model olmo-1b --window 6-8 --tokens 512
-    python benchmarks/scale.py search --tokens 2000
+    python benchmarks/scale.py pairs --tokens 1000
+    python benchmarks/scale.py search --width 256 --tokens 1000
     python benchmarks/scale.py fit
 
 ``steps`` writes a model with random weights, shard by shard, into a temporary folder, and runs it
 from checkpoint to packages in one process; without a window nothing is merged. Beside the times
 stand floors measured in the same run: matrix products at the rate of this machine, bytes at the
-speed of a copy on this disk. ``search`` tries all windows of k in a ViT, as ffmerge does, with
-whole passes, and every window alone from the input. ``fit`` measures statistics for three numbers
-of layers and of tokens, and fits lines. Times that are compared are those of the processors.
+speed of a copy on this disk. ``pairs`` collects statistics for all windows of k in a ViT, and for
+all pairs of layers. ``search`` tries these windows, as ffmerge does, with whole passes, and every
+window alone from the input. ``fit`` measures statistics for three numbers of layers and of tokens,
+and fits lines. Times that are compared are those of the processors.
 """
 
 import argparse
@@ -21,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -83,7 +86,7 @@ def write_random(name: str, folder: Path, **changes: Any) -> None:
             held = 0
         shards[-1].append(key)
         held += 4 * shape.numel()
-    places, size = {}, 0
+    places, size = dict[str, str](), 0
     for number, keys in enumerate(shards, 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         tensors = {
@@ -200,10 +203,10 @@ def _merge(
     """Merge one window and save the model beside ``source``."""
     first, last = map(int, args.window.split("-"))
     data = from_arrays(rows_for(model, args.tokens, 1))
-    pairs = Settings().pairs(find(model)[first : last + 1])
-    told = cost.cost_of(pairs)
+    wanted = Settings().pairs(find(model)[first : last + 1])
+    told = cost.cost_of(wanted)
     with run.step("statistics"):
-        found = statistics.collect(model, {"layers": pairs}, data.batches(1), args.tokens)
+        found = statistics.collect(model, {"layers": wanted}, data.batches(1), args.tokens)
     count = found["layers"].count
     del found
     floors["statistics_s"] = told.flops * count / (floors["gemm_gflops"] * 1e9)
@@ -226,59 +229,63 @@ def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
     return time.process_time() - began, result
 
 
-def search(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Try all windows of ViT-B, as ffmerge does and every window from the input."""
+def _vit(args: argparse.Namespace, folder: Path) -> tuple[Any, list[Any]]:
+    """Return a ViT with random weights and its windows."""
     write_random(
         "vit-base", folder / "model", num_hidden_layers=args.layers, hidden_size=args.width,
         intermediate_size=4 * args.width, num_attention_heads=args.width // 64,
     )  # fmt: skip
     model = checkpoint.load(folder / "model")
-    data, held_out = (from_arrays(rows_for(model, args.tokens, seed)) for seed in (1, 2))
     layers = find(model)
-    windows = [layers[i : i + args.k] for i in range(args.layers - args.k + 1)]
-    pairs = [pair for window in windows for pair in Settings().pairs(window)]
-    told, rate = cost.cost_of(pairs), gemm_rate()
-    taken, moments = _timed(
-        lambda: statistics.collect(model, {"layers": pairs}, data.batches(8), args.tokens)
-    )
-    count = moments["layers"].count
-    print(f"statistics {taken:.1f} s, floor {told.flops * count / rate:.1f} s", flush=True)
-    every, _ = _timed(
-        lambda: statistics.collect(
-            model, {"layers": list(combinations(layers, 2))}, data.batches(8), args.tokens
-        )
-    )
+    return model, [layers[i : i + args.k] for i in range(args.layers - args.k + 1)]
+
+
+def pairs(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Collect the statistics of all windows of a ViT, and of all pairs of its layers."""
+    model, windows = _vit(args, folder)
+    data = from_arrays(rows_for(model, args.tokens, 1))
+    wanted = [pair for window in windows for pair in Settings().pairs(window)]
+    every = list(combinations(find(model), 2))
+    rates, found = [gemm_rate()], {}
+    for name, these in (("windows", wanted), ("all_pairs", every)):
+        given = (model, {"layers": these}, data.batches(8), args.tokens)
+        seconds, moments = _timed(partial(statistics.collect, *given))
+        told, tokens = cost.cost_of(these), moments["layers"].count
+        rates.append(gemm_rate())
+        floor = told.flops * tokens / max(rates)
+        found[name] = {
+            "pairs": told.pairs, "bytes": told.bytes, "seconds": seconds, "floor_s": floor,
+            "over_floor": seconds / floor,
+        }  # fmt: skip
+    return {**_about(args), "tokens": tokens, "gemm_gflops": max(rates) / 1e9, **found}
+
+
+def search(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Try all windows of a ViT, as ffmerge does and every window from the input."""
+    model, windows = _vit(args, folder)
+    data, held_out = (from_arrays(rows_for(model, args.tokens, seed)) for seed in (1, 2))
     common = {"tokens": args.tokens, "method": args.method, "batch_size": 8}
-    shared, found = _timed(
-        lambda: merge_(twin(model), data, MergeConfig(k=args.k, **common), held_out)
-    )
-    print(f"search {shared:.1f} s", flush=True)
+
+    def tried(**which: Any) -> tuple[float, Any]:
+        return _timed(lambda: merge_(twin(model), data, MergeConfig(**which, **common), held_out))
+
+    shared, found = tried(k=args.k)
     behind = Resumed.behind
-    Resumed.behind = lambda self, members: nullcontext()  # type: ignore[method-assign]
-    whole, wanted = _timed(
-        lambda: merge_(twin(model), data, MergeConfig(k=args.k, **common), held_out)
-    )
-    print(f"search, every candidate through the whole model {whole:.1f} s", flush=True)
-    alone, values = 0.0, []
-    for window in windows:
-        at = (window[0].layer, window[-1].layer)
-        taken_by_it, one = _timed(
-            lambda at=at: merge_(twin(model), data, MergeConfig(window=at, **common), held_out)
-        )
-        alone += taken_by_it
-        values += [candidate.value for candidate in one.candidates]
-    Resumed.behind = behind  # type: ignore[method-assign]
+    setattr(Resumed, "behind", lambda self, members: nullcontext())  # noqa: B010
+    whole, wanted = tried(k=args.k)
+    alone = [tried(window=(w[0].layer, w[-1].layer)) for w in windows]
+    setattr(Resumed, "behind", behind)  # noqa: B010
+    values = [one.candidates[0].value for _, one in alone]
     worst = max(abs(c.value - v) for c, v in zip(found.candidates, values, strict=True))
-    after = gemm_rate()
     return {
-        "layers": args.layers, "width": args.width, "k": args.k, "tokens": count,
-        "method": args.method,
-        "gemm_gflops": [rate / 1e9, after / 1e9],
-        "statistics_s": taken, "statistics_floor_s": told.flops * count / rate,
-        "all_pairs_s": every, "search_s": shared, "whole_passes_s": whole,
-        "every_window_alone_s": alone, "values_differ_by": worst,
-        "same_as_whole": found.candidates == wanted.candidates,
+        **_about(args), "search_s": shared, "whole_passes_s": whole,
+        "every_window_alone_s": sum(seconds for seconds, _ in alone),
+        "values_differ_by": worst, "same_as_whole": found.candidates == wanted.candidates,
     }  # fmt: skip
+
+
+def _about(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in ("layers", "width", "k", "tokens", "method")}
 
 
 def fit(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -294,10 +301,10 @@ def fit(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         model = checkpoint.load(target)
         found = find(model)
         windows = [found[i : i + 3] for i in range(layers - 2)]
-        pairs = [pair for window in windows for pair in Settings().pairs(window)]
+        wanted = [pair for window in windows for pair in Settings().pairs(window)]
         data = from_arrays(rows_for(model, tokens, 1))
 
-        def once(model: Any = model, pairs: Any = pairs, data: Any = data) -> Any:
+        def once(model: Any = model, pairs: Any = wanted, data: Any = data) -> Any:
             return statistics.collect(model, {"layers": pairs}, data.batches(4), 10**9)
 
         once()
@@ -314,9 +321,9 @@ def fit(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run one of the three and print what was found as JSON."""
+    """Run one of the four and print what was found as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("what", choices=["steps", "search", "fit"])
+    parser.add_argument("what", choices=["steps", "pairs", "search", "fit"])
     parser.add_argument("--model", choices=MODELS, default="vit-base")
     parser.add_argument("--window", help="layers to merge in steps, for example 4-8")
     parser.add_argument("--tokens", type=int, default=10_000)
@@ -328,7 +335,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="a file to add the result to")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        work = {"steps": steps, "search": search, "fit": fit}[args.what]
+        work = {"steps": steps, "pairs": pairs, "search": search, "fit": fit}[args.what]
         result = {
             "command": " ".join(["python", "benchmarks/scale.py", *sys.argv[1:]]),
             "threads": torch.get_num_threads(),
