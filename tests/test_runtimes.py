@@ -80,11 +80,12 @@ def test_tensorfloat_is_on_only_where_it_is_asked_for(
     asked = []
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(
-        ort, "InferenceSession", lambda model, options, providers, **_: asked.extend(providers)
+        ort, "InferenceSession", lambda model, options, *given, **more: asked.append((*given, more))
     )
     with pytest.raises(AttributeError):  # what was made is no session
         find_runtime(name).open(TRIVIAL)
-    assert asked == [("CUDAExecutionProvider", {"use_tf32": tf32})]
+    fall_back_off = {"enable_fallback": 0}
+    assert asked == [([("CUDAExecutionProvider", {"use_tf32": tf32})], fall_back_off)]
 
 
 @pytest.mark.skipif(CUDA_HERE, reason="this ONNX Runtime has CUDA: the GPU tests run it")
