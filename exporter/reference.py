@@ -143,32 +143,44 @@ def trace(
     arguments = []
     for spec in program.graph_signature.input_specs:
         value = next(given) if spec.target is None else held[spec.target]
-        arguments.append(rounded.get(_place(value), value))
-    inputs_too = {id(weight) for weight in rounded.values()} if dtype == "int8" else set[int]()
+        arguments.append(rounded.get(_place(value), (value,))[0])
+    inputs_too = {id(weight) for weight, op in rounded.values() if op == "MatMulInteger"}
     recorder = _Recorder(program.graph_module, traced_names(model), inputs_too)
     with torch.no_grad():
         recorder.run(*arguments)
     return Trace(tuple(recorder.values), tuple(recorder.samples))
 
 
-def _rounded(model: Any, graph: ir.Model, dtype: str) -> dict[Any, torch.Tensor]:
+def _rounded(model: Any, graph: ir.Model, dtype: str) -> dict[Any, tuple[torch.Tensor, str]]:
     """Return the weights that the graph has rounded, as it should have them, by their place.
 
-    A weight that is a table and a map is rounded as the map has it.
+    With each comes the operator that reads it first. One that is behind a DequantizeLinear has
+    8 bits in any case, and a table that is multiplied by is rounded as the map has it.
     """
     if dtype not in ("int8", "int4"):
         return {}
-    held = graph.graph.initializers
-    names: dict[Any, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(_place(parameter), []).append(name)
-    modules = [m for m in model.modules() if isinstance(m, precision.ROUNDED)]
-    modules.sort(key=lambda m: not isinstance(m, torch.nn.Embedding))
-    return {
-        _place(m.weight): precision.rounded_weight(m, dtype)
-        for m in modules
-        if any(f"{name}/scale" in held for name in names[_place(m.weight)])
+    modules = {
+        _place(module.weight): module
+        for kind in (torch.nn.Module, precision.PRODUCTS)
+        for module in model.modules()
+        if isinstance(module, precision.ROUNDED) and isinstance(module, kind)
     }
+    held, found = graph.graph.initializers, {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if f"{name}/scale" not in held:
+            continue
+        op, module = held[name].consumers()[0].op_type, modules.get(_place(parameter))
+        if op == "DequantizeLinear" or (module is None and parameter.ndim != 2):
+            axis = next(i for i, size in enumerate(parameter.shape) if size > 1)
+            rows = parameter.data.movedim(axis, 0)
+            new = precision.to_dtype(rows.flatten(1), "int8", summed=False).view(rows.shape)
+            new = new.movedim(0, axis)
+        elif module is None:
+            new = precision.to_dtype(parameter.data, dtype)
+        else:
+            new = precision.rounded_weight(module, dtype)
+        found[_place(parameter)] = (new, op)
+    return found
 
 
 def _place(value: Any) -> Any:
@@ -188,7 +200,7 @@ class _Recorder(torch.fx.Interpreter):
         self.samples: list[Array] = []
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        product = any(kind in str(target) for kind in ("linear", "mm"))  # mm, addmm, bmm
+        product = any(kind in str(target) for kind in ("linear", "matmul", "mm"))
         if product and any(id(x) in self.rounds for x in args):
             args = tuple(
                 precision.rounded_input(x)

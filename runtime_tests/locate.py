@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx_ir as ir
 
 from ffmerge.models.manifest import GraphRecord
 from ffmerge.models.probe import Array
@@ -16,6 +16,9 @@ from ffmerge.models.trace import sampled, traced_feeds
 from ffmerge.runtime_tests.reference import Reference
 from ffmerge.runtime_tests.runtimes.base import Runtime
 from ffmerge.runtime_tests.runtimes.registry import find_runtime
+
+if TYPE_CHECKING:  # a device needs onnx only where something is off
+    import onnx_ir as ir
 
 STEP = 48  # values that are looked at in one run: what bounds the memory
 # Rounding flips where a sum is a bit off, and flips more behind it: a quantized graph may be off by
@@ -112,6 +115,8 @@ def _opened(folder: Path, graph: GraphRecord) -> Iterator["_Graph"]:
 
     A link would not do: onnx and this package refuse data under a second name.
     """
+    import onnx_ir as ir
+
     path = folder / graph.path
     with tempfile.TemporaryDirectory(prefix="ffmerge-") as temporary:
         for data in path.parent.glob("*.onnx_data"):
@@ -122,12 +127,14 @@ def _opened(folder: Path, graph: GraphRecord) -> Iterator["_Graph"]:
 @dataclass(frozen=True)
 class _Graph:
     name: str
-    model: ir.Model
+    model: Any
     path: Path
 
     @property
-    def values(self) -> dict[str, ir.Value]:
+    def values(self) -> dict[str, "ir.Value"]:
         """The float values that nodes outside of branches compute, in order."""
+        import onnx_ir as ir
+
         kinds = {ir.DataType.FLOAT, ir.DataType.FLOAT16, None}
         return {
             str(v.name): v
@@ -140,6 +147,8 @@ class _Graph:
         self, runtime: Runtime, optimization: str, names: Sequence[str], feeds: Mapping[str, Array]
     ) -> dict[str, Array]:
         """Return the values of these names, put out by a copy of the graph."""
+        import onnx_ir as ir
+
         outputs, values = self.model.graph.outputs, self.values
         own = list(outputs)
         try:
@@ -192,7 +201,7 @@ class _Search:
         )  # fmt: skip
 
 
-def _weights(node: ir.Node, good: set[str]) -> tuple[str, ...]:
+def _weights(node: "ir.Node", good: set[str]) -> tuple[str, ...]:
     """Return the initializers between a node and the values known to be right."""
     found: dict[str, None] = {}
     left, seen = [node], {node}

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-_PRODUCTS = (nn.Linear, Conv1D)
-ROUNDED = (*_PRODUCTS, nn.Embedding, nn.Conv1d, nn.Conv2d)
+PRODUCTS = (nn.Linear, Conv1D)
+ROUNDED = (*PRODUCTS, nn.Embedding, nn.Conv1d, nn.Conv2d)
 DTYPES = ("fp32", "fp16", "int8", "int4")
 _FLOOR = 1024  # elements below which a weight stays float32
 _BLOCK = 32
@@ -86,7 +86,7 @@ def rounded_weight(module: Any, dtype: str) -> Tensor:
         return weight.data
     rows = (weight.data.T if isinstance(module, Conv1D) else weight.data).flatten(1)
     kind = "int8" if weight.ndim > 2 and dtype == "int4" else dtype
-    new = to_dtype(rows, kind, summed=isinstance(module, _PRODUCTS))
+    new = to_dtype(rows, kind, summed=isinstance(module, PRODUCTS))
     return new.T if isinstance(module, Conv1D) else new.view_as(weight)
 
 
@@ -102,7 +102,7 @@ def _round_(whole: list[Tensor], dtype: str, module: Any, args: tuple[Any, ...])
     weight = module.weight
     whole.append(weight.data)
     weight.data = rounded_weight(module, dtype)
-    if dtype != "int8" or weight.numel() < _FLOOR or not isinstance(module, _PRODUCTS):
+    if dtype != "int8" or weight.numel() < _FLOOR or not isinstance(module, PRODUCTS):
         return None
     return (rounded_input(args[0]), *args[1:])
 
