@@ -47,8 +47,8 @@ class Tolerance:
 TOLERANCES = {
     "fp32": Tolerance(2e-5, 1e-5, 0.99999, 1.2e-5, 1.0, 1e-9, 1e-4, 1.0, 1e-5),
     "fp16": Tolerance(6e-2, 5e-3, 0.9999, 4.8e-2, 0.99, 1e-3, 2e-2, 0.9, 2e-2),
-    "int8": Tolerance(8.0, 5e-2, 0.995, 3.9, 0.98, 1e-2, 0.25, 0.8, 2e-3, real=True),
-    "int4": Tolerance(20.0, 1e-1, 0.98, 9.7, 0.95, 5e-2, 0.5, 0.7, 3e-2, real=True),
+    "int8": Tolerance(8.0, 5e-2, 0.995, 3.9, 0.97, 1.5e-2, 0.25, 0.8, 2e-2, real=True),
+    "int4": Tolerance(20.0, 1e-1, 0.98, 9.7, 0.95, 5e-2, 0.5, 0.7, 5e-2, real=True),
     "int8-weights": Tolerance(2e-1, 5e-2, 0.999, 6.2e-2, 0.98, 1e-2, 0.25, 0.8, 0.2, real=True),
     "int8-static": Tolerance(3e-1, 5e-2, 0.99, 1.5e-1, 0.95, 2e-2, 0.25, 0.8, 0.3, real=True),
 }

@@ -1,0 +1,64 @@
+"""Node by node, a quantized package computes what PyTorch does with weights rounded elsewhere."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tamper
+from tiny import gpt2
+
+from ffmerge.exporter.package import ExportConfig, export
+from ffmerge.models.data import from_arrays
+from ffmerge.models.manifest import Manifest
+from ffmerge.passes.weights.merge import MergeConfig, merge_
+from ffmerge.runtime_tests.locate import locate
+from ffmerge.runtime_tests.parity import check_generation, check_nodes, check_parity
+from ffmerge.runtime_tests.reference import read_reference
+from ffmerge.runtime_tests.runtimes.registry import find_runtime
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """GPT-2, two layers sharing with low-rank parts of their own, in int8, with its cache."""
+    model = gpt2(layers=3)
+    ids = np.random.default_rng(0).integers(0, 97, (12, 20))
+    rows = from_arrays({"input_ids": ids, "attention_mask": np.ones_like(ids)})
+    merge_(model, rows, MergeConfig(window=(1, 2), method="residual"))
+    folder = tmp_path_factory.mktemp("gpt2") / "p"
+    export(model, folder, ExportConfig(dtype="int8"), examples=rows)
+    return folder
+
+
+def test_every_node_is_pytorchs(package: Path) -> None:
+    manifest, reference = Manifest.read(package), read_reference(package)
+    (graph,) = manifest.graphs
+    trace = reference.trace(graph)
+    assert trace is not None and len(trace.values) > 50
+    assert {"transformer.h.2.mlp.c_fc", "transformer.ln_f"} <= {v.layer for v in trace.values}
+    runtime = find_runtime("cpu")
+    assert locate(package, graph, reference, runtime, "all", 2e-2) is None  # measured 0.011
+    # Until the first code flips, which a sum's last bit decides, all is exact: measured 5e-7.
+    flipped = locate(package, graph, reference, runtime, "all", 2e-6)
+    assert flipped is None or "h.0." not in flipped.layer
+    assert locate(package, graph, reference, runtime, "all", 1e-9) is not None
+
+
+def test_its_quality_and_its_greedy_ids_hold(package: Path) -> None:
+    manifest = Manifest.read(package)
+    outputs = check_parity(package, manifest)
+    assert [o.reason for o in outputs if not o.ok] == []
+    generation = check_generation(package, manifest)
+    assert generation is not None and generation.ok, generation
+    assert generation.tokens == 16 and generation.prompts == 4
+    assert check_nodes(package, manifest, "cpu", outputs) == []
+
+
+def test_wrong_scales_are_found_at_their_node(package: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(package, tmp_path / "p"))
+    weight = "transformer.h.0.mlp.c_fc.weight"
+    tamper.doubled(folder, weight)
+    manifest = Manifest.read(folder)
+    (found,) = check_nodes(folder, manifest, "cpu", check_parity(folder, manifest))
+    assert found.layer == "transformer.h.0.mlp.c_fc"
+    assert weight in found.tensors
