@@ -126,7 +126,9 @@ def export(
         real = real_inputs(plan, batch) if batch else {}
         plan = tuple(replace(g, probe=replace(g.probe, real=int(g.name in real))) for g in plan)
         shared, traces = _to_onnx(plan, config, real)
-        generates = tasks.base(task) in tasks.GENERATE and plan[-1].outputs[0] == "logits"
+        last = plan[-1]  # CTC gives a token for each frame and reads none
+        reads_ids = "input_ids" in [spec.name for spec in last.probe.inputs]
+        generates = tasks.base(task) in tasks.GENERATE and reads_ids and last.outputs[0] == "logits"
         prompts = batch or plan[0].probe.draw(len(plan[0].probe.cases) - 1)
         decoded = greedy(plan, prompts, model) if generates else {}
         if config.layout == "transformers.js":  # it opens no graph that another one contains

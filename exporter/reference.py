@@ -102,7 +102,8 @@ def greedy(plan: Sequence[Graph], batch: Mapping[str, Array], model: Any) -> dic
         states = _run(plan[0], encoded)["last_hidden_state"]
         mask = encoded.get("attention_mask", np.ones(states.shape[:2], np.int64))
         feeds = {"encoder_hidden_states": states, "encoder_attention_mask": mask}
-        start = [config.decoder_start_token_id, config.bos_token_id, config.pad_token_id, 0]
+        names = ("decoder_start_token_id", "bos_token_id", "pad_token_id")
+        start = [*(getattr(config, name, None) for name in names), 0]
         ids = np.full((len(states), 1), next(i for i in start if i is not None), np.int64)
         prompts = {name: encoded[name] for name in encoded}
     else:

@@ -98,7 +98,8 @@ def test_a_quantizer_finds_the_weight_on_the_right_only(tmp_path, resident):
 
 GROWTH = """
 import json, sys, onnxruntime
-from ffmerge.runtime_tests.footprint import TRIVIAL, resident
+from ffmerge.runtime_tests.footprint import TRIVIAL
+from ffmerge.runtime_tests.memory import resident
 onnxruntime.InferenceSession(TRIVIAL)
 before = resident()
 session = onnxruntime.InferenceSession(sys.argv[1])
