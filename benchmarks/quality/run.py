@@ -67,6 +67,7 @@ ABLATION: dict[str, dict[str, Any]] = {
     "ridge 1e-3": {"ridge": 1e-3},
     "aligned after the nonlinearity": {"after": True},
     "anchor in the middle": {"anchor": "middle"},
+    "anchor last": {"anchor": "last"},
     "aligned jointly": {"anchor": "joint"},
     "1k tokens": {"tokens": 1024},
     "4k tokens": {"tokens": 4096},
@@ -195,7 +196,8 @@ def precisions(name: str, k: int, seed: int, label: str) -> dict[str, Any]:
     if method != "none":
         model, _, _ = merged(name, k, seed, method, {})
     with TemporaryDirectory() as folder:
-        package = export(model, Path(folder) / "package", ExportConfig(dtype=dtype))
+        config, rows = ExportConfig(dtype=dtype), splits(name, seed)[1]
+        package = export(model, Path(folder) / "package", config, examples=rows)
         checked = validate(package.path, examples=splits(name, seed)[2])
         audited = audit(package.path, look)
         return {

@@ -69,15 +69,14 @@ def _ablation(results: Results) -> str:
 
 def _precisions(results: Results) -> str:
     lines = [
-        "| task | model | bytes of the graphs | metric on ONNX Runtime | audit |",
-        "|---" * 5 + "|",
+        "| task | model | bytes of the graphs | metric on ONNX Runtime | validate | audit |",
+        "|---" * 6 + "|",
     ]
     for r in _pick(results, part="precision"):
         ((metric, value),) = r["test"].items()
-        audit = "ok" if r["audit"] else "FAILS"
-        lines.append(
-            f"| {r['task']} | {r['label']} | {r['bytes']:,} | {metric} {value:.4f} | {audit} |"
-        )
+        parity, audit = ("ok" if r[what] else "FAILS" for what in ("parity", "audit"))
+        cells = [r["task"], r["label"], f"{r['bytes']:,}", f"{metric} {value:.4f}", parity, audit]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
