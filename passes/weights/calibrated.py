@@ -28,6 +28,7 @@ from ffmerge.passes.weights.align import neurons
 from ffmerge.passes.weights.settings import Settings
 from ffmerge.passes.weights.statistics import Enough, Moments, forward, positions
 
+_COLUMNS = 64  # of the right side that are solved for at a time: what bounds the memory
 _TINY = 1e-12  # of the mean variance: a row below it never changes
 LowRank = tuple[Tensor, Tensor]  # up and down: their product is added to a weight
 
@@ -192,22 +193,24 @@ def low_rank(rest: Tensor, covariance: Tensor, rank: int) -> LowRank:
 
 
 def ridge_solve(gram: Tensor, right: Tensor, ridge: float) -> Tensor:
-    """Return X of ``(gram + strength I) X = right``, in float64 and finite for any gram.
+    """Return X of ``(gram + strength I) X = right``, solved in float64 and finite for any gram.
 
     The strength is ``ridge`` times the mean of the diagonal, 1 where that is 0, and never below
     what rounding can have cost a gram of its type. Cholesky in LAPACK's packed form, half a
-    float64 matrix: no more bytes than a gram in float32.
+    float64 matrix: no more bytes than a gram in float32. X has the type of ``right``.
 
     Raises:
         InputError: the ridge is too small for such statistics.
     """
-    full = gram.cpu().numpy().T  # symmetric, so in Fortran's order without a copy
-    (pack,), n = get_lapack_funcs(("trttf",), (full,)), len(full)
-    factorize, solve = get_lapack_funcs(("pftrf", "pftrs"))
-    half = pack(full, uplo="L")[0].astype(np.float64)
-    # its diagonal is two of a tall rectangle's (Gustavson et al. 2010, figure 3)
-    even = 1 - n % 2
-    tall = torch.from_numpy(half).view(-1, n + even).T
+    gram, n = gram.cpu(), len(gram)
+    factorize, solve = get_lapack_funcs(("pftrf", "pftrs"), dtype=np.float64)
+    # two triangles make one tall rectangle (Gustavson et al. 2010, figure 3)
+    even, left = 1 - n % 2, (n + 1) // 2
+    half = np.empty(left * (n + even))
+    tall = torch.from_numpy(half).view(left, n + even).T
+    tall[even:] = gram[:, :left]
+    for row in range(n - left):
+        tall[row, row + 1 - even :] = gram[left + row, left + row :]
     relative = max(ridge, n * torch.finfo(gram.dtype).eps)
     strength = relative * float(gram.diagonal().double().mean()) or 1.0
     for offset in (-even, 1 - even):
@@ -215,9 +218,11 @@ def ridge_solve(gram: Tensor, right: Tensor, ridge: float) -> Tensor:
     half, failed = factorize(n, half, uplo="L", overwrite_a=True)
     if failed:
         raise InputError(f"ridge {ridge} is too small for the statistics of this data.")
-    solution = right.cpu().numpy().astype(np.float64, order="F")
-    solution, _ = solve(n, half, solution, uplo="L", overwrite_b=True)
-    return torch.from_numpy(solution).to(right.device)
+    solution = torch.empty_like(right)
+    for given, found in zip(right.split(_COLUMNS, 1), solution.split(_COLUMNS, 1), strict=True):
+        columns = given.cpu().numpy().astype(np.float64, order="F")
+        found.copy_(torch.from_numpy(solve(n, half, columns, uplo="L", overwrite_b=True)[0]))
+    return solution
 
 
 @dataclass
@@ -255,7 +260,7 @@ class Regression:
 
     def solve(self, ridge: float) -> Tensor:
         """Return W, (f, d) in float64; 0 in directions that the data has not."""
-        return ridge_solve(self.gram, self.cross, ridge)
+        return ridge_solve(self.gram, self.cross, ridge).double()
 
     def bias(self, layer: int, weight: Tensor) -> Tensor:
         """Return the best b_l, (d,), to a weight."""
