@@ -1,7 +1,7 @@
 # Every target works in a fresh clone; `install` makes .venv once.
 PYTHON ?= python3
 BIN := .venv/bin
-PYTEST = FFMERGE_OPTIMUM=required OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadgroup
+PYTEST = FFMERGE_OPTIMUM=required FFMERGE_OPENVINO=required OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadgroup
 
 NODE_MODULES := examples/web/node_modules/.package-lock.json
 

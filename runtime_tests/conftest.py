@@ -15,5 +15,5 @@ def package(request: pytest.FixtureRequest) -> Path:
     """Return the package that was named."""
     folder = request.config.getoption("--package")
     if folder is None:
-        pytest.skip("no --package given")
+        pytest.skip("no --package given: python -m ffmerge.runtime_tests --package FOLDER")
     return Path(folder)

@@ -1,6 +1,7 @@
 """The engines behind one interface: what is asked for is what runs, or it is said why not."""
 
 import json
+import os
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -9,11 +10,13 @@ from typing import NoReturn
 import numpy as np
 import onnxruntime as ort
 import pytest
+import tiny
 from packages import linear_package
 from rich.console import Console
 
 from ffmerge.__main__ import main
 from ffmerge.errors import InputError, NotInstalled, RuntimeCheckError
+from ffmerge.exporter.package import export
 from ffmerge.runtime_tests.footprint import TRIVIAL, measure_footprint
 from ffmerge.runtime_tests.runtimes.base import Placement, Runtime
 from ffmerge.runtime_tests.runtimes.ort import CPU, _placement
@@ -88,7 +91,17 @@ def test_tensorfloat_is_on_only_where_it_is_asked_for(
     assert asked == [([("CUDAExecutionProvider", {"use_tf32": tf32})], fall_back_off)]
 
 
-@pytest.mark.skipif(CUDA_HERE, reason="this ONNX Runtime has CUDA: the GPU tests run it")
+@pytest.mark.parametrize("name", ["cuda", "cuda-tf32"])
+def test_cuda_computes_what_pytorch_computed(name: str, tmp_path: Path) -> None:
+    if not CUDA_HERE:
+        missing = f"no CUDA in this ONNX Runtime {ort.__version__}: install onnxruntime-gpu"
+        (pytest.fail if os.environ.get("FFMERGE_CUDA") == "required" else pytest.skip)(missing)
+    export(tiny.gpt2(layers=2), tmp_path / "gpt2")
+    result = validate(tmp_path / "gpt2", (name,))
+    assert result.ok, result.providers[0].reason
+
+
+@pytest.mark.skipif(CUDA_HERE, reason="this ONNX Runtime has CUDA: the test above runs it")
 def test_cuda_on_a_machine_without_it_exits_with_1(
     package: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

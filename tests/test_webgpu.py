@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +34,19 @@ Validate = Callable[..., tuple[int, dict[str, Any]]]
 @pytest.fixture(scope="module")
 def settings() -> dict[str, str]:
     """Return what to add to the environment; nothing where there is a GPU."""
-    pytest.importorskip("onnxruntime_ep_webgpu", exc_type=ModuleNotFoundError)
+    missing = [] if find_spec("onnxruntime_ep_webgpu") else ["the extra webgpu (pip)"]
     try:
-        found = _plugged_in(WEBGPU)
+        found = None if missing else _plugged_in(WEBGPU)
     except NotInstalled:
         found = None
     if found and "GPU" in str(found.device.type):
         return {}
-    missing = [name for name in FILES if not (SWIFTSHADER / name).exists()]
+    files = [SWIFTSHADER / name for name in FILES]
+    missing += [f"{file} (apt-get install chromium)" for file in files if not file.exists()]
     if missing:
         required = os.environ.get("FFMERGE_WEBGPU") == "required"
         fail = pytest.fail if required else pytest.skip
-        fail(f"no GPU, and {SWIFTSHADER} lacks {' and '.join(missing)}: apt-get install chromium")
+        fail(f"no GPU, and this machine lacks {' and '.join(missing)}")
     return SOFTWARE
 
 
