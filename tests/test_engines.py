@@ -67,8 +67,8 @@ def test_int4_with_a_tied_embedding_is_read_alike(packages: Path) -> None:
     here = outputs(packages / "gpt2-int4", "cpu")
     there = outputs(packages / "gpt2-int4", "openvino")
     assert all(output.ok for output in there), [output.reason for output in there]
-    for one, other in zip(here, there, strict=True):  # measured 3e-7
-        assert one.max_abs == pytest.approx(other.max_abs, abs=1e-5)
+    for one, other in zip(here, there, strict=True):
+        assert one.max_abs == pytest.approx(other.max_abs, abs=5e-7)  # measured 9.7e-8
 
 
 def test_the_evaluator_says_which_operator_it_lacks(packages: Path) -> None:

@@ -58,13 +58,13 @@ def test_another_runtime_is_judged_by_the_cpu_node_by_node(
     right = x @ WEIGHT + (value == "logits")
     off = 0.5 * (x.sum(1, keepdims=True) if tensor == "weight" else 1) * np.ones((3, 5))
     size = np.linalg.norm(off) / np.linalg.norm(right)
-    assert found.difference == pytest.approx(size, rel=1e-5)
+    assert found.difference == pytest.approx(size, rel=2e-7)  # measured 4.0e-8
     assert sorted(folder.iterdir()) == files
     assert locate(folder, graph, read_reference(folder), find_runtime("cpu"), "all", 0.0) is None
 
 
 def test_what_is_no_number_where_it_should_be_one_is_infinitely_far() -> None:
     expected = np.array([3.0, 4.0, -np.inf])
-    assert relative(expected, np.array([3.0, 4.5, 0.0])) == pytest.approx(0.1)  # a mask is left out
+    assert relative(expected, np.array([3.0, 4.5, 0.0])) == 0.1  # a mask is left out
     assert relative(expected, np.array([3.0, np.nan, 0.0])) == np.inf
     assert relative(np.zeros(3), np.ones(3) * 1e-9) == 0

@@ -219,7 +219,7 @@ def test_scores_are_compared_as_by_hand() -> None:
     quality = compare_scores(expected, got, counted, 0.0)
     p, q = softmax(expected[counted].astype(float), -1), softmax(got[counted].astype(float), -1)
     assert quality is not None and quality.positions == 5
-    assert quality.kl == pytest.approx(rel_entr(p, q).sum(-1).mean(), rel=1e-9)
+    assert quality.kl == pytest.approx(rel_entr(p, q).sum(-1).mean(), rel=1e-14)  # 2.4e-15
     assert quality.agreement == (p.argmax(-1) == q.argmax(-1)).mean()
     assert compare_scores(expected, got, counted & False, 0.0) is None
 
@@ -232,7 +232,7 @@ def test_a_tie_is_no_disagreement_and_a_class_behind_it_is() -> None:
         quality = compare_scores(expected, got, counted, tie)
         assert quality is not None and quality.agreement == agreement
     parts = [Quality(1, 1.0, 0.2), Quality(3, 0.0, 0.6)]
-    assert Quality.mean(parts) == Quality(4, 0.25, pytest.approx(0.5))
+    assert Quality.mean(parts) == Quality(4, 0.25, pytest.approx(0.5, rel=1e-15))  # 1.1e-16
 
 
 def test_of_large_logits_whole_positions_are_kept() -> None:
