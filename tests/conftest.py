@@ -1,5 +1,6 @@
 """Fixtures every test file may use."""
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -7,10 +8,38 @@ import pytest
 from architectures import GENERATE
 from tiny import FAMILIES
 
+import ffmerge.__main__ as command_line
+
+Command = Callable[..., tuple[int, str, str]]
+
 
 @pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> Callable[..., Any]:
     return FAMILIES[request.param]
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run a command in this process; give its exit code, stdout and stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()  # what came before is not the command's
+        with pytest.raises(SystemExit) as ended:
+            command_line.main([*map(str, arguments)])
+        return int(ended.value.code or 0), *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def run(command: Command) -> Callable[..., tuple[int, Any, str]]:
+    """Run a command in this process; give its exit code, its JSON if any, and its stderr."""
+
+    def call(*arguments: object) -> tuple[int, Any, str]:
+        code, out, err = command(*arguments)
+        return code, json.loads(out) if out.startswith("{") else {}, err
+
+    return call
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -21,20 +21,6 @@ from ffmerge.models import checkpoint
 Run = Callable[..., tuple[int, dict[str, Any], str]]
 
 
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command in this process; give its exit code, its JSON and its stderr."""
-
-    def call(*arguments: Any) -> tuple[int, dict[str, Any], str]:
-        monkeypatch.setattr(sys, "argv", ["ffmerge", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            command_line.main()
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), json.loads(out) if out.startswith("{") else {}, err
-
-    return call
-
-
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "vit"

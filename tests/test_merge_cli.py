@@ -1,15 +1,12 @@
 """The merge and inspect commands on models with several stacks."""
 
 import json
-import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from tiny_wider import seeded
 
-import ffmerge.__main__ as command_line
 from ffmerge.errors import InputError
 from ffmerge.models.plan import parse_windows
 
@@ -26,14 +23,6 @@ def model(tmp_path: Path) -> Path:
     return tmp_path / "swin"
 
 
-def _run(monkeypatch: pytest.MonkeyPatch, capsys: Any, *arguments: object) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["ffmerge", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        command_line.main()
-    out, err = capsys.readouterr()
-    return int(stop.value.code or 0), out, err
-
-
 @pytest.mark.parametrize(
     ("options", "groups"),
     [
@@ -43,14 +32,14 @@ def _run(monkeypatch: pytest.MonkeyPatch, capsys: Any, *arguments: object) -> tu
         (["--k", 3, "--sync", "--stack", 0, "--stack", 1], [("0", [0, 1, 2]), ("1", [0, 1, 2])]),
     ],
 )  # fmt: skip
-def test_stacks_of_one_command(options, groups, model, tmp_path, monkeypatch, capsys) -> None:
+def test_stacks_of_one_command(options, groups, model, tmp_path, command) -> None:
     data = ["--data", tmp_path / "data.npz"]
     arguments = ("merge", model, tmp_path / "out", *options, *data, "--json")
-    code, out, _ = _run(monkeypatch, capsys, *arguments)
+    code, out, _ = command(*arguments)
     assert code == 0
     got = [(g["stack"], g["layers"]) for g in json.loads(out)["groups"]]
     assert got == groups
-    _, out, _ = _run(monkeypatch, capsys, "inspect", tmp_path / "out", "--json")
+    _, out, _ = command("inspect", tmp_path / "out", "--json")
     shared = {s["name"]: (s["distinct"], s["shared"]) for s in json.loads(out)["stacks"]}
     before = {"0": 4, "1": 3}
     sizes = {stack: before[stack] - len(layers) + 1 for stack, layers in groups}
@@ -69,23 +58,23 @@ def test_stacks_of_one_command(options, groups, model, tmp_path, monkeypatch, ca
         ["--window", "0:0-1", "--stack", "1"],
     ],
 )
-def test_what_does_not_fit_ends_with_one_sentence(options, model, tmp_path, monkeypatch, capsys):
+def test_what_does_not_fit_ends_with_one_sentence(options, model, tmp_path, command):
     data = ["--data", tmp_path / "data.npz"]
     arguments = ("merge", model, tmp_path / "out", *options, *data)
-    code, out, err = _run(monkeypatch, capsys, *arguments)
+    code, out, err = command(*arguments)
     assert (code, out, len(err.strip().splitlines())) == (2, "", 1)
     assert err.startswith("ffmerge: ")
     assert not (tmp_path / "out").exists()
 
 
-def test_inspect_shows_what_is_left_alone(tmp_path, monkeypatch, capsys) -> None:
+def test_inspect_shows_what_is_left_alone(tmp_path, command) -> None:
     seeded(
         "Qwen2MoeForCausalLM", "Qwen2MoeConfig", hidden_size=32, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, intermediate_size=48, vocab_size=60,
         num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24,
         shared_expert_intermediate_size=40,
     ).save_pretrained(tmp_path / "m")  # fmt: skip
-    code, out, _ = _run(monkeypatch, capsys, "inspect", tmp_path / "m")
+    code, out, _ = command("inspect", tmp_path / "m")
     assert code == 0
     assert "Left alone" in out
     assert "model.layers.1.mlp.experts" in out

@@ -1,7 +1,6 @@
 """Recipes: the same commands from one file, refused before anything is done if one is wrong."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +8,6 @@ import numpy as np
 import onnx
 import pytest
 from tiny import vit
-
-import ffmerge.__main__ as command_line
 
 RECIPE = """
 - merge: {{model: {0}/vit, out: {0}/merged, budget: -5%, data: {0}/data.npz, batch-size: 4}}
@@ -27,25 +24,15 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def _run(monkeypatch: pytest.MonkeyPatch, capsys: Any, *arguments: object) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["ffmerge", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        command_line.main()
-    out, err = capsys.readouterr()
-    return int(stop.value.code or 0), out, err
-
-
-def test_its_steps_are_the_commands(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
+def test_its_steps_are_the_commands(folder: Path, command: Any) -> None:
     (folder / "r.yaml").write_text(RECIPE.format(folder))
-    code, out, _ = _run(monkeypatch, capsys, "run", folder / "r.yaml", "--json")
+    code, out, _ = command("run", folder / "r.yaml", "--json")
     steps = json.loads(out)["steps"]
     assert (code, [step["command"] for step in steps]) == (0, ["merge", "export", "audit"])
     assert [step["exit_code"] for step in steps] == [0, 0, 0]
     by_hand = folder / "by_hand"
     options = ["--budget=-5%", "--data", folder / "data.npz", "--batch-size", 4, "--json"]
-    _, merged, _ = _run(monkeypatch, capsys, "merge", folder / "vit", by_hand, *options)
+    _, merged, _ = command("merge", folder / "vit", by_hand, *options)
     assert steps[0]["result"] == json.loads(merged)
     name = "model.ffmerge.safetensors"
     assert (folder / "merged" / name).read_bytes() == (by_hand / name).read_bytes()
@@ -68,24 +55,22 @@ def test_its_steps_are_the_commands(
     ],
 )
 def test_a_wrong_recipe_is_refused_before_its_first_step(
-    text: str, said: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    text: str, said: str, folder: Path, command: Any
 ) -> None:
     fine = f"- merge: {{model: {folder}/vit, out: {folder}/new, window: 0-1, method: average}}\n"
     (folder / "r.yaml").write_text(text)
-    code, out, err = _run(monkeypatch, capsys, "run", folder / "r.yaml")
+    code, out, err = command("run", folder / "r.yaml")
     assert (code, out) == (2, "") and said in err and err.count("\n") == 1
     (folder / "r.yaml").write_text(fine + (text or "-"))
-    assert _run(monkeypatch, capsys, "run", folder / "r.yaml")[0] == 2
+    assert command("run", folder / "r.yaml")[0] == 2
     assert not (folder / "new").exists()
 
 
-def test_it_stops_at_the_step_that_fails(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
+def test_it_stops_at_the_step_that_fails(folder: Path, command: Any) -> None:
     """Input that cannot be used ends with 2 and its sentence, what does not hold with 1."""
     window = f"- merge: {{model: {folder}/vit, out: {folder}/new, window: 0-9, method: average}}\n"
     (folder / "r.yaml").write_text(f"{window}- inspect: {{model: {folder}/vit}}\n")
-    code, out, err = _run(monkeypatch, capsys, "run", folder / "r.yaml")
+    code, out, err = command("run", folder / "r.yaml")
     assert (code, out) == (2, "") and "window 0-9 is out of range" in err
     equal = onnx.numpy_helper.from_array(np.ones((64, 64), np.float32))
     twice = [onnx.TensorProto(name=name) for name in "ab"]
@@ -98,6 +83,6 @@ def test_it_stops_at_the_step_that_fails(
     onnx.save(onnx.helper.make_model(graph), folder / "twice.onnx")
     step = f"- audit: {{path: {folder}/twice.onnx, load: no}}\n"
     (folder / "r.yaml").write_text(f"{step}- inspect: {{model: {folder}/vit}}\n")
-    code, out, err = _run(monkeypatch, capsys, "run", folder / "r.yaml", "--json")
+    code, out, err = command("run", folder / "r.yaml", "--json")
     assert (code, err) == (1, "")
     assert [(s["command"], s["exit_code"]) for s in json.loads(out)["steps"]] == [("audit", 1)]

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,6 @@ from tiny_wider import GATED, SEQ2SEQ, seeded, t5
 from torch import nn
 
 import ffmerge
-import ffmerge.__main__ as command_line
 from ffmerge.models.examples import from_arrays
 from ffmerge.models.feedforward import FeedForward, find, stacks
 from ffmerge.passes.weights.baselines import drop_layers, factor
@@ -419,30 +417,22 @@ def checkpoint(tmp_path: Path) -> Path:
     return tmp_path / "bert"
 
 
-def _run(monkeypatch: pytest.MonkeyPatch, capsys: Any, *arguments: object) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["ffmerge", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        command_line.main()
-    out, err = capsys.readouterr()
-    return int(stop.value.code or 0), out, err
-
-
-def test_the_command_prints_the_comparison(checkpoint, monkeypatch, capsys) -> None:
+def test_the_command_prints_the_comparison(checkpoint, command) -> None:
     arguments = ("compare", checkpoint, "--k", 2, "--data", checkpoint.parent / "data.npz")
-    code, out, _ = _run(monkeypatch, capsys, *arguments, "--method", "permute", "--json")
+    code, out, _ = command(*arguments, "--method", "permute", "--json")
     found = json.loads(out)
     assert code == 0 and set(found) == {"metric", "examples", "rows", "verdict"}
     assert all(set(row) == {"name", "what", "bytes", "value"} for row in found["rows"])
     assert [row["name"] for row in found["rows"][:2]] == ["original", "permute"]
     assert (found["metric"], found["examples"]) == ("accuracy", 10)  # half of the rows
-    code, out, _ = _run(monkeypatch, capsys, *arguments, "--method", "permute")
+    code, out, _ = command(*arguments, "--method", "permute")
     assert code == 0 and found["verdict"] in " ".join(out.split())
     assert sorted(path.name for path in checkpoint.parent.iterdir()) == ["bert", "data.npz"]
 
 
 @pytest.mark.parametrize("k", [1, 4])
-def test_a_k_that_does_not_fit_ends_with_one_sentence(k, checkpoint, monkeypatch, capsys) -> None:
+def test_a_k_that_does_not_fit_ends_with_one_sentence(k, checkpoint, command) -> None:
     arguments = ("compare", checkpoint, "--k", k, "--data", checkpoint.parent / "data.npz")
-    code, out, err = _run(monkeypatch, capsys, *arguments, "--json")
+    code, out, err = command(*arguments, "--json")
     assert (code, out, len(err.strip().splitlines())) == (2, "", 1)
     assert err.startswith("ffmerge: ") and f"k = {k} does not fit" in err

@@ -17,7 +17,6 @@ from test_merge import _data, _pairs_of_texts, _permute_neurons
 from tiny import gpt2, vit
 from tiny_wider import SEQ2SEQ, t5
 
-import ffmerge.__main__ as command_line
 from ffmerge.errors import InputError
 from ffmerge.exporter import package
 from ffmerge.exporter.package import ExportConfig
@@ -168,20 +167,11 @@ def test_what_a_join_costs_is_counted_by_the_byte_it_saves() -> None:
     assert chosen.value < max(c.value for c in result.candidates)
 
 
-def _run(monkeypatch: pytest.MonkeyPatch, capsys: Any, *arguments: object) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["ffmerge", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        command_line.main()
-    out, err = capsys.readouterr()
-    return int(stop.value.code or 0), out, err
-
-
-def test_budgets_of_the_command_line(tmp_path, monkeypatch, capsys) -> None:
+def test_budgets_of_the_command_line(tmp_path, command) -> None:
     _model().save_pretrained(tmp_path / "m")
     np.savez(tmp_path / "data.npz", **_pixels())
-    capsys.readouterr()
     run = partial(
-        _run, monkeypatch, capsys, "merge", tmp_path / "m", tmp_path / "out", "--method",
+        command, "merge", tmp_path / "m", tmp_path / "out", "--method",
         "average", "--data", tmp_path / "data.npz", "--budget",
     )  # fmt: skip
     (one,) = _sizes(_model())
@@ -372,7 +362,7 @@ def test_rounding_is_what_a_package_does(make, dtype, tmp_path) -> None:
     assert 0.7 < np.linalg.norm(rounded - plain) / size < 1.3
 
 
-def test_the_best_precision_that_fits_is_chosen(monkeypatch, capsys, tmp_path) -> None:
+def test_the_best_precision_that_fits_is_chosen(command, tmp_path) -> None:
     """What fits is measured anew by hand; half the size needs no merging, a fifth does."""
     pixels = _pixels()
     odd = from_arrays({"pixel_values": pixels["pixel_values"][1::2]})
@@ -400,8 +390,8 @@ def test_the_best_precision_that_fits_is_chosen(monkeypatch, capsys, tmp_path) -
         else:
             assert best.groups
     np.savez(tmp_path / "data.npz", **pixels)
-    code, out, _ = _run(
-        monkeypatch, capsys, "merge", tmp_path / "m", tmp_path / "out", "--method", "average",
+    code, out, _ = command(
+        "merge", tmp_path / "m", tmp_path / "out", "--method", "average",
         "--data", tmp_path / "data.npz", "--budget", "-50%", "--dtype", "auto",
     )  # fmt: skip
     assert code == 0

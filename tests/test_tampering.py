@@ -1,8 +1,6 @@
 """A package that was changed is caught by the right check, which names the tensor."""
 
-import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,6 @@ import tamper
 from packages import linear_package
 from tiny import vit
 
-import ffmerge.__main__ as command_line
 from ffmerge.errors import InputError
 from ffmerge.exporter.package import ExportConfig, export
 from ffmerge.models import checkpoint, data, digits
@@ -22,20 +19,6 @@ from ffmerge.passes.weights.merge import MergeConfig, merge_
 
 Run = Callable[..., tuple[int, dict[str, Any], str]]
 DIGITS = Path(__file__).parents[1] / "models" / "digits_vit"
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command in this process; give its exit code, its JSON and its stderr."""
-
-    def call(*arguments: Any) -> tuple[int, dict[str, Any], str]:
-        monkeypatch.setattr(sys, "argv", ["ffmerge", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            command_line.main()
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), json.loads(out) if out.startswith("{") else {}, err
-
-    return call
 
 
 @pytest.fixture(scope="module")
