@@ -1,27 +1,16 @@
 """What the decoding benchmark counts, on a graph counted by hand."""
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
+import decode
 import numpy as np
 import onnx
-import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 
-@pytest.fixture
-def decode() -> Any:
-    path = Path(__file__).parents[1] / "benchmarks" / "decode.py"
-    spec = importlib.util.spec_from_file_location("decode", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_a_token_reads_each_weight_once_and_one_row_of_what_is_only_looked_up(
-    tmp_path: Path, decode: Any
+    tmp_path: Path,
 ) -> None:
     def weight(name: str, *shape: int, dtype: Any = np.float32) -> onnx.TensorProto:
         return numpy_helper.from_array(np.zeros(shape, dtype), name)

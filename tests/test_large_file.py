@@ -1,8 +1,6 @@
 """The benchmark of large files, on a small one."""
 
-import importlib.util
-from pathlib import Path
-
+import large_file
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -12,16 +10,7 @@ from graphs import run
 from ffmerge.passes.graph.run import share_file
 
 
-@pytest.fixture
-def large_file():
-    path = Path(__file__).parents[1] / "benchmarks" / "large_file.py"
-    spec = importlib.util.spec_from_file_location("large_file", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_memory_does_not_grow_with_the_file_and_copies_go(tmp_path, large_file):
+def test_memory_does_not_grow_with_the_file_and_copies_go(tmp_path):
     """256 MB of weights of 4 MB each: what is added is a tensor and a few blocks."""
     found = {}
     for weights in (8, 64):
@@ -39,7 +28,7 @@ def test_memory_does_not_grow_with_the_file_and_copies_go(tmp_path, large_file):
 
 
 @pytest.mark.slow
-def test_more_than_two_gigabytes_of_distinct_weights(tmp_path, large_file, monkeypatch):
+def test_more_than_two_gigabytes_of_distinct_weights(tmp_path, monkeypatch):
     """The last weights lie beyond 2^31 bytes; ONNX Runtime computes the same with both files."""
     monkeypatch.setattr(large_file, "KINDS", ("own", "turned"))
     large_file.write_large(tmp_path / "in.onnx", 136)

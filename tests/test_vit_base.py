@@ -1,9 +1,8 @@
 """The promise at true size: ViT-B/16 with five of twelve feed-forward sublayers shared."""
 
-import importlib.util
-from pathlib import Path
 from typing import Any
 
+import memory
 import numpy as np
 import onnxruntime as ort
 import pytest
@@ -19,22 +18,12 @@ Packages = dict[str, dict[str, Package]]
 
 
 @pytest.fixture(scope="module")
-def memory() -> Any:
-    path = Path(__file__).parents[1] / "benchmarks" / "memory.py"
-    spec = importlib.util.spec_from_file_location("memory", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def model(memory: Any) -> Any:
+def model() -> Any:
     return memory.vit_base()
 
 
 @pytest.fixture(scope="module")
-def packages(memory: Any, model: Any, tmp_path_factory: pytest.TempPathFactory) -> Packages:
+def packages(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Packages:
     """Packages by precision; afterwards the model is tied."""
     return memory.packages(model, tmp_path_factory.mktemp("vit-base"))
 
@@ -65,7 +54,7 @@ def test_memory_saved_is_the_bytes_removed(dtype: str, packages: Packages) -> No
 @pytest.mark.parametrize("dtype", ["fp32", "int8", "int4"])
 @pytest.mark.parametrize("label", ["untied", "tied"])
 def test_packed_weights_stay_in_the_file_at_full_speed(
-    dtype: str, label: str, packages: Packages, memory: Any
+    dtype: str, label: str, packages: Packages
 ) -> None:
     package = packages[dtype][label]
     footprint = measure_footprint(package.path, kind="prepacked")

@@ -11,7 +11,6 @@ import threading
 from base64 import b64encode
 from collections.abc import Iterator
 from functools import partial
-from importlib.util import module_from_spec, spec_from_file_location
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import matplotlib
 import numpy as np
 import onnxruntime as ort
 import pytest
+import serve
 import tiny
 import torch
 from architectures import CASES, index_of, merge_all, model_of
@@ -117,10 +117,6 @@ def _companions(kind: str) -> Any:
 @pytest.fixture(scope="module")
 def served(packages: Path) -> Iterator[str]:
     """Yield the address of the page with those packages."""
-    spec = spec_from_file_location("serve", WEB / "serve.py")
-    assert spec and spec.loader
-    serve = module_from_spec(spec)
-    spec.loader.exec_module(serve)
     with serve.server(packages, quiet=True) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://localhost:{server.server_port}/"
