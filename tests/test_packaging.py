@@ -13,13 +13,18 @@ from setuptools import build_meta
 ROOT = Path(__file__).parents[1]
 
 
+pytestmark = pytest.mark.xdist_group("wheel")  # one process builds it, once
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     folder = tmp_path_factory.mktemp("wheel")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         patch.setattr("sys.argv", ["setup.py", "--quiet"])
-        name = build_meta.build_wheel(str(folder))
+        # not in build/ of the tree, where files of an earlier build would come along
+        apart = {"--global-option": ["build", f"--build-base={folder / 'build'}"]}
+        name = build_meta.build_wheel(str(folder), apart)
     return zipfile.ZipFile(folder / name)
 
 

@@ -7,7 +7,11 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import typer
 from tiny import vit
+
+from ffmerge.__main__ import app
+from ffmerge.recipe import steps
 
 RECIPE = """
 - merge: {{model: {0}/vit, out: {0}/merged, budget: -5%, data: {0}/data.npz, batch-size: 4}}
@@ -37,6 +41,23 @@ def test_its_steps_are_the_commands(folder: Path, command: Any) -> None:
     name = "model.ffmerge.safetensors"
     assert (folder / "merged" / name).read_bytes() == (by_hand / name).read_bytes()
     assert json.loads((folder / "package" / "ffmerge.json").read_text())["dtype"] == "int8"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("share: {source: a, target: b, resident: no}", "share --no-resident -- a b"),
+        ("share: {target: b, source: a, resident: yes, opset: 17}",
+         "share --resident --opset=17 -- a b"),
+        ("validate: {package: p, provider: [cpu, webgpu], all: yes}",
+         "validate --provider=cpu --provider=webgpu --all -- p"),
+        ("merge: {model: m, out: o, budget: -5%, any_layers: no}", "merge --budget=-5% -- m o"),
+    ],
+)  # fmt: skip
+def test_options_are_what_would_be_typed(text: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(f"- {text}")
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    assert steps(tmp_path / "r.yaml", commands) == [words.split()]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
+import json
 import re
 from dataclasses import replace
 from html import unescape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +12,10 @@ from rich.console import Console
 
 from ffmerge.errors import InputError
 from ffmerge.files import size_text
-from ffmerge.models.manifest import Manifest, Skip
+from ffmerge.models.manifest import Manifest, MetricResult, Skip
 from ffmerge.models.plan import Group, MergeRecord, Tie
+from ffmerge.runtime_tests.locate import Divergence
+from ffmerge.runtime_tests.replay import Generation
 from ffmerge.runtime_tests.report import (
     Losses,
     Summary,
@@ -23,7 +27,7 @@ from ffmerge.runtime_tests.report import (
     time_text,
     write_report,
 )
-from ffmerge.runtime_tests.validate import MetricResult, validate, write_validation
+from ffmerge.runtime_tests.validate import MetricRow, NotTested, validate, write_validation
 
 BEFORE = Summary(
     label="original",
@@ -239,6 +243,50 @@ def test_bars_start_at_zero_and_keep_their_proportion(package: Path) -> None:
     assert 'aria-label="Size on disk: Before 10.0 MB, After 6.20 MB"' in size
     alone = write_report(package, None, AFTER, None, []).read_text()
     assert alone.count('height="26"') == 4 and "--before)" not in alone.split("<svg", 1)[1]
+
+
+def test_what_every_runtime_did_is_told(package: Path) -> None:
+    found = validate(package)
+    (cpu,) = found.providers
+    divergence = Divergence(
+        "model.onnx", "all", "node_7", "MatMul", "value_7", "layer.3.up", ("layer.3.up.weight",),
+        None, 0.5, 1e-5, "PyTorch",
+    )  # fmt: skip
+    decoded = Generation("all", 4, 16, 64, 0.96875, 1, None, 1.0, False, "2 of 64 ids differ")
+    told = replace(cpu, divergences=(divergence,), generation=(decoded,))
+    absent = NotTested("web", "Web", "no browser is installed")
+    stages = (
+        MetricRow("original", "PyTorch", "validation data", "accuracy", 0.98, 1000),
+        MetricRow("int8", "webgpu", "--data", "accuracy", 0.9725, 400),
+    )
+    write_validation(
+        package, replace(found, providers=(told,), not_tested=(absent,), metrics=stages)
+    )
+    page = visible(write_report(package, None, AFTER, None, []))
+    for text in (
+        "cpu first leaves PyTorch at the MatMul node node_7 in layer.3.up, which reads "
+        "layer.3.up.weight.",
+        "greedy decoding gives PyTorch's token in 96.88% of 64 places: 2 of 64 ids differ",
+        "webno browser is installednot tested",
+        "original1,000 of validation dataPyTorch98.00 %",
+        "int8400 of --datawebgpu97.25 %",
+    ):
+        assert text in page
+    markdown = (package / "report.md").read_text()
+    assert "| int8 | webgpu | 97.25 % | 400 of --data |" in markdown
+    assert "| web | not tested: no browser is installed |" in markdown
+
+
+def test_validate_draws_the_heat_map_it_is_given(
+    package: Path, tmp_path: Path, command: Any
+) -> None:
+    stack = {"name": "encoder", "layers": [0, 1], "cka": [[1.0, 0.37], [0.37, 1.0]]}
+    (tmp_path / "s.json").write_text(json.dumps({"stacks": [stack]}))
+    assert command("validate", package, "--similarity", tmp_path / "s.json")[0] == 0
+    assert 'fill-opacity="0.37"' in (package / "report.html").read_text()
+    (tmp_path / "s.json").write_text("{}")
+    code, _, err = command("validate", package, "--similarity", tmp_path / "s.json")
+    assert code == 2 and "is not what ffmerge similarity --out writes" in err
 
 
 def test_every_member_of_a_group_leads_to_the_one_that_is_stored(package: Path) -> None:
