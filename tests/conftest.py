@@ -46,6 +46,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-table", action="store_true", help="write docs/architectures.md anew")
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks in this same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep on one worker what shares fixtures or packages; every other architecture is free."""
     for item in items:

@@ -13,9 +13,6 @@ from setuptools import build_meta
 ROOT = Path(__file__).parents[1]
 
 
-pytestmark = pytest.mark.xdist_group("wheel")  # one process builds it, once
-
-
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     folder = tmp_path_factory.mktemp("wheel")
