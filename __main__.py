@@ -126,6 +126,7 @@ def merge(
     ] = False,
     recover_parts: Annotated[str, typer.Option(help="What to train: merged or all.")] = "merged",
     learning_rate: Annotated[float, typer.Option(help="Highest rate of the recovery.")] = 1e-3,
+    device: Annotated[str, typer.Option(help="What computes: cpu, cuda, cuda:1.")] = "cpu",
     expanded: Annotated[
         bool, typer.Option("--expanded", help="Store every copy, for plain loaders.")
     ] = False,
@@ -152,7 +153,7 @@ def merge(
     )
     result = pipeline.merge(
         model, out, config, data, validation, expanded, trust_remote_code,
-        recovery if recover else None,
+        recovery if recover else None, device,
     )  # fmt: skip
     _emit(as_json, result.to_json(), merge_table(result, out))
 

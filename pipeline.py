@@ -58,6 +58,7 @@ def merge(
     expanded: bool = False,
     trust_remote_code: bool = False,
     recovery: RecoverConfig | None = None,
+    device: str = "cpu",
 ) -> Merge:
     """Merge the checkpoint ``source`` and save it as the new folder ``out``.
 
@@ -70,7 +71,7 @@ def merge(
         raise InputError("recovery follows the original on data: give --data.")
     with _progress() as show:
         folder = checkpoint.resolve(source, code=trust_remote_code)
-        model = checkpoint.load(folder, trust_remote_code)
+        model = _on(device, checkpoint.load(folder, trust_remote_code))
         task = tasks.check(config.task) if config.task else tasks.infer(model)
         calibration = data.read(data_source, folder, task) if data_source else None
         held_out = data.read(validation_source, folder, task) if validation_source else None
@@ -91,6 +92,14 @@ def merge(
             checkpoint.save(model, out, folder, expanded=expanded)
             shutil.rmtree(out.with_name(f".{out.name}.recovery"), ignore_errors=True)
     return result
+
+
+def _on(device: str, model: Any) -> Any:
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:  # the latter where PyTorch has no CUDA
+        first = str(error).splitlines()[0]
+        raise InputError(f"the model cannot be put on --device {device!r}: {first}") from error
 
 
 def compare(

@@ -2,16 +2,17 @@
 
     python benchmarks/scale.py steps --model olmo-1b --window 6-8 --tokens 512
     python benchmarks/scale.py pairs --tokens 1000
+    python benchmarks/scale.py pairs --model gpt2-large --k 13 --device cuda
     python benchmarks/scale.py search --width 256 --tokens 1000
     python benchmarks/scale.py fit
 
 ``steps`` writes a model with random weights, shard by shard, into a temporary folder, and runs it
 from checkpoint to packages in one process; without a window nothing is merged. Beside the times
 stand floors measured in the same run: matrix products at the rate of this machine, bytes at the
-speed of a copy on this disk. ``pairs`` collects statistics for all windows of k in a ViT, and for
-all pairs of layers. ``search`` tries these windows, as ffmerge does, with whole passes, and every
-window alone from the input. ``fit`` measures statistics for three numbers of layers and of tokens,
-and fits lines. Times that are compared are those of the processors.
+speed of a copy on this disk. ``pairs`` collects statistics for all windows of k at once, and those
+of all pairs of layers in the plain way. ``search`` tries these windows, as ffmerge does, with whole
+passes, and every window alone from the input. ``fit`` measures statistics for three numbers of
+layers and of tokens, and fits lines. Times that are compared are those of the processors.
 """
 
 import argparse
@@ -23,7 +24,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -123,14 +123,10 @@ def copy_rate(folder: Path) -> float:
     return 16 * len(block) / (time.perf_counter() - began)
 
 
-def gemm_rate() -> float:
-    """Return the flops of a large float32 product for a second of the processors, best of three."""
-    a, times = torch.randn(2048, 2048), []
-    for _ in range(3):
-        began = time.process_time()
-        a @ a
-        times.append(time.process_time() - began)
-    return 2 * 2048**3 / min(times)
+def gemm_rate(device: str = "cpu", side: int = 2048) -> float:
+    """Return the flops of a large float32 product for a second of the device, best of three."""
+    a = torch.randn(side, side, device=device)
+    return 2 * side**3 / min(_timed(lambda: a @ a, device)[0] for _ in range(4))
 
 
 class Steps:
@@ -222,47 +218,105 @@ def _merge(
     }  # fmt: skip
 
 
-def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
-    """Return the seconds of the processors, which other programs hardly change, and the result."""
-    began = time.process_time()
+def _timed(work: Callable[[], Any], device: str = "cpu") -> tuple[float, Any]:
+    """Return the seconds of the processors, which other programs hardly change, and the result.
+
+    On a GPU, whose own they are, those of the clock.
+    """
+    clock = time.process_time if device == "cpu" else time.perf_counter
+    wait = (lambda: None) if device == "cpu" else torch.accelerator.synchronize
+    wait()
+    began = clock()
     result = work()
-    return time.process_time() - began, result
+    wait()
+    return clock() - began, result
 
 
-def _vit(args: argparse.Namespace, folder: Path) -> tuple[Any, list[Any]]:
-    """Return a ViT with random weights and its windows."""
-    write_random(
-        "vit-base", folder / "model", num_hidden_layers=args.layers, hidden_size=args.width,
-        intermediate_size=4 * args.width, num_attention_heads=args.width // 64,
-    )  # fmt: skip
-    model = checkpoint.load(folder / "model")
+def _windows(args: argparse.Namespace, folder: Path) -> tuple[Any, list[Any]]:
+    """Return the model with random weights and its windows; a ViT of any number and width."""
+    sizes = {
+        "num_hidden_layers": args.layers, "hidden_size": args.width,
+        "intermediate_size": 4 * args.width, "num_attention_heads": args.width // 64,
+    }  # fmt: skip
+    write_random(args.model, folder / "model", **(sizes if args.model == "vit-base" else {}))
+    model = checkpoint.load(folder / "model").to(args.device)
     layers = find(model)
-    return model, [layers[i : i + args.k] for i in range(args.layers - args.k + 1)]
+    return model, [layers[i : i + args.k] for i in range(len(layers) - args.k + 1)]
 
 
 def pairs(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Collect the statistics of all windows of a ViT, and of all pairs of its layers."""
-    model, windows = _vit(args, folder)
+    """Collect the statistics of all windows of a model, and plainly those of all its pairs."""
+    model, windows = _windows(args, folder)
+    layers, side = find(model), 2048 if args.device == "cpu" else 8192
     data = from_arrays(rows_for(model, args.tokens, 1))
     wanted = [pair for window in windows for pair in Settings().pairs(window)]
-    every = list(combinations(find(model), 2))
-    rates, found = [gemm_rate()], {}
-    for name, these in (("windows", wanted), ("all_pairs", every)):
-        given = (model, {"layers": these}, data.batches(8), args.tokens)
-        seconds, moments = _timed(partial(statistics.collect, *given))
-        told, tokens = cost.cost_of(these), moments["layers"].count
-        rates.append(gemm_rate())
-        floor = told.flops * tokens / max(rates)
+    every = [*combinations(layers, 2)]
+
+    def collected() -> statistics.Moments:
+        found = statistics.collect(model, {"layers": wanted}, data.batches(8), args.tokens)
+        return found["layers"]
+
+    rates = [gemm_rate(args.device, side)]
+    seconds, moments = _timed(collected, args.device)
+    held = torch.cuda.max_memory_allocated() if args.device != "cpu" else None
+    rates.append(gemm_rate(args.device, side))
+    a, b = wanted[0]
+    ours = moments.correlation(a.layer, b.layer)
+    count = moments.count
+    del moments
+    plainly, theirs = _timed(
+        lambda: plain_pairs(model, layers, data.batches(8), every, (a, b)), args.device
+    )
+    rates.append(gemm_rate(args.device, side))
+    found = {}
+    for name, these, took in (("windows", wanted, seconds), ("plain_all_pairs", every, plainly)):
+        told = cost.cost_of(these)
+        floor = told.flops * count / max(rates)
         found[name] = {
-            "pairs": told.pairs, "bytes": told.bytes, "seconds": seconds, "floor_s": floor,
-            "over_floor": seconds / floor,
+            "pairs": told.pairs, "bytes": told.bytes, "seconds": took, "floor_s": floor,
+            "over_floor": took / floor,
         }  # fmt: skip
-    return {**_about(args), "tokens": tokens, "gemm_gflops": max(rates) / 1e9, **found}
+    return {
+        **_about(args), "tokens": count, "device_bytes": held,
+        "gemm_gflops": max(rates) / 1e9, **found, "plain_over_windows": plainly / seconds,
+        "correlations_differ_by": float((ours - theirs).abs().max()),
+    }  # fmt: skip
+
+
+def plain_pairs(
+    model: Any, layers: list[Any], batches: Any, every: list[Any], kept: Any
+) -> torch.Tensor:
+    """Return the correlation of the pair ``kept``; all others are computed and dropped.
+
+    As one would write it: all features are held, standardised, and multiplied pair by pair.
+    """
+    seen: dict[int, list[torch.Tensor]] = {s.layer: [] for s in layers}
+    hooks = [
+        model.get_submodule(s.inputs[0]).register_forward_hook(
+            lambda _, given, out, to=seen[s.layer]: to.append(out.flatten(0, -2))
+        )
+        for s in layers
+    ]
+    with torch.no_grad():
+        for batch in batches:
+            model(**{k: torch.as_tensor(v, device=model.device) for k, v in batch.items()})
+    for hook in hooks:
+        hook.remove()
+    features = {}
+    for layer in list(seen):
+        x = torch.cat(seen.pop(layer))
+        x -= x.mean(0)
+        features[layer] = x.div_(x.norm(dim=0))
+    for a, b in every:
+        found = features[a.layer].T @ features[b.layer]
+        if (a, b) == kept:
+            wanted = found
+    return wanted if kept in every else features[kept[0].layer].T @ features[kept[1].layer]
 
 
 def search(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Try all windows of a ViT, as ffmerge does and every window from the input."""
-    model, windows = _vit(args, folder)
+    model, windows = _windows(args, folder)
     data, held_out = (from_arrays(rows_for(model, args.tokens, seed)) for seed in (1, 2))
     common = {"tokens": args.tokens, "method": args.method, "batch_size": 8}
 
@@ -285,7 +339,10 @@ def search(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def _about(args: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(args, name) for name in ("layers", "width", "k", "tokens", "method")}
+    return {
+        name: getattr(args, name)
+        for name in ("model", "layers", "width", "k", "tokens", "method", "device")
+    }
 
 
 def fit(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -331,6 +388,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--k", type=int, default=5)
     parser.add_argument("--method", default="calibrated")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda, for pairs")
     parser.add_argument("--folder", type=Path, help="where large files go for a while")
     parser.add_argument("--json", type=Path, help="a file to add the result to")
     args = parser.parse_args()

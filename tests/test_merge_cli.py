@@ -1,13 +1,17 @@
 """The merge and inspect commands on models with several stacks."""
 
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tiny_wider import seeded
 
 from ffmerge.errors import InputError
+from ffmerge.models import checkpoint
 from ffmerge.models.plan import parse_windows
 
 
@@ -87,3 +91,31 @@ def test_windows_by_stack() -> None:
     for wrong in (["7-3"], ["a:b"], ["1-2", "1-2"], ["a:1-2", "a:2-3"]):
         with pytest.raises(InputError):
             parse_windows(wrong)
+
+
+def test_a_device_that_is_not_there(model: Path, tmp_path: Path, command: Any) -> None:
+    given = ("--window", "1:0-1", "--data", tmp_path / "data.npz", "--device", "cuda:9")
+    code, _, err = command("merge", model, tmp_path / "out", *given)
+    assert code == 2 and "cannot be put on --device 'cuda:9'" in " ".join(err.split())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dtype", ["no", "bf16"])
+def test_a_gpu_merges_and_recovers_as_the_processor_does(
+    dtype: str, model: Path, tmp_path: Path, command: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not torch.cuda.is_available():
+        required = os.environ.get("FFMERGE_CUDA") == "required"
+        (pytest.fail if required else pytest.skip)("PyTorch sees no GPU here")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", dtype)
+    given = ("--window", "0:1-3", "--data", tmp_path / "data.npz", "--tokens", 512)
+    outputs = []
+    for device in ("cpu", "cuda"):
+        out = tmp_path / device
+        steps = ("--recover", 3, "--learning-rate", 1e-4)
+        assert command("merge", model, out, *given, *steps, "--device", device)[0] == 0
+        pixels = torch.from_numpy(np.load(tmp_path / "data.npz")["pixel_values"])
+        with torch.no_grad():
+            outputs.append(checkpoint.load(out)(pixels).logits)
+    off = (outputs[0] - outputs[1]).abs().max() / outputs[0].abs().max()
+    assert off < {"no": 1e-4, "bf16": 2e-2}[dtype], float(off)

@@ -78,9 +78,10 @@ def test_a_silent_fall_back_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("name", "tf32"), [("cuda", "0"), ("cuda-tf32", "1")])
 def test_tensorfloat_is_on_only_where_it_is_asked_for(
-    name: str, tf32: str, monkeypatch: pytest.MonkeyPatch
+    name: str, tf32: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = []
+    asked, loaded = [], []
+    monkeypatch.setattr(ort, "preload_dlls", lambda: loaded.append(print("libcublas not found")))
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(
         ort, "InferenceSession", lambda model, options, *given, **more: asked.append((*given, more))
@@ -89,6 +90,7 @@ def test_tensorfloat_is_on_only_where_it_is_asked_for(
         find_runtime(name).open(TRIVIAL)
     fall_back_off = {"enable_fallback": 0}
     assert asked == [([("CUDAExecutionProvider", {"use_tf32": tf32})], fall_back_off)]
+    assert loaded == [None] and not capsys.readouterr().out  # where --json goes
 
 
 @pytest.mark.parametrize("name", ["cuda", "cuda-tf32"])

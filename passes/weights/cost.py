@@ -10,7 +10,7 @@ import torch
 from ffmerge.files import size_text
 from ffmerge.models.feedforward import FeedForward
 
-PAIRS = 2 << 30  # bytes of cross products that a search holds at a time
+PAIRS = 2 << 30  # bytes of cross products that a search holds at a time, on a processor
 BATCH = 1 << 30  # bytes of what goes through the sublayers at a time
 _COPIES = 3  # of each signal: as it was seen, at the positions that count, centred
 _PROBE = 768  # side of the matrices by which the rate is measured: some hundredths of a second
@@ -41,6 +41,11 @@ def cost_of(pairs: Iterable[tuple[FeedForward, FeedForward]]) -> Cost:
     numbers = sum((3 if a.gated else 1) * a.d_ff * b.d_ff for a, b in wanted.values())
     numbers += sum(m.d_model**2 for m in layers.values())
     return Cost(len(wanted), 2 * numbers, 4 * numbers)
+
+
+def room(device: torch.device) -> int:
+    """Return the bytes of cross products to hold at a time: half of what a GPU has free."""
+    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else PAIRS
 
 
 def width_of(members: Sequence[FeedForward]) -> int:

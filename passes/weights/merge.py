@@ -128,7 +128,7 @@ def merge_(
     if resumed.reason:
         progress(f"candidates run the whole model: {resumed.reason}", 0, 0)
     # what stacks to come are aligned by is taken from the original, so before one is merged
-    memory = math.inf if len(searches) > 1 else cost.PAIRS
+    memory = math.inf if len(searches) > 1 else cost.room(next(model.parameters()).device)
     trials = Trials(
         model, resumed, method, evidence, score, watched, config.tokens, progress, memory
     )

@@ -3,8 +3,10 @@
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ _LEVELS = {
 _SHAPES = {"int64", "bool"}  # what shapes, positions and masks are made of
 _COPIES = ("Memcpy", "Constant")
 CPU = "CPUExecutionProvider"
+CUDA = "CUDAExecutionProvider"
 WEBGPU = "WebGpuExecutionProvider"
 ALLOWED = "ORT_WEBGPU_EP_ALLOW_SOFTWARE_ADAPTER"
 _REGISTERED: list[str] = []  # a library may be registered once in a process
@@ -71,6 +74,10 @@ class Provider:
                 f"{self.name} was not used, it is not in this ONNX Runtime ({ort.__version__}): "
                 f"install {self.install}."
             )
+        elif self.name == CUDA:
+            # packages of NVIDIA lie where no loader looks; the session tells what is missing
+            with redirect_stdout(StringIO()):
+                ort.preload_dlls()
         source = model if isinstance(model, bytes) else str(model)
         # else an error of a provider, in a run too, is printed and the CPU takes over
         create = partial(ort.InferenceSession, source, options, providers, enable_fallback=0)
@@ -159,7 +166,7 @@ def _runtime(name: str, provider: Provider, arithmetic: str = "fp32") -> Runtime
 
 
 _GPU = "onnxruntime-gpu[cuda,cudnn] in place of onnxruntime, on a machine with an NVIDIA GPU"
-_CUDA = partial(Provider, "CUDAExecutionProvider", "cuda:0", _GPU)
+_CUDA = partial(Provider, CUDA, "cuda:0", _GPU)
 RUNTIMES = (
     _runtime("cpu", Provider(CPU, "cpu", "onnxruntime")),
     # TensorFloat-32 keeps 10 bits of the mantissa, too few to tell parity from a fault.
