@@ -6,8 +6,8 @@
 Random weights. "Tied" is five of twelve feed-forward sublayers merged, and for ALBERT its one layer
 that runs twelve times, against twelve of their own. Errors are against PyTorch in float32 on the
 CPU, the largest over all inputs of the package. "Kept" is the device memory that tying saves, over
-the bytes that it removes from the weights. Latency is tied over untied at batch 1, in turns in one
-process: the median of the ratios of all pairs, and their quartiles.
+the bytes that it removes from the weights, each measured in a fresh process. Latency is tied over
+untied at batch 1, in turns in one process: the median of the ratios of all pairs, and quartiles.
 """
 
 import argparse
@@ -28,10 +28,12 @@ import ffmerge
 from ffmerge.exporter.package import ExportConfig
 from ffmerge.files import write_json
 from ffmerge.models.manifest import Manifest
+from ffmerge.runtime_tests.footprint import TRIVIAL
 from ffmerge.runtime_tests.runtimes.registry import find_runtime
 from ffmerge.runtime_tests.validate import validate
 
 DTYPES = ("fp32", "fp16", "int4")
+PARTS = ("memory", "latency", "parity")
 PAIRS = 100
 WINDOW = (3, 7)
 
@@ -90,26 +92,13 @@ def place(folder: Path, name: str, tied: bool, dtype: str) -> Path:
 
 
 def pair(provider: str, untied: Path, tied: Path) -> dict[str, Any]:
-    """Load both; return what each takes on the device, and how long one run of each takes."""
-    import torch
-
-    def used() -> int:
-        if not torch.cuda.is_available():
-            return 0
-        free, total = torch.cuda.mem_get_info()
-        return total - free
-
-    runtime = find_runtime(provider)
-    runtime.open(_trivial(), threads=1)  # pays for the context and the libraries
-    loaded, held = [], []
+    """Load both; return how long one run of each takes."""
+    runtime, loaded = find_runtime(provider), []
     for folder in (untied, tied):
         graphs = Manifest.read(folder).served("onnx")
-        before = used()
-        sessions = [runtime.open(folder / path) for path in graphs]
-        held.append(used() - before)
         loaded.append([
-            (session, graph.outputs, graph.probe.draw(0, batch=1))
-            for session, graph in zip(sessions, graphs.values(), strict=True)
+            (runtime.open(folder / path), graph.outputs, graph.probe.draw(0, batch=1))
+            for path, graph in graphs.items()
         ])  # fmt: skip
     found = []
     for number in range(PAIRS + 10):
@@ -123,17 +112,25 @@ def pair(provider: str, untied: Path, tied: Path) -> dict[str, Any]:
     del found[:10]  # the first runs of a session allocate and choose kernels
     ratios = np.percentile([tied / untied for untied, tied in found], (25, 50, 75))
     return {
-        "device_bytes": held,
         "ms": [statistics.median(ms) for ms in zip(*found, strict=True)],
         "ratio": float(ratios[1]),
         "quartiles": [float(ratios[0]), float(ratios[2])],
     }
 
 
-def _trivial() -> bytes:
-    from ffmerge.runtime_tests.footprint import TRIVIAL
+def held(provider: str, folder: Path) -> int:
+    """Return the bytes of the device that loading a package takes, of nothing else."""
+    import torch
 
-    return TRIVIAL
+    def used() -> int:
+        free, total = torch.cuda.mem_get_info() if torch.cuda.is_available() else (0, 0)
+        return total - free
+
+    runtime = find_runtime(provider)
+    runtime.open(TRIVIAL)  # pays for the context and the libraries
+    before = used()
+    sessions = [runtime.open(folder / path) for path in Manifest.read(folder).served("onnx")]
+    return used() - before if sessions else 0
 
 
 def parity(folder: Path, provider: str) -> dict[str, Any]:
@@ -159,10 +156,13 @@ def main() -> None:
     parser.add_argument("--model", nargs="*", choices=MODELS, default=[*MODELS])
     parser.add_argument("--provider", default="cuda", help="cpu, to try this without a GPU")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--pair", nargs=2, type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=[*PARTS])
+    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.pair:
-        print(json.dumps(pair(args.provider, *args.pair)))
+    if args.child:
+        work, *folders = args.child
+        found = {"memory": held, "latency": pair}[work](args.provider, *map(Path, folders))
+        print(json.dumps(found))
         return
     kinds = ("cuda", "cuda-tf32") if args.provider == "cuda" else (args.provider,)
     rows = []
@@ -174,21 +174,25 @@ def main() -> None:
         for model in args.model:
             for dtype in DTYPES:
                 untied, tied = (place(folder, model, which, dtype) for which in (False, True))
-                child = [sys.executable, __file__, "--provider", args.provider, "--pair"]
-                cost = json.loads(subprocess.check_output([*child, untied, tied]))
                 weights = [Manifest.read(each).bytes_unique for each in (untied, tied)]
-                removed, saved = (a - b for a, b in (weights, cost["device_bytes"]))
-                rows.append({
-                    "model": model,
-                    "dtype": dtype,
-                    "weights": weights,
-                    **cost,
-                    "kept": saved / removed,
-                    "parity": {kind: parity(tied, kind) for kind in kinds},
-                })  # fmt: skip
-                print(json.dumps(rows[-1]), flush=True)
+                row: dict[str, Any] = {"model": model, "dtype": dtype, "weights": weights}
+                if "memory" in args.parts:
+                    took = [_fresh(args.provider, "memory", each) for each in (untied, tied)]
+                    removed, saved = (a - b for a, b in (weights, took))
+                    row |= {"device_bytes": took, "kept": saved / removed}
+                if "latency" in args.parts:
+                    row |= _fresh(args.provider, "latency", untied, tied)
+                if "parity" in args.parts:
+                    row["parity"] = {kind: parity(tied, kind) for kind in kinds}
+                rows.append(row)
+                print(json.dumps(row), flush=True)
     if args.json:
         write_json(args.json, {"device": _device(), "rows": rows})
+
+
+def _fresh(provider: str, work: str, *folders: Path) -> Any:
+    child = [sys.executable, __file__, "--provider", provider, "--child", work, *folders]
+    return json.loads(subprocess.check_output(child))
 
 
 def _device() -> str:

@@ -57,8 +57,10 @@ TOLERANCES = {
 # What a runtime's float32 products may add, where it does not compute them in float32.
 ARITHMETIC = {
     "fp32": TOLERANCES["fp32"],
-    # Not measured, for want of such a GPU: 10 bits of mantissa, so an eighth of bf16's errors.
-    "tf32": Tolerance(4e-2, 5e-3, 0.9999, 0.228 / 8, 0.99, 1e-3, 2e-2, 0.9, 2e-2),
+    # H100, ViT-B and GPT-2 small with random weights: cosine 0.9999997, so on logits as large as
+    # the digits ViT's (up to 9.8) six times the error measured. The columns from agreement on are
+    # an eighth of bf16's, rounded up: 10 bits of mantissa and not 7.
+    "tf32": Tolerance(2e-2, 5e-3, 0.99999, 1.7e-3, 0.99, 1e-3, 2e-2, 0.9, 2e-2),
     # OpenVINO 2026.4 on a processor with avx512_bf16: the digits ViT (logits up to 9.8)
     "bf16": Tolerance(3e-1, 2e-2, 0.9995, 0.228, 0.98, 1e-2, 0.1, 0.8, 0.1),
 }

@@ -89,7 +89,8 @@ def test_tensorfloat_is_on_only_where_it_is_asked_for(
     with pytest.raises(AttributeError):  # what was made is no session
         find_runtime(name).open(TRIVIAL)
     fall_back_off = {"enable_fallback": 0}
-    assert asked == [([("CUDAExecutionProvider", {"use_tf32": tf32})], fall_back_off)]
+    options = {"use_tf32": tf32, "arena_extend_strategy": "kSameAsRequested"}
+    assert asked == [([("CUDAExecutionProvider", options)], fall_back_off)]
     assert loaded == [None] and not capsys.readouterr().out  # where --json goes
 
 
