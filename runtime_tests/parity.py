@@ -216,6 +216,7 @@ def _compare(
                 f"case {sample.case}: {sample.expected.size} reference elements, but the output of "
                 f"shape {list(sample.shape)} has {sample.got.size} to compare"
             )
+    tolerance = tolerance.for_size(_rms(samples))
     cases = tuple(_case(name, sample, tolerance) for sample in samples)
     real = [case for case in cases if case.real and case.worst] or cases
     judged = real if tolerance.real else cases
@@ -252,6 +253,12 @@ def _compare(
         reason = f"the mean KL divergence {quality.kl:.2g} is above {tolerance.kl}"
     max_rel = max(c.max_rel or 0 for c in judged)
     return result(reason, worst, float(difference.max()), max_rel, alike, quality)
+
+
+def _rms(samples: list[_Sample]) -> float:
+    """Return the root mean square of what is expected, over all cases."""
+    squares = [np.square(np.asarray(s.expected, np.float64)) for s in samples]
+    return float(np.sqrt(np.concatenate(squares).mean()))
 
 
 def _case(name: str, sample: _Sample, tolerance: Tolerance) -> CaseParity:

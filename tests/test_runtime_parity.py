@@ -9,7 +9,6 @@ from ffmerge.errors import InputError, RuntimeCheckError
 from ffmerge.models.probe import stored_elements
 from ffmerge.runtime_tests.parity import check_parity
 from ffmerge.runtime_tests.runtimes.registry import find_runtime
-from ffmerge.runtime_tests.tolerance import for_dtype
 
 GENERATOR = np.random.default_rng(0)
 WEIGHT = (GENERATOR.standard_normal((8, 5)) / 1000).astype(np.float32)
@@ -116,10 +115,26 @@ def test_a_case_without_reference_fails(tmp_path: Path) -> None:
     assert not output.ok
 
 
-def test_small_logits_of_a_quantized_model_must_point_the_same_way(tmp_path: Path) -> None:
-    manifest = linear_package(tmp_path / "package", WEIGHT, BIAS, -WEIGHT, dtype="int8")
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_a_quantized_output_may_be_off_by_a_part_of_its_size(size: float, tmp_path: Path) -> None:
+    weight = WEIGHT * np.float32(size)
+    manifest = linear_package(tmp_path / "a", weight, BIAS, dtype="int8")
+    cases = (manifest.graphs[0].probe.draw(case)["x"] for case in (0, 1))
+    rms = float(
+        np.sqrt(np.mean(np.concatenate([x.astype(np.float64) @ weight for x in cases]) ** 2))
+    )
+    for part, ok in ((0.95, True), (1.35, False)):  # of the bound 1 + 0.05 of the element itself
+        bias = np.array([0, 0, part * rms, 0, 0], np.float32)
+        off = linear_package(tmp_path / str(part), weight, BIAS, None, bias, dtype="int8")
+        (output,) = check_parity(tmp_path / str(part), off)
+        assert output.atol == pytest.approx(rms, rel=1e-6)  # measured 6e-8
+        assert ("out of tolerance" not in str(output.reason)) == ok
+
+
+def test_logits_of_a_quantized_model_must_point_the_same_way(tmp_path: Path) -> None:
+    manifest = linear_package(tmp_path / "package", WEIGHT, BIAS, -WEIGHT / 4, dtype="int4")
     (output,) = check_parity(tmp_path / "package", manifest)
-    assert output.max_abs is not None and output.max_abs < for_dtype("int8").atol
+    assert output.max_abs is not None and output.max_abs < output.atol
     assert output.cosine == pytest.approx(-1, abs=1e-14)  # measured 1.2e-15
     assert output.reason == "cosine -1.000000 is below 0.9"
     assert not output.ok

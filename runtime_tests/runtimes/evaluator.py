@@ -36,4 +36,4 @@ def _start(model: Path | bytes, level: str, threads: int) -> EvaluatorSession:
     return EvaluatorSession(failing(ENGINE, "load", read))
 
 
-RUNTIMES = (Runtime("reference", ENGINE, _start),)
+RUNTIMES = (Runtime("reference", ENGINE, _start, arithmetic="native"),)
