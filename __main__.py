@@ -297,6 +297,10 @@ def validate(
         Path | None,
         typer.Option(help="similarity.json of ffmerge similarity: its heat maps in the report."),
     ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(help="The package before the merge: is what was removed gone from memory?"),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compare a package with PyTorch's outputs on real runtimes; measure memory and latency.
@@ -311,7 +315,7 @@ def validate(
     from ffmerge.tables import validation_table
 
     providers = tuple(provider or ("cpu",))
-    result = pipeline.validate(package, providers, data, installed, similarity)
+    result = pipeline.validate(package, providers, data, installed, similarity, against)
     _emit(as_json, result.to_json(), validation_table(result))
     _exit_unless(result.ok)
 

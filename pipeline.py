@@ -190,27 +190,38 @@ def validate(
     data_source: str | None,
     installed: bool = False,
     similarity_source: Path | None = None,
+    against: Path | None = None,
 ) -> Validation:
     """Validate a package; write ``validation.json``, ``report.html`` and ``report.md`` into it.
 
-    ``similarity_source`` is a ``similarity.json``, whose heat maps are drawn in the report.
+    ``similarity_source`` is a ``similarity.json``, whose heat maps are drawn in the report;
+    ``against`` the package this one was made smaller than, whose costs stand beside its own.
     """
     alike = read_json(similarity_source) if similarity_source else {}
     if similarity_source and "stacks" not in alike:
         raise InputError(f"{similarity_source} is not what ffmerge similarity --out writes.")
-    manifest = Manifest.read(folder)
+    manifest, before = Manifest.read(folder), None
+    original = Manifest.read(against) if against else manifest
+    if against and validation.model_bytes(original) <= validation.model_bytes(manifest):
+        raise InputError(f"--against {against} is not larger than {folder}: nothing was removed.")
     examples = data.read(data_source, folder, manifest.task) if data_source else None
     with _progress() as show:
         result = validation.validate(
             folder, providers, examples, 1, lambda step: show(step, 0, 0), installed
         )
+        if against:
+            show(f"measuring {against.name}", 0, 0)
+            result, cost = validation.measure_against(result, manifest, against)
+            before = report.costs(against.name, original, cost)
     validation.write_validation(folder, result)
     after = report.summarize("package", manifest, result)
     command = f"ffmerge validate {folder.name}" + "".join(f" --provider {p}" for p in providers)
     command += " --all" * installed + " --data DATA" * (data_source is not None)
+    command += f" --against {against.name}" if against else ""
     losses = report.collect_losses(manifest, after)
     commands = [*report.made_by(manifest, folder.name), command]
-    report.write_report(folder, None, after, losses, commands, similarity=alike.get("stacks", ()))
+    drawn = alike.get("stacks", ())
+    report.write_report(folder, before, after, losses, commands, similarity=drawn)
     return result
 
 

@@ -183,6 +183,7 @@ _MAPS = {"linear CKA of outputs": "cka", "correlation of aligned neurons": "corr
 _COSTS = {
     "rss_bytes": ("memory added by loading", size_text),
     "anonymous_bytes": ("of it anonymous", size_text),
+    "file_bytes": ("of it backed by a file", size_text),
     "median_ms": ("latency, median", "{:.3g} ms".format),
     "p95_ms": ("latency, p95", "{:.3g} ms".format),
 }
@@ -203,6 +204,7 @@ def validation_table(result: Any) -> Group:
     ]
     reasons: list[tuple[str, Any]] = [(p.name, p.reason) for p in result.providers if p.reason]
     reasons += [(p.name, f"not tested: {p.reason}") for p in result.not_tested]
+    reasons += [("metric", result.not_measured)] if result.not_measured else []
     costs = [
         (f"{p.name}: compute nodes on {part}", f"{count} of {sum(compute.values())}")
         for p in result.providers
@@ -242,8 +244,14 @@ def validation_table(result: Any) -> Group:
         tables.append(_table("Divergence", ("runtime", "the first node that is off"), off))
     if result.metrics:
         measured = [
-            (m.stage, m.by, f"{m.value:.4f}", f"{m.examples} of {m.data}") for m in result.metrics
+            (m.stage, m.by, m.name, f"{m.value:.4f}", f"{m.examples} of {m.data}")
+            for m in result.metrics
         ]
-        name = result.metrics[0].name
-        tables.append(_table("Metric", ("stage", "computed by", name, "examples"), measured))
+        named = ("stage", "computed by", "metric", "value", "examples")
+        tables.append(_table("Metric", named, measured))
+    if kept := result.sharing:
+        costs += [
+            (f"bytes removed since {kept.against}", size_text(kept.bytes_removed)),
+            ("sharing kept: of them gone from memory", kept.text()),
+        ]
     return Group(*tables, _table("Cost", ("", ""), costs))

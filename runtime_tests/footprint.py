@@ -58,6 +58,13 @@ class Footprint:
     device: str
     placement: Placement | None
 
+    @property
+    def file_bytes(self) -> int | None:
+        """Return the resident bytes that a file backs, which the system may drop and read again."""
+        if self.rss_bytes is None or self.anonymous_bytes is None:
+            return None
+        return self.rss_bytes - self.anonymous_bytes
+
 
 def measure_footprint(
     folder: Path, provider: str = "cpu", threads: int = 1, kind: str = "onnx"

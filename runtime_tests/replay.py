@@ -57,7 +57,7 @@ def replay(
     how much each exceeded the second (``margin``).
     """
     expected, margin = stored["tokens"], stored["margin"]
-    step = _decoder(served, stored)
+    step = decoder(served, stored)
     ids, got = stored["start"], np.empty((len(expected), 0), np.int64)
     for _ in range(expected.shape[1]):
         new = step(ids)[:, -1].argmax(-1)[:, None]
@@ -89,7 +89,7 @@ def replay(
     )  # fmt: skip
 
 
-def _decoder(
+def decoder(
     served: Sequence[tuple[GraphRecord, Session]], stored: Mapping[str, Array]
 ) -> Callable[[Array], Array]:
     """Return a function from the next ids to their logits; it keeps the cache, or else all ids."""

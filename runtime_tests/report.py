@@ -1,7 +1,7 @@
 """What a merge cost and what it saved: a page, a text and a table made of the same rows."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ from ffmerge.files import read_json, size_text, write_whole
 from ffmerge.models.manifest import Manifest
 from ffmerge.models.metrics import ACCURACY, PERPLEXITY
 from ffmerge.models.plan import Group
+from ffmerge.runtime_tests.footprint import Footprint
 from ffmerge.runtime_tests.validate import NAME as VALIDATION
-from ffmerge.runtime_tests.validate import Validation, model_bytes
+from ffmerge.runtime_tests.validate import Validation, model_bytes, sharing
 
 REPORT, TEXT = "report.html", "report.md"
 TIMES = ("load_s", "median_ms", "p95_ms", "tokens_per_s")
@@ -70,18 +71,27 @@ class Row:
 
 def summarize(label: str, manifest: Manifest, validation: Validation) -> Summary:
     """Return the summary of a package, measured on the first provider that ran."""
-    cost = next((p.footprint for p in validation.providers if p.footprint), None)
     metric = validation.metric
     outputs = [o for p in validation.providers for o in p.outputs]
-    return Summary(
-        label=label,
-        bytes_on_disk=model_bytes(manifest),
-        parameters=manifest.parameters,
-        **{name: getattr(cost, name, None) for name in ("rss_bytes", "anonymous_bytes", *TIMES)},
+    cost = next((p.footprint for p in validation.providers if p.footprint), None)
+    return replace(
+        costs(label, manifest, cost),
         metric_name=getattr(metric, "name", None),
         metric=getattr(metric, "value", None),
         examples=getattr(metric, "examples", None),
         max_abs=max((o.max_abs for o in outputs if o.max_abs is not None), default=None),
+    )
+
+
+def costs(label: str, manifest: Manifest, cost: Footprint | None) -> Summary:
+    """Return the summary of a package of which only the footprint was measured."""
+    measured = ("rss_bytes", "anonymous_bytes", *TIMES)
+    return Summary(
+        label=label,
+        bytes_on_disk=model_bytes(manifest),
+        parameters=manifest.parameters,
+        **{name: getattr(cost, name, None) for name in measured},
+        **dict.fromkeys(("metric_name", "metric", "examples", "max_abs")),
     )
 
 
@@ -157,14 +167,14 @@ def rows(before: Summary | None, after: Summary, losses: Losses | None = None) -
 
 def _kept_rows(before: Summary | None, after: Summary) -> list[Row]:
     """Return how much of what the file no longer holds is gone from memory as well."""
-    if not before or before.rss_bytes is None or after.rss_bytes is None:
+    if not before:
         return []
-    removed = before.bytes_on_disk - after.bytes_on_disk
-    if removed <= 0:
+    sizes = (before.bytes_on_disk, after.bytes_on_disk, before.rss_bytes, after.rss_bytes)
+    kept = sharing(before.label, *sizes)
+    if not kept or kept.fraction is None:
         return []
-    kept = (before.rss_bytes - after.rss_bytes) / removed
     note = "memory saved, of the bytes removed"
-    return [Row("Sharing kept", None, _signed(f"{100 * kept:.0f} %"), "", "", note)]
+    return [Row("Sharing kept", None, kept.text(), "", "", note)]
 
 
 def _metric_rows(before: Summary | None, after: Summary) -> list[Row]:

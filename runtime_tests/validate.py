@@ -3,7 +3,7 @@
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -31,9 +31,11 @@ from ffmerge.runtime_tests.reference import read_reference
 from ffmerge.runtime_tests.replay import Generation
 from ffmerge.runtime_tests.runtimes.base import Placement, Session
 from ffmerge.runtime_tests.runtimes.registry import RUNTIMES, find_runtime
+from ffmerge.runtime_tests.translation import measure_chrf, why_not
 
 NAME = "validation.json"
 BATCH = 8  # examples per run when the task metric is measured
+OWN, GIVEN = "real rows of the package", "--data"  # what a metric was measured on
 PLACED = 0.9  # the fraction of the compute nodes that a runtime must take to count as used
 
 
@@ -46,12 +48,24 @@ class Examples(Protocol):
 
 
 @dataclass(frozen=True)
+class MetricRow:
+    """The task metric of one ``stage`` of a model, computed by ``by``, on ``data``."""
+
+    stage: str
+    by: str
+    data: str
+    name: str
+    value: float
+    examples: int
+
+
+@dataclass(frozen=True)
 class ProviderResult:
     """What was found on one runtime; ``used`` is None when it did not run.
 
     ``generation`` is greedy decoding at each optimization level, ``divergences`` the first node of
     each graph that is off, and ``metric`` the task metric if there were data. ``sample`` is that
-    on the real rows that the package holds.
+    on the real rows that the package holds, and ``texts`` what is measured of written texts.
     """
 
     name: str
@@ -65,6 +79,7 @@ class ProviderResult:
     divergences: tuple[Divergence, ...]
     metric: MetricResult | None
     sample: MetricResult | None
+    texts: tuple[MetricRow, ...]
     footprint: Footprint | None
     ok: bool
     reason: str | None
@@ -87,15 +102,32 @@ class NotTested:
 
 
 @dataclass(frozen=True)
-class MetricRow:
-    """The task metric of one ``stage`` of a model, computed by ``by``, on ``data``."""
+class Sharing:
+    """Of the bytes that a package has less than the one it came from, those gone from memory.
 
-    stage: str
-    by: str
-    data: str
-    name: str
-    value: float
-    examples: int
+    ``fraction`` is ``resident_saved`` over ``bytes_removed``; both None where memory is not told.
+    """
+
+    against: str
+    bytes_removed: int
+    resident_saved: int | None
+    fraction: float | None
+
+    def text(self) -> str:
+        """Return the fraction in percent."""
+        shown = "not measured" if self.fraction is None else f"{100 * self.fraction:.0f} %"
+        return shown.replace("-", "\N{MINUS SIGN}")
+
+
+def sharing(
+    against: str, before: int, after: int, rss_before: int | None, rss_after: int | None
+) -> Sharing | None:
+    """Return what sharing keeps of ``before - after`` bytes, None if no byte was removed."""
+    removed = before - after
+    if removed <= 0:
+        return None
+    saved = None if rss_before is None or rss_after is None else rss_before - rss_after
+    return Sharing(against, removed, saved, None if saved is None else saved / removed)
 
 
 @dataclass(frozen=True)
@@ -111,8 +143,10 @@ class Validation:
     not_tested: tuple[NotTested, ...]
     metric: MetricResult | None
     metrics: tuple[MetricRow, ...]
+    not_measured: str | None
     environment: dict[str, Any]
     package: dict[str, Any]
+    sharing: Sharing | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values; a number that is NaN or infinite becomes null."""
@@ -159,6 +193,7 @@ def validate(
         not_tested=tuple(absent),
         metric=next((result.metric for result in results if result.metric), None),
         metrics=tuple(_metrics(manifest, results)),
+        not_measured=why_not(folder) if _writes(manifest) else None,
         environment=_environment(),
         package={
             "bytes_total": sum(file.bytes for file in manifest.files),
@@ -169,6 +204,27 @@ def validate(
             "dtype": manifest.dtype,
         },
     )
+
+
+def measure_against(
+    validation: Validation, manifest: Manifest, against: Path, threads: int = 1
+) -> tuple[Validation, Footprint | None]:
+    """Return the validation with what sharing kept beside the package ``against``, and its cost.
+
+    Measured where the package of ``manifest`` ran first; if nowhere, nothing is.
+
+    Raises:
+        InputError: ``against`` is no package.
+        RuntimeCheckError: it does not run there.
+    """
+    before = Manifest.read(against)
+    ran = next((p for p in validation.providers if p.footprint), None)
+    if not ran or not ran.footprint:
+        return validation, None
+    cost = measure_footprint(against, ran.name, threads)
+    sizes = model_bytes(before), model_bytes(manifest)
+    kept = sharing(against.name, *sizes, cost.rss_bytes, ran.footprint.rss_bytes)
+    return replace(validation, sharing=kept), cost
 
 
 def write_validation(folder: Path, validation: Validation) -> Path:
@@ -220,6 +276,7 @@ def _validate_on(
         divergences=tuple(divergences),
         metric=_measure_metric(folder, manifest, name, examples) if examples else None,
         sample=_measure_metric(folder, manifest, name, rows) if rows else None,
+        texts=tuple(_texts(folder, manifest, name, {OWN: rows, GIVEN: examples})),
         footprint=footprint,
         device=footprint.device,
         ok=not reasons,
@@ -235,13 +292,33 @@ def _metrics(manifest: Manifest, results: Sequence[ProviderResult]) -> Iterator[
         if along.get("name") and along.get(key) is not None:
             of = along["name"], along[key], along.get("examples", 0)
             yield MetricRow(stage, "PyTorch", "merge's validation data", *of)
-    own, given = "real rows of the package", "--data"
     if manifest.metric:
-        yield MetricRow("exported", "PyTorch", own, *vars(manifest.metric).values())
-    for data, field in ((own, "sample"), (given, "metric")):
+        yield MetricRow("exported", "PyTorch", OWN, *vars(manifest.metric).values())
+    for data, field in ((OWN, "sample"), (GIVEN, "metric")):
         for result in results:
             if found := getattr(result, field):
                 yield MetricRow(manifest.dtype, result.name, data, *vars(found).values())
+    for result in results:
+        yield from result.texts
+
+
+def _writes(manifest: Manifest) -> bool:
+    return base(manifest.task) == "text2text-generation" and len(manifest.served()) > 1
+
+
+def _texts(
+    folder: Path, manifest: Manifest, name: str, data: Mapping[str, Examples | None]
+) -> Iterator[MetricRow]:
+    """Yield chrF of what the package writes from each of the data, if it can be measured."""
+    if not _writes(manifest) or why_not(folder):
+        return
+    served = _served(folder, manifest, name)
+    for which, examples in data.items():
+        batches = examples.batches(BATCH) if examples else ()
+        known = [b for b in batches if {"labels", "decoder_input_ids"} <= b.keys()]
+        if known:
+            found = measure_chrf(folder, served, known)
+            yield MetricRow(manifest.dtype, name, which, *vars(found).values())
 
 
 def _failed(name: str, reason: str, outputs: Sequence[OutputParity] = ()) -> ProviderResult:
@@ -258,6 +335,7 @@ def _failed(name: str, reason: str, outputs: Sequence[OutputParity] = ()) -> Pro
         divergences=(),
         metric=None,
         sample=None,
+        texts=(),
         footprint=None,
         ok=False,
         reason=reason,
@@ -285,10 +363,7 @@ def _measure_metric(
     folder: Path, manifest: Manifest, provider: str, examples: Examples
 ) -> MetricResult | None:
     task, metric = base(manifest.task), for_task(manifest.task)
-    served = [
-        (graph, find_runtime(provider).open(folder / path))
-        for path, graph in manifest.served().items()
-    ]
+    served = _served(folder, manifest, provider)
     total, count, seen = 0.0, 0, 0
     for batch in examples.batches(BATCH):
         targets = set() if len(served) == 1 else {"labels", "decoder_input_ids"}
@@ -299,6 +374,11 @@ def _measure_metric(
         part, labels = metric.add(logits, labels_of(task, batch))
         total, count, seen = total + part, count + labels, seen + len(logits)
     return MetricResult(metric.name, metric.value(total, count), seen) if metric else None
+
+
+def _served(folder: Path, manifest: Manifest, provider: str) -> list[tuple[GraphRecord, Session]]:
+    runtime = find_runtime(provider)
+    return [(graph, runtime.open(folder / path)) for path, graph in manifest.served().items()]
 
 
 def _logits(served: Sequence[tuple[GraphRecord, Session]], batch: dict[str, Array]) -> Array:
@@ -321,6 +401,7 @@ def _logits(served: Sequence[tuple[GraphRecord, Session]], batch: dict[str, Arra
 def _provider_json(result: ProviderResult) -> dict[str, Any]:
     cost = vars(result.footprint) if result.footprint else {}
     memory = ("rss_bytes", "anonymous_bytes", "memory_reason")
+    backed = result.footprint.file_bytes if result.footprint else None
     held = getattr(cost.get("placement"), "device_bytes", None)
     silent = None if held is not None else "the engine has no other device, or does not tell"
     latency = {"first": "first_ms", "median": "median_ms", "p95": "p95_ms", "runs": "runs"}
@@ -328,6 +409,7 @@ def _provider_json(result: ProviderResult) -> dict[str, Any]:
         **{key: value for key, value in vars(result).items() if key != "footprint"},
         "memory": {
             **{key.removeprefix("memory_"): cost.get(key) for key in memory},
+            "file_bytes": backed,
             "device_bytes": held,
             "device_reason": silent,
         },

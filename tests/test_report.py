@@ -268,12 +268,12 @@ def test_what_every_runtime_did_is_told(package: Path) -> None:
         "layer.3.up.weight.",
         "greedy decoding gives PyTorch's token in 96.88% of 64 places: 2 of 64 ids differ",
         "webno browser is installednot tested",
-        "original1,000 of validation dataPyTorch98.00 %",
-        "int8400 of --datawebgpu97.25 %",
+        "original1,000 of validation dataPyTorch98.00 %accuracy",
+        "int8400 of --datawebgpu97.25 %accuracy",
     ):
         assert text in page
     markdown = (package / "report.md").read_text()
-    assert "| int8 | webgpu | 97.25 % | 400 of --data |" in markdown
+    assert "| int8 | webgpu | accuracy | 97.25 % | 400 of --data |" in markdown
     assert "| web | not tested: no browser is installed |" in markdown
 
 

@@ -1,9 +1,11 @@
+import json
 import shutil
 import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,6 +53,33 @@ def test_memory_is_that_of_the_stored_weights(tmp_path: Path) -> None:
     assert COPY <= shared.rss_bytes <= 1.3 * COPY  # measured 1.005
     assert separate.rss_bytes - shared.rss_bytes >= 0.95 * COPY  # measured 1.002
     assert shared.anonymous_bytes <= shared.rss_bytes
+
+
+@linux
+def test_validate_tells_what_part_of_the_removed_bytes_is_gone_from_memory(
+    tmp_path: Path, command: Any
+) -> None:
+    shared, separate = tmp_path / "shared", tmp_path / "separate"
+    two_products(shared, "first")
+    two_products(separate, "second")
+    _, out, _ = command("validate", shared, "--against", separate, "--json")
+    kept, memory = json.loads(out)["sharing"], json.loads(out)["providers"][0]["memory"]
+    sizes = [sum(f.stat().st_size for f in p.glob("model.onnx*")) for p in (separate, shared)]
+    assert (kept["against"], kept["bytes_removed"]) == ("separate", sizes[0] - sizes[1])
+    assert COPY <= kept["bytes_removed"] < COPY + 1000
+    assert kept["resident_saved"] == kept["fraction"] * kept["bytes_removed"]
+    assert 0.95 < kept["fraction"] < 1.05  # measured 1.002
+    assert memory["file_bytes"] == memory["rss_bytes"] - memory["anonymous_bytes"]
+    page = (shared / "report.html").read_text()
+    assert "Sharing kept" in page and "separate" in page
+    assert command("validate", shared, "--json")[1].count('"sharing": null') == 1
+
+    for target, other, said in (
+        (separate, shared, "is not larger than"),
+        (shared, tmp_path, "ffmerge.json does not exist"),
+    ):
+        code, _, err = command("validate", target, "--against", other)
+        assert code == 2 and said in " ".join(err.split())
 
 
 @linux

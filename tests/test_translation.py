@@ -1,0 +1,74 @@
+"""chrF of what a translator's package writes, held against transformers' generate()."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sacrebleu
+import torch
+from reference.tasks import REFERENCES, numeral_pairs, tokenizer
+
+from ffmerge.exporter.package import export
+from ffmerge.models import checkpoint
+from ffmerge.models.examples import Examples, from_arrays
+from ffmerge.runtime_tests import translation
+from ffmerge.runtime_tests.validate import validate
+
+ROWS = 24
+
+
+def rows() -> Examples:
+    return from_arrays(REFERENCES["numerals"].load("test", count=ROWS))
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    numerals = REFERENCES["numerals"]
+    folder = tmp_path_factory.mktemp("numerals") / "package"
+    examples = from_arrays(numerals.load("validation", count=ROWS))
+    export(checkpoint.load(numerals.folder), folder, source=numerals.folder, examples=examples)
+    return folder
+
+
+def test_chrf_is_that_of_the_texts_that_transformers_generates(package: Path) -> None:
+    pairs = numeral_pairs("test", 0, ROWS)
+    model = checkpoint.load(REFERENCES["numerals"].folder)
+    model.generation_config.eos_token_id = model.config.eos_token_id
+    words = tokenizer("numerals_marian")
+    inputs = words([english for english, _ in pairs], return_tensors="pt", padding=True)
+    with torch.no_grad():
+        ids = model.generate(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"],
+            num_beams=1, do_sample=False, max_new_tokens=64,
+        )  # fmt: skip
+    guesses = words.batch_decode(ids, skip_special_tokens=True)
+    expected = sacrebleu.corpus_chrf(guesses, [[german for _, german in pairs]]).score
+    result = validate(package, examples=rows())
+    found = {row.data: row for row in result.metrics if row.name == "chrF"}
+    assert found["--data"].value == pytest.approx(expected, abs=1e-9)  # measured 0
+    assert (found["--data"].examples, found["--data"].by) == (ROWS, "cpu")
+    assert found["real rows of the package"].value > 95 < expected
+    assert result.not_measured is None and result.ok
+
+
+def test_a_runtime_that_writes_other_words_has_less(
+    package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = translation.decoder
+
+    def wrong(served: Any, batch: Any) -> Any:
+        step, calls = right(served, batch), iter(range(1000))
+        return lambda ids: np.roll(step(ids), next(calls) % 3 == 2, axis=-1)
+
+    monkeypatch.setattr(translation, "decoder", wrong)
+    result = validate(package, examples=rows())
+    assert all(row.value < 80 for row in result.metrics if row.name == "chrF")
+
+
+def test_why_chrf_is_missing_is_told(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(translation, "find_spec", lambda name: None)
+    result = validate(package)
+    assert "install sacrebleu" in str(result.not_measured)
+    assert not [row for row in result.metrics if row.name == "chrF"]
+    assert "no tokenizer.json" in str(translation.why_not(package.parent))
