@@ -1,7 +1,8 @@
 """What a package is compared with: what PyTorch gives, on drawn inputs and on a few real ones."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ BYTES, SCORES = 1 << 22, 1 << 24  # of its inputs, and elements of its logits, a
 PROMPTS, PROMPT, NEW = 4, 8, 16  # of greedy decoding: rows, tokens given, tokens made
 _VIEWS = {"Cast", "Concat", "Expand", "Identity", "Reshape", "Slice", "Split", "Squeeze",
           "Transpose", "Unsqueeze"}  # fmt: skip
+Rounding = dict[Any, tuple[Callable[[], torch.Tensor], str]]  # by place; how, and what reads it
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_target_positions")
 
 
@@ -140,23 +142,23 @@ def trace(
     feeds = traced_feeds(graph.probe, real)
     given = iter(pytree.tree_leaves(dict(to_tensors(feeds, graph.module.model))))
     held = {**program.state_dict, **program.constants}
-    rounded = _rounded(graph.module.model, model, dtype)
-    arguments = []
-    for spec in program.graph_signature.input_specs:
-        value = next(given) if spec.target is None else held[spec.target]
-        arguments.append(rounded.get(_place(value), (value,))[0])
-    inputs_too = {id(weight) for weight, op in rounded.values() if op == "MatMulInteger"}
-    recorder = _Recorder(program.graph_module, traced_names(model), inputs_too)
+    arguments = [
+        next(given) if spec.target is None else held[spec.target]
+        for spec in program.graph_signature.input_specs
+    ]
+    rounding = _rounding(graph.module.model, model, dtype)
+    recorder = _Recorder(program.graph_module, traced_names(model), rounding)
     with torch.no_grad():
         recorder.run(*arguments)
     return Trace(tuple(recorder.values), tuple(recorder.samples))
 
 
-def _rounded(model: Any, graph: ir.Model, dtype: str) -> dict[Any, tuple[torch.Tensor, str]]:
-    """Return the weights that the graph has rounded, as it should have them, by their place.
+def _rounding(model: Any, graph: ir.Model, dtype: str) -> Rounding:
+    """Return, by the place of each weight that the graph has rounded, what gives it as rounded.
 
-    With each comes the operator that reads it first. One that is behind a DequantizeLinear has
-    8 bits in any case, and a table that is multiplied by is rounded as the map has it.
+    A large model must not be held twice, so it is called where the weight is used. With each comes
+    the operator that reads it first. One that is behind a DequantizeLinear has 8 bits in any case,
+    and a table that is multiplied by is rounded as the map has it.
     """
     if dtype not in ("int8", "int4"):
         return {}
@@ -172,16 +174,20 @@ def _rounded(model: Any, graph: ir.Model, dtype: str) -> dict[Any, tuple[torch.T
             continue
         op, module = held[name].consumers()[0].op_type, modules.get(_place(parameter))
         if op == "DequantizeLinear" or (module is None and parameter.ndim != 2):
-            axis = next(i for i, size in enumerate(parameter.shape) if size > 1)
-            rows = parameter.data.movedim(axis, 0)
-            new = precision.to_dtype(rows.flatten(1), "int8", summed=False).view(rows.shape)
-            new = new.movedim(0, axis)
+            rounded = partial(_in_8_bits, parameter.data)
         elif module is None:
-            new = precision.to_dtype(parameter.data, dtype)
+            rounded = partial(precision.to_dtype, parameter.data, dtype)
         else:
-            new = precision.rounded_weight(module, dtype)
-        found[_place(parameter)] = (new, op)
+            rounded = partial(precision.rounded_weight, module, dtype)
+        found[_place(parameter)] = (rounded, op)
     return found
+
+
+def _in_8_bits(weight: torch.Tensor) -> torch.Tensor:
+    axis = next(i for i, size in enumerate(weight.shape) if size > 1)
+    rows = weight.movedim(axis, 0)
+    new = precision.to_dtype(rows.flatten(1), "int8", summed=False).view(rows.shape)
+    return new.movedim(0, axis)
 
 
 def _place(value: Any) -> Any:
@@ -191,25 +197,31 @@ def _place(value: Any) -> Any:
 class _Recorder(torch.fx.Interpreter):
     """Runs a program and keeps a sample of each float tensor that has one of the ``names``.
 
-    What is multiplied by a weight of ``rounds``, given by identity, is rounded as well.
+    Weights are rounded while they are used; what an int8 product multiplies them by is, too.
     """
 
-    def __init__(self, module: torch.fx.GraphModule, names: set[str], rounds: set[int]) -> None:
+    def __init__(self, module: torch.fx.GraphModule, names: set[str], rounding: Rounding) -> None:
         super().__init__(module)
-        self.names, self.rounds = names, rounds
+        self.names, self.rounding = names, rounding
         self.values: list[TracedValue] = []
         self.samples: list[Array] = []
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         product = any(kind in str(target) for kind in ("linear", "matmul", "mm"))
-        if product and any(id(x) in self.rounds for x in args):
+        ops = [self.rounding.get(_place(x), (None, ""))[1] for x in args]
+        if product and "MatMulInteger" in ops:
             args = tuple(
                 precision.rounded_input(x)
-                if isinstance(x, torch.Tensor) and x.ndim > 1 and id(x) not in self.rounds
+                if isinstance(x, torch.Tensor) and x.ndim > 1 and not op
                 else x
-                for x in args
+                for x, op in zip(args, ops, strict=True)
             )
+        args, kwargs = pytree.tree_map(self._as_rounded, (args, kwargs))
         return super().call_function(target, args, kwargs)
+
+    def _as_rounded(self, value: Any) -> Any:
+        found = self.rounding.get(_place(value))
+        return found[0]() if found else value
 
     def run_node(self, node: torch.fx.Node) -> Any:
         value = super().run_node(node)
