@@ -18,6 +18,7 @@ ROUNDED = (*PRODUCTS, nn.Embedding, nn.Conv1d, nn.Conv2d)
 DTYPES = ("fp32", "fp16", "int8", "int4")
 _FLOOR = 1024  # elements below which a weight stays float32
 _BLOCK = 32
+_AT_ONCE = 1 << 20  # elements that are rounded at a time
 
 
 def bytes_of(model: nn.Module, dtype: str) -> int:
@@ -57,11 +58,21 @@ def to_dtype(weight: Tensor, dtype: str, summed: bool = True) -> Tensor:
     """Return a (rows, columns) weight as ``dtype`` can hold it, in its own type.
 
     The columns of a row are multiplied with an input and summed, if ``summed``; int4 has a scale
-    for each 32 of them, int8 one for each row.
+    for each 32 of them, int8 one for each row. Rows are rounded some at a time: a table of half a
+    gigabyte would take four times as much in between.
     """
-    values = weight.float()
+    new = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    step = max(1, _AT_ONCE // max(1, weight.shape[1]))
+    for start in range(0, len(weight), step):
+        some = slice(start, start + step)
+        new[some] = _to_dtype(weight[some].float(), dtype, summed)
+    return new
+
+
+def _to_dtype(values: Tensor, dtype: str, summed: bool) -> Tensor:
+    columns = values.shape[1]
     if dtype == "fp16":
-        return values.half().to(weight.dtype)
+        return values.half()
     if dtype == "int8":
         largest = values.abs().amax(1, keepdim=True)
         if summed:  # the codes of two neighbours sum to 127 at most: see quantize.py
@@ -69,14 +80,13 @@ def to_dtype(weight: Tensor, dtype: str, summed: bool = True) -> Tensor:
             largest = largest.maximum(pairs.abs().amax(1, keepdim=True))
         scale, codes = largest / 127, (-127, 127)
     else:
-        width = values.shape[1]
-        filled = nn.functional.pad(values, (0, -width % _BLOCK))
+        filled = nn.functional.pad(values, (0, -columns % _BLOCK))
         values = filled.unflatten(1, (-1, _BLOCK))
         low, high = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
         scale, codes = torch.where(high > -low, high, low) / -8, (-8, 7)
     scale = scale.where(scale != 0, 1)
     values = (values / scale).round().clamp(*codes) * scale
-    return values.flatten(1)[:, : weight.shape[1]].to(weight.dtype)
+    return values.flatten(1)[:, :columns]
 
 
 def rounded_weight(module: Any, dtype: str) -> Tensor:
