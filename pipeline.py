@@ -209,15 +209,16 @@ def validate(
         result = validation.validate(
             folder, providers, examples, 1, lambda step: show(step, 0, 0), installed
         )
+        validation.write_validation(folder, result)
         if against:
-            show(f"measuring {against.name}", 0, 0)
+            show(f"measuring {against}", 0, 0)
             result, cost = validation.measure_against(result, manifest, against)
-            before = report.costs(against.name, original, cost)
-    validation.write_validation(folder, result)
+            before = report.costs(against.resolve().name, original, cost)
+            validation.write_validation(folder, result)
     after = report.summarize("package", manifest, result)
     command = f"ffmerge validate {folder.name}" + "".join(f" --provider {p}" for p in providers)
     command += " --all" * installed + " --data DATA" * (data_source is not None)
-    command += f" --against {against.name}" if against else ""
+    command += f" --against {against.resolve().name}" if against else ""
     losses = report.collect_losses(manifest, after)
     commands = [*report.made_by(manifest, folder.name), command]
     drawn = alike.get("stacks", ())

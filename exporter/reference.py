@@ -168,7 +168,7 @@ def _rounding(model: Any, graph: ir.Model, dtype: str) -> Rounding:
         for module in model.modules()
         if isinstance(module, precision.ROUNDED) and isinstance(module, kind)
     }
-    held, found = graph.graph.initializers, {}
+    held, found = graph.graph.initializers, Rounding()
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if f"{name}/scale" not in held:
             continue

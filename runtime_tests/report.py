@@ -40,6 +40,7 @@ class Summary:
     metric: float | None
     examples: int | None
     max_abs: float | None
+    file_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def summarize(label: str, manifest: Manifest, validation: Validation) -> Summary
 
 def costs(label: str, manifest: Manifest, cost: Footprint | None) -> Summary:
     """Return the summary of a package of which only the footprint was measured."""
-    measured = ("rss_bytes", "anonymous_bytes", *TIMES)
+    measured = ("rss_bytes", "anonymous_bytes", "file_bytes", *TIMES)
     return Summary(
         label=label,
         bytes_on_disk=model_bytes(manifest),
@@ -155,6 +156,7 @@ def rows(before: Summary | None, after: Summary, losses: Losses | None = None) -
         *cost("Parameters", "parameters", "{:,}".format, "each shared one counted once"),
         *cost("Memory", "rss_bytes", size_text, "resident, added by loading"),
         *cost("Memory, anonymous", "anonymous_bytes", size_text, "the part no file backs"),
+        *cost("Memory, of files", "file_bytes", size_text, "the part that can be read again"),
         *_kept_rows(before, after),
         *cost("Load time", "load_s", lambda s: time_text(1e3 * s), "opening the session"),
         *cost("Latency, median", "median_ms", time_text, batch),

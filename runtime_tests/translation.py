@@ -61,6 +61,7 @@ def measure_chrf(
 def _ends(folder: Path) -> list[int]:
     """Return the end tokens that the package's generation settings or configuration name."""
     for name in ("generation_config.json", "config.json"):
-        if (folder / name).exists() and (end := read_json(folder / name).get("eos_token_id")):
+        end = read_json(folder / name).get("eos_token_id") if (folder / name).exists() else None
+        if end is not None:  # Marian's is 0
             return end if isinstance(end, list) else [end]
     return []

@@ -223,7 +223,7 @@ def measure_against(
         return validation, None
     cost = measure_footprint(against, ran.name, threads)
     sizes = model_bytes(before), model_bytes(manifest)
-    kept = sharing(against.name, *sizes, cost.rss_bytes, ran.footprint.rss_bytes)
+    kept = sharing(against.resolve().name, *sizes, cost.rss_bytes, ran.footprint.rss_bytes)
     return replace(validation, sharing=kept), cost
 
 

@@ -126,7 +126,7 @@ def test_the_table_says_why_a_runtime_failed_whose_outputs_are_right(package: Pa
     console = Console(width=200, record=True, file=StringIO())
     console.print(validation_table(absent))
     shown = console.export_text()
-    assert "NOT ok" in shown and reason in shown
+    assert "NOT ok" in shown and reason in shown and "of it backed by a file" in shown
     assert "not tested: no browser" in shown
 
 

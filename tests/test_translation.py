@@ -1,5 +1,6 @@
 """chrF of what a translator's package writes, held against transformers' generate()."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -77,3 +78,15 @@ def test_why_chrf_is_missing_is_told(package: Path, monkeypatch: pytest.MonkeyPa
     result = validate(package)
     assert result.not_measured == translation.why_not(package)
     assert not [row for row in result.metrics if row.name == "chrF"]
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "ends"),
+    [({"eos_token_id": 0}, {"eos_token_id": 5}, [0]), ({}, {"eos_token_id": [0, 2]}, [0, 2])],
+)
+def test_the_end_token_may_be_id_0(
+    tmp_path: Path, generation: dict[str, Any], config: dict[str, Any], ends: list[int]
+) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert translation._ends(tmp_path) == ends
