@@ -41,12 +41,16 @@ class _Kept:
 
 
 class Resumed:
-    """Passes of one model from the first changed block; ``reason`` tells why not, if it cannot."""
+    """Passes of one model from the first changed block; ``reason`` tells why not, if it cannot.
+
+    ``ran`` and ``skipped`` count the blocks before the first changed one.
+    """
 
     def __init__(self, model: Any, sublayers: Iterable[FeedForward], memory: int = MEMORY) -> None:
         """Find in which order the blocks run, and whether their outputs are all that is read."""
         self.model, self.memory = model, memory
         self.reason = ""
+        self.ran = self.skipped = 0
         self._kept: dict[bytes, _Kept] = {}
         self._boundary, self._key, self._fresh = 0, b"", dict[str, Any]()
         self._folder: tempfile.TemporaryDirectory[str] | None = None
@@ -99,7 +103,9 @@ class Resumed:
         """Return what was kept, or compute it; keep what the last block before the change gives."""
         kept = self._kept.get(self._key)
         if kept and place < kept.depth:
+            self.skipped += 1
             return self._read(kept.outputs[owner])
+        self.ran += 1
         out = compute(*args, **kwargs)
         self._fresh[owner] = _copied(out)  # the next block may change it in place
         if place == self._boundary - 1:
@@ -179,6 +185,7 @@ class Resumed:
                 return
         for key in [*self._kept]:
             self._drop(key)
+        self.ran = self.skipped = 0
 
     def _note(self, path: str, _: Any, args: Any, out: Any) -> None:
         self.blocks.append(path)
