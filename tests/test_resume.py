@@ -1,5 +1,6 @@
 """What a search does not run again: against candidates that are run from the input."""
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -45,6 +46,15 @@ def _merged(name: str, **config: Any) -> tuple[Any, Any]:
     task = _task(model)
     result = merge_(model, _batches(model), MergeConfig(batch_size=5, task=task, **config))
     return result, dict(model.named_parameters())
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """With several, the last bit of one and the same product depends on where its inputs lie."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("memory", [resume.MEMORY, 0])
