@@ -254,4 +254,6 @@ def validation_table(result: Any) -> Group:
             (f"bytes removed since {kept.against}", size_text(kept.bytes_removed)),
             ("sharing kept: of them gone from memory", kept.text()),
         ]
-    return Group(*tables, _table("Cost", ("", ""), costs))
+    if costs:
+        tables.append(_table("Cost", ("", ""), costs))
+    return Group(*tables)

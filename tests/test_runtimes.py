@@ -128,6 +128,9 @@ def test_the_table_says_why_a_runtime_failed_whose_outputs_are_right(package: Pa
     shown = console.export_text()
     assert "NOT ok" in shown and reason in shown and "of it backed by a file" in shown
     assert "not tested: no browser" in shown
+    nothing_ran = replace(failed, providers=(replace(cpu, footprint=None),))
+    console.print(validation_table(nothing_ran))
+    assert "Cost" not in console.export_text()
 
 
 def test_all_lists_what_is_not_installed_and_does_not_fail(
