@@ -15,6 +15,7 @@ from typing import Any
 
 import onnx_ir as ir
 import onnxscript.optimizer
+import onnxscript.rewriter
 import torch
 
 from ffmerge.errors import ExportError
@@ -70,6 +71,9 @@ def to_onnx(graph: Graph, opset: int) -> tuple[ShareResult, Any]:
     # for the constants it folds.
     share(graph_model, known, resident=False)
     onnxscript.optimizer.optimize_ir(graph_model)
+    onnxscript.rewriter.rewrite(
+        _trivial()
+    )  # its rules hold the last graph they saw and its weights
     # It leaves out biases that are zero, tied or not. Any other tie that is gone is an error.
     known = read_ties(graph_model)
     write_ties(
@@ -88,6 +92,13 @@ def placed(shared: ShareResult, file: str) -> ShareResult:
     counted = tuple(replace(tie, places={file: counts[tie.name]}) for tie in shared.ties)
     write_ties(shared.model, counted)
     return replace(shared, ties=counted)
+
+
+def _trivial() -> ir.Model:
+    x = ir.Value(name="x")
+    node = ir.Node("", "Identity", [x])
+    graph = ir.Graph([x], node.outputs, nodes=[node], opset_imports={"": 20})
+    return ir.Model(graph, ir_version=10)
 
 
 def _rename(model: ir.Model, known: tuple[Tie, ...]) -> None:

@@ -1,9 +1,11 @@
 """Packages against PyTorch: outputs, bytes, names, determinism, and what a kill leaves."""
 
+import gc
 import os
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -227,3 +229,14 @@ def test_other_tasks_and_families(name: str, task: str, tmp_path: Path) -> None:
     assert named == set(tasks.OUTPUTS[tasks.base(task)])
     for output in outputs:
         assert output.max_abs is not None and output.max_abs < 5e-6  # measured 7.2e-7
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "int4"])
+def test_no_weight_is_held_when_the_package_is_made(dtype: str, tmp_path: Path) -> None:
+    """A process that exports one model after another must not add them up."""
+    model = gpt2(layers=2)
+    weights = [weakref.ref(parameter) for parameter in model.parameters()]
+    export(model, tmp_path / "package", ExportConfig(dtype=dtype))
+    del model
+    gc.collect()
+    assert [w() for w in weights if w() is not None] == []
