@@ -16,7 +16,6 @@ layers and of tokens, and fits lines. Times that are compared are those of the p
 """
 
 import argparse
-import gc
 import json
 import os
 import shutil
@@ -46,6 +45,7 @@ from ffmerge.passes.weights.merge import MergeConfig, merge_
 from ffmerge.passes.weights.recover import twin
 from ffmerge.passes.weights.resume import Resumed
 from ffmerge.passes.weights.settings import Settings
+from ffmerge.runtime_tests.memory import resident
 
 SHARD = 400 << 20  # bytes of random weights that are held at a time
 LENGTH = 256  # tokens of a row
@@ -144,7 +144,7 @@ class Steps:
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
         """Measure what is done in the block."""
-        gc.collect()  # a model that is done with stays mapped until then
+        resident()  # collects what is done with, and gives freed memory back
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         began, used, moved = time.perf_counter(), time.process_time(), _moved()
         yield
