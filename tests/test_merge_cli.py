@@ -118,4 +118,5 @@ def test_a_gpu_merges_and_recovers_as_the_processor_does(
         with torch.no_grad():
             outputs.append(checkpoint.load(out)(pixels).logits)
     off = (outputs[0] - outputs[1]).abs().max() / outputs[0].abs().max()
+    # held on an H100; how far below these bounds it was has not been read yet
     assert off < {"no": 1e-4, "bf16": 2e-2}[dtype], float(off)

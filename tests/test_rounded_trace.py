@@ -6,11 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tamper
+import torch
 from tiny import gpt2
 
 from ffmerge.exporter.package import ExportConfig, export
 from ffmerge.models.data import from_arrays
 from ffmerge.models.manifest import Manifest
+from ffmerge.passes.weights import precision
 from ffmerge.passes.weights.merge import MergeConfig, merge_
 from ffmerge.runtime_tests.locate import locate
 from ffmerge.runtime_tests.parity import check_generation, check_nodes, check_parity
@@ -62,3 +64,13 @@ def test_wrong_scales_are_found_at_their_node(package: Path, tmp_path: Path) -> 
     (found,) = check_nodes(folder, manifest, "cpu", check_parity(folder, manifest))
     assert found.layer == "transformer.h.0.mlp.c_fc"
     assert weight in found.tensors
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "int8", "int4"])
+def test_a_weight_is_rounded_by_parts_as_at_once(
+    dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = torch.randn(70, 90, generator=torch.Generator().manual_seed(0))
+    whole = precision.to_dtype(weight, dtype)
+    monkeypatch.setattr(precision, "_AT_ONCE", 200)  # two rows
+    assert torch.equal(precision.to_dtype(weight, dtype), whole)

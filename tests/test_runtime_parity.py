@@ -127,7 +127,7 @@ def test_a_quantized_output_may_be_off_by_a_part_of_its_size(size: float, tmp_pa
         bias = np.array([0, 0, part * rms, 0, 0], np.float32)
         off = linear_package(tmp_path / str(part), weight, BIAS, None, bias, dtype="int8")
         (output,) = check_parity(tmp_path / str(part), off)
-        assert output.atol == pytest.approx(rms, rel=1e-6)  # measured 6e-8
+        assert output.atol == pytest.approx(rms, rel=1e-7)  # measured 9.3e-9
         assert ("out of tolerance" not in str(output.reason)) == ok
 
 

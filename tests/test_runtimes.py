@@ -218,7 +218,9 @@ def test_every_bound_leaves_room_above_what_was_measured_but_not_much() -> None:
 def test_of_package_and_arithmetic_the_looser_bound_counts() -> None:
     assert for_dtype("fp32", "bf16") == ARITHMETIC["bf16"]
     assert for_dtype("int4", "tf32") == TOLERANCES["int4"]
-    assert for_dtype("fp32") == TOLERANCES["fp32"]
+    assert for_dtype("fp32") == for_dtype("fp32", "native") == TOLERANCES["fp32"]
+    assert for_dtype("int8", "native") == TOLERANCES["int8"]
+    assert for_dtype("fp16", "native") == ARITHMETIC["native"]  # the evaluator adds in float16
     both = for_dtype("int8-weights", "bf16")
     assert (both.atol, both.rtol) == (ARITHMETIC["bf16"].atol, TOLERANCES["int8-weights"].rtol)
     assert (both.node, both.tokens, both.real) == (TOLERANCES["int8-weights"].node, 0.8, True)
