@@ -82,6 +82,16 @@ def test_validate_tells_what_part_of_the_removed_bytes_is_gone_from_memory(
         assert code == 2 and said in " ".join(err.split())
 
 
+def test_a_validation_is_kept_if_its_original_does_not_run(tmp_path: Path, command: Any) -> None:
+    two_products(tmp_path / "shared", "first", 8)
+    two_products(tmp_path / "broken", "second", 64)
+    (tmp_path / "broken" / "model.onnx").write_bytes(b"no graph")
+    code, _, err = command("validate", tmp_path / "shared", "--against", tmp_path / "broken")
+    assert code == 2 and "broken" in err, err
+    found = json.loads((tmp_path / "shared" / "validation.json").read_text())
+    assert found["providers"][0]["memory"]["rss_bytes"] is not None and found["sharing"] is None
+
+
 @linux
 def test_memory_that_the_parser_freed_is_not_counted(tmp_path: Path) -> None:
     two_products(tmp_path / "inline", "second", SMALL, external=False)
