@@ -7,12 +7,13 @@
     python benchmarks/scale.py fit
 
 ``steps`` writes a model with random weights, shard by shard, into a temporary folder, and runs it
-from checkpoint to packages in one process; without a window nothing is merged. Beside the times
-stand floors measured in the same run: matrix products at the rate of this machine, bytes at the
-speed of a copy on this disk. ``pairs`` collects statistics for all windows of k at once, and those
-of all pairs of layers in the plain way. ``search`` tries these windows, as ffmerge does, with whole
-passes, and every window alone from the input. ``fit`` measures statistics for three numbers of
-layers and of tokens, and fits lines. Times that are compared are those of the processors.
+from checkpoint to packages; without a window nothing is merged. An export has a process of its own,
+as the command has. Beside the times stand floors measured in the same run: matrix products at the
+rate of this machine, bytes at the speed of a copy on this disk. ``pairs`` collects statistics for
+all windows of k at once, and those of all pairs of layers in the plain way. ``search`` tries these
+windows, as ffmerge does, with whole passes, and every window alone from the input. ``fit`` measures
+statistics for three numbers of layers and of tokens, and fits lines. Times that are compared are
+those of the processors.
 """
 
 import argparse
@@ -25,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import combinations
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -188,16 +190,22 @@ def steps(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         shutil.rmtree(source)
     del model
     for dtype in ("fp32", "int4"):
-        with run.step(f"load and export {dtype}"):
-            model = checkpoint.load(merged)
-            package.export(model, folder / dtype, ExportConfig(task, dtype=dtype), merged)
-            del model
+        with get_context("spawn").Pool(1) as pool:
+            run.found += pool.apply(_export, (merged, folder / dtype, task, dtype))
         shutil.rmtree(folder / dtype)
     floors["gemm_gflops_after"] = gemm_rate() / 1e9
     return {
         "model": args.model, "model_mb": round(size / 1e6), **result, "floors": floors,
         "steps": run.found,
     }  # fmt: skip
+
+
+def _export(source: Path, target: Path, task: str, dtype: str) -> list[dict[str, Any]]:
+    """Load and export in a process of its own, as the command does."""
+    run = Steps()
+    with run.step(f"load and export {dtype}"):
+        package.export(checkpoint.load(source), target, ExportConfig(task, dtype=dtype), source)
+    return run.found
 
 
 def _merge(

@@ -71,9 +71,7 @@ def to_onnx(graph: Graph, opset: int) -> tuple[ShareResult, Any]:
     # for the constants it folds.
     share(graph_model, known, resident=False)
     onnxscript.optimizer.optimize_ir(graph_model)
-    onnxscript.rewriter.rewrite(
-        _trivial()
-    )  # its rules hold the last graph they saw and its weights
+    onnxscript.rewriter.rewrite(_trivial())  # its rules hold the last graph they saw
     # It leaves out biases that are zero, tied or not. Any other tie that is gone is an error.
     known = read_ties(graph_model)
     write_ties(
@@ -95,10 +93,11 @@ def placed(shared: ShareResult, file: str) -> ShareResult:
 
 
 def _trivial() -> ir.Model:
-    x = ir.Value(name="x")
-    node = ir.Node("", "Identity", [x])
-    graph = ir.Graph([x], node.outputs, nodes=[node], opset_imports={"": 20})
-    return ir.Model(graph, ir_version=10)
+    """Return a graph that every rule of the optimizer tries: one of them wants two slices."""
+    inputs = [ir.Value(name=name) for name in ("x", "start", "end")]
+    nodes = [ir.Node("", "Slice", inputs) for _ in range(2)]
+    outputs = [node.outputs[0] for node in nodes]
+    return ir.Model(ir.Graph(inputs, outputs, nodes=nodes, opset_imports={"": 20}), ir_version=10)
 
 
 def _rename(model: ir.Model, known: tuple[Tie, ...]) -> None:
