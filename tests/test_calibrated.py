@@ -12,6 +12,7 @@ from tiny import bert, gpt2, vit
 from tiny_wider import GATED, SEQ2SEQ, seeded, t5
 
 from ffmerge.models.feedforward import FeedForward, find, stacks
+from ffmerge.passes.weights import calibrated
 from ffmerge.passes.weights.calibrated import (
     Regression,
     low_rank,
@@ -160,12 +161,18 @@ def test_ridge_solve_solves(n: int, columns: int) -> None:
         strength = ridge * np.trace(gram.numpy()) / n
         want = np.linalg.inv(gram.numpy() + strength * np.eye(n)) @ right.numpy()
         assert np.abs(got - want).max() < 1e-14  # measured 2.7e-15
+        above = torch.triu(torch.full_like(gram, torch.nan), 1)  # is not read
+        assert np.array_equal(ridge_solve(gram + above, right, ridge).numpy(), got)
     assert (ridge_solve(torch.zeros(n, n).double(), right, 1e-2) - right).abs().max() == 0
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e4])
-def test_regression_in_batches_is_least_squares_with_a_bias_of_each_layer(offset: float) -> None:
+@pytest.mark.parametrize("stripe", [2, 512])
+def test_regression_in_batches_is_least_squares_with_a_bias_of_each_layer(
+    offset: float, stripe: int, monkeypatch
+) -> None:
     """At a mean of 10,000 spreads, products that are not centred would be off by 10^8."""
+    monkeypatch.setattr(calibrated, "_STRIPE", stripe)
     generator = np.random.default_rng(0)
     hidden = {i: (generator.standard_normal((700, 5)) + offset * i).astype("f") for i in (1, 4)}
     slope = generator.standard_normal((5, 3))
@@ -584,7 +591,8 @@ def test_signals_are_what_the_maps_take_and_give() -> None:
         }  # fmt: skip
         for name, want in wanted.items():
             joined = torch.cat([getattr(s, name) for s in signals], -2).numpy()
-            assert np.abs(joined - want).max() == 0, name
+            # products of other numbers of rows: measured 0 with AVX2, 4.8e-7 with AVX-512
+            assert np.abs(joined - want).max() < 2e-6, name
 
 
 @pytest.mark.parametrize("after", [False, True])
