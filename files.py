@@ -29,12 +29,11 @@ def refuse_existing(*paths: Path) -> None:
 
 
 @contextmanager
-def staged(target: Path) -> Iterator[Path]:
-    """Yield an empty folder beside ``target`` that becomes ``target`` when the block ends well.
+def scratch(target: Path) -> Iterator[Path]:
+    """Yield an empty folder beside ``target``, on its disk, that is gone when the block ends.
 
-    On any error the staging folder is removed; after a SIGKILL a hidden ``.NAME.partial-*``
-    folder remains, which no command takes for a result. Files get the usual permissions, which
-    safetensors and temporary folders do not give.
+    After a SIGKILL a hidden ``.NAME.partial-*`` folder remains, which no command takes for a
+    result.
 
     Raises:
         InputError: ``target`` exists, or its parent cannot be written.
@@ -49,13 +48,23 @@ def staged(target: Path) -> Iterator[Path]:
         raise InputError(f"cannot write {target}: {error.strerror or error}.") from error
     try:
         yield folder
-        for path in (folder, *folder.rglob("*")):
-            path.chmod(0o755 if path.is_dir() else 0o644)
-        folder.rename(target)
     except OSError as error:
         raise InputError(f"cannot write {target}: {error.strerror or error}.") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def staged(target: Path) -> Iterator[Path]:
+    """Yield a folder of :func:`scratch` that becomes ``target`` when the block ends well.
+
+    Files get the usual permissions, which safetensors and temporary folders do not give.
+    """
+    with scratch(target) as folder:
+        yield folder
+        for path in (folder, *folder.rglob("*")):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        folder.rename(target)
 
 
 def write_whole(path: Path, content: bytes) -> Path:

@@ -19,12 +19,14 @@ from ffmerge.files import (
     plain,
     read_json,
     refuse_existing,
+    scratch,
     staged,
     write_json,
     write_whole,
 )
 from ffmerge.models import checkpoint, data, digits, tasks
 from ffmerge.models.examples import from_arrays
+from ffmerge.models.float32 import float32_
 from ffmerge.models.manifest import Manifest
 from ffmerge.passes.weights import compare as comparing
 from ffmerge.passes.weights import merge as merging
@@ -160,11 +162,14 @@ def export(
     data_source: str | None = None,
     trust_remote_code: bool = False,
 ) -> Package:
-    """Export the checkpoint ``source`` as the new package ``out``, with a few rows of the data."""
-    refuse_existing(out)
-    with _progress() as show:
+    """Export the checkpoint ``source`` as the new package ``out``, with a few rows of the data.
+
+    One of 16 bits is computed with in float32, whose weights are on disk beside ``out`` meanwhile.
+    """
+    with _progress() as show, scratch(out) as wide:
         folder = checkpoint.resolve(source, code=trust_remote_code)
-        model = checkpoint.load(folder, trust_remote_code).float()
+        model = checkpoint.load(folder, trust_remote_code)
+        float32_(model, wide)
         task = tasks.fit(config.task, model) if config.task else tasks.infer(model)
         examples = data.read(data_source, folder, task) if data_source else None
         show("tracing and writing", 0, 0)

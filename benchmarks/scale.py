@@ -35,7 +35,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from ffmerge.exporter import package
+from ffmerge import pipeline
 from ffmerge.exporter.package import ExportConfig
 from ffmerge.files import write_json
 from ffmerge.models import checkpoint
@@ -73,7 +73,9 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
 }  # fmt: skip
 
 
-def write_random(name: str, folder: Path, **changes: Any) -> None:
+def write_random(
+    name: str, folder: Path, dtype: torch.dtype = torch.float32, **changes: Any
+) -> None:
     """Write the model ``name`` with random weights, never more than a shard of them in memory."""
     kind, settings, _ = MODELS[name]
     config = getattr(transformers, f"{kind}Config")(**{**settings, **changes})
@@ -93,7 +95,7 @@ def write_random(name: str, folder: Path, **changes: Any) -> None:
     for number, keys in enumerate(shards, 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         tensors = {
-            key: torch.randn(shapes[key], generator=generator) * 0.02 + (".ln_" in key)
+            key: (torch.randn(shapes[key], generator=generator) * 0.02 + (".ln_" in key)).to(dtype)
             for key in keys
         }
         save_file(tensors, folder / file, {"format": "pt"})
@@ -177,7 +179,7 @@ def steps(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     task = MODELS[args.model][2]
     source, run = folder / "model", Steps()
     with run.step("write random weights"):
-        write_random(args.model, source)
+        write_random(args.model, source, getattr(torch, args.dtype))
     floors = {"gemm_gflops": gemm_rate() / 1e9, "copy_mb_s": copy_rate(folder) / 1e6}
     with run.step("inspect"):
         inspect(source)
@@ -201,10 +203,10 @@ def steps(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def _export(source: Path, target: Path, task: str, dtype: str) -> list[dict[str, Any]]:
-    """Load and export in a process of its own, as the command does."""
+    """Export in a process of its own, as the command does."""
     run = Steps()
-    with run.step(f"load and export {dtype}"):
-        package.export(checkpoint.load(source), target, ExportConfig(task, dtype=dtype), source)
+    with run.step(f"export {dtype}"):
+        pipeline.export(str(source), target, ExportConfig(task, dtype=dtype))
     return run.found
 
 
@@ -397,6 +399,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("what", choices=["steps", "pairs", "search", "fit"])
     parser.add_argument("--model", choices=MODELS, default="vit-base")
+    parser.add_argument("--dtype", default="float32", help="of the checkpoint of steps")
     parser.add_argument("--window", help="layers to merge in steps, for example 4-8")
     parser.add_argument("--tokens", type=int, default=10_000)
     parser.add_argument("--width", type=int, default=768)

@@ -372,11 +372,14 @@ def _blocks(values: Array, bits: int, block: int, symmetric: bool) -> list[Array
     time: a large table needs no copies of itself.
     """
     step = max(1, BLOCK // (4 * values.shape[1]))
-    parts = [
-        _blocks_of(values[start : start + step], bits, block, symmetric)
-        for start in range(0, len(values), step)
-    ]
-    return [np.concatenate(same) for same in zip(*parts, strict=True)]
+    whole: list[Array] = []
+    for start in range(0, len(values), step):
+        some = slice(start, start + step)
+        parts = _blocks_of(values[some], bits, block, symmetric)
+        whole = whole or [np.empty((len(values), *p.shape[1:]), p.dtype) for p in parts]
+        for array, part in zip(whole, parts, strict=True):
+            array[some] = part
+    return whole
 
 
 def _blocks_of(values: Array, bits: int, block: int, symmetric: bool) -> list[Array]:
