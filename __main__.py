@@ -127,6 +127,14 @@ def merge(
     recover_parts: Annotated[str, typer.Option(help="What to train: merged or all.")] = "merged",
     learning_rate: Annotated[float, typer.Option(help="Highest rate of the recovery.")] = 1e-3,
     device: Annotated[str, typer.Option(help="What computes: cpu, cuda, cuda:1.")] = "cpu",
+    offload: Annotated[
+        bool,
+        typer.Option(
+            "--offload",
+            help="For a model larger than the device: weights stay on disk, each block's are put "
+            "on the device while it runs.",
+        ),
+    ] = False,
     expanded: Annotated[
         bool, typer.Option("--expanded", help="Store every copy, for plain loaders.")
     ] = False,
@@ -153,7 +161,7 @@ def merge(
     )
     result = pipeline.merge(
         model, out, config, data, validation, expanded, trust_remote_code,
-        recovery if recover else None, device,
+        recovery if recover else None, device, offload,
     )  # fmt: skip
     _emit(as_json, result.to_json(), merge_table(result, out))
 

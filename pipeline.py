@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import Progress
 from transformers.utils.logging import disable_progress_bar
@@ -28,9 +29,10 @@ from ffmerge.models import checkpoint, data, digits, tasks
 from ffmerge.models.examples import from_arrays
 from ffmerge.models.float32 import float32_
 from ffmerge.models.manifest import Manifest
+from ffmerge.models.offload import offload_
 from ffmerge.passes.weights import compare as comparing
 from ffmerge.passes.weights import merge as merging
-from ffmerge.passes.weights import search
+from ffmerge.passes.weights import processes, search
 from ffmerge.passes.weights.compare import Comparison
 from ffmerge.passes.weights.evaluate import score_for
 from ffmerge.passes.weights.merge import Merge, MergeConfig
@@ -61,19 +63,21 @@ def merge(
     trust_remote_code: bool = False,
     recovery: RecoverConfig | None = None,
     device: str = "cpu",
+    offload: bool = False,
 ) -> Merge:
     """Merge the checkpoint ``source`` and save it as the new folder ``out``.
 
     With ``recovery`` the merged model is then trained towards the original. Its state is kept in
-    a hidden folder beside ``out`` until the end: the same call goes on after a kill. Under
-    torchrun every process calls this, and the first one writes.
+    a hidden folder beside ``out`` until the end: the same call goes on after a kill. With
+    ``offload`` the weights stay pages of the checkpoint, and a block's are on the device while it
+    runs. Under torchrun every process calls this, and the first one writes.
     """
     refuse_existing(out)
     if recovery and not data_source:
         raise InputError("recovery follows the original on data: give --data.")
     with _progress() as show:
         folder = checkpoint.resolve(source, code=trust_remote_code)
-        model = _on(device, checkpoint.load(folder, trust_remote_code))
+        model = _on(device, checkpoint.load(folder, trust_remote_code), offload)
         task = tasks.check(config.task) if config.task else tasks.infer(model)
         calibration = data.read(data_source, folder, task) if data_source else None
         held_out = data.read(validation_source, folder, task) if validation_source else None
@@ -96,9 +100,14 @@ def merge(
     return result
 
 
-def _on(device: str, model: Any) -> Any:
+def _on(device: str, model: Any, offload: bool) -> Any:
+    processes.place()  # gives each of several processes a GPU of its own
     try:
-        return model.to(device)
+        torch.empty(0, device=device)
+        if not offload:
+            return model.to(device)
+        offload_(model, device)
+        return model
     except (RuntimeError, AssertionError) as error:  # the latter where PyTorch has no CUDA
         first = str(error).splitlines()[0]
         raise InputError(f"the model cannot be put on --device {device!r}: {first}") from error

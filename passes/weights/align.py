@@ -8,6 +8,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from ffmerge.models.feedforward import FeedForward
+from ffmerge.models.offload import device_of
 
 _SWEEPS = 20  # seen: 2 to 6 until nothing changes
 
@@ -47,11 +48,12 @@ def neurons(
 ) -> dict[tuple[int, str], Tensor]:
     """Return the parameters that have neurons, as float64 (f, ...) matrices with neurons first.
 
-    Neuron ``order[j]`` is in row j. Blocks of a fused map stand side by side.
+    Neuron ``order[j]`` is in row j. Blocks of a fused map stand side by side. They lie where the
+    model computes.
     """
     found = {}
     for key, weight in zip(member.keys, member.weights, strict=True):
-        value = model.get_parameter(weight.name).detach().double()
+        value = model.get_parameter(weight.name).detach().to(device_of(model)).double()
         if weight.neurons is not None:
             value = value.movedim(weight.neurons, 0).reshape(weight.blocks, member.d_ff, -1)
             rows = torch.cat([*value], 1)

@@ -22,6 +22,7 @@ from ffmerge.errors import InputError
 from ffmerge.models import ties
 from ffmerge.models.feedforward import FeedForward
 from ffmerge.models.inputs import unchunked
+from ffmerge.models.offload import device_of
 from ffmerge.models.probe import Array
 from ffmerge.models.ties import Key, Sharing
 from ffmerge.passes.weights.align import neurons
@@ -102,7 +103,7 @@ def _member(model: Any, member: FeedForward, order: Tensor | None, moments: Mome
         w_in,
         torch.stack([_rows(b, 1)[:, 0] for b in biases]),
         w_out,
-        w_out.new_zeros(member.d_model) if b_out is None else b_out.detach().double(),
+        w_out.new_zeros(member.d_model) if b_out is None else b_out.detach().to(w_out),
         inputs.mean[layer][0],
         inputs.cross[layer, layer][0].double() / inputs.count,
         (spread if order is None else spread[order.to(spread.device)]) * w_out.norm(dim=1),
@@ -285,8 +286,7 @@ def _refitted(
     What is regressed is the error that is left, so nothing cancels where little is left.
     """
     f, d = found.w_out.shape
-    like = model.get_parameter(members[0].weights[0].name)
-    zeros = partial(torch.zeros, device=like.device, dtype=torch.float32)
+    zeros = partial(torch.zeros, device=device_of(model), dtype=torch.float32)
     errors = Regression(zeros((f, f)), zeros((f, d)))
     sharing = _sharing(model, members, found, settings)
     for seen in _side_by_side(model, members, sharing, batches, settings.tokens, forced):
@@ -383,9 +383,9 @@ def _sharing(model: Any, members: Sequence[FeedForward], found: Fit, settings: S
         for i, (up, down) in enumerate([*low_in, *([low_out] if low_out else [])]):
             mine |= {(i, "up"): up, (i, "down"): down}
         own.append(mine)
-    dtype = model.get_parameter(members[0].weights[0].name).dtype
+    like = model.get_parameter(members[0].weights[0].name)
 
     def stored(tensors: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
-        return {key: tensor.to(dtype).contiguous() for key, tensor in tensors.items()}
+        return {key: tensor.to(like).contiguous() for key, tensor in tensors.items()}
 
     return Sharing(stored(shared), [stored(mine) for mine in own] if any(own) else ())

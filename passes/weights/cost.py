@@ -38,9 +38,9 @@ def cost_of(pairs: Iterable[tuple[FeedForward, FeedForward]]) -> Cost:
     """Return what the pairs cost, and of each layer among them the products of its inputs."""
     wanted = {(a.stack, a.layer, b.layer): (a, b) for a, b in pairs}
     layers = {(m.stack, m.layer): m for pair in wanted.values() for m in pair}
-    numbers = sum((3 if a.gated else 1) * a.d_ff * b.d_ff for a, b in wanted.values())
-    numbers += sum(m.d_model**2 for m in layers.values())
-    return Cost(len(wanted), 2 * numbers, 4 * numbers)
+    crossed = sum((3 if a.gated else 1) * a.d_ff * b.d_ff for a, b in wanted.values())
+    own = sum(m.d_model**2 for m in layers.values())
+    return Cost(len(wanted), 2 * (crossed + own), 4 * crossed + 8 * own)
 
 
 def room(device: torch.device) -> int:

@@ -14,6 +14,7 @@ from ffmerge.files import plain
 from ffmerge.models import tasks, ties
 from ffmerge.models.examples import Examples, from_arrays
 from ffmerge.models.feedforward import FeedForward, proven, stacks
+from ffmerge.models.offload import device_of
 from ffmerge.models.plan import MergeRecord, Window, parse_budget
 from ffmerge.models.probe import Array
 from ffmerge.passes.weights import cost, methods
@@ -128,7 +129,7 @@ def merge_(
     if resumed.reason:
         progress(f"candidates run the whole model: {resumed.reason}", 0, 0)
     # what stacks to come are aligned by is taken from the original, so before one is merged
-    memory = math.inf if len(searches) > 1 else cost.room(next(model.parameters()).device)
+    memory = math.inf if len(searches) > 1 else cost.room(device_of(model))
     trials = Trials(
         model, resumed, method, evidence, score, watched, config.tokens, progress, memory
     )

@@ -93,11 +93,11 @@ def drop_ffn(model: Any, members: Sequence[FeedForward], evidence: Evidence) -> 
         w_out = align.neurons(model, m)[number, "weight"]
         mean = hidden.mean[m.layer][0] @ w_out
         keeps = float(m is kept)
-        old = torch.zeros_like(mean) if bias is None else bias.detach().double()
+        old = torch.zeros_like(mean) if bias is None else bias.detach().to(mean)
         parts = {"scale": torch.full_like(mean, keeps), "bias": old + (1 - keeps) * mean}
-        dtype = model.get_parameter(m.weights[0].name).dtype
+        like = model.get_parameter(m.weights[0].name)
         biases = {key: b.clone() for key, b in shared.items() if key[1] == "bias"}
-        own.append(biases | {(number, part): value.to(dtype) for part, value in parts.items()})
+        own.append(biases | {(number, part): value.to(like) for part, value in parts.items()})
     return Sharing({key: value for key, value in shared.items() if key[1] != "bias"}, own)
 
 

@@ -30,6 +30,7 @@ from ffmerge.models import tasks, ties
 from ffmerge.models.checkpoint import merge_record
 from ffmerge.models.examples import Examples
 from ffmerge.models.metrics import IGNORED, for_task, labels_of
+from ffmerge.models.offload import device_of
 from ffmerge.models.probe import Array
 from ffmerge.passes.weights.processes import join
 from ffmerge.passes.weights.statistics import _mask, forward, positions
@@ -203,7 +204,8 @@ def _training(
 ) -> Iterator[None]:
     """Put both models on the device, in float32 and evaluation mode; undo all of it at the end.
 
-    Without dropout the two compute the same function as far as their weights agree.
+    Of models that are offloaded only what is trained is put there. Without dropout the two compute
+    the same function as far as their weights agree.
     """
     both = (model, original)
     before = {p: (p.dtype, p.requires_grad) for each in both for p in each.parameters()}
@@ -211,8 +213,10 @@ def _training(
     try:
         for each, _, home in modes:
             each.eval()
-            if home.type == "cpu":
+            if home.type == "cpu" and device_of(each) == home:
                 each.to(device)
+        for parameter in trained:
+            parameter.data = parameter.data.to(device_of(model))
         for parameter, (dtype, _) in before.items():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(torch.promote_types(dtype, torch.float32))

@@ -19,6 +19,7 @@ from ffmerge.errors import InputError
 from ffmerge.files import size_text
 from ffmerge.models import ties
 from ffmerge.models.feedforward import FeedForward
+from ffmerge.models.offload import device_of
 from ffmerge.models.plan import Group
 from ffmerge.models.ties import Sharing
 from ffmerge.passes.weights import cost, precision, processes, statistics
@@ -99,7 +100,7 @@ class Trials:
             return
         after = next(iter(self.evidence.values())).settings.after
         every = [pair for pairs in new.values() for pair in pairs]
-        told = cost.cost_of(every).text(self.tokens, next(self.model.parameters()).device)
+        told = cost.cost_of(every).text(self.tokens, device_of(self.model))
         with self.resumed.behind(sublayer for pair in every for sublayer in pair):
             found = statistics.collect(self.model, new, self.batches(told), self.tokens, after)
         for name, moments in found.items():

@@ -24,6 +24,7 @@ from ffmerge.errors import InputError
 from ffmerge.models.feedforward import FeedForward
 from ffmerge.models.inputs import to_tensors, unchunked
 from ffmerge.models.metrics import IGNORED
+from ffmerge.models.offload import device_of
 from ffmerge.models.probe import Array
 from ffmerge.passes.weights import processes
 
@@ -39,13 +40,15 @@ class Moments:
     """Count, means, sums of squares and of cross products of the layers' features.
 
     Features have v views of the same f neurons: 1, or 3 of a gated sublayer. ``cross``
-    holds, for each pair (anchor, other), the (v, f, f) sums of products of deviations, in float32;
-    means and squares are (v, f) in float64. ``inputs`` are the moments of what the layers read,
-    each paired with itself, ``hidden`` those of what the map f -> d is given, unpaired.
+    holds, for each pair (anchor, other), the (v, f, f) sums of products of deviations, in
+    ``dtype``; means and squares are (v, f) in float64. ``inputs`` are the moments of what the
+    layers read, each paired with itself, ``hidden`` those of what the map f -> d is given,
+    unpaired.
     """
 
     pairs: tuple[Pair, ...]
     count: int = 0
+    dtype: torch.dtype = torch.float32
     mean: dict[int, Tensor] = field(default_factory=dict)
     squares: dict[int, Tensor] = field(default_factory=dict)
     cross: dict[Pair, Tensor] = field(default_factory=dict)
@@ -72,9 +75,14 @@ class Moments:
         for a, b in self.pairs:
             if (a, b) not in self.cross:
                 shape = (views, means[a].shape[1], means[b].shape[1])
-                self.cross[a, b] = centred[a].new_zeros(shape)
-            for view in range(views):
-                self.cross[a, b][view].addmm_(centred[a][view].T, centred[b][view])
+                self.cross[a, b] = centred[a].new_zeros(shape, dtype=self.dtype)
+            for view, total_of in enumerate(self.cross[a, b]):
+                x, y = centred[a][view], centred[b][view]
+                if self.dtype == x.dtype:
+                    total_of.addmm_(x.T, y)
+                else:
+                    total_of += x[:n].T @ y[:n]
+                    total_of.addr_(scale * shift[a][view], shift[b][view])
         self.count = total
 
     def pooled(self, sizes: Mapping[int, tuple[int, int]], like: Tensor) -> None:
@@ -94,9 +102,10 @@ class Moments:
             self.squares[layer] = reduce(squares, "sum")
         for a, b in self.pairs:
             (views, f), (_, g) = sizes[a], sizes[b]
-            cross = self.cross.get((a, b), like.new_zeros((views, f, g), dtype=torch.float32))
+            cross = self.cross.get((a, b), like.new_zeros((views, f, g), dtype=self.dtype))
             for view in range(views):
-                cross[view].addr_((count * shift[a][view]).float(), shift[b][view].float())
+                x, y = (count * shift[a][view]).to(cross), shift[b][view].to(cross)
+                cross[view].addr_(x, y)
             self.cross[a, b] = reduce(cross, "sum")
         self.count = int(total)
 
@@ -210,7 +219,9 @@ def collect(
     place = processes.place()
     moments, inputs, hidden = {}, {}, {}
     for name, pairs_of in layers.items():
-        inputs[name] = Moments(tuple((m.layer, m.layer) for m in members[name]))
+        own = tuple((m.layer, m.layer) for m in members[name])
+        # small, and what is solved for goes by them: in float64 any number of processes sum alike
+        inputs[name] = Moments(own, dtype=torch.float64)
         hidden[name] = Moments(())
         moments[name] = Moments(tuple(pairs_of), inputs=inputs[name], hidden=hidden[name])
     for signals in watch(model, members, batches, tokens, place):
@@ -220,7 +231,11 @@ def collect(
             inputs[name].update({i: s.inputs[None] for i, s in by_layer.items()})
             hidden[name].update({i: s.hidden[None] for i, s in by_layer.items()})
     for name, of in members.items() if place[1] > 1 else ():
-        like, size, gated = next(model.parameters()), (1, of[0].d_ff), of[0].gated and not after
+        like, size, gated = (
+            torch.empty(0, device=device_of(model)),
+            (1, of[0].d_ff),
+            of[0].gated and not after,
+        )
         moments[name].pooled({m.layer: (3, m.d_ff) if gated else size for m in of}, like)
         inputs[name].pooled({m.layer: (1, m.d_model) for m in of}, like)
         hidden[name].pooled({m.layer: size for m in of}, like)

@@ -1,0 +1,94 @@
+"""A model that is larger than its device: a block's weights are there while the block runs.
+
+Parameters stay where they are, on the processor as pages of the checkpoint's files. What belongs to
+a block of a list comes with the block; all else, embeddings and head, for the length of a pass.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_map_only
+
+from ffmerge.models.feedforward import place_of
+
+_DEVICE = "runs_on"  # attribute of a model that is offloaded
+
+
+def offload_(model: Any, device: str | torch.device) -> None:
+    """Let ``model`` run on ``device``, in place, without moving its parameters there.
+
+    Inputs may lie anywhere, outputs lie on the device. A backward pass fetches what it needs of the
+    weights again, so that no more than a block of them is there then either. A parameter that lies
+    on the device already is used as it is.
+    """
+    device = torch.device(device)
+    setattr(model, _DEVICE, device)
+    owned: dict[str, list[nn.Module]] = {"": []}
+    for path, module in model.named_modules():
+        if module._parameters or module._buffers:
+            place = place_of(model, f"{path}.")
+            owned.setdefault(f"{place[0]}.{place[1]}" if place else "", []).append(module)
+    for path, modules in owned.items():
+        owner = model.get_submodule(path)
+        run = partial(_run, modules, owner.forward, device)
+        setattr(run, "__signature__", inspect.signature(owner.forward))  # noqa: B010
+        owner.forward = run
+
+
+def device_of(model: Any) -> torch.device:
+    """Return where a model computes, which need not be where its parameters are."""
+    found: torch.device = getattr(model, _DEVICE, None) or next(model.parameters()).device
+    return found
+
+
+def _run(
+    modules: Sequence[nn.Module], compute: Callable[..., Any], device: torch.device,
+    *args: Any, **kwargs: Any,
+) -> Any:  # fmt: skip
+    """Compute with the modules' own parameters and buffers on the device."""
+    places = [each for m in modules for each in (m._parameters, m._buffers)]
+    home = [(place, n, x) for place in places for n, x in place.items() if x is not None]
+    here = {id(x): _there(x, device) for _, _, x in home}
+    lent = {_storage(here[id(x)]): x for _, _, x in home if here[id(x)] is not x}
+    for place, name, tensor in home:
+        place[name] = here[id(tensor)]
+    args, kwargs = tree_map_only(Tensor, lambda x: x.to(device), (args, kwargs))
+    try:
+        with _fetched_again(lent, device) if torch.is_grad_enabled() else nullcontext():
+            return compute(*args, **kwargs)
+    finally:
+        for place, name, tensor in home:
+            place[name] = tensor
+
+
+def _fetched_again(lent: dict[int, Tensor], device: torch.device) -> Any:
+    """Keep for a backward pass, instead of a weight that was lent, where it comes from."""
+
+    def pack(tensor: Tensor) -> Any:
+        source = lent.get(_storage(tensor))
+        if source is None:
+            return tensor
+        return source, tensor.size(), tensor.stride(), tensor.storage_offset()
+
+    def unpack(kept: Any) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        source, *form = kept
+        return _there(source.detach(), device).as_strided(*form)
+
+    return saved_tensors_hooks(pack, unpack)
+
+
+def _there(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.to(device)
+
+
+def _storage(tensor: Tensor) -> int:
+    """Return what tells one storage from another, though both were empty or not real."""
+    return int(tensor.untyped_storage()._cdata)
