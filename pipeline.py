@@ -42,6 +42,7 @@ from ffmerge.runtime_tests import report
 from ffmerge.runtime_tests import validate as validation
 from ffmerge.runtime_tests.footprint import measure_footprint
 from ffmerge.runtime_tests.report import Losses, Summary
+from ffmerge.runtime_tests.sharing import model_bytes
 from ffmerge.runtime_tests.validate import Validation
 from ffmerge.tables import similarity_picture
 
@@ -216,7 +217,7 @@ def validate(
         raise InputError(f"{similarity_source} is not what ffmerge similarity --out writes.")
     manifest, before = Manifest.read(folder), None
     original = Manifest.read(against) if against else manifest
-    if against and validation.model_bytes(original) <= validation.model_bytes(manifest):
+    if against and model_bytes(original) <= model_bytes(manifest):
         raise InputError(f"--against {against} is not larger than {folder}: nothing was removed.")
     examples = data.read(data_source, folder, manifest.task) if data_source else None
     with _progress() as show:

@@ -15,8 +15,9 @@ from ffmerge.models.manifest import Manifest
 from ffmerge.models.metrics import ACCURACY, PERPLEXITY
 from ffmerge.models.plan import Group
 from ffmerge.runtime_tests.footprint import Footprint
+from ffmerge.runtime_tests.sharing import model_bytes, sharing
 from ffmerge.runtime_tests.validate import NAME as VALIDATION
-from ffmerge.runtime_tests.validate import Validation, model_bytes, sharing
+from ffmerge.runtime_tests.validate import Validation
 
 REPORT, TEXT = "report.html", "report.md"
 TIMES = ("load_s", "median_ms", "p95_ms", "tokens_per_s")

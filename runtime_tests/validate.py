@@ -3,11 +3,11 @@
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -15,12 +15,18 @@ import onnxruntime as ort
 from ffmerge.errors import NotInstalled, RuntimeCheckError
 from ffmerge.files import plain, write_whole
 from ffmerge.models.examples import from_arrays
-from ffmerge.models.manifest import GraphRecord, Manifest, MetricResult
-from ffmerge.models.metrics import for_task, labels_of
-from ffmerge.models.probe import Array
-from ffmerge.models.tasks import base
+from ffmerge.models.manifest import Manifest, MetricResult
 from ffmerge.runtime_tests.footprint import Footprint, measure_footprint
 from ffmerge.runtime_tests.locate import Divergence
+from ffmerge.runtime_tests.metric import (
+    GIVEN,
+    OWN,
+    Examples,
+    MetricRow,
+    measure_metric,
+    measure_texts,
+    writes,
+)
 from ffmerge.runtime_tests.parity import (
     OutputParity,
     check_generation,
@@ -29,34 +35,13 @@ from ffmerge.runtime_tests.parity import (
 )
 from ffmerge.runtime_tests.reference import read_reference
 from ffmerge.runtime_tests.replay import Generation
-from ffmerge.runtime_tests.runtimes.base import Placement, Session
+from ffmerge.runtime_tests.runtimes.base import Placement
 from ffmerge.runtime_tests.runtimes.registry import RUNTIMES, find_runtime
-from ffmerge.runtime_tests.translation import measure_chrf, why_not
+from ffmerge.runtime_tests.sharing import Sharing, model_bytes, sharing
+from ffmerge.runtime_tests.translation import why_not
 
 NAME = "validation.json"
-BATCH = 8  # examples per run when the task metric is measured
-OWN, GIVEN = "real rows of the package", "--data"  # what a metric was measured on
 PLACED = 0.9  # the fraction of the compute nodes that a runtime must take to count as used
-
-
-class Examples(Protocol):
-    """Data to measure the task metric on."""
-
-    def batches(self, size: int) -> Iterator[dict[str, Array]]:
-        """Yield the graph's inputs, and ``labels`` where there are any."""
-        ...
-
-
-@dataclass(frozen=True)
-class MetricRow:
-    """The task metric of one ``stage`` of a model, computed by ``by``, on ``data``."""
-
-    stage: str
-    by: str
-    data: str
-    name: str
-    value: float
-    examples: int
 
 
 @dataclass(frozen=True)
@@ -99,35 +84,6 @@ class NotTested:
     name: str
     requested: str
     reason: str
-
-
-@dataclass(frozen=True)
-class Sharing:
-    """Of the bytes that a package has less than the one it came from, those gone from memory.
-
-    ``fraction`` is ``resident_saved`` over ``bytes_removed``; both None where memory is not told.
-    """
-
-    against: str
-    bytes_removed: int
-    resident_saved: int | None
-    fraction: float | None
-
-    def text(self) -> str:
-        """Return the fraction in percent."""
-        shown = "not measured" if self.fraction is None else f"{100 * self.fraction:.0f} %"
-        return shown.replace("-", "\N{MINUS SIGN}")
-
-
-def sharing(
-    against: str, before: int, after: int, rss_before: int | None, rss_after: int | None
-) -> Sharing | None:
-    """Return what sharing keeps of ``before - after`` bytes, None if no byte was removed."""
-    removed = before - after
-    if removed <= 0:
-        return None
-    saved = None if rss_before is None or rss_after is None else rss_before - rss_after
-    return Sharing(against, removed, saved, None if saved is None else saved / removed)
 
 
 @dataclass(frozen=True)
@@ -193,7 +149,7 @@ def validate(
         not_tested=tuple(absent),
         metric=next((result.metric for result in results if result.metric), None),
         metrics=tuple(_metrics(manifest, results)),
-        not_measured=why_not(folder) if _writes(manifest) else None,
+        not_measured=why_not(folder) if writes(manifest) else None,
         environment=_environment(),
         package={
             "bytes_total": sum(file.bytes for file in manifest.files),
@@ -233,11 +189,6 @@ def write_validation(folder: Path, validation: Validation) -> Path:
     return write_whole(folder / NAME, f"{text}\n".encode())
 
 
-def model_bytes(manifest: Manifest) -> int:
-    """Return the bytes of the files a runtime loads: graphs and their external data."""
-    return sum(f.bytes for f in manifest.files if f.path.endswith((".onnx", ".onnx_data")))
-
-
 def _validate_on(
     name: str,
     folder: Path,
@@ -274,9 +225,9 @@ def _validate_on(
         _failed(name, "; ".join(reasons), outputs),
         generation=tuple(generated),
         divergences=tuple(divergences),
-        metric=_measure_metric(folder, manifest, name, examples) if examples else None,
-        sample=_measure_metric(folder, manifest, name, rows) if rows else None,
-        texts=tuple(_texts(folder, manifest, name, {OWN: rows, GIVEN: examples})),
+        metric=measure_metric(folder, manifest, name, examples) if examples else None,
+        sample=measure_metric(folder, manifest, name, rows) if rows else None,
+        texts=tuple(measure_texts(folder, manifest, name, {OWN: rows, GIVEN: examples})),
         footprint=footprint,
         device=footprint.device,
         ok=not reasons,
@@ -300,25 +251,6 @@ def _metrics(manifest: Manifest, results: Sequence[ProviderResult]) -> Iterator[
                 yield MetricRow(manifest.dtype, result.name, data, *vars(found).values())
     for result in results:
         yield from result.texts
-
-
-def _writes(manifest: Manifest) -> bool:
-    return base(manifest.task) == "text2text-generation" and len(manifest.served()) > 1
-
-
-def _texts(
-    folder: Path, manifest: Manifest, name: str, data: Mapping[str, Examples | None]
-) -> Iterator[MetricRow]:
-    """Yield chrF of what the package writes from each of the data, if it can be measured."""
-    if not _writes(manifest) or why_not(folder):
-        return
-    served = _served(folder, manifest, name)
-    for which, examples in data.items():
-        batches = examples.batches(BATCH) if examples else ()
-        known = [b for b in batches if {"labels", "decoder_input_ids"} <= b.keys()]
-        if known:
-            found = measure_chrf(folder, served, known)
-            yield MetricRow(manifest.dtype, name, which, *vars(found).values())
 
 
 def _failed(name: str, reason: str, outputs: Sequence[OutputParity] = ()) -> ProviderResult:
@@ -357,45 +289,6 @@ def _elsewhere(requested: str, placement: Placement | None) -> list[str]:
         f"{requested} ran {counts.get(requested, 0)} of {sum(counts.values())} compute nodes, at "
         f"least {PLACED:.0%} are needed; elsewhere: {others}"
     ]
-
-
-def _measure_metric(
-    folder: Path, manifest: Manifest, provider: str, examples: Examples
-) -> MetricResult | None:
-    task, metric = base(manifest.task), for_task(manifest.task)
-    served = _served(folder, manifest, provider)
-    total, count, seen = 0.0, 0, 0
-    for batch in examples.batches(BATCH):
-        targets = set() if len(served) == 1 else {"labels", "decoder_input_ids"}
-        known = "labels" in batch or task == "text-generation"
-        if metric is None or not known or targets - batch.keys():
-            return None
-        logits = _logits(served, batch)
-        part, labels = metric.add(logits, labels_of(task, batch))
-        total, count, seen = total + part, count + labels, seen + len(logits)
-    return MetricResult(metric.name, metric.value(total, count), seen) if metric else None
-
-
-def _served(folder: Path, manifest: Manifest, provider: str) -> list[tuple[GraphRecord, Session]]:
-    runtime = find_runtime(provider)
-    return [(graph, runtime.open(folder / path)) for path, graph in manifest.served().items()]
-
-
-def _logits(served: Sequence[tuple[GraphRecord, Session]], batch: dict[str, Array]) -> Array:
-    """Run the whole model on a batch: its one graph, or encoder and decoder."""
-    feeds = batch
-    for graph, session in served:
-        outputs = session.run(graph.outputs, graph.probe.complete(feeds))
-        if "last_hidden_state" in outputs and graph is not served[-1][0]:
-            states = outputs["last_hidden_state"]
-            mask = batch.get("attention_mask", np.ones(states.shape[:2]))
-            ids = batch["decoder_input_ids"]
-            feeds = {
-                "input_ids": ids,
-                "encoder_hidden_states": states,
-                "encoder_attention_mask": mask,
-            }
-    return outputs["logits"] if "logits" in outputs else next(iter(outputs.values()))
 
 
 def _provider_json(result: ProviderResult) -> dict[str, Any]:

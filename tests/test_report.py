@@ -15,6 +15,7 @@ from ffmerge.files import size_text
 from ffmerge.models.manifest import Manifest, MetricResult, Skip
 from ffmerge.models.plan import Group, MergeRecord, Tie
 from ffmerge.runtime_tests.locate import Divergence
+from ffmerge.runtime_tests.metric import MetricRow
 from ffmerge.runtime_tests.replay import Generation
 from ffmerge.runtime_tests.report import (
     Losses,
@@ -27,7 +28,7 @@ from ffmerge.runtime_tests.report import (
     time_text,
     write_report,
 )
-from ffmerge.runtime_tests.validate import MetricRow, NotTested, validate, write_validation
+from ffmerge.runtime_tests.validate import NotTested, validate, write_validation
 
 BEFORE = Summary(
     label="original",
