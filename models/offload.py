@@ -47,6 +47,12 @@ def device_of(model: Any) -> torch.device:
     return found
 
 
+def call(model: Any, module: nn.Module, *args: Any) -> Any:
+    """Return what a module inside ``model`` gives, where the model computes."""
+    device = getattr(model, _DEVICE, None)
+    return module(*args) if device is None else _run([*module.modules()], module, device, *args)
+
+
 def _run(
     modules: Sequence[nn.Module], compute: Callable[..., Any], device: torch.device,
     *args: Any, **kwargs: Any,

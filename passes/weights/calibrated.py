@@ -22,10 +22,10 @@ from ffmerge.errors import InputError
 from ffmerge.models import ties
 from ffmerge.models.feedforward import FeedForward
 from ffmerge.models.inputs import unchunked
-from ffmerge.models.offload import device_of
 from ffmerge.models.probe import Array
 from ffmerge.models.ties import Key, Sharing
 from ffmerge.passes.weights.align import neurons
+from ffmerge.passes.weights.recorded import Recorded
 from ffmerge.passes.weights.settings import Settings
 from ffmerge.passes.weights.statistics import Enough, Moments, forward, positions
 
@@ -76,18 +76,25 @@ def fit(
     moments: Moments,
     batches: Callable[[], Iterable[Mapping[str, Array]]],
     settings: Settings,
+    recorded: Recorded | None = None,
 ) -> Sharing:
     """Return what the group will share and what each member has for itself.
 
     ``orders`` align the members' neurons. ``batches`` is run once for each of
-    ``settings.rounds``, over ``settings.tokens`` positions.
+    ``settings.rounds``, over ``settings.tokens`` positions; in the first not, if what the members
+    read is ``recorded``.
     """
     with torch.no_grad():
         found = _drafted(
             [_member(model, m, o, moments) for m, o in zip(members, orders, strict=True)], settings
         )
         for number in range(settings.rounds):
-            found = _refitted(model, members, found, batches(), settings, forced=number == 0)
+            sharing, forced = _sharing(model, members, found, settings), number == 0
+            seen = recorded.side_by_side(members, sharing) if recorded and forced else None
+            found = _refitted(
+                members, found, settings,
+                seen or _side_by_side(model, members, sharing, batches(), settings.tokens, forced),
+            )  # fmt: skip
         return _sharing(model, members, found, settings)
 
 
@@ -274,23 +281,20 @@ class Regression:
 
 
 def _refitted(
-    model: Any,
     members: Sequence[FeedForward],
     found: Fit,
-    batches: Iterable[Mapping[str, Array]],
     settings: Settings,
-    forced: bool,
+    seen: Iterable[Mapping[int, tuple[Tensor, Tensor]]],
 ) -> Fit:
     """Return the fit with W_out and b_out that best give the original outputs.
 
     What is regressed is the error that is left, so nothing cancels where little is left.
     """
     f, d = found.w_out.shape
-    zeros = partial(torch.zeros, device=device_of(model), dtype=torch.float32)
+    zeros = partial(found.w_out.new_zeros, dtype=torch.float32)
     errors = Regression(zeros((f, f)), zeros((f, d)))
-    sharing = _sharing(model, members, found, settings)
-    for seen in _side_by_side(model, members, sharing, batches, settings.tokens, forced):
-        for low, (layer, (hidden, outputs)) in zip(found.low_out, seen.items(), strict=True):
+    for batch in seen:
+        for low, (layer, (hidden, outputs)) in zip(found.low_out, batch.items(), strict=True):
             weight = found.w_out + (low[0] @ low[1]).T if low else found.w_out
             errors.update(layer, hidden, outputs - hidden.float() @ weight.float())
     step = errors.solve(settings.ridge) if settings.least_squares else torch.zeros_like(found.w_out)

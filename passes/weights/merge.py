@@ -20,6 +20,7 @@ from ffmerge.models.probe import Array
 from ffmerge.passes.weights import cost, methods
 from ffmerge.passes.weights.evaluate import score_for
 from ffmerge.passes.weights.methods import Evidence
+from ffmerge.passes.weights.recorded import Recorded
 from ffmerge.passes.weights.resume import Resumed
 from ffmerge.passes.weights.search import (
     Candidate,
@@ -130,8 +131,11 @@ def merge_(
         progress(f"candidates run the whole model: {resumed.reason}", 0, 0)
     # what stacks to come are aligned by is taken from the original, so before one is merged
     memory = math.inf if len(searches) > 1 else cost.room(device_of(model))
+    # of use to several candidates, while nothing else is merged
+    shared = method.fits and len(searches) == 1 and len(tried) > 1
+    recorded = Recorded(model, config.settings.tokens) if shared else None
     trials = Trials(
-        model, resumed, method, evidence, score, watched, config.tokens, progress, memory
+        model, resumed, method, evidence, score, watched, config.tokens, progress, memory, recorded
     )
     metric: dict[str, Any] = {"name": score.name if score else None}
     frontier: tuple[Point, ...] = ()

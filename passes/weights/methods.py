@@ -16,17 +16,22 @@ from ffmerge.models.feedforward import FeedForward
 from ffmerge.models.probe import Array
 from ffmerge.models.ties import Sharing
 from ffmerge.passes.weights import align, calibrated
+from ffmerge.passes.weights.recorded import Recorded
 from ffmerge.passes.weights.settings import Settings
 from ffmerge.passes.weights.statistics import Moments
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a method may read: moments of the stack, settings, and the data once more."""
+    """What a method may read: moments of the stack, settings, and the data once more.
+
+    ``recorded`` is what the sublayers read and put out, if it is kept.
+    """
 
     settings: Settings = field(default_factory=Settings)
     moments: Moments | None = None
     batches: Callable[[], Iterable[Mapping[str, Array]]] = tuple
+    recorded: Recorded | None = None
 
 
 _DIMENSIONS_PER_RANK = 64  # so that the residual stays under 1 % of the parameters
@@ -36,22 +41,25 @@ Merger = Callable[[Any, Sequence[FeedForward], Evidence], Sharing]
 
 @dataclass(frozen=True)
 class Method:
-    """A registered method; ``needs_data`` tells whether it reads the evidence."""
+    """A registered method: whether it reads the moments, and whether the data once more."""
 
     name: str
     source: str
     needs_data: bool
+    fits: bool
     merge: Merger
 
 
 METHODS: dict[str, Method] = {}
 
 
-def method(name: str, source: str, needs_data: bool = True) -> Callable[[Merger], Merger]:
+def method(
+    name: str, source: str, needs_data: bool = True, fits: bool = False
+) -> Callable[[Merger], Merger]:
     """Register a function as the method called ``name``; ``source`` is where it comes from."""
 
     def register(merge: Merger) -> Merger:
-        METHODS[name] = Method(name, source, needs_data, merge)
+        METHODS[name] = Method(name, source, needs_data, fits, merge)
         return merge
 
     return register
@@ -155,14 +163,20 @@ def mean_of(model: Any, members: Sequence[FeedForward], orders: Sequence[Tensor 
     return Sharing(shared)
 
 
-@method("calibrated", source="weighted mean, scales as in REPAIR, least squares: see calibrated.py")
+@method(
+    "calibrated",
+    source="weighted mean, scales as in REPAIR, least squares: see calibrated.py",
+    fits=True,
+)
 def calibrate(model: Any, members: Sequence[FeedForward], evidence: Evidence) -> Sharing:
     """Return weights, and of each layer scale and bias, that keep the members' outputs."""
     settings = replace(evidence.settings, rank=0)
     return _calibrated(model, members, replace(evidence, settings=settings))
 
 
-@method("residual", source="calibrated, with arXiv 2410.20672's low-rank part of each layer")
+@method(
+    "residual", source="calibrated, with arXiv 2410.20672's low-rank part of each layer", fits=True
+)
 def residual(model: Any, members: Sequence[FeedForward], evidence: Evidence) -> Sharing:
     """Return what ``calibrated`` does with a residual of low rank to each map of each layer."""
     rank = evidence.settings.rank or max(1, members[0].d_model // _DIMENSIONS_PER_RANK)
@@ -171,9 +185,9 @@ def residual(model: Any, members: Sequence[FeedForward], evidence: Evidence) -> 
 
 
 def _calibrated(model: Any, members: Sequence[FeedForward], evidence: Evidence) -> Sharing:
-    found = orders(members, evidence)
-    again = evidence.batches
-    return calibrated.fit(model, members, found, _moments(evidence), again, evidence.settings)
+    found, again, recorded = orders(members, evidence), evidence.batches, evidence.recorded
+    moments, settings = _moments(evidence), evidence.settings
+    return calibrated.fit(model, members, found, moments, again, settings, recorded)
 
 
 def _moments(evidence: Evidence) -> Moments:

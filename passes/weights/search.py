@@ -25,6 +25,7 @@ from ffmerge.models.ties import Sharing
 from ffmerge.passes.weights import cost, precision, processes, statistics
 from ffmerge.passes.weights.evaluate import Score
 from ffmerge.passes.weights.methods import Evidence, Method
+from ffmerge.passes.weights.recorded import Recorded
 from ffmerge.passes.weights.resume import Resumed
 
 # The sublayers that one candidate would tie, group by group.
@@ -65,8 +66,8 @@ class Trials:
 
     ``batches`` gives the data for the statistics, whose costs it is told, ``tokens`` positions of
     it; None: there is none. Candidates whose statistics are more than ``memory`` bytes are tried in
-    parts, each with a pass of its own.
-    ``resumed`` runs the model behind what a candidate leaves as it is.
+    parts, each with a pass of its own. ``resumed`` runs the model behind what a candidate leaves as
+    it is; ``recorded`` is what the sublayers read and put out, for methods that fit.
     """
 
     model: Any
@@ -78,6 +79,7 @@ class Trials:
     tokens: int
     progress: Progress
     memory: float = cost.PAIRS
+    recorded: Recorded | None = None
     tried: list[Candidate] = field(default_factory=list)
 
     def learn(self, choices: Sequence[Choice]) -> None:
@@ -85,6 +87,8 @@ class Trials:
         if self.batches is None or not self.method.needs_data:
             return
         new = {}
+        if self.recorded:
+            self.recorded.begin([m for c in choices for members in c for m in members])
         for name, evidence in self.evidence.items():
             groups = [members for c in choices for members in c if members[0].stack == name]
             if not groups:
@@ -101,8 +105,20 @@ class Trials:
         after = next(iter(self.evidence.values())).settings.after
         every = [pair for pairs in new.values() for pair in pairs]
         told = cost.cost_of(every).text(self.tokens, device_of(self.model))
+        several = processes.place()[1] > 1
+        keep, limit = (self.recorded.add, self.recorded.tokens) if self.recorded else (None, 0)
         with self.resumed.behind(sublayer for pair in every for sublayer in pair):
-            found = statistics.collect(self.model, new, self.batches(told), self.tokens, after)
+            data, alone = self.batches(told), (None, 0) if several else (keep, limit)
+            found = statistics.collect(self.model, new, data, self.tokens, after, *alone)
+            if several and keep:  # a process has seen its share, and fits what it tries to all
+                members = {
+                    name: [*dict.fromkeys(m for pair in pairs for m in pair)]
+                    for name, pairs in new.items()
+                }
+                data = self.batches("recorded")
+                for batch in statistics.watch(self.model, members, data, limit):
+                    for name, signals in batch.items():
+                        keep(members[name], signals)
         for name, moments in found.items():
             if before := self.evidence[name].moments:
                 moments = before.joined(moments)
@@ -112,8 +128,11 @@ class Trials:
         """Return a candidate and its state: ``choice`` merged while ``rest`` is in place."""
         changed = [sublayer for members in choice for sublayer in members]
         with ties.tied(self.model, rest.groups, rest.shared), self.resumed.behind(changed):
+            recorded = None if rest.groups else self.recorded
             shared = [
-                self.method.merge(self.model, members, self.evidence[members[0].stack])
+                self.method.merge(
+                    self.model, members, replace(self.evidence[members[0].stack], recorded=recorded)
+                )
                 for members in choice
             ]
             with ties.tied(self.model, choice, shared):

@@ -8,7 +8,7 @@ squared, so nothing cancels however far the mean lies from zero.
 """
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -206,12 +206,15 @@ def collect(
     batches: Iterable[Mapping[str, Array]],
     tokens: int,
     after: bool = False,
+    keep: Callable[[Sequence[FeedForward], Mapping[int, Signals]], None] | None = None,
+    keep_tokens: int = 0,
 ) -> dict[str, Moments]:
     """Return, by stack, the moments of the sublayers' features over at least ``tokens`` positions.
 
     Several processes take their share of the batches each and all have the moments of the whole.
     ``pairs`` are anchors and members by stack. ``after`` takes the activations after the
-    nonlinearity, which the map f -> d takes, for the features.
+    nonlinearity, which the map f -> d takes, for the features. ``keep`` is given each batch that
+    this process runs, up to ``keep_tokens`` positions.
     """
     found = {name: list(x) for name, x in pairs.items()}
     members = {n: list({s.layer: s for pair in x for s in pair}.values()) for n, x in found.items()}
@@ -224,7 +227,11 @@ def collect(
         inputs[name] = Moments(own, dtype=torch.float64)
         hidden[name] = Moments(())
         moments[name] = Moments(tuple(pairs_of), inputs=inputs[name], hidden=hidden[name])
-    for signals in watch(model, members, batches, tokens, place):
+    for signals in watch(model, members, batches, max(tokens, keep_tokens), place):
+        for name, by_layer in signals.items() if keep else ():
+            keep(members[name], by_layer)
+        if all(known.count >= tokens for known in moments.values()):
+            continue
         for name, by_layer in signals.items():
             found_in = {i: s.hidden[None] if after else s.features for i, s in by_layer.items()}
             moments[name].update(found_in)

@@ -1,0 +1,116 @@
+"""What sublayers read and put out in the original model, kept so that a fit needs no passes.
+
+A fit asks what a merged sublayer makes of what the original one read. That is the same for every
+candidate, so it is kept from the pass for the statistics, and only the sublayer's own module is run
+on it, not attention and all other layers. Whether the module does the same when it is run alone is
+tried, not known: a block that holds its maps itself (BERT) does not, and is run as a whole. So are
+models of 16 bits, in which the trial would tell less.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ffmerge.models import ties
+from ffmerge.models.feedforward import FeedForward
+from ffmerge.models.inputs import unchunked
+from ffmerge.models.offload import call
+from ffmerge.models.ties import Sharing
+from ffmerge.passes.weights.statistics import Enough, Signals
+
+MEMORY = 1 << 30  # bytes that are kept at most: where it is more, nothing is
+_TRIED = 64  # positions
+_SAME = 1e-5  # of the largest; measured 0 where it is the same, 2e-3 where attention is in between
+Key = tuple[str, int]
+
+
+class Recorded:
+    """Inputs and outputs of a model's sublayers, (n, d) each batch, at ``tokens`` positions."""
+
+    def __init__(self, model: Any, tokens: int) -> None:
+        """Begin with nothing."""
+        self.model, self.tokens = model, tokens
+        self._of: dict[Key, list[tuple[Tensor, Tensor]]] = {}
+        self._first: dict[Key, tuple[Tensor, Tensor]] = {}
+        self._alone: dict[Key, bool] = {}
+        self._missing: set[Key] = set()
+
+    def begin(self, members: Sequence[FeedForward]) -> None:
+        """Forget all other sublayers; of these, those that are not known are going to be added."""
+        wanted = {(m.stack, m.layer) for m in members}
+        self._of = {key: kept for key, kept in self._of.items() if key in wanted}
+        self._missing = wanted - self._of.keys()
+
+    def add(self, members: Sequence[FeedForward], batch: Mapping[int, Signals]) -> None:
+        """Keep a batch of the members of a stack."""
+        for member in members:
+            key, signals = (member.stack, member.layer), batch[member.layer]
+            if key not in self._first:
+                given = signals.inputs[:_TRIED].clone(), signals.hidden[:_TRIED].clone()
+                self._first[key] = given
+            if key in self._missing and self._alone.get(key, True):
+                self._of.setdefault(key, []).append((signals.inputs, signals.outputs))
+        if sum(x.nbytes + y.nbytes for kept in self._of.values() for x, y in kept) > MEMORY:
+            self._alone |= dict.fromkeys(self._of, False)
+            self._of.clear()
+
+    def side_by_side(
+        self, members: Sequence[FeedForward], sharing: Sharing
+    ) -> Iterator[dict[int, tuple[Tensor, Tensor]]] | None:
+        """Return by batch and layer what the merged W_out is given, and what the original put out.
+
+        (n, f) and (n, d); None if it cannot be told without passes.
+        """
+        keys = [(m.stack, m.layer) for m in members]
+        for key, member in zip(keys, members, strict=True):
+            if key not in self._alone and key in self._first:
+                self._alone[key] = self._runs_alone(member, *self._first[key])
+            if not self._alone.get(key):
+                self._of.pop(key, None)
+        if any(key not in self._of for key in keys):
+            return None
+        return self._replayed(members, sharing, [self._of[key] for key in keys])
+
+    def _replayed(
+        self,
+        members: Sequence[FeedForward],
+        sharing: Sharing,
+        kept: Sequence[Sequence[tuple[Tensor, Tensor]]],
+    ) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
+        with torch.no_grad(), unchunked(self.model), ties.tied(self.model, [members], [sharing]):
+            for batch in zip(*kept, strict=True):
+                yield {
+                    m.layer: (self._hidden(m, x), y)
+                    for m, (x, y) in zip(members, batch, strict=True)
+                }
+
+    def _runs_alone(self, member: FeedForward, x: Tensor, wanted: Tensor) -> bool:
+        """Try whether the module, given what its maps read, does what it did in the model."""
+        try:
+            with unchunked(self.model):
+                got = self._hidden(member, x)
+        except (TypeError, ValueError, RuntimeError, LookupError, AttributeError):
+            return False
+        if member.runs > 1 or x.dtype != torch.float32 or got.shape != wanted.shape:
+            return False
+        return bool((got - wanted).abs().max() <= _SAME * wanted.abs().max())
+
+    def _hidden(self, member: FeedForward, x: Tensor) -> Tensor:
+        """Return what the map f -> d is given where the member reads (n, d) inputs."""
+        given: list[Tensor] = []
+
+        def keep(_: Any, args: tuple[Tensor, ...]) -> None:
+            given.append(args[0])
+            raise Enough
+
+        output = self.model.get_submodule(member.output)
+        handle = output.register_forward_pre_hook(keep)
+        try:
+            call(self.model, self.model.get_submodule(member.path), x[None])
+        except Enough:
+            pass
+        finally:
+            handle.remove()
+        return given[0].reshape(len(x), -1)
