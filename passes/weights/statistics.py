@@ -228,8 +228,9 @@ def collect(
         hidden[name] = Moments(())
         moments[name] = Moments(tuple(pairs_of), inputs=inputs[name], hidden=hidden[name])
     for signals in watch(model, members, batches, max(tokens, keep_tokens), place):
-        for name, by_layer in signals.items() if keep else ():
-            keep(members[name], by_layer)
+        if keep:
+            for name, by_layer in signals.items():
+                keep(members[name], by_layer)
         if all(known.count >= tokens for known in moments.values()):
             continue
         for name, by_layer in signals.items():
