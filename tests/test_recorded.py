@@ -27,7 +27,7 @@ def _recorded(model: Any, batches: list[Any], tokens: int = 10**9) -> Recorded:
     found = Recorded(model, tokens)
     pairs = {"layers": Settings().pairs(members)}
     found.begin(members)
-    statistics.collect(model, pairs, iter(batches), 30, False, found.add, tokens)
+    statistics.collect(model, pairs, iter(batches), 30, False, found)
     return found
 
 

@@ -7,7 +7,7 @@ tried, not known: a block that holds its maps itself (BERT) does not, and is run
 models of 16 bits, in which the trial would tell less.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +17,9 @@ from ffmerge.models import ties
 from ffmerge.models.feedforward import FeedForward
 from ffmerge.models.inputs import unchunked
 from ffmerge.models.offload import call
+from ffmerge.models.probe import Array
 from ffmerge.models.ties import Sharing
-from ffmerge.passes.weights.statistics import Enough, Signals
+from ffmerge.passes.weights.statistics import Enough, Signals, members_of, watch
 
 MEMORY = 1 << 30  # bytes that are kept at most: where it is more, nothing is
 _TRIED = 64  # positions
@@ -55,6 +56,17 @@ class Recorded:
         if sum(x.nbytes + y.nbytes for kept in self._of.values() for x, y in kept) > MEMORY:
             self._alone |= dict.fromkeys(self._of, False)
             self._of.clear()
+
+    def fill(
+        self,
+        pairs: Mapping[str, Sequence[Sequence[FeedForward]]],
+        batches: Iterable[Mapping[str, Array]],
+    ) -> None:
+        """Keep what the members of the pairs, by stack, read and put out, in a pass of its own."""
+        members = members_of(pairs)
+        for signals in watch(self.model, members, batches, self.tokens):
+            for name, batch in signals.items():
+                self.add(members[name], batch)
 
     def side_by_side(
         self, members: Sequence[FeedForward], sharing: Sharing

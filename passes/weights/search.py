@@ -105,20 +105,12 @@ class Trials:
         after = next(iter(self.evidence.values())).settings.after
         every = [pair for pairs in new.values() for pair in pairs]
         told = cost.cost_of(every).text(self.tokens, device_of(self.model))
-        several = processes.place()[1] > 1
-        keep, limit = (self.recorded.add, self.recorded.tokens) if self.recorded else (None, 0)
+        keep = self.recorded if processes.place()[1] == 1 else None
         with self.resumed.behind(sublayer for pair in every for sublayer in pair):
-            data, alone = self.batches(told), (None, 0) if several else (keep, limit)
-            found = statistics.collect(self.model, new, data, self.tokens, after, *alone)
-            if several and keep:  # a process has seen its share, and fits what it tries to all
-                members = {
-                    name: [*dict.fromkeys(m for pair in pairs for m in pair)]
-                    for name, pairs in new.items()
-                }
-                data = self.batches("recorded")
-                for batch in statistics.watch(self.model, members, data, limit):
-                    for name, signals in batch.items():
-                        keep(members[name], signals)
+            data = self.batches(told)
+            found = statistics.collect(self.model, new, data, self.tokens, after, keep)
+            if self.recorded and not keep:  # a process has seen its share, and fits to all
+                self.recorded.fill(new, self.batches("recorded"))
         for name, moments in found.items():
             if before := self.evidence[name].moments:
                 moments = before.joined(moments)

@@ -8,12 +8,12 @@ squared, so nothing cancels however far the mean lies from zero.
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -149,6 +149,23 @@ class Signals:
     outputs: Tensor
 
 
+class Keeper(Protocol):
+    """What is given the signals of so many positions, and does with them what it wants."""
+
+    tokens: int
+
+    def add(self, members: Sequence[FeedForward], batch: Mapping[int, Signals]) -> None:
+        """Take a batch of the members of a stack."""
+        ...
+
+
+def members_of(
+    pairs: Mapping[str, Iterable[Sequence[FeedForward]]],
+) -> dict[str, list[FeedForward]]:
+    """Return the sublayers that stand in pairs, by stack, each once."""
+    return {n: list({s.layer: s for pair in x for s in pair}.values()) for n, x in pairs.items()}
+
+
 def watch(
     model: Any,
     sublayers: Mapping[str, Sequence[FeedForward]],
@@ -206,18 +223,17 @@ def collect(
     batches: Iterable[Mapping[str, Array]],
     tokens: int,
     after: bool = False,
-    keep: Callable[[Sequence[FeedForward], Mapping[int, Signals]], None] | None = None,
-    keep_tokens: int = 0,
+    keep: Keeper | None = None,
 ) -> dict[str, Moments]:
     """Return, by stack, the moments of the sublayers' features over at least ``tokens`` positions.
 
     Several processes take their share of the batches each and all have the moments of the whole.
     ``pairs`` are anchors and members by stack. ``after`` takes the activations after the
     nonlinearity, which the map f -> d takes, for the features. ``keep`` is given each batch that
-    this process runs, up to ``keep_tokens`` positions.
+    this process runs, as many as it wants.
     """
     found = {name: list(x) for name, x in pairs.items()}
-    members = {n: list({s.layer: s for pair in x for s in pair}.values()) for n, x in found.items()}
+    members = members_of(found)
     layers = {name: sorted({(a.layer, b.layer) for a, b in x}) for name, x in found.items()}
     place = processes.place()
     moments, inputs, hidden = {}, {}, {}
@@ -227,10 +243,11 @@ def collect(
         inputs[name] = Moments(own, dtype=torch.float64)
         hidden[name] = Moments(())
         moments[name] = Moments(tuple(pairs_of), inputs=inputs[name], hidden=hidden[name])
-    for signals in watch(model, members, batches, max(tokens, keep_tokens), place):
+    wanted = max(tokens, keep.tokens) if keep else tokens
+    for signals in watch(model, members, batches, wanted, place):
         if keep:
             for name, by_layer in signals.items():
-                keep(members[name], by_layer)
+                keep.add(members[name], by_layer)
         if all(known.count >= tokens for known in moments.values()):
             continue
         for name, by_layer in signals.items():
