@@ -29,7 +29,8 @@ BYTES, SCORES = 1 << 22, 1 << 24  # of its inputs, and elements of its logits, a
 PROMPTS, PROMPT, NEW = 4, 8, 16  # of greedy decoding: rows, tokens given, tokens made
 _VIEWS = {"Cast", "Concat", "Expand", "Identity", "Reshape", "Slice", "Split", "Squeeze",
           "Transpose", "Unsqueeze"}  # fmt: skip
-Rounding = dict[Any, tuple[Callable[[], torch.Tensor], str]]  # by place; how, and what reads it
+AT_ONCE = 1 << 22  # elements of a weight that are rounded at a time
+Rounding = dict[Any, tuple[Callable[[Any], torch.Tensor], str]]  # by place; rows, and what reads it
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_target_positions")
 
 
@@ -154,7 +155,7 @@ def trace(
 
 
 def _rounding(model: Any, graph: ir.Model, dtype: str) -> Rounding:
-    """Return, by the place of each weight that the graph has rounded, what gives it as rounded.
+    """Return, by the place of each weight that the graph has rounded, what gives rows as rounded.
 
     A large model must not be held twice, so it is called where the weight is used. With each comes
     the operator that reads it first. One that is behind a DequantizeLinear has 8 bits in any case,
@@ -176,18 +177,22 @@ def _rounding(model: Any, graph: ir.Model, dtype: str) -> Rounding:
         if op == "DequantizeLinear" or (module is None and parameter.ndim != 2):
             rounded = partial(_in_8_bits, parameter.data)
         elif module is None:
-            rounded = partial(precision.to_dtype, parameter.data, dtype)
+            rounded = partial(_in_bits, parameter.data, dtype)
         else:
             rounded = partial(precision.rounded_weight, module, dtype)
         found[_place(parameter)] = (rounded, op)
     return found
 
 
-def _in_8_bits(weight: torch.Tensor) -> torch.Tensor:
+def _in_bits(weight: torch.Tensor, dtype: str, rows: Any) -> torch.Tensor:
+    return precision.to_dtype(weight[rows], dtype)
+
+
+def _in_8_bits(weight: torch.Tensor, some: Any) -> torch.Tensor:
     axis = next(i for i, size in enumerate(weight.shape) if size > 1)
     rows = weight.movedim(axis, 0)
     new = precision.to_dtype(rows.flatten(1), "int8", summed=False).view(rows.shape)
-    return new.movedim(0, axis)
+    return new.movedim(0, axis)[some]
 
 
 def _place(value: Any) -> Any:
@@ -216,12 +221,27 @@ class _Recorder(torch.fx.Interpreter):
                 else x
                 for x, op in zip(args, ops, strict=True)
             )
+        known = [self.rounding.get(_place(x)) for x in args[:2]]
+        if target is torch.ops.aten.embedding.default and known[0]:  # of a table what is read
+            return known[0][0](args[1].flatten()).view(*args[1].shape, -1)
+        if target is torch.ops.aten.linear.default and known[1]:
+            return torch.cat([*self._by_rows(known[1][0], *args)], -1)
         args, kwargs = pytree.tree_map(self._as_rounded, (args, kwargs))
         return super().call_function(target, args, kwargs)
 
+    def _by_rows(
+        self, rounded: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> Iterator[torch.Tensor]:
+        """Yield the outputs of a map part by part: its rounded weight may be a large table."""
+        step = max(1, AT_ONCE // weight.shape[1])
+        for start in range(0, len(weight), step):
+            some = slice(start, start + step)
+            own = bias if bias is None else bias[some]
+            yield torch.nn.functional.linear(x, rounded(some), own)
+
     def _as_rounded(self, value: Any) -> Any:
         found = self.rounding.get(_place(value))
-        return found[0]() if found else value
+        return found[0](slice(None)) if found else value
 
     def run_node(self, node: torch.fx.Node) -> Any:
         value = super().run_node(node)

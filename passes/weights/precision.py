@@ -89,15 +89,18 @@ def _to_dtype(values: Tensor, dtype: str, summed: bool) -> Tensor:
     return values.flatten(1)[:, :columns]
 
 
-def rounded_weight(module: Any, dtype: str) -> Tensor:
-    """Return the weight of a map, a convolution or a table as ``dtype`` holds it, in its layout."""
-    weight = module.weight
-    if weight.numel() < _FLOOR and dtype != "fp16":
-        return weight.data
-    rows = (weight.data.T if isinstance(module, Conv1D) else weight.data).flatten(1)
-    kind = "int8" if weight.ndim > 2 and dtype == "int4" else dtype
-    new = to_dtype(rows, kind, summed=isinstance(module, PRODUCTS))
-    return new.T if isinstance(module, Conv1D) else new.view_as(weight)
+def rounded_weight(module: Any, dtype: str, rows: Any = slice(None)) -> Tensor:
+    """Return the weight of a map, a convolution or a table as ``dtype`` holds it, in its layout.
+
+    Of ``rows`` only: those that belong to some outputs, or some rows of a table.
+    """
+    weight, turned = module.weight.data, isinstance(module, Conv1D)
+    some = (weight.T if turned else weight)[rows]
+    if weight.numel() >= _FLOOR or dtype == "fp16":
+        kind = "int8" if weight.ndim > 2 and dtype == "int4" else dtype
+        new = to_dtype(some.flatten(1), kind, summed=isinstance(module, PRODUCTS))
+        some = new.view(some.shape)
+    return some.T if turned else some
 
 
 def rounded_input(x: Tensor) -> Tensor:
