@@ -6,14 +6,13 @@ a block of a list comes with the block; all else, embeddings and head, for the l
 
 import inspect
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
 
 from ffmerge.models.feedforward import place_of
 
@@ -23,9 +22,9 @@ _DEVICE = "runs_on"  # attribute of a model that is offloaded
 def offload_(model: Any, device: str | torch.device) -> None:
     """Let ``model`` run on ``device``, in place, without moving its parameters there.
 
-    Inputs may lie anywhere, outputs lie on the device. A backward pass fetches what it needs of the
-    weights again, so that no more than a block of them is there then either. A parameter that lies
-    on the device already is used as it is.
+    Inputs may lie anywhere, outputs lie on the device. A backward pass computes each block again:
+    there is no more than one of them then either. A parameter that lies on the device already is
+    used as it is.
     """
     device = torch.device(device)
     setattr(model, _DEVICE, device)
@@ -36,7 +35,7 @@ def offload_(model: Any, device: str | torch.device) -> None:
             owned.setdefault(f"{place[0]}.{place[1]}" if place else "", []).append(module)
     for path, modules in owned.items():
         owner = model.get_submodule(path)
-        run = partial(_run, modules, owner.forward, device)
+        run = partial(_run_again if path else _run, modules, owner.forward, device)
         setattr(run, "__signature__", inspect.signature(owner.forward))  # noqa: B010
         owner.forward = run
 
@@ -53,6 +52,14 @@ def call(model: Any, module: nn.Module, *args: Any) -> Any:
     return module(*args) if device is None else _run([*module.modules()], module, device, *args)
 
 
+def _run_again(modules: Sequence[nn.Module], *given: Any, **kwargs: Any) -> Any:
+    """Run; for a backward pass keep no weights, nor what autocast makes of them, but run again."""
+    run = partial(_run, modules, *given, **kwargs)
+    if not torch.is_grad_enabled():
+        return run()
+    return checkpoint(run, use_reentrant=False, preserve_rng_state=False)
+
+
 def _run(
     modules: Sequence[nn.Module], compute: Callable[..., Any], device: torch.device,
     *args: Any, **kwargs: Any,
@@ -61,40 +68,15 @@ def _run(
     places = [each for m in modules for each in (m._parameters, m._buffers)]
     home = [(place, n, x) for place in places for n, x in place.items() if x is not None]
     here = {id(x): _there(x, device) for _, _, x in home}
-    lent = {_storage(here[id(x)]): x for _, _, x in home if here[id(x)] is not x}
-    for place, name, tensor in home:
-        place[name] = here[id(tensor)]
     args, kwargs = tree_map_only(Tensor, lambda x: x.to(device), (args, kwargs))
     try:
-        with _fetched_again(lent, device) if torch.is_grad_enabled() else nullcontext():
-            return compute(*args, **kwargs)
+        for place, name, tensor in home:
+            place[name] = here[id(tensor)]
+        return compute(*args, **kwargs)
     finally:
         for place, name, tensor in home:
             place[name] = tensor
 
 
-def _fetched_again(lent: dict[int, Tensor], device: torch.device) -> Any:
-    """Keep for a backward pass, instead of a weight that was lent, where it comes from."""
-
-    def pack(tensor: Tensor) -> Any:
-        source = lent.get(_storage(tensor))
-        if source is None:
-            return tensor
-        return source, tensor.size(), tensor.stride(), tensor.storage_offset()
-
-    def unpack(kept: Any) -> Tensor:
-        if isinstance(kept, Tensor):
-            return kept
-        source, *form = kept
-        return _there(source.detach(), device).as_strided(*form)
-
-    return saved_tensors_hooks(pack, unpack)
-
-
 def _there(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device)
-
-
-def _storage(tensor: Tensor) -> int:
-    """Return what tells one storage from another, though both were empty or not real."""
-    return int(tensor.untyped_storage()._cdata)
