@@ -48,8 +48,6 @@ def scratch(target: Path) -> Iterator[Path]:
         raise InputError(f"cannot write {target}: {error.strerror or error}.") from error
     try:
         yield folder
-    except OSError as error:
-        raise InputError(f"cannot write {target}: {error.strerror or error}.") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -59,12 +57,18 @@ def staged(target: Path) -> Iterator[Path]:
     """Yield a folder of :func:`scratch` that becomes ``target`` when the block ends well.
 
     Files get the usual permissions, which safetensors and temporary folders do not give.
+
+    Raises:
+        InputError: as of :func:`scratch`, or the block could not write.
     """
     with scratch(target) as folder:
-        yield folder
-        for path in (folder, *folder.rglob("*")):
-            path.chmod(0o755 if path.is_dir() else 0o644)
-        folder.rename(target)
+        try:
+            yield folder
+            for path in (folder, *folder.rglob("*")):
+                path.chmod(0o755 if path.is_dir() else 0o644)
+            folder.rename(target)
+        except OSError as error:
+            raise InputError(f"cannot write {target}: {error.strerror or error}.") from error
 
 
 def write_whole(path: Path, content: bytes) -> Path:

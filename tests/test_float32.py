@@ -1,5 +1,6 @@
 """Checkpoints of 16 bits in an export: the same package, from weights that are not in memory."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ def test_the_package_is_that_of_the_widened_model(dtype: torch.dtype, tmp_path: 
     assert validate(tmp_path / "out" / "narrow").ok
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="mapped files are read from /proc")
 def test_weights_are_pages_of_files(tmp_path: Path, monkeypatch) -> None:
     """Each lies where the system has mapped a file of the folder; ties and values hold."""
     monkeypatch.setattr(float32, "AT_ONCE", 4 * 64 * 256)  # the largest weight, or several small
@@ -73,3 +75,17 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path, monkeypa
         pipeline.export(str(tmp_path / "model"), tmp_path / "out", ExportConfig())
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
     assert checkpoint.load(tmp_path / "model").dtype == torch.bfloat16
+
+
+def test_data_that_cannot_be_read_is_not_an_output_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpt2(layers=2).save_pretrained(tmp_path / "model")
+
+    def broken(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(pipeline.data, "read", broken)
+    with pytest.raises(PermissionError):
+        pipeline.export(str(tmp_path / "model"), tmp_path / "out", ExportConfig(), "data.txt")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
