@@ -74,6 +74,29 @@ def test_a_model_of_16_bits_is_run_as_a_whole() -> None:
     assert _recorded(model, _batches(model)).side_by_side(members, sharing) is None
 
 
+def test_a_pass_goes_on_only_for_what_is_kept() -> None:
+    """The statistics have enough with the first batch of three."""
+    for make, passes in ((gpt2, 3), (bert, 1)):
+        model, ran = make(32, 64, 4), list[int]()
+        model.register_forward_pre_hook(lambda *_, ran=ran: ran.append(1))
+        _recorded(model, _batches(model))
+        assert len(ran) == passes + 1  # the first is of find
+
+
+def test_a_pass_of_its_own_keeps_the_same() -> None:
+    model = ALONE["llama"]()
+    members, batches = find(model)[:3], _batches(model)
+    sharing = methods.average(model, members, methods.Evidence())
+    kept, own = _recorded(model, batches), Recorded(model, 10**9)
+    own.begin(members)
+    own.fill({"layers": [members]}, batches)
+    found = [list(each.side_by_side(members, sharing) or ()) for each in (kept, own)]
+    assert len(found[0]) == len(found[1]) == 3
+    for one, other in zip(*found, strict=True):
+        for layer in (0, 1, 2):
+            assert all(map(torch.equal, one[layer], other[layer]))
+
+
 def test_no_more_is_kept_than_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     model = gpt2(32, 64, 4)
     members, batches = find(model)[:3], _batches(model)

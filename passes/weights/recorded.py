@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ffmerge.models import ties
-from ffmerge.models.feedforward import FeedForward
+from ffmerge.models.feedforward import FeedForward, place_of
 from ffmerge.models.inputs import unchunked
 from ffmerge.models.offload import call
 from ffmerge.models.probe import Array
@@ -40,9 +40,17 @@ class Recorded:
 
     def begin(self, members: Sequence[FeedForward]) -> None:
         """Forget all other sublayers; of these, those that are not known are going to be added."""
-        wanted = {(m.stack, m.layer) for m in members}
+        wanted = {(m.stack, m.layer): m for m in members}
         self._of = {key: kept for key, kept in self._of.items() if key in wanted}
-        self._missing = wanted - self._of.keys()
+        self._missing = wanted.keys() - self._of.keys()
+        for key in self._missing - self._alone.keys():
+            if not self._may_run_alone(wanted[key]):
+                self._alone[key] = False
+
+    @property
+    def open(self) -> bool:
+        """Whether anything is to be added."""
+        return any(self._alone.get(key, True) for key in self._missing)
 
     def add(self, members: Sequence[FeedForward], batch: Mapping[int, Signals]) -> None:
         """Keep a batch of the members of a stack."""
@@ -98,6 +106,13 @@ class Recorded:
                     for m, (x, y) in zip(members, batch, strict=True)
                 }
 
+    def _may_run_alone(self, member: FeedForward) -> bool:
+        """Tell what signals are not needed for: it is in a block, run once and in float32."""
+        block = place_of(self.model, member.output)
+        inside = block is None or member.path.startswith(f"{block[0]}.{block[1]}.")
+        dtype = self.model.get_parameter(member.weights[0].name).dtype
+        return inside and member.runs == 1 and dtype == torch.float32
+
     def _runs_alone(self, member: FeedForward, x: Tensor, wanted: Tensor) -> bool:
         """Try whether the module, given what its maps read, does what it did in the model."""
         try:
@@ -105,9 +120,8 @@ class Recorded:
                 got = self._hidden(member, x)
         except (TypeError, ValueError, RuntimeError, LookupError, AttributeError):
             return False
-        if member.runs > 1 or x.dtype != torch.float32 or got.shape != wanted.shape:
-            return False
-        return bool((got - wanted).abs().max() <= _SAME * wanted.abs().max())
+        same = got.shape == wanted.shape
+        return same and bool((got - wanted).abs().max() <= _SAME * wanted.abs().max())
 
     def _hidden(self, member: FeedForward, x: Tensor) -> Tensor:
         """Return what the map f -> d is given where the member reads (n, d) inputs."""

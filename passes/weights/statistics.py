@@ -150,9 +150,14 @@ class Signals:
 
 
 class Keeper(Protocol):
-    """What is given the signals of so many positions, and does with them what it wants."""
+    """What is given the signals of ``tokens`` positions, as long as it is ``open``."""
 
     tokens: int
+
+    @property
+    def open(self) -> bool:
+        """Whether it wants more."""
+        ...
 
     def add(self, members: Sequence[FeedForward], batch: Mapping[int, Signals]) -> None:
         """Take a batch of the members of a stack."""
@@ -230,7 +235,7 @@ def collect(
     Several processes take their share of the batches each and all have the moments of the whole.
     ``pairs`` are anchors and members by stack. ``after`` takes the activations after the
     nonlinearity, which the map f -> d takes, for the features. ``keep`` is given each batch that
-    this process runs, as many as it wants.
+    this process runs, and more of them than the moments if it is open.
     """
     found = {name: list(x) for name, x in pairs.items()}
     members = members_of(found)
@@ -245,22 +250,21 @@ def collect(
         moments[name] = Moments(tuple(pairs_of), inputs=inputs[name], hidden=hidden[name])
     wanted = max(tokens, keep.tokens) if keep else tokens
     for signals in watch(model, members, batches, wanted, place):
-        if keep:
-            for name, by_layer in signals.items():
-                keep.add(members[name], by_layer)
-        if all(known.count >= tokens for known in moments.values()):
-            continue
+        full = all(known.count >= tokens for known in moments.values())
         for name, by_layer in signals.items():
+            if keep:
+                keep.add(members[name], by_layer)
+            if full:
+                continue
             found_in = {i: s.hidden[None] if after else s.features for i, s in by_layer.items()}
             moments[name].update(found_in)
             inputs[name].update({i: s.inputs[None] for i, s in by_layer.items()})
             hidden[name].update({i: s.hidden[None] for i, s in by_layer.items()})
+        if keep and not keep.open and all(m.count >= tokens for m in moments.values()):
+            break
+    like = torch.empty(0, device=device_of(model))
     for name, of in members.items() if place[1] > 1 else ():
-        like, size, gated = (
-            torch.empty(0, device=device_of(model)),
-            (1, of[0].d_ff),
-            of[0].gated and not after,
-        )
+        size, gated = (1, of[0].d_ff), of[0].gated and not after
         moments[name].pooled({m.layer: (3, m.d_ff) if gated else size for m in of}, like)
         inputs[name].pooled({m.layer: (1, m.d_model) for m in of}, like)
         hidden[name].pooled({m.layer: size for m in of}, like)
