@@ -1,0 +1,360 @@
+"""Every option, once: the command line, recipes and Python read the same fields.
+
+A field made by :func:`option` is a flag of the commands whose configuration it stands in
+(``flags.py``), with this help text; other fields are for Python only. Values are checked when a
+configuration is made, so a misspelt one fails before a model is loaded. Nothing here needs torch.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ffmerge.errors import InputError
+
+Window = tuple[int, int]  # first and last layer, inclusive
+Default = TypeVar("Default")
+
+CRITERIA = ("metric", "fidelity")
+PARTS = ("merged", "all")  # of a model, to recover
+MIXED_PRECISION = ("no", "bf16")
+DTYPES = ("fp32", "fp16", "int8", "int8-static", "int8-weights", "int4")
+LAYOUTS = ("optimum", "transformers.js")
+OPSETS = range(7, 24)  # ONNX Runtime still runs 7; 23 is the last that PyTorch exports
+
+
+def option(default: Default, help: str, *names: str, **more: Any) -> Default:
+    """Return a field with a flag; ``names`` are the flag's, by default that of the field.
+
+    ``typed`` is the type of what is typed where it is not the field's, and ``parse`` turns the
+    one into the other.
+    """
+    return field(default=default, metadata={"help": help, "names": names, **more})
+
+
+def parse_windows(texts: Sequence[str]) -> Window | dict[str, Window] | None:
+    """Return the window written ``A-B``, or by stack those written ``STACK:A-B``; None: no text.
+
+    Raises:
+        InputError: a text has neither form, a window has fewer than two layers, or the texts name
+            a stack twice, or none although there are several.
+    """
+    windows: dict[str, Window] = {}
+    for text in texts:
+        match = re.fullmatch(r"(?:(.+):)?(\d+)-(\d+)", text)
+        if not match:
+            raise InputError(f"window {text!r} is not of the form FIRST-LAST, for example 3-7.")
+        name, first, last = match[1] or "", int(match[2]), int(match[3])
+        if last <= first:
+            raise InputError(
+                f"window {text} has fewer than two layers: merging needs at least two."
+            )
+        if name in windows or (windows and "" in (name, *windows)):
+            raise InputError(f"window {text}: give one window, or STACK:FIRST-LAST once per stack.")
+        windows[name] = (first, last)
+    return windows.get("", windows or None)
+
+
+def parse_budget(text: str, whole: int) -> int:
+    """Return the bytes of a budget for a model of ``whole`` bytes.
+
+    ``60MB`` is a size (kB, MB, GB are decimal, KiB, MiB, GiB binary), ``-25%`` a quarter less than
+    the model has, ``75%`` three quarters of it.
+
+    Raises:
+        InputError: the text has no such form.
+    """
+    number = r"(\d+(?:\.\d+)?)"
+    if match := re.fullmatch(rf"(-?){number}%", text):
+        percent = float(match[2])
+        if match[1]:
+            percent = 100 - percent
+        return int(whole * percent / 100)
+    if match := re.fullmatch(rf"{number} ?(?:([kKMGT])(i?))?B", text):
+        base = 1024 if match[3] else 1000
+        power = " KMGT".index((match[2] or " ").upper())
+        return int(float(match[1]) * base**power)
+    raise InputError(f"budget {text!r} is not of the form 60MB, -25% or 75%.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadConfig:
+    """Where a model computes, and whether its own code may run."""
+
+    trust_remote_code: bool = option(
+        False, "Run the code that comes with the checkpoint.", "--trust-remote-code"
+    )
+    device: str = option("cpu", "What computes: cpu, cuda, cuda:1.")
+    offload: bool = option(
+        False,
+        "For a model larger than the device: weights stay on disk, each block's are put on the "
+        "device while it runs.",
+        "--offload",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Calibration data, and the data that chooses; paths or hub ids, read by ``models/data.py``."""
+
+    data: str | None = option(
+        None,
+        "Calibration data: .npz of model inputs, text, jsonl, csv, parquet, a folder of images, or "
+        "a hub data set ID:SPLIT.",
+    )
+    validation: str | None = option(None, "Data that chooses the layers; else half of --data.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """What is compared at equal size: k layers of the stacks merged by ``method``, and rivals."""
+
+    k: int | None = option(None, "Merge k layers; the best window is chosen.", "--k")
+    method: str = option(
+        "calibrated",
+        "calibrated; residual keeps more for under 1 % of the parameters; permute is the paper's; "
+        "weights needs no data; average and copy-anchor are baselines.",
+    )
+    stacks: tuple[str, ...] = option(
+        (),
+        "Which stack, where there are several; may be given several times. Encoder and decoder are "
+        "both merged if none is given.",
+        "--stack",
+        typed=list[str] | None,
+        parse=lambda names: tuple(names or ()),
+    )
+    tokens: int = option(10_000, "Positions the statistics are taken from.")
+    batch_size: int = option(32, "Examples per forward pass.")
+    task: str | None = option(None, "Task by its optimum name; inferred if not given.")
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that mean nothing."""
+        if self.tokens < 2 or self.batch_size < 1:
+            raise InputError("tokens must be 2 or more, and batch_size 1 or more.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig(CompareConfig):
+    """Settings of a merge.
+
+    Give ``window`` (first and last layer, inclusive; one for every stack, or by stack), ``k``
+    (every window of k layers is tried) or ``budget`` (a size such as ``60MB``, or ``-25%``: layers
+    are joined one by one, the best measured first, until the model is that small). ``stacks`` may
+    be empty for a model's only stack, and for encoder and decoder. For ``k`` each stack is searched
+    alone, with those before it merged already, or with ``sync`` all take the same layers; for
+    ``budget`` all stacks compete. ``auto_precision`` chooses the precision of the package too,
+    whose size then is the budget's. ``criterion`` is what chooses: ``metric``, where there is one,
+    or ``fidelity`` to the original, which needs no labels. ``tokens`` are the positions the
+    statistics of each stack are taken from, about 10,000 in the paper. ``rank`` is that of
+    ``residual``, by default one for every 64 dimensions of the model.
+    """
+
+    window: Window | Mapping[str, Window] | None = option(
+        None,
+        "First and last layer, from 0, inclusive: 3-7; by stack: --window encoder:1-3 --window "
+        "decoder:0-2.",
+        typed=list[str] | None,
+        parse=lambda texts: parse_windows(texts or ()),
+    )
+    budget: str | None = option(None, "Join layers until the model is this small: 60MB, or -25%.")
+    auto_precision: bool = option(
+        False, "The budget is the package's: its precision is chosen too.", "--auto-precision"
+    )
+    sync: bool = option(False, "The same layers in all stacks.", "--sync")
+    criterion: str = option(
+        "metric",
+        "What chooses: metric, or fidelity, which needs no labels.",
+        choices=CRITERIA,
+    )
+    rank: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what contradicts itself."""
+        super().__post_init__()
+        if sum(given is not None for given in (self.k, self.window, self.budget)) != 1:
+            raise InputError("give either a window, the number k of layers to merge, or a budget.")
+        if self.budget is None and self.auto_precision:
+            raise InputError("a precision is chosen for a budget: give one.")
+        if self.budget is not None:
+            parse_budget(self.budget, 1)
+            if self.sync:
+                raise InputError("for a budget all stacks compete: leave out sync.")
+        if self.criterion not in CRITERIA:
+            raise InputError(
+                f"there is no criterion {self.criterion!r}: choose metric or fidelity."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoverConfig:
+    """Settings of a recovery.
+
+    ``batch_size`` are the rows of one step over all processes, ``micro_batch`` those that one
+    process runs at a time (0: its whole share); ``parts`` is ``merged``, what the merged layers
+    share and what each of them has beside it, or ``all``. ``distill`` follows the original, with
+    ``labels`` the task's own loss is added to it; either may be had alone. ``mixed_precision`` is
+    ``no``, ``bf16``, or None for what ``accelerate launch`` was told. The learning rate rises and
+    falls in one cycle (arXiv 1708.07120); with a folder, state is saved every ``save_every`` steps.
+    """
+
+    steps: int = option(
+        300, "Steps of training towards the original on --data, without labels.", "--recover"
+    )
+    labels: bool = option(False, "Train on the labels of the data as well.", "--recover-labels")
+    parts: str = option("merged", "What to train.", "--recover-parts", choices=PARTS)
+    learning_rate: float = option(1e-3, "Highest rate of the recovery.")
+    batch_size: int = 32
+    micro_batch: int = 0
+    distill: bool = True
+    task: str | None = None
+    mixed_precision: str | None = None
+    seed: int = 0
+    save_every: int = 100
+
+    def __post_init__(self) -> None:
+        """Refuse settings that mean nothing."""
+        wrong = None
+        if min(self.steps, self.batch_size, self.save_every) < 1:
+            wrong = "a step below 1"
+        elif not self.learning_rate > 0:
+            wrong = f"a learning rate of {self.learning_rate}"
+        elif self.parts not in PARTS:
+            wrong = f"parts {self.parts!r}, not merged or all"
+        elif not (self.distill or self.labels):
+            wrong = "neither distillation nor labels"
+        elif self.mixed_precision not in (None, *MIXED_PRECISION):
+            wrong = f"mixed precision {self.mixed_precision!r}, not no or bf16"
+        if wrong:
+            raise InputError(f"recovery is asked for {wrong}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimilarityConfig:
+    """Settings of a comparison of layers.
+
+    Each stack is compared on ``tokens`` positions. Neurons are aligned for layers at most
+    ``reach`` apart (None: all, 0: none). The matrices of one pass over the data take ``memory``
+    GB, or those of one pair if that is more: less memory is more passes.
+    """
+
+    tokens: int = option(10_000, "Positions each stack is compared on.")
+    reach: int | None = option(
+        None, "Align neurons of layers at most this far apart, 0: none; else of all."
+    )
+    memory: float = option(2.0, "GB for the matrices of one pass; less means more passes.")
+    batch_size: int = option(32, "Examples per forward pass.")
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that are out of range."""
+        if self.tokens < 2 or self.batch_size < 1 or (self.reach or 0) < 0:
+            raise InputError("tokens must be 2 or more, batch_size 1 or more, reach 0 or more.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Settings of an export; ``task`` None means: inferred from the model's class.
+
+    ``dtype`` is one of :data:`DTYPES`; ``ort`` and ``prepack`` add the graphs in ONNX Runtime's
+    format, and with packed weights. ``layout`` is one of :data:`LAYOUTS`: optimum's has all its
+    graphs and one data file for them, that of transformers.js only the graphs that it loads, each
+    with its weights.
+    """
+
+    task: str | None = option(None, "Task by its optimum name; inferred if not given.")
+    opset: int = option(20, f"ONNX operator set, {OPSETS[0]} to {OPSETS[-1]}.")
+    dtype: str = option(
+        "fp32", "Precision of the weights; int8-static needs --data.", choices=DTYPES
+    )
+    layout: str = option(
+        "optimum", "Folder and file names of optimum or transformers.js.", choices=LAYOUTS
+    )
+    ort: bool = option(False, "Also model.ort and its required_operators.config.", "--ort")
+    prepack: bool = option(
+        False, "Also weights packed for this processor; says the costs.", "--prepack"
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse what there is not."""
+        if self.opset not in OPSETS:
+            raise InputError(f"opset {self.opset} is not one of {OPSETS[0]} to {OPSETS[-1]}.")
+        check_dtype(self.dtype)
+        if self.layout not in LAYOUTS:
+            raise InputError(f"no layout {self.layout!r}: there is {', '.join(LAYOUTS)}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShareConfig:
+    """Settings of sharing in an ONNX file: ``dtype`` and ``opset`` None are the file's own.
+
+    With ``resident`` a tied embedding is in memory once, too. ``data`` is an ``.npz`` of the
+    graph's inputs, from which ``int8-static`` takes its ranges.
+    """
+
+    dtype: str | None = option(
+        None, "Precision of the weights; as it is if not given.", choices=DTYPES[1:]
+    )
+    resident: bool = option(
+        True,
+        "Keep a tied embedding in memory once; not for a file that another tool quantizes next, "
+        "which looks for weights on the right of a product.",
+    )
+    opset: int | None = option(None, "ONNX operator set; the file's if not given.")
+    data: Path | None = option(None, "Inputs of the graph as .npz, for int8-static.")
+
+    def __post_init__(self) -> None:
+        """Refuse a precision there is not."""
+        if self.dtype is not None:
+            check_dtype(self.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeConfig:
+    """How weights are stored in fewer bits, for those who call the graph passes.
+
+    ``block`` input features share a scale in int4 and int8-weights. ``calibration`` are the
+    batches from which int8-static takes its ranges, inputs of the graph by name. ``multiplied``
+    names weights that another graph of the package multiplies by: a table among them is stored as
+    it is there. ``plain_lookups`` unpacks the rows of every int4 table by standard operators:
+    onnxruntime-web has no GatherBlockQuantized for wasm.
+    """
+
+    block: int = 32
+    calibration: Sequence[Mapping[str, Any]] = ()
+    multiplied: frozenset[str] = frozenset()
+    plain_lookups: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse a block that no kernel takes."""
+        if self.block < 16 or self.block & (self.block - 1):
+            raise InputError(f"a block of {self.block} is not a power of two from 16 on.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidateConfig:
+    """What a package is checked on: runtimes by name, data, and what it is held against."""
+
+    providers: tuple[str, ...] = option(
+        ("cpu",),
+        "cpu, cuda, webgpu or another runtime; may be given several times.",
+        "--provider",
+        typed=list[str] | None,
+        parse=lambda names: tuple(names or ("cpu",)),
+    )
+    installed: bool = option(False, "Test also every other runtime that is installed.", "--all")
+    data: str | None = option(
+        None, "Data to measure the task's metric on, as for merge; .npz needs no transformers."
+    )
+    similarity: Path | None = option(
+        None, "similarity.json of ffmerge similarity: its heat maps in the report."
+    )
+    against: Path | None = option(
+        None, "The package before the merge: is what was removed gone from memory?"
+    )
+    threads: int = 1
+
+
+def check_dtype(dtype: str) -> None:
+    """Raise InputError unless a package can have this precision."""
+    if dtype not in DTYPES:
+        raise InputError(f"no dtype {dtype!r}: there is {', '.join(DTYPES)}.")
