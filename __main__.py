@@ -146,7 +146,7 @@ def merge(
     Example: [bold]ffmerge merge gpt2 merged --k 5 --data validation.txt[/bold]
     """
     from ffmerge import pipeline
-    from ffmerge.models.plan import parse_windows
+    from ffmerge.models.record import parse_windows
     from ffmerge.passes.weights.merge import MergeConfig
     from ffmerge.passes.weights.recover import RecoverConfig
     from ffmerge.tables import merge_table

@@ -19,7 +19,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ffmerge.models import ties
-from ffmerge.models.feedforward import FeedForward, find
+from ffmerge.models.find import find
+from ffmerge.models.sublayer import FeedForward
 from ffmerge.passes.weights.align import match
 from ffmerge.passes.weights.methods import mean_of
 from ffmerge.passes.weights.statistics import Moments

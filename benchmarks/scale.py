@@ -40,7 +40,7 @@ from ffmerge.exporter.package import ExportConfig
 from ffmerge.files import write_json
 from ffmerge.models import checkpoint
 from ffmerge.models.examples import from_arrays
-from ffmerge.models.feedforward import find
+from ffmerge.models.find import find
 from ffmerge.models.inspection import inspect
 from ffmerge.passes.weights import cost, statistics
 from ffmerge.passes.weights.merge import MergeConfig, merge_

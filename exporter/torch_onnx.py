@@ -22,7 +22,7 @@ from ffmerge.errors import ExportError
 from ffmerge.exporter.graphs import Graph
 from ffmerge.models import ties
 from ffmerge.models.inputs import to_tensors
-from ffmerge.models.plan import Tie
+from ffmerge.models.record import Tie
 from ffmerge.passes.graph.contract import read_ties, write_ties
 from ffmerge.passes.graph.run import ShareResult, share
 

@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from ffmerge.errors import InputError
 from ffmerge.files import read_json, sha256, staged, write_json
 from ffmerge.models import modeling_ffmerge, ties
-from ffmerge.models.plan import Group, MergeRecord
+from ffmerge.models.record import Group, MergeRecord
 
 VARIANT = "ffmerge"
 _CODE = Path(modeling_ffmerge.__file__)

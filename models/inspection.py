@@ -9,7 +9,9 @@ from torch import nn
 
 from ffmerge.errors import InputError
 from ffmerge.models.checkpoint import skeleton
-from ffmerge.models.feedforward import FeedForward, LeftAlone, proven, stacks, survey
+from ffmerge.models.find import survey
+from ffmerge.models.prove import proven
+from ffmerge.models.sublayer import FeedForward, LeftAlone, stacks
 
 
 @dataclass(frozen=True)

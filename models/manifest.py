@@ -8,8 +8,8 @@ from typing import Any
 
 from ffmerge.errors import InputError
 from ffmerge.files import open_inside, plain, read_json, restored, sha256, write_json
-from ffmerge.models.plan import MergeRecord, Tie
 from ffmerge.models.probe import Probe
+from ffmerge.models.record import MergeRecord, Tie
 
 NAME, REFERENCE = "ffmerge.json", "reference.safetensors"
 SCHEMA = 3

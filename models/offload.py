@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
-from ffmerge.models.feedforward import place_of
+from ffmerge.models.sublayer import block_of
 
 _DEVICE = "runs_on"  # attribute of a model that is offloaded
 
@@ -31,7 +31,7 @@ def offload_(model: Any, device: str | torch.device) -> None:
     owned: dict[str, list[nn.Module]] = {"": []}
     for path, module in model.named_modules():
         if module._parameters or module._buffers:
-            place = place_of(model, f"{path}.")
+            place = block_of(model, f"{path}.")
             owned.setdefault(f"{place[0]}.{place[1]}" if place else "", []).append(module)
     for path, modules in owned.items():
         owner = model.get_submodule(path)

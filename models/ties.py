@@ -9,9 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from ffmerge.errors import InputError, TieError
-from ffmerge.models.feedforward import FeedForward, find, stacks
+from ffmerge.models.find import find
 from ffmerge.models.modeling_ffmerge import give_own_
-from ffmerge.models.plan import Group, MergeRecord, Tie
+from ffmerge.models.record import Group, MergeRecord, Tie
+from ffmerge.models.sublayer import FeedForward, stacks
 
 Groups = Sequence[Sequence[FeedForward]]
 Key = tuple[int, str]

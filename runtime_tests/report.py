@@ -13,7 +13,7 @@ from rich.text import Text
 from ffmerge.files import read_json, size_text, write_whole
 from ffmerge.models.manifest import Manifest
 from ffmerge.models.metrics import ACCURACY, PERPLEXITY
-from ffmerge.models.plan import Group
+from ffmerge.models.record import Group
 from ffmerge.runtime_tests.footprint import Footprint
 from ffmerge.runtime_tests.sharing import model_bytes, sharing
 from ffmerge.runtime_tests.validate import NAME as VALIDATION

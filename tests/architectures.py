@@ -9,7 +9,8 @@ import torch
 import transformers
 
 from ffmerge.exporter.package import Package, export
-from ffmerge.models.feedforward import find, stacks
+from ffmerge.models.find import find
+from ffmerge.models.sublayer import stacks
 from ffmerge.passes.weights.merge import MergeConfig, merge_
 
 S = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}

@@ -15,9 +15,10 @@ from architectures import CASES
 
 import ffmerge
 from ffmerge.models import ties
-from ffmerge.models.feedforward import find, stacks
+from ffmerge.models.find import find
 from ffmerge.models.inputs import example_inputs
-from ffmerge.models.plan import Group, MergeRecord
+from ffmerge.models.record import Group, MergeRecord
+from ffmerge.models.sublayer import stacks
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

@@ -8,8 +8,10 @@ import torch
 from architectures import CASES, exported, merge_all, model_of
 
 from ffmerge.models import checkpoint, ties
-from ffmerge.models.feedforward import find, prove, stacks
+from ffmerge.models.find import find
 from ffmerge.models.inputs import example_inputs
+from ffmerge.models.prove import prove
+from ffmerge.models.sublayer import stacks
 from ffmerge.passes.graph.audit import audit
 from ffmerge.runtime_tests.parity import check_parity
 

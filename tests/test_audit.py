@@ -16,7 +16,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from ffmerge.errors import InputError
 from ffmerge.models import manifest
-from ffmerge.models.plan import Tie
+from ffmerge.models.record import Tie
 from ffmerge.passes.graph.audit import audit
 from ffmerge.passes.graph.contract import write_ties
 from ffmerge.passes.graph.run import share_file

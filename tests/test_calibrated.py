@@ -11,7 +11,8 @@ from scipy.optimize import linear_sum_assignment
 from tiny import bert, gpt2, vit
 from tiny_wider import GATED, SEQ2SEQ, seeded, t5
 
-from ffmerge.models.feedforward import FeedForward, find, stacks
+from ffmerge.models.find import find
+from ffmerge.models.sublayer import FeedForward, stacks
 from ffmerge.passes.weights import calibrated
 from ffmerge.passes.weights.calibrated import (
     Regression,

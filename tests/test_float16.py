@@ -6,7 +6,7 @@ import onnx_ir as ir
 import pytest
 from graphs import build, normal, ops, run
 
-from ffmerge.models.plan import Tie
+from ffmerge.models.record import Tie
 from ffmerge.passes.graph.audit import audit
 from ffmerge.passes.graph.contract import check_ties
 from ffmerge.passes.graph.run import share

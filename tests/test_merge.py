@@ -12,8 +12,9 @@ from tiny_wider import GATED, SEQ2SEQ, seeded, t5
 
 from ffmerge.errors import InputError
 from ffmerge.models import checkpoint, ties
-from ffmerge.models.feedforward import find, stacks
-from ffmerge.models.plan import Group
+from ffmerge.models.find import find
+from ffmerge.models.record import Group
+from ffmerge.models.sublayer import stacks
 from ffmerge.passes.weights.align import match
 from ffmerge.passes.weights.merge import MergeConfig, merge_
 

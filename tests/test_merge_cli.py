@@ -12,7 +12,7 @@ from tiny_wider import seeded
 
 from ffmerge.errors import InputError
 from ffmerge.models import checkpoint
-from ffmerge.models.plan import parse_windows
+from ffmerge.models.record import parse_windows
 
 
 @pytest.fixture

@@ -24,9 +24,10 @@ from torch.utils._pytree import tree_leaves
 
 from ffmerge import pipeline
 from ffmerge.models import checkpoint, offload
-from ffmerge.models.feedforward import find, proven
+from ffmerge.models.find import find
 from ffmerge.models.inputs import example_inputs
 from ffmerge.models.offload import device_of, offload_
+from ffmerge.models.prove import proven
 from ffmerge.passes.weights import calibrated, methods, recover
 from ffmerge.passes.weights.merge import MergeConfig, merge_
 from ffmerge.passes.weights.methods import Evidence

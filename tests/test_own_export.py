@@ -22,7 +22,7 @@ from tiny_wider import seeded
 from ffmerge.exporter.graphs import graphs
 from ffmerge.exporter.torch_onnx import to_onnx
 from ffmerge.models import tasks
-from ffmerge.models.feedforward import find
+from ffmerge.models.find import find
 from ffmerge.passes.graph.audit import audit
 from ffmerge.passes.graph.contract import read_ties
 from ffmerge.passes.graph.run import share

@@ -26,7 +26,7 @@ from ffmerge.exporter.graphs import graphs
 from ffmerge.exporter.package import ExportConfig, export
 from ffmerge.exporter.torch_onnx import to_onnx
 from ffmerge.models import tasks
-from ffmerge.models.plan import Tie
+from ffmerge.models.record import Tie
 from ffmerge.passes.graph.audit import audit
 from ffmerge.passes.graph.contract import check_ties, read_ties
 from ffmerge.passes.graph.quantize import PRECISIONS, QuantizeConfig

@@ -9,7 +9,7 @@ from test_recover import _difference, _values
 from tiny import bert, gpt2, vit
 from tiny_wider import GATED
 
-from ffmerge.models.feedforward import find
+from ffmerge.models.find import find
 from ffmerge.passes.weights import calibrated, methods, recorded, statistics
 from ffmerge.passes.weights.calibrated import _side_by_side
 from ffmerge.passes.weights.merge import MergeConfig, merge_

@@ -13,7 +13,7 @@ from rich.console import Console
 from ffmerge.errors import InputError
 from ffmerge.files import size_text
 from ffmerge.models.manifest import Manifest, MetricResult, Skip
-from ffmerge.models.plan import Group, MergeRecord, Tie
+from ffmerge.models.record import Group, MergeRecord, Tie
 from ffmerge.runtime_tests.locate import Divergence
 from ffmerge.runtime_tests.metric import MetricRow
 from ffmerge.runtime_tests.replay import Generation

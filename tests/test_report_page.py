@@ -10,7 +10,7 @@ from packages import linear_package
 from test_report import AFTER, BEFORE, LOSSES
 from web_env import ROOT, require_browser
 
-from ffmerge.models.plan import Group, MergeRecord
+from ffmerge.models.record import Group, MergeRecord
 from ffmerge.runtime_tests.report import write_report
 from ffmerge.runtime_tests.validate import validate, write_validation
 

@@ -14,7 +14,7 @@ from tiny import bert, gpt2, vit
 from tiny_wider import GATED, SEQ2SEQ, t5
 
 from ffmerge.models.examples import from_arrays
-from ffmerge.models.feedforward import find
+from ffmerge.models.find import find
 from ffmerge.passes.weights import resume
 from ffmerge.passes.weights.merge import MergeConfig, merge_
 from ffmerge.passes.weights.resume import Resumed

@@ -16,7 +16,8 @@ from torch import nn
 
 import ffmerge
 from ffmerge.models.examples import from_arrays
-from ffmerge.models.feedforward import FeedForward, find, stacks
+from ffmerge.models.find import find
+from ffmerge.models.sublayer import FeedForward, stacks
 from ffmerge.passes.weights.baselines import drop_layers, factor
 from ffmerge.passes.weights.compare import Row, compare
 from ffmerge.passes.weights.compare import _verdict as _said

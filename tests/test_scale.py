@@ -16,7 +16,7 @@ from tiny import gpt2, vit
 from tiny_wider import GATED
 
 from ffmerge.models.examples import from_arrays
-from ffmerge.models.feedforward import find
+from ffmerge.models.find import find
 from ffmerge.passes.graph import quantize
 from ffmerge.passes.weights import cost, merge, statistics
 from ffmerge.passes.weights.merge import MergeConfig, merge_

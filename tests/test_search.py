@@ -22,8 +22,9 @@ from ffmerge.exporter import package
 from ffmerge.exporter.package import ExportConfig
 from ffmerge.models import checkpoint
 from ffmerge.models.examples import from_arrays
-from ffmerge.models.feedforward import find, stacks
-from ffmerge.models.plan import Group, parse_budget
+from ffmerge.models.find import find
+from ffmerge.models.record import Group, parse_budget
+from ffmerge.models.sublayer import stacks
 from ffmerge.passes.graph.quantize import _blocks, _int8
 from ffmerge.passes.weights import methods, precision, statistics
 from ffmerge.passes.weights.evaluate import score_for

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 
 import ffmerge
 from ffmerge.errors import InputError, TieError
-from ffmerge.models.plan import Tie
+from ffmerge.models.record import Tie
 from ffmerge.passes.graph.contract import check_ties, join_ties, read_ties, write_ties
 from ffmerge.passes.graph.run import share, share_file
 from ffmerge.passes.graph.tensors import find_copies

@@ -15,7 +15,7 @@ from tiny_wider import SEQ2SEQ
 from ffmerge.__main__ import main
 from ffmerge.models import checkpoint
 from ffmerge.models.examples import from_arrays
-from ffmerge.models.feedforward import find
+from ffmerge.models.find import find
 from ffmerge.passes.weights.similarity import SimilarityConfig, _passes, similarities
 
 

@@ -7,7 +7,8 @@ from tiny import bert, gpt2
 from tiny_wider import GATED, SEQ2SEQ, seeded, t5
 
 from ffmerge.errors import InputError
-from ffmerge.models.feedforward import find, stacks
+from ffmerge.models.find import find
+from ffmerge.models.sublayer import stacks
 from ffmerge.passes.weights.statistics import Moments, collect
 
 

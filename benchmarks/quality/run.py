@@ -32,7 +32,8 @@ import tables  # noqa: E402
 from ffmerge.exporter.package import ExportConfig, export  # noqa: E402
 from ffmerge.models import checkpoint  # noqa: E402
 from ffmerge.models.examples import Examples, from_arrays  # noqa: E402
-from ffmerge.models.feedforward import find, stacks  # noqa: E402
+from ffmerge.models.find import find  # noqa: E402
+from ffmerge.models.sublayer import stacks  # noqa: E402
 from ffmerge.passes.graph.audit import audit  # noqa: E402
 from ffmerge.passes.weights import baselines  # noqa: E402
 from ffmerge.passes.weights.evaluate import score_for  # noqa: E402

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from ffmerge.errors import InputError, RuntimeCheckError
 from ffmerge.models import manifest
-from ffmerge.models.plan import Tie
+from ffmerge.models.record import Tie
 from ffmerge.passes.graph.contract import VIEWS, TieCheck, check_ties, read_ties
 from ffmerge.passes.graph.read import read_model
 from ffmerge.passes.graph.tensors import Stored, find_copies, is_op, place_of, stored

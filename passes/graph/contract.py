@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from ffmerge.errors import InputError
 from ffmerge.files import restored
-from ffmerge.models.plan import Tie
+from ffmerge.models.record import Tie
 from ffmerge.passes.graph.tensors import Copies, Stored, find_copies, is_op, stored
 
 KEY = "ffmerge.ties"

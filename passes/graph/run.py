@@ -18,7 +18,7 @@ from onnx_ir.passes.common import (
 from ffmerge.errors import InputError, TieError
 from ffmerge.files import refuse_existing
 from ffmerge.models.manifest import Skip
-from ffmerge.models.plan import Tie
+from ffmerge.models.record import Tie
 from ffmerge.passes.graph.contract import check_ties, read_ties, write_ties
 from ffmerge.passes.graph.opset import to_opset
 from ffmerge.passes.graph.prepare import ReachPass, infer_ranks

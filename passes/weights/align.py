@@ -7,8 +7,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from ffmerge.models.feedforward import FeedForward
 from ffmerge.models.offload import device_of
+from ffmerge.models.sublayer import FeedForward
 
 _SWEEPS = 20  # seen: 2 to 6 until nothing changes
 

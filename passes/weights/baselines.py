@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ffmerge.models import ties
-from ffmerge.models.feedforward import FeedForward
 from ffmerge.models.probe import Array
+from ffmerge.models.sublayer import FeedForward
 from ffmerge.models.ties import Key, Sharing
 from ffmerge.passes.weights.calibrated import low_rank
 from ffmerge.passes.weights.statistics import Moments, watch

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from ffmerge.errors import InputError
 from ffmerge.models import ties
-from ffmerge.models.feedforward import FeedForward
 from ffmerge.models.inputs import unchunked
 from ffmerge.models.probe import Array
+from ffmerge.models.sublayer import FeedForward
 from ffmerge.models.ties import Key, Sharing
 from ffmerge.passes.weights.align import neurons
 from ffmerge.passes.weights.recorded import Recorded

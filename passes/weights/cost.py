@@ -8,7 +8,7 @@ from functools import cache
 import torch
 
 from ffmerge.files import size_text
-from ffmerge.models.feedforward import FeedForward
+from ffmerge.models.sublayer import FeedForward
 
 PAIRS = 2 << 30  # bytes of cross products that a search holds at a time, on a processor
 BATCH = 1 << 30  # bytes of what goes through the sublayers at a time

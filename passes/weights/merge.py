@@ -13,10 +13,11 @@ from ffmerge.errors import InputError
 from ffmerge.files import plain
 from ffmerge.models import tasks, ties
 from ffmerge.models.examples import Examples, from_arrays
-from ffmerge.models.feedforward import FeedForward, proven, stacks
 from ffmerge.models.offload import device_of
-from ffmerge.models.plan import MergeRecord, Window, parse_budget
 from ffmerge.models.probe import Array
+from ffmerge.models.prove import proven
+from ffmerge.models.record import MergeRecord, Window, parse_budget
+from ffmerge.models.sublayer import FeedForward, stacks
 from ffmerge.passes.weights import cost, methods
 from ffmerge.passes.weights.evaluate import score_for
 from ffmerge.passes.weights.methods import Evidence

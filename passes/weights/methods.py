@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ffmerge.errors import InputError
-from ffmerge.models.feedforward import FeedForward
 from ffmerge.models.probe import Array
+from ffmerge.models.sublayer import FeedForward
 from ffmerge.models.ties import Sharing
 from ffmerge.passes.weights import align, calibrated
 from ffmerge.passes.weights.recorded import Recorded

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from ffmerge.models import ties
-from ffmerge.models.feedforward import FeedForward, place_of
 from ffmerge.models.inputs import unchunked
 from ffmerge.models.offload import call
 from ffmerge.models.probe import Array
+from ffmerge.models.sublayer import FeedForward, block_of
 from ffmerge.models.ties import Sharing
 from ffmerge.passes.weights.statistics import Enough, Signals, members_of, watch
 
@@ -108,7 +108,7 @@ class Recorded:
 
     def _may_run_alone(self, member: FeedForward) -> bool:
         """Tell what signals are not needed for: it is in a block, run once and in float32."""
-        block = place_of(self.model, member.output)
+        block = block_of(self.model, member.output)
         inside = block is None or member.path.startswith(f"{block[0]}.{block[1]}.")
         dtype = self.model.get_parameter(member.weights[0].name).dtype
         return inside and member.runs == 1 and dtype == torch.float32

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from ffmerge.errors import InputError
-from ffmerge.models.feedforward import FeedForward, place_of
 from ffmerge.models.inputs import example_inputs
+from ffmerge.models.sublayer import FeedForward, block_of
 from ffmerge.passes.weights.statistics import forward
 
 MEMORY = 1 << 30  # bytes of outputs that are kept in memory, more are kept in files
@@ -56,7 +56,7 @@ class Resumed:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._files, self._bytes = 0, 0
         self.blocks: list[str] = []
-        places = {s.output: place_of(model, s.output) for s in sublayers}
+        places = {s.output: block_of(model, s.output) for s in sublayers}
         self._block = {output: f"{at[0]}.{at[1]}" for output, at in places.items() if at}
         self._check({at[0] for at in places.values() if at})
 

@@ -18,9 +18,9 @@ from torch import nn
 from ffmerge.errors import InputError
 from ffmerge.files import size_text
 from ffmerge.models import ties
-from ffmerge.models.feedforward import FeedForward
 from ffmerge.models.offload import device_of
-from ffmerge.models.plan import Group
+from ffmerge.models.record import Group
+from ffmerge.models.sublayer import FeedForward
 from ffmerge.models.ties import Sharing
 from ffmerge.passes.weights import cost, precision, processes, statistics
 from ffmerge.passes.weights.evaluate import Score

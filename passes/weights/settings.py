@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Literal
 
-from ffmerge.models.feedforward import FeedForward
+from ffmerge.models.sublayer import FeedForward
 
 
 @dataclass(frozen=True)

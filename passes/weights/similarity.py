@@ -19,8 +19,9 @@ import torch
 from ffmerge.errors import InputError
 from ffmerge.files import plain
 from ffmerge.models.examples import Examples
-from ffmerge.models.feedforward import FeedForward, proven, stacks
 from ffmerge.models.probe import Array
+from ffmerge.models.prove import proven
+from ffmerge.models.sublayer import FeedForward, stacks
 from ffmerge.passes.weights.align import match
 from ffmerge.passes.weights.statistics import Moments, watch
 

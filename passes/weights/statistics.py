@@ -21,11 +21,11 @@ from accelerate.utils import gather_object, reduce
 from torch import Tensor
 
 from ffmerge.errors import InputError
-from ffmerge.models.feedforward import FeedForward
 from ffmerge.models.inputs import to_tensors, unchunked
 from ffmerge.models.metrics import IGNORED
 from ffmerge.models.offload import device_of
 from ffmerge.models.probe import Array
+from ffmerge.models.sublayer import FeedForward
 from ffmerge.passes.weights import processes
 
 Pair = tuple[int, int]

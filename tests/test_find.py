@@ -19,7 +19,9 @@ from transformers import (
 )
 
 from ffmerge.errors import InputError
-from ffmerge.models.feedforward import EXPERTS, Weight, find, prove, stacks, survey
+from ffmerge.models.find import EXPERTS, find, survey
+from ffmerge.models.prove import prove
+from ffmerge.models.sublayer import Weight, stacks
 
 EXPECTED = {
     "vit": ("vit.layers.{}.mlp.fc1", "vit.layers.{}.mlp.fc2"),

@@ -1,14 +1,11 @@
-"""Feed-forward sublayers, found by following the data and proved by permuting hidden neurons.
+"""Find the feed-forward sublayers of a model by following the data of one forward pass.
 
-A feed-forward sublayer maps d -> f by one linear map (two when gated), applies elementwise
-functions, and maps f -> d by another. Finding reads the data flow of one forward pass, on the
-meta device if need be, so no table of model or module names is needed and no weights are. The
-proof runs the code of the sublayer on random weights: reordering its hidden neurons must leave
-its output as it was. What only looks like one (experts, convolutions, anything between the maps
-that tells neurons apart) is left alone, with the reason.
+Finding reads the data flow, on the meta device if need be, so no table of model or module names is
+needed and no weights are. What only looks like a sublayer (experts, convolutions, anything between
+the maps that tells neurons apart) is left alone, with the reason. What is found still has to be
+proved: ``models/prove.py``.
 """
 
-import copy
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
@@ -20,12 +17,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
-from transformers import Cache
+from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
 from ffmerge.errors import InputError
 from ffmerge.models.inputs import example_inputs, unchunked
+from ffmerge.models.sublayer import FeedForward, LeftAlone, Weight, block_of
 
 # Ops that move no neuron, and ops that keep neurons apart, though not in their place. Elementwise
 # ops are known by PyTorch's own ``pointwise`` tag; hardswish lacks it. A product of tensors, as in
@@ -45,73 +42,6 @@ _WITHOUT_VALUES: dict[str, Callable[..., Any]] = {
 }
 
 EXPERTS = "mixture-of-experts: a router gives every expert other tokens"
-REJECTED = "reordering its hidden neurons changes its output"
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A parameter of a sublayer and which of its axes counts hidden neurons (None: no axis).
-
-    A fused gate and up projection holds the neurons of both, one ``block`` after the other.
-    """
-
-    name: str
-    neurons: int | None
-    blocks: int = 1
-
-    def reordered(self, values: Tensor, order: Tensor) -> Tensor:
-        """Return ``values`` with hidden neuron ``order[j]`` in place j, in every block."""
-        if self.neurons is None:
-            return values
-        index = torch.cat([order + block * len(order) for block in range(self.blocks)])
-        return values.index_select(self.neurons, index.to(values.device))
-
-
-@dataclass(frozen=True)
-class FeedForward:
-    """One feed-forward sublayer.
-
-    ``path`` is the smallest module that holds all its linear maps. ``inputs`` are the modules
-    d -> f in the order the model calls them, ``output`` is the module f -> d. ``weights`` has
-    the same order in every layer of a stack, so members of a group match position by position.
-    ``reads`` are the model inputs it depends on: they tell a decoder from an encoder, and text
-    from images. ``runs`` is how often one forward pass runs it: 12 times in a 12-layer ALBERT.
-    """
-
-    stack: str
-    layer: int
-    path: str
-    inputs: tuple[str, ...]
-    output: str
-    d_model: int
-    d_ff: int
-    weights: tuple[Weight, ...]
-    reads: tuple[str, ...]
-    runs: int
-
-    @property
-    def maps(self) -> tuple[str, ...]:
-        """The linear maps in the order of the data: d -> f, then f -> d."""
-        return (*self.inputs, self.output)
-
-    @property
-    def keys(self) -> tuple[tuple[int, str], ...]:
-        """Number of the map and name in it of each of ``weights``: the same in every layer."""
-        split = (weight.name.rpartition(".") for weight in self.weights)
-        return tuple((self.maps.index(path), part) for path, _, part in split)
-
-    @property
-    def gated(self) -> bool:
-        """True when two maps d -> f are multiplied (SwiGLU, GeGLU), also if they are fused."""
-        return len(self.inputs) > 1 or self.weights[0].blocks > 1
-
-
-@dataclass(frozen=True)
-class LeftAlone:
-    """What looks like a feed-forward part of a repeated block and cannot be merged, and why."""
-
-    path: str
-    reason: str
 
 
 def find(model: nn.Module) -> tuple[FeedForward, ...]:
@@ -138,7 +68,7 @@ def survey(model: nn.Module) -> tuple[tuple[FeedForward, ...], tuple[LeftAlone, 
     alike: dict[str, tuple[str, str]] = {}
     for name, hidden in trace.calls:
         makers, ops = _before(trace, hidden)
-        place = place_of(model, name)
+        place = block_of(model, name)
         if not makers or place is None or _PRODUCT in ops or not _reads(trace, makers[0][1]):
             continue
         d_ff, d_model = trace.linear[name]
@@ -157,7 +87,7 @@ def survey(model: nn.Module) -> tuple[tuple[FeedForward, ...], tuple[LeftAlone, 
                 left[match.path.rpartition(".")[0]] = EXPERTS
             else:
                 found.setdefault(match, []).append(source)
-        elif d_ff > d_model and {place_of(model, maker) for maker in inputs} == {place}:
+        elif d_ff > d_model and {block_of(model, maker) for maker in inputs} == {place}:
             reason = "its maps d -> f read several tensors, or another tensor enters after them"
             if unlike := {op.strip("_") for op in between - _MOVES - {_NONE}}:
                 reason = f"{min(unlike)} between its maps does not treat every neuron alike"
@@ -169,36 +99,6 @@ def survey(model: nn.Module) -> tuple[tuple[FeedForward, ...], tuple[LeftAlone, 
         if name not in known and not any(path.startswith(f"{other}.") for other in left):
             left[path] = reason
     return _named(model, trace, found), tuple(LeftAlone(*item) for item in left.items())
-
-
-def stacks(sublayers: Sequence[FeedForward]) -> dict[str, tuple[FeedForward, ...]]:
-    """Return the sublayers by stack, each in layer order."""
-    names = dict.fromkeys(f.stack for f in sublayers)
-    return {
-        name: tuple(sorted((f for f in sublayers if f.stack == name), key=lambda f: f.layer))
-        for name in names
-    }
-
-
-def prove(model: nn.Module, sublayers: Sequence[FeedForward], seed: int = 0) -> tuple[bool, ...]:
-    """Tell for each sublayer whether reordering its hidden neurons leaves its output unchanged.
-
-    Each is run alone, in float32, with random weights on the inputs the model gave it, three
-    times: as it is, with all its weights reordered, and with only the first map reordered. The
-    second must agree with the first to rounding, and the third must not: a sublayer whose
-    output does not depend on the weights proves nothing.
-    """
-    with unchunked(model):
-        calls = _capture(model, [f.path for f in sublayers])
-        return tuple(_proved(model, f, *calls[f.path], seed) for f in sublayers)
-
-
-def proven(model: nn.Module) -> tuple[tuple[FeedForward, ...], tuple[LeftAlone, ...]]:
-    """Return what :func:`survey` returns, with what the proof rejects left alone as well."""
-    found, left = survey(model)
-    verdicts = dict(zip(found, prove(model, found), strict=True))
-    rejected = (LeftAlone(f.path, REJECTED) for f in found if not verdicts[f])
-    return tuple(f for f in found if verdicts[f]), (*left, *rejected)
 
 
 @dataclass(frozen=True)
@@ -289,11 +189,11 @@ def _trace(model: nn.Module) -> _Trace:
                 continue
             handle = module.register_forward_hook(partial(trace.record, name))
             stack.callback(handle.remove)
-        _forward(model, trace)
+        run_example(model, trace)
     return trace
 
 
-def _forward(model: nn.Module, trace: _Trace | None = None) -> None:
+def run_example(model: nn.Module, trace: _Trace | None = None) -> None:
     inputs = example_inputs(model)
     blind = any(p.is_meta for p in model.parameters())
     with ExitStack() as stack:
@@ -369,20 +269,6 @@ def _banks(model: nn.Module) -> list[str]:
     return paths
 
 
-def place_of(model: nn.Module, path: str) -> tuple[str, int] | None:
-    """Return the innermost list of equal blocks around a module and its block's number.
-
-    T5 lists the unlike sublayers of a block as well: that list repeats nothing.
-    """
-    parts = path.split(".")
-    for end in range(len(parts) - 1, 0, -1):
-        owner = model.get_submodule(".".join(parts[:end]))
-        blocks = isinstance(owner, (nn.ModuleList, nn.Sequential)) and parts[end].isdigit()
-        if blocks and len({type(block) for block in owner.children()}) == 1:
-            return ".".join(parts[:end]), int(parts[end])
-    return None
-
-
 def _named(
     model: nn.Module, trace: _Trace, found: Mapping[_Match, list[int]]
 ) -> tuple[FeedForward, ...]:
@@ -431,55 +317,3 @@ def _common_prefix(paths: Sequence[str]) -> str:
     parts = [path.split(".") for path in paths]
     length = next(i for i, level in enumerate(zip(*parts, strict=False)) if len(set(level)) > 1)
     return ".".join(parts[0][:length])
-
-
-def _capture(model: nn.Module, paths: Sequence[str]) -> dict[str, tuple[Any, Any]]:
-    """Return the first positional and keyword arguments each module is called with."""
-    calls: dict[str, tuple[Any, Any]] = {}
-
-    def keep(path: str, _: nn.Module, args: Any, kwargs: Any) -> None:
-        calls.setdefault(path, (args, kwargs))
-
-    with ExitStack() as stack:
-        for path in paths:
-            module = model.get_submodule(path)
-            handle = module.register_forward_pre_hook(partial(keep, path), with_kwargs=True)
-            stack.callback(handle.remove)
-        _forward(model)
-    return calls
-
-
-def _proved(model: nn.Module, sublayer: FeedForward, args: Any, kwargs: Any, seed: int) -> bool:
-    generator = torch.Generator().manual_seed(seed)
-    module = copy.deepcopy(model.get_submodule(sublayer.path)).float().cpu().eval()
-    weights = {
-        w: module.get_parameter(w.name.removeprefix(f"{sublayer.path}.")) for w in sublayer.weights
-    }
-    args, kwargs = tree_map(_float32, (args, kwargs))
-    for parameter in weights.values():
-        spread = parameter.numel() ** -0.25  # one over the square root of the mean side
-        parameter.data = torch.randn(parameter.shape, generator=generator) * spread
-    order = torch.randperm(sublayer.d_ff, generator=generator)
-
-    def run() -> Tensor:
-        with torch.no_grad():
-            leaves = tree_leaves(module(*args, **kwargs))
-        return next(leaf for leaf in leaves if isinstance(leaf, Tensor))
-
-    def reorder(last: bool) -> None:
-        for weight, parameter in weights.items():
-            if weight.name.startswith(f"{sublayer.output}.") == last:
-                parameter.data = weight.reordered(parameter.data, order)
-
-    before = run()
-    reorder(last=False)
-    half_way = run()
-    reorder(last=True)
-    held = (run() - before).abs().max()
-    return bool(held < 1e-3 * (half_way - before).abs().max())  # measured: 1e-7 to 1e-6
-
-
-def _float32(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.float().cpu() if value.is_floating_point() else value.cpu()
-    return None if isinstance(value, Cache) else value  # empty on the first pass, but of a dtype
