@@ -27,7 +27,7 @@ def ties(model: nn.Module) -> tuple[Tie, ...]:
 
 
 @dataclass(frozen=True)
-class Sharing:
+class SharedWeights:
     """What takes the place of a group's weights.
 
     ``shared`` are the tensors that all members use, ``own`` those of each member, in the order of
@@ -43,7 +43,7 @@ class Sharing:
         return tuple(sorted({part for own in self.own for _, part in own}))
 
 
-def tie_(model: nn.Module, groups: Groups, sharings: Sequence[Sharing]) -> None:
+def tie_(model: nn.Module, groups: Groups, sharings: Sequence[SharedWeights]) -> None:
     """Make the members of each group use one new Parameter per shared tensor, and their own."""
     for members, sharing in zip(groups, sharings, strict=True):
         needs_grad = model.get_parameter(members[0].weights[0].name).requires_grad
@@ -63,7 +63,7 @@ def tie_(model: nn.Module, groups: Groups, sharings: Sequence[Sharing]) -> None:
 
 
 @contextmanager
-def tied(model: nn.Module, groups: Groups, sharings: Sequence[Sharing]) -> Iterator[None]:
+def tied(model: nn.Module, groups: Groups, sharings: Sequence[SharedWeights]) -> Iterator[None]:
     """Tie as :func:`tie_` for the length of the block, then put the original modules back."""
     paths = [path for members in groups for member in members for path in member.maps]
     modules = [model.get_submodule(path) for path in paths]

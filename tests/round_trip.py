@@ -56,7 +56,7 @@ def merged(name: str) -> Any:
         members = members[-2:]
         pairs = zip(*(member.weights for member in members), strict=True)
         means = [sum(model.get_parameter(w.name).detach() for w in pair) / 2 for pair in pairs]
-        sharing = ties.Sharing(dict(zip(members[0].keys, means, strict=True)))
+        sharing = ties.SharedWeights(dict(zip(members[0].keys, means, strict=True)))
         ties.tie_(model, [members], [sharing])
         groups.append(Group(stack, tuple(member.layer for member in members)))
     model.config.ffmerge = MergeRecord("average", tuple(groups), 0, 0, 0, 0, {}).to_json()

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from ffmerge.models import ties
 from ffmerge.models.probe import Array
 from ffmerge.models.sublayer import FeedForward
-from ffmerge.models.ties import Key, Sharing
+from ffmerge.models.ties import Key, SharedWeights
 from ffmerge.passes.weights.calibrated import low_rank
 from ffmerge.passes.weights.statistics import Moments, watch
 
@@ -98,7 +98,7 @@ def factor(
             own[i, "weight"] = thin.T if isinstance(module, Conv1D) else thin
             own[i, "bias"] = shift if module.bias is None else module.bias.detach() + shift
         groups.append([member])
-        sharings.append(Sharing({}, [own]))
+        sharings.append(SharedWeights({}, [own]))
     return [Rival("low-rank", "", gone, partial(ties.tied, model, groups, sharings))]
 
 

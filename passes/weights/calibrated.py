@@ -23,7 +23,7 @@ from ffmerge.models import ties
 from ffmerge.models.inputs import unchunked
 from ffmerge.models.probe import Array
 from ffmerge.models.sublayer import FeedForward
-from ffmerge.models.ties import Key, Sharing
+from ffmerge.models.ties import Key, SharedWeights
 from ffmerge.passes.weights.align import neurons
 from ffmerge.passes.weights.recorded import Recorded
 from ffmerge.passes.weights.settings import Settings
@@ -77,7 +77,7 @@ def fit(
     batches: Callable[[], Iterable[Mapping[str, Array]]],
     settings: Settings,
     recorded: Recorded | None = None,
-) -> Sharing:
+) -> SharedWeights:
     """Return what the group will share and what each member has for itself.
 
     ``orders`` align the members' neurons. ``batches`` is run once for each of
@@ -305,7 +305,7 @@ def _refitted(
 def _side_by_side(
     model: Any,
     members: Sequence[FeedForward],
-    sharing: Sharing,
+    sharing: SharedWeights,
     batches: Iterable[Mapping[str, Array]],
     tokens: int,
     forced: bool,
@@ -367,7 +367,9 @@ def _rows(weight: Tensor, width: int) -> Tensor:
     return torch.cat(weight.split(width, 1))
 
 
-def _sharing(model: Any, members: Sequence[FeedForward], found: Fit, settings: Settings) -> Sharing:
+def _sharing(
+    model: Any, members: Sequence[FeedForward], found: Fit, settings: Settings
+) -> SharedWeights:
     """Return a fit as parameters, in the layout and type of the model's own."""
     weights = dict(zip(members[0].keys, members[0].weights, strict=True))
     out = len(members[0].inputs)
@@ -392,4 +394,4 @@ def _sharing(model: Any, members: Sequence[FeedForward], found: Fit, settings: S
     def stored(tensors: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
         return {key: tensor.to(like).contiguous() for key, tensor in tensors.items()}
 
-    return Sharing(stored(shared), [stored(mine) for mine in own] if any(own) else ())
+    return SharedWeights(stored(shared), [stored(mine) for mine in own] if any(own) else ())

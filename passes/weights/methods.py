@@ -1,6 +1,6 @@
 """Merge methods: functions from the sublayers of a group to what they will share.
 
-Every method has one signature, ``(model, members, evidence) -> Sharing``: ``members`` are the
+Every method has one signature, ``(model, members, evidence) -> SharedWeights``: ``members`` are the
 sublayers of the group in layer order, ``evidence`` is what is known of the data.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from ffmerge.errors import InputError
 from ffmerge.models.probe import Array
 from ffmerge.models.sublayer import FeedForward
-from ffmerge.models.ties import Sharing
+from ffmerge.models.ties import SharedWeights
 from ffmerge.passes.weights import align, calibrated
 from ffmerge.passes.weights.recorded import Recorded
 from ffmerge.passes.weights.settings import Settings
@@ -36,7 +36,7 @@ class Evidence:
 
 _DIMENSIONS_PER_RANK = 64  # so that the residual stays under 1 % of the parameters
 
-Merger = Callable[[Any, Sequence[FeedForward], Evidence], Sharing]
+Merger = Callable[[Any, Sequence[FeedForward], Evidence], SharedWeights]
 
 
 @dataclass(frozen=True)
@@ -77,19 +77,19 @@ def get(name: str) -> Method:
 
 
 @method("average", source="arXiv 2501.06126, 'vanilla'", needs_data=False)
-def average(model: Any, members: Sequence[FeedForward], evidence: Evidence) -> Sharing:
+def average(model: Any, members: Sequence[FeedForward], evidence: Evidence) -> SharedWeights:
     """Return the plain mean of the members' weights."""
     return mean_of(model, members, [None] * len(members))
 
 
 @method("copy-anchor", source="a baseline: nothing is merged", needs_data=False)
-def copy_anchor(model: Any, members: Sequence[FeedForward], evidence: Evidence) -> Sharing:
+def copy_anchor(model: Any, members: Sequence[FeedForward], evidence: Evidence) -> SharedWeights:
     """Return the weights of the anchor as they are."""
     return mean_of(model, [members[evidence.settings.place(len(members))]], [None])
 
 
 @method("drop-ffn", source="a baseline: arXiv 2405.18218 drops sublayers")
-def drop_ffn(model: Any, members: Sequence[FeedForward], evidence: Evidence) -> Sharing:
+def drop_ffn(model: Any, members: Sequence[FeedForward], evidence: Evidence) -> SharedWeights:
     """Return the anchor's weights, and for the other layers the mean of what they put out."""
     kept = members[evidence.settings.place(len(members))]
     hidden = _moments(evidence).hidden
@@ -106,11 +106,11 @@ def drop_ffn(model: Any, members: Sequence[FeedForward], evidence: Evidence) -> 
         like = model.get_parameter(m.weights[0].name)
         biases = {key: b.clone() for key, b in shared.items() if key[1] == "bias"}
         own.append(biases | {(number, part): value.to(like) for part, value in parts.items()})
-    return Sharing({key: value for key, value in shared.items() if key[1] != "bias"}, own)
+    return SharedWeights({key: value for key, value in shared.items() if key[1] != "bias"}, own)
 
 
 @method("permute", source="arXiv 2501.06126, equations (1) to (6)")
-def permute(model: Any, members: Sequence[FeedForward], evidence: Evidence) -> Sharing:
+def permute(model: Any, members: Sequence[FeedForward], evidence: Evidence) -> SharedWeights:
     """Return the mean of the members' weights after each is aligned to the anchor.
 
     Hidden neurons of the others are reordered in W_in, b_in and W_out; b_out lives in model space
@@ -120,7 +120,7 @@ def permute(model: Any, members: Sequence[FeedForward], evidence: Evidence) -> S
 
 
 @method("weights", source="arXiv 2209.04836, Git Re-Basin, section 3.2", needs_data=False)
-def weights(model: Any, members: Sequence[FeedForward], evidence: Evidence) -> Sharing:
+def weights(model: Any, members: Sequence[FeedForward], evidence: Evidence) -> SharedWeights:
     """Return the mean after aligning by the weights alone: every member to the mean of the rest."""
     rows = [torch.cat([*align.neurons(model, m).values()], 1) for m in members]
     similarity = {
@@ -148,7 +148,9 @@ def orders(members: Sequence[FeedForward], evidence: Evidence) -> list[Tensor | 
     ]
 
 
-def mean_of(model: Any, members: Sequence[FeedForward], orders: Sequence[Tensor | None]) -> Sharing:
+def mean_of(
+    model: Any, members: Sequence[FeedForward], orders: Sequence[Tensor | None]
+) -> SharedWeights:
     """Return equations (3) to (6): the mean over members, reordered where ``orders`` says so.
 
     Sums in float64, so that k equal members give exactly their common value.
@@ -160,7 +162,7 @@ def mean_of(model: Any, members: Sequence[FeedForward], orders: Sequence[Tensor 
         for parameter, order in zip(parameters, orders, strict=True):
             total += parameter if order is None else weight.reordered(parameter, order)
         shared[key] = (total / len(members)).to(parameters[0].dtype)
-    return Sharing(shared)
+    return SharedWeights(shared)
 
 
 @method(
@@ -168,7 +170,7 @@ def mean_of(model: Any, members: Sequence[FeedForward], orders: Sequence[Tensor 
     source="weighted mean, scales as in REPAIR, least squares: see calibrated.py",
     fits=True,
 )
-def calibrate(model: Any, members: Sequence[FeedForward], evidence: Evidence) -> Sharing:
+def calibrate(model: Any, members: Sequence[FeedForward], evidence: Evidence) -> SharedWeights:
     """Return weights, and of each layer scale and bias, that keep the members' outputs."""
     settings = replace(evidence.settings, rank=0)
     return _calibrated(model, members, replace(evidence, settings=settings))
@@ -177,14 +179,14 @@ def calibrate(model: Any, members: Sequence[FeedForward], evidence: Evidence) ->
 @method(
     "residual", source="calibrated, with arXiv 2410.20672's low-rank part of each layer", fits=True
 )
-def residual(model: Any, members: Sequence[FeedForward], evidence: Evidence) -> Sharing:
+def residual(model: Any, members: Sequence[FeedForward], evidence: Evidence) -> SharedWeights:
     """Return what ``calibrated`` does with a residual of low rank to each map of each layer."""
     rank = evidence.settings.rank or max(1, members[0].d_model // _DIMENSIONS_PER_RANK)
     settings = replace(evidence.settings, rank=rank)
     return _calibrated(model, members, replace(evidence, settings=settings))
 
 
-def _calibrated(model: Any, members: Sequence[FeedForward], evidence: Evidence) -> Sharing:
+def _calibrated(model: Any, members: Sequence[FeedForward], evidence: Evidence) -> SharedWeights:
     found, again, recorded = orders(members, evidence), evidence.batches, evidence.recorded
     moments, settings = _moments(evidence), evidence.settings
     return calibrated.fit(model, members, found, moments, again, settings, recorded)

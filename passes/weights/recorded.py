@@ -18,7 +18,7 @@ from ffmerge.models.inputs import unchunked
 from ffmerge.models.offload import call
 from ffmerge.models.probe import Array
 from ffmerge.models.sublayer import FeedForward, block_of
-from ffmerge.models.ties import Sharing
+from ffmerge.models.ties import SharedWeights
 from ffmerge.passes.weights.statistics import Enough, Signals, members_of, watch
 
 MEMORY = 1 << 30  # bytes that are kept at most: where it is more, nothing is
@@ -77,7 +77,7 @@ class Recorded:
                 self.add(members[name], batch)
 
     def side_by_side(
-        self, members: Sequence[FeedForward], sharing: Sharing
+        self, members: Sequence[FeedForward], sharing: SharedWeights
     ) -> Iterator[dict[int, tuple[Tensor, Tensor]]] | None:
         """Return by batch and layer what the merged W_out is given, and what the original put out.
 
@@ -96,7 +96,7 @@ class Recorded:
     def _replayed(
         self,
         members: Sequence[FeedForward],
-        sharing: Sharing,
+        sharing: SharedWeights,
         kept: Sequence[Sequence[tuple[Tensor, Tensor]]],
     ) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
         with torch.no_grad(), unchunked(self.model), ties.tied(self.model, [members], [sharing]):

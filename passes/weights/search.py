@@ -21,7 +21,7 @@ from ffmerge.models import ties
 from ffmerge.models.offload import device_of
 from ffmerge.models.record import Group
 from ffmerge.models.sublayer import FeedForward
-from ffmerge.models.ties import Sharing
+from ffmerge.models.ties import SharedWeights
 from ffmerge.passes.weights import cost, precision, processes, statistics
 from ffmerge.passes.weights.evaluate import Score
 from ffmerge.passes.weights.methods import Evidence, Method
@@ -38,7 +38,7 @@ class State:
     """Groups of a model and what takes the place of their weights."""
 
     groups: Choice = ()
-    shared: tuple[Sharing, ...] = ()
+    shared: tuple[SharedWeights, ...] = ()
 
 
 @dataclass(frozen=True)
