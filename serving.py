@@ -16,13 +16,11 @@ from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.utils import ModelOutput
 
-from ffmerge.exporter.graphs import FLAG
-from ffmerge.models import checkpoint
+from ffmerge.models import checkpoint, kv_cache
+from ffmerge.models.kv_cache import DECODER, ENCODER, FLAG, PRESENT
 from ffmerge.models.manifest import GraphRecord, Manifest
 from ffmerge.runtime_tests.runtimes.base import Session
 from ffmerge.runtime_tests.runtimes.registry import find_runtime
-
-_PAST, _PRESENT = "past_key_values.", "present."
 
 
 def load_package(
@@ -47,7 +45,7 @@ def load_package(
         _Served(runtime.open(folder / path, threads=threads), graph)
         for path, graph in manifest.served(kind).items()
     ]
-    cached = any(name.startswith(_PRESENT) for each in served for name in each.graph.outputs)
+    cached = any(kv_cache.keeps_cache(each.graph.outputs) for each in served)
     if model.can_generate():
         if (folder / "generation_config.json").exists():
             model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -93,9 +91,8 @@ def _swap(module: Any, run: Any) -> Any:
 def _step(served: _Served, given: Mapping[str, Any]) -> ModelOutput:
     """Run the whole model, or a step of a decoder that continues the cache it is given."""
     cache = given.get("past_key_values")
-    feeds = {**given, **_named(cache, "")}
-    outputs = served.run(feeds)
-    present = _pairs(outputs, "")
+    outputs = served.run({**given, **kv_cache.named({"": _layers_of(cache)})})
+    present = kv_cache.pairs(outputs, prefix=PRESENT)
     if present:
         outputs["past_key_values"] = DynamicCache(present)
     return _outputs(outputs)
@@ -108,8 +105,8 @@ def _encode_and_decode(model: Any, decoder: _Served, given: Mapping[str, Any]) -
         accepted = inspect.signature(model.get_encoder().forward).parameters
         states = model.get_encoder()(**{k: x for k, x in given.items() if k in accepted})
     cache = given.get("past_key_values")
-    own = _named(getattr(cache, "self_attention_cache", None), "decoder.")
-    crossed = _named(getattr(cache, "cross_attention_cache", None), "encoder.")
+    own = _layers_of(getattr(cache, "self_attention_cache", None))
+    crossed = _layers_of(getattr(cache, "cross_attention_cache", None))
     whole = torch.ones(states[0].shape[:2], dtype=torch.int64)
     outputs = decoder.run(
         {
@@ -117,13 +114,12 @@ def _encode_and_decode(model: Any, decoder: _Served, given: Mapping[str, Any]) -
             "encoder_hidden_states": states[0],
             "encoder_attention_mask": given.get("attention_mask", whole),
             FLAG: torch.tensor([bool(own)]),
-            **own,
-            **crossed,
+            **kv_cache.named({DECODER: own, ENCODER: crossed}),
         }
     )
-    present = _pairs(outputs, "decoder.")
-    if present:
-        kept = _pairs(crossed or outputs, "encoder.")  # what a later step gives of it is empty
+    present = kv_cache.pairs(outputs, DECODER, PRESENT)
+    if present:  # what a later step gives of the encoder's is empty
+        kept = crossed or kv_cache.pairs(outputs, ENCODER, PRESENT)
         outputs["past_key_values"] = EncoderDecoderCache(DynamicCache(present), DynamicCache(kept))
     return _outputs({**outputs, "encoder_last_hidden_state": states[0]})
 
@@ -131,22 +127,13 @@ def _encode_and_decode(model: Any, decoder: _Served, given: Mapping[str, Any]) -
 def _outputs(tensors: Mapping[str, Any]) -> ModelOutput:
     out = ModelOutput()
     for name, tensor in tensors.items():
-        if not name.startswith(_PRESENT):
+        if not kv_cache.is_present(name):
             out[name] = tensor
     return out
 
 
-def _named(cache: Any, side: str) -> dict[str, Tensor]:
-    """Return keys and values of a cache that holds any, by the names of the graph's inputs."""
+def _layers_of(cache: Any) -> list[tuple[Tensor, Tensor]]:
+    """Return keys and values of every layer of a cache that holds any."""
     if cache is None or not cache.get_seq_length():
-        return {}
-    return {
-        f"{_PAST}{i}.{side}{part[:-1]}": getattr(layer, part)
-        for i, layer in enumerate(cache.layers)
-        for part in ("keys", "values")
-    }
-
-
-def _pairs(tensors: Mapping[str, Any], side: str) -> list[tuple[Any, Any]]:
-    ordered = [x for name, x in tensors.items() if name.endswith((f".{side}key", f".{side}value"))]
-    return list(zip(ordered[::2], ordered[1::2], strict=True))
+        return []
+    return [(layer.keys, layer.values) for layer in cache.layers]

@@ -15,11 +15,11 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from ffmerge.errors import InputError
-from ffmerge.models import tasks
+from ffmerge.models import kv_cache, tasks
 from ffmerge.models.inputs import example_inputs, input_specs, probe
+from ffmerge.models.kv_cache import DECODER, ENCODER, FLAG
 from ffmerge.models.probe import InputSpec, Probe
 
-FLAG = "use_cache_branch"
 # Batch, length and past of the steps that are compared: one token more, a prompt, several tokens
 # more. The first is timed; the last is traced, so no size of it is 1 or like another.
 _STEPS = ((1, 1, 6), (3, 7, 0), (2, 4, 3))
@@ -80,8 +80,8 @@ class _Step(nn.Module):
         self.model = model
 
     def forward(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        own = {name: x for name, x in inputs.items() if not name.startswith("past_")}
-        cache = DynamicCache(_pairs(inputs, ""))
+        own = {name: x for name, x in inputs.items() if not kv_cache.is_past(name)}
+        cache = DynamicCache(kv_cache.pairs(inputs))
         out = self.model(**own, past_key_values=cache, use_cache=True, return_dict=True)
         return (out.logits, *_cached(out.past_key_values).values())
 
@@ -103,11 +103,11 @@ class _Decoder(nn.Module):
         self.model, self.outputs = model, outputs
 
     def forward(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        crossed = _pairs(inputs, "encoder.")
+        crossed = kv_cache.pairs(inputs, ENCODER)
         cache, states = None, inputs.get("encoder_hidden_states")
         if states is None:  # nothing is read of them but their shape
             cache = EncoderDecoderCache(
-                DynamicCache(_pairs(inputs, "decoder.")), DynamicCache(crossed)
+                DynamicCache(kv_cache.pairs(inputs, DECODER)), DynamicCache(crossed)
             )
             batch, _, length, _ = crossed[0][0].shape
             states = crossed[0][0].new_zeros(batch, length, 1)
@@ -119,7 +119,8 @@ class _Decoder(nn.Module):
         )  # fmt: skip
         named = {"logits": out.logits}
         if len(self.outputs) > 1:
-            named |= {f"present.{k}": v for k, v in _cached(out.past_key_values).items()}
+            for name, tensor in _cached(out.past_key_values).items():
+                named[kv_cache.present_of(name)] = tensor
         return tuple(named[name] for name in self.outputs)
 
 
@@ -131,9 +132,8 @@ class _Either(nn.Module):
         self.first, self.later, self.empty = first, later, empty
 
     def forward(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        past = "past_key_values"
         if not inputs[FLAG].item():
-            return self.first({k: x for k, x in inputs.items() if not k.startswith(past)})
+            return self.first({k: x for k, x in inputs.items() if not kv_cache.is_past(k)})
         rest = {k: x for k, x in inputs.items() if k != "encoder_hidden_states"}
         named = dict(zip(self.later.outputs, self.later(rest), strict=True))
         shapes = self.empty
@@ -158,7 +158,7 @@ def _decoder_only(model: Any, task: str) -> Graph:
         {"batch_size": b, "sequence_length": s, "past_sequence_length": p,
          "total_sequence_length": p + s} for b, s, p in _STEPS
     )  # fmt: skip
-    outputs = ("logits", *map(_present, past))
+    outputs = ("logits", *(kv_cache.present_of(spec.name) for spec in past))
     return Graph("model", _Step(model), Probe((*specs, *past), cases), outputs)
 
 
@@ -185,15 +185,15 @@ def _encoder_decoder(model: Any, task: str) -> tuple[Graph, ...]:
     if not task.endswith(tasks.PAST):
         outputs: tuple[str, ...] = ("logits",)
         return encoder, Graph("decoder_model", _Decoder(model, outputs), recipe, outputs)
-    lengths = {"decoder": "past_decoder_sequence_length", "encoder": length}
+    lengths = {DECODER: "past_decoder_sequence_length", ENCODER: length}
     past = _past(out, lengths)
-    outputs = ("logits", *map(_present, past))
-    later = tuple(name for name in outputs if ".encoder." not in name)
+    outputs = ("logits", *(kv_cache.present_of(spec.name) for spec in past))
+    later = tuple(name for name in outputs if kv_cache.side_of(name) != ENCODER)
     first = Graph("decoder_model", _Decoder(model, outputs), recipe, outputs)
     with_past = Graph(
         "decoder_with_past_model", _Decoder(model, later), Probe((*masks, ids, *past), cases), later
     )
-    empty = {_present(s): (0, s.shape[1], 1, s.shape[3]) for s in past}
+    empty = {kv_cache.present_of(s.name): (0, s.shape[1], 1, s.shape[3]) for s in past}
     merged = Graph(
         "decoder_model_merged", _Either(first.module, with_past.module, empty),
         Probe(
@@ -235,35 +235,23 @@ def _run(model: Any) -> Any:
 
 
 def _cached(cache: Any) -> dict[str, Tensor]:
-    """Return the keys and values in a cache by optimum's names, ``LAYER.decoder.key``."""
-    sides = {"decoder": "self_attention_cache", "encoder": "cross_attention_cache"}
-    caches = {f"{side}.": getattr(cache, name, None) for side, name in sides.items()}
-    caches = caches if caches["decoder."] is not None else {"": cache}
-    layers = {side: getattr(each, "layers", ()) for side, each in caches.items()}
-    return {
-        f"{i}.{side}{part[:-1]}": getattr(layers[side][i], part)
-        for i in range(len(next(iter(layers.values()))))
-        for side in layers
-        for part in ("keys", "values")
-    }
+    """Return the keys and values in a cache by the names of the inputs they are."""
+    own = getattr(cache, "self_attention_cache", None)
+    if own is None:
+        return kv_cache.named({"": _of_layers(cache)})
+    crossed = cache.cross_attention_cache
+    return kv_cache.named({DECODER: _of_layers(own), ENCODER: _of_layers(crossed)})
+
+
+def _of_layers(cache: Any) -> list[tuple[Tensor, Tensor]]:
+    return [(layer.keys, layer.values) for layer in getattr(cache, "layers", ())]
 
 
 def _past(out: Any, lengths: Mapping[str, int | str]) -> tuple[InputSpec, ...]:
     """Return the inputs for what a run left in its cache; ``lengths`` by side."""
     specs = []
     for name, tensor in _cached(out["past_key_values"]).items():
-        side = name.split(".")[1] if name.count(".") > 1 else ""
-        shape = ("batch_size", int(tensor.shape[1]), lengths[side], int(tensor.shape[3]))
-        specs.append(InputSpec(f"past_key_values.{name}", "float32", shape))
+        length = lengths[kv_cache.side_of(name)]
+        shape = ("batch_size", int(tensor.shape[1]), length, int(tensor.shape[3]))
+        specs.append(InputSpec(name, "float32", shape))
     return tuple(specs)
-
-
-def _pairs(inputs: Inputs, side: str) -> list[tuple[Tensor, Tensor]]:
-    """Return the pairs of keys and values among the inputs, in layer order."""
-    count = sum(name.endswith(f".{side}key") for name in inputs)
-    names = [f"past_key_values.{i}.{side}" for i in range(count)]
-    return [(inputs[f"{name}key"], inputs[f"{name}value"]) for name in names]
-
-
-def _present(spec: InputSpec) -> str:
-    return spec.name.replace("past_key_values", "present")

@@ -4,8 +4,9 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import NameFixPass
 
-from ffmerge.exporter.graphs import FLAG, Graph
+from ffmerge.exporter.graphs import Graph
 from ffmerge.exporter.torch_onnx import placed
+from ffmerge.models.kv_cache import FLAG
 from ffmerge.passes.graph.contract import read_ties
 from ffmerge.passes.graph.run import ShareResult, share
 

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from ffmerge.errors import InputError
 from ffmerge.exporter.graphs import Graph
-from ffmerge.models import tasks
+from ffmerge.models import kv_cache, tasks
 from ffmerge.models.examples import Examples, from_arrays
 from ffmerge.models.inputs import to_tensors
 from ffmerge.models.manifest import MetricResult, input_key, reference_key
@@ -61,7 +61,7 @@ def real_inputs(plan: Sequence[Graph], batch: Mapping[str, Array]) -> dict[str, 
     given = dict(batch)
     for graph in plan:
         names = {spec.name: spec.kind for spec in graph.probe.inputs}
-        if any(name.startswith("past_") for name in names) and "with_past" in graph.name:
+        if any(map(kv_cache.is_past, names)) and "with_past" in graph.name:
             continue
         if "encoder_hidden_states" in names:
             given = _for_decoder(plan, batch)
@@ -69,7 +69,7 @@ def real_inputs(plan: Sequence[Graph], batch: Mapping[str, Array]) -> dict[str, 
         missing = [
             name for name, kind in names.items()
             if kind in needed and name not in given and name != "token_type_ids"
-            and not name.startswith("past_")
+            and not kv_cache.is_past(name)
         ]  # fmt: skip
         if missing:
             raise InputError(f"the data has no {', '.join(missing)}, which the model reads.")

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ffmerge.models import kv_cache
+
 Array = npt.NDArray[Any]
 
 # At most this many elements of all outputs are stored per case (a language model at batch 8
@@ -91,7 +93,7 @@ class Probe:
         """
         ids = batch.get("input_ids", next(iter(batch.values())))
         rows, length = ids.shape[:2]
-        past = next((x.shape[2] for k, x in batch.items() if k.startswith("past_key_values")), 0)
+        past = next((x.shape[2] for k, x in batch.items() if kv_cache.is_past(k)), 0)
         filled = {
             "mask": np.ones((rows, past + length)),
             "position": np.tile(np.arange(past, past + length), (rows, 1)),

@@ -21,6 +21,7 @@ import numpy as np
 
 from ffmerge.errors import FfmergeError, RuntimeCheckError
 from ffmerge.files import restored
+from ffmerge.models import kv_cache
 from ffmerge.models.manifest import Manifest
 from ffmerge.runtime_tests.memory import growth
 from ffmerge.runtime_tests.runtimes.base import Placement
@@ -139,7 +140,7 @@ def _measure_here(folder: Path, kind: str, provider: str, threads: int) -> Footp
     steps = [
         1e3 / statistics.median(ms)
         for (_, _, feeds), *ms in zip(runs, *times[1:], strict=True)
-        if any(name.startswith("past_key_values") for name in feeds)
+        if any(map(kv_cache.is_past, feeds))
     ]
     rss, anonymous = growth(before, after)
     silent = (

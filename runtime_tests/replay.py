@@ -5,11 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ffmerge.models import kv_cache
 from ffmerge.models.manifest import GraphRecord
 from ffmerge.models.probe import Array
 from ffmerge.runtime_tests.runtimes.base import Session
-
-_PAST, _PRESENT, _FLAG = "past_key_values.", "present.", "use_cache_branch"
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ def decoder(
         states = reads.run(encoder.outputs, feeds)["last_hidden_state"]
         mask = feeds.get("attention_mask", np.ones(states.shape[:2], np.int64))
         kept = {"encoder_hidden_states": states, "encoder_attention_mask": mask}
-    cached = any(name.startswith(_PRESENT) for name in graph.outputs)
+    cached = kv_cache.keeps_cache(graph.outputs)
 
     def step(ids: Array) -> Array:
         if not cached:
@@ -109,10 +108,10 @@ def decoder(
             ids = kept["input_ids"]
         outputs = session.run(graph.outputs, graph.probe.complete({**kept, "input_ids": ids}))
         for name, value in outputs.items():
-            if name.startswith(_PRESENT) and value.size:  # of the encoder they are made once
-                kept[name.replace(_PRESENT, _PAST)] = value
-        if cached and any(spec.name == _FLAG for spec in graph.probe.inputs):
-            kept[_FLAG] = np.array([True])
+            if kv_cache.is_present(name) and value.size:  # of the encoder they are made once
+                kept[kv_cache.past_of(name)] = value
+        if cached and any(spec.name == kv_cache.FLAG for spec in graph.probe.inputs):
+            kept[kv_cache.FLAG] = np.array([True])
         return outputs["logits"]
 
     return step
