@@ -13,6 +13,7 @@ from functools import partial
 from itertools import chain, product
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -75,7 +76,7 @@ def factor(
     kept = sum(ranks[s] * sum(s) for s in sizes) + added
     gone = sum(rows * columns for rows, columns in sizes) - kept
     seen = {
-        (name, m.layer, last): Moments(((m.layer, m.layer),))
+        (name, m.layer, last): Moments(((m.layer, m.layer),), dtype=torch.float64)
         for name, found in by_stack.items()
         for m, last in product(found, (False, True))
     }

@@ -80,8 +80,8 @@ class Moments:
                 x, y = centred[a][view], centred[b][view]
                 if self.dtype == x.dtype:
                     total_of.addmm_(x.T, y)
-                else:
-                    total_of += x[:n].T @ y[:n]
+                else:  # products too: of those in float32 the sum may be indefinite
+                    total_of += x[:n].to(self.dtype).T @ y[:n].to(self.dtype)
                     total_of.addr_(scale * shift[a][view], shift[b][view])
         self.count = total
 
