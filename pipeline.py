@@ -30,6 +30,7 @@ from ffmerge.models.examples import from_arrays
 from ffmerge.models.float32 import float32_
 from ffmerge.models.manifest import Manifest
 from ffmerge.models.offload import offload_
+from ffmerge.models.source import resolve
 from ffmerge.passes.weights import compare as comparing
 from ffmerge.passes.weights import merge as merging
 from ffmerge.passes.weights import processes, search
@@ -77,7 +78,7 @@ def merge(
     if recovery and not data_source:
         raise InputError("recovery follows the original on data: give --data.")
     with _progress() as show:
-        folder = checkpoint.resolve(source, code=trust_remote_code)
+        folder = resolve(source, code=trust_remote_code)
         model = _on(device, checkpoint.load(folder, trust_remote_code), offload)
         task = tasks.check(config.task) if config.task else tasks.infer(model)
         calibration = data.read(data_source, folder, task) if data_source else None
@@ -123,7 +124,7 @@ def compare(
 ) -> Comparison:
     """Compare merging of the checkpoint ``source`` with its rivals; nothing is written."""
     with _progress() as show:
-        folder = checkpoint.resolve(source, code=trust_remote_code)
+        folder = resolve(source, code=trust_remote_code)
         model = checkpoint.load(folder, trust_remote_code)
         task = tasks.check(config.task) if config.task else tasks.infer(model)
         calibration = data.read(data_source, folder, task)
@@ -150,7 +151,7 @@ def similarity(
         if out.suffix not in ("", *_PICTURES):
             raise InputError(f"{out} is no {' or '.join(_PICTURES)}: end in one, or in no suffix.")
     with _progress() as show:
-        folder = checkpoint.resolve(source, code=trust_remote_code)
+        folder = resolve(source, code=trust_remote_code)
         model = checkpoint.load(folder, trust_remote_code)
         examples = data.read(data_source, folder, tasks.infer(model))
         found = similarities(model, examples, config, show)
@@ -177,7 +178,7 @@ def export(
     One of 16 bits is computed with in float32, whose weights are on disk beside ``out`` meanwhile.
     """
     with _progress() as show, scratch(out) as wide:
-        folder = checkpoint.resolve(source, code=trust_remote_code)
+        folder = resolve(source, code=trust_remote_code)
         model = checkpoint.load(folder, trust_remote_code)
         float32_(model, wide)
         task = tasks.fit(config.task, model) if config.task else tasks.infer(model)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ffmerge.models import checkpoint
+from ffmerge.models.record import merge_record
 from ffmerge.models.tasks import base
 
 _CARD = """---
@@ -39,7 +39,7 @@ def card(model: Any, task: str, graphs: Sequence[str]) -> str:
 
 
 def _merge_text(model: Any) -> str:
-    record = checkpoint.merge_record(model.config)
+    record = merge_record(model.config)
     if record is None:
         return "Exported by ffmerge; no feed-forward sublayers are merged."
     groups = "; ".join(f"{', '.join(map(str, g.layers))} of stack {g.stack}" for g in record.groups)

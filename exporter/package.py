@@ -25,11 +25,13 @@ from ffmerge.exporter.reference import (
 )
 from ffmerge.exporter.torch_onnx import to_onnx
 from ffmerge.files import read_json, staged, write_json
-from ffmerge.models import checkpoint, tasks
+from ffmerge.models import tasks
 from ffmerge.models.examples import Examples
 from ffmerge.models.inputs import unchunked
 from ffmerge.models.manifest import LABELS, REFERENCE, GraphRecord, Manifest, record_files
 from ffmerge.models.processing import like_the_task
+from ffmerge.models.record import merge_record
+from ffmerge.models.source import copy_companions, fingerprint
 from ffmerge.models.trace import Trace
 from ffmerge.passes.graph.contract import join_ties
 from ffmerge.passes.graph.opset import OLDEST, to_opset
@@ -149,7 +151,7 @@ def export(
         write_reference(folder / REFERENCE, paired, real, traces, decoded, labels)
         _write_config(folder, model)
         if source:
-            checkpoint.copy_companions(source, folder)
+            copy_companions(source, folder)
         (folder / "README.md").write_text(
             card(model, task, [r.path for r in records]), encoding="utf-8"
         )
@@ -160,7 +162,7 @@ def export(
                 "python": platform.python_version(),
                 **{name: version(name) for name in _VERSIONS},
             },
-            source={"files": checkpoint.fingerprint(source) if source else {}},
+            source={"files": fingerprint(source) if source else {}},
             model_type=model.config.model_type,
             task=task,
             dtype=config.dtype,
@@ -169,7 +171,7 @@ def export(
             parameter_bytes=sum(p.nbytes for p in parameters),
             bytes_total=sum(file.bytes for file in files),
             bytes_unique=distinct_bytes(read_model(folder / record.path) for record in records),
-            merge=checkpoint.merge_record(model.config),
+            merge=merge_record(model.config),
             ties=join_ties(tie for each in shared.values() for tie in each.ties),
             skipped=tuple(dict.fromkeys(s for each in shared.values() for s in each.skipped)),
             graphs=records,

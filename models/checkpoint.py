@@ -5,11 +5,13 @@ A merged checkpoint is ``config.json`` with the merge record under ``ffmerge`` a
 no ``model.safetensors`` and stops, instead of filling the left-out members with random values.
 One that is told the variant stops at the empty tensors that stand for these members: it reports
 sizes that differ, where a name that is missing would only be a warning.
+
+Loading a merged checkpoint: transformers fills the model, its sublayers are found, the members of
+the recorded groups get their anchor's parameters. Saving goes the other way round: find, check that
+every group still shares, empty the members. Either finds the sublayers once.
 """
 
 import logging
-import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,114 +21,25 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from transformers import CONFIG_MAPPING, AutoConfig
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
 from ffmerge.errors import InputError
-from ffmerge.files import read_json, sha256, staged, write_json
+from ffmerge.files import read_json, staged, write_json
 from ffmerge.models import modeling_ffmerge, ties
-from ffmerge.models.record import Group, MergeRecord
-
-VARIANT = "ffmerge"
-_CODE = Path(modeling_ffmerge.__file__)
-
-# Files that travel with a model: tokenizer, image processor, generation settings.
-COMPANIONS = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model",
-    "*.spm", "preprocessor_config.json", "processor_config.json", "chat_template*",
-    "generation_config.json",
-)  # fmt: skip
-
-# Where config.json names no class, the first of these that knows the model type decides.
-_FALLBACKS = (
-    modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
-    modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-    modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    modeling_auto.MODEL_MAPPING_NAMES,
+from ffmerge.models.find import find
+from ffmerge.models.record import Group, MergeRecord, merge_record
+from ffmerge.models.source import (
+    CODE,
+    copy_companions,
+    first_line,
+    model_class,
+    read_config,
+    refuse_pickle,
+    resolve,
 )
 
-
-def resolve(source: str | Path, weights: bool = True, code: bool = False) -> Path:
-    """Return the local folder of a model: the folder itself, or a hub id fetched to the cache.
-
-    Raises:
-        InputError: no such folder, and not a hub id that can be fetched.
-    """
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return folder
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(source)) or folder.exists():
-        raise InputError(f"{source} is not a folder: give a checkpoint folder or a hub id.")
-    from huggingface_hub import snapshot_download
-
-    patterns = [
-        "*.json",
-        modeling_ffmerge.OWN,
-        *(("*.safetensors", *COMPANIONS) if weights else ()),
-    ]
-    patterns += ["*.py"] if code else []
-    try:
-        return Path(snapshot_download(str(source), allow_patterns=patterns))
-    except Exception as error:  # the hub client's errors have no common head across its releases
-        raise InputError(
-            f"{source} is not a local folder, and fetching it from the hub failed: {_line(error)}"
-        ) from error
-
-
-def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
-    """Return the transformers configuration in ``folder``.
-
-    Raises:
-        InputError: there is none, transformers does not know its model type, or the type is
-            defined by code in the folder that there is no consent to run.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise InputError(f"{folder} holds no config.json: give the folder of a transformers model.")
-    stored = read_json(path)
-    try:
-        if stored.get("model_type") not in CONFIG_MAPPING and not trust_remote_code:
-            _refuse_code(folder, stored.get("auto_map"))
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        raise InputError(f"{path} cannot be used: {_line(error)}") from error
-
-
-def merge_record(config: Any) -> MergeRecord | None:
-    """Return what a merge recorded in a configuration, None where nothing is merged."""
-    value = getattr(config, "ffmerge", None)
-    return MergeRecord.from_json(value) if value else None
-
-
-def model_class(config: Any, folder: Path, trust_remote_code: bool = False) -> Any:
-    """Return the class that ``config.json`` names, or a usual one for its model type.
-
-    With ``trust_remote_code``, a class that ``auto_map`` finds in the folder's own code comes
-    first. The code that ffmerge writes is not needed here and never run.
-
-    Raises:
-        InputError: transformers has no such class, or it is in code that must not be run.
-    """
-    names = list(config.architectures or [])
-    remote = _remote_classes(getattr(config, "auto_map", None))
-    if remote and trust_remote_code:
-        named = [ref for ref in remote if ref.rpartition(".")[2] in names]
-        try:
-            found = get_class_from_dynamic_module((named or remote)[0], folder)
-        except Exception as error:  # whatever the code of others raises
-            raise InputError(f"the code in {folder} cannot be used: {_line(error)}") from error
-        found.register_for_auto_class()  # so that saving copies the code
-        return found
-    names += [table[config.model_type] for table in _FALLBACKS if config.model_type in table]
-    name = names[0] if names else f"a model of type {config.model_type!r}"
-    found = getattr(transformers, name, None)
-    if found is None:
-        _refuse_code(folder, remote)
-        raise InputError(f"transformers {transformers.__version__} has no class {name}.")
-    return found
+VARIANT = "ffmerge"
 
 
 def skeleton(source: str | Path, trust_remote_code: bool = False) -> Any:
@@ -135,7 +48,7 @@ def skeleton(source: str | Path, trust_remote_code: bool = False) -> Any:
     model = without_weights(folder, trust_remote_code)
     record = merge_record(model.config)
     if record:
-        _retie_(model, record, folder)
+        _retie_(model, ties.groups_of(find(model), record), record, folder)
     return model
 
 
@@ -159,7 +72,7 @@ def load(source: str | Path, trust_remote_code: bool = False) -> Any:
     folder = resolve(source, code=trust_remote_code)
     config = read_config(folder, trust_remote_code)
     record = merge_record(config)
-    _refuse_pickle(folder)
+    refuse_pickle(folder)
     once = record is not None and any(folder.glob(f"model.{VARIANT}*.safetensors"))
     try:
         with _quiet():
@@ -168,22 +81,44 @@ def load(source: str | Path, trust_remote_code: bool = False) -> Any:
                 dtype="auto", output_loading_info=True, ignore_mismatched_sizes=once,
             )  # fmt: skip
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{folder} cannot be loaded: {_line(error)}") from error
-    empty = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
-    # one release stores tables of indices that another computes
-    computed = {name for name, buffer in model.named_buffers() if not buffer.is_floating_point()}
-    unset = empty | set(info["missing_keys"]) - computed
+        raise InputError(f"{folder} cannot be loaded: {first_line(error)}") from error
+    unset = _unset(model, info)
     if record:
-        unset ^= ties.dropped_names(model, record) if once else set()
-        if not once:
-            ties.check(model, record, torch.equal)
-        _retie_(model, record, folder)
+        groups = ties.groups_of(find(model), record)
+        if once:
+            unset ^= ties.dropped_names(groups, record.own)
+        else:
+            ties.check(model, groups, record.own, torch.equal)
+        _retie_(model, groups, record, folder)
     if unset:
         raise InputError(
             f"{folder} does not hold the parameters its config.json describes: {len(unset)} "
             f"differ, {min(unset)} among them."
         )
     return model.eval()
+
+
+def _unset(model: Any, info: dict[str, Any]) -> set[str]:
+    """Return the parameters for which the files held nothing, or something of another size."""
+    unset = set(info["missing_keys"])
+    for name, buffer in model.named_buffers():
+        if not buffer.is_floating_point():  # a table of indices: one release stores it, one not
+            unset.discard(name)
+    for key in info["mismatched_keys"]:  # a name, or a name and two sizes
+        unset.add(key if isinstance(key, str) else key[0])
+    return unset
+
+
+def _retie_(model: Any, groups: ties.Groups, record: MergeRecord, folder: Path) -> None:
+    """Tie a loaded model, and give its layers what is their own."""
+    ties.retie_(model, groups, record.own)
+    maps = ties.maps_of(model, groups)
+    if modeling_ffmerge.parts_in_file(maps, record.own):
+        file = folder / modeling_ffmerge.OWN_FILE
+        try:
+            modeling_ffmerge.load_own_(maps, record.own, file)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise InputError(f"{file} cannot be used: {first_line(error)}") from error
 
 
 def save(
@@ -205,73 +140,93 @@ def save(
         InputError: ``target`` exists or cannot be written, or no plain class holds the layers.
     """
     record = merge_record(model.config)
-    settings: dict[str, Any] = {"max_shard_size": max_shard_size}
-    own: dict[str, Any] = {}
-    if record:
-        ties.check(model, record)
-        state = model.state_dict()
-        if expanded and record.own:
-            _fold(model, state)
-        own = modeling_ffmerge.pop_own(model, ties.maps_of(model, record), state)
-        for name in ties.dropped_names(model, record):
-            state[name] = state[name].clone() if expanded else state[name].new_empty(0)
-        settings |= {"state_dict": state, "variant": None if expanded else VARIANT}
     with staged(Path(target)) as folder:
-        model.save_pretrained(folder, **settings)
-        if own and expanded:  # the copies differ: there is nothing to tie again
-            config = read_json(folder / "config.json")
-            del config["ffmerge"]
-            write_json(folder / "config.json", config)
-        elif own:
-            save_file(own, folder / modeling_ffmerge.OWN)
-        if record and isinstance(model, getattr(transformers, type(model).__name__, ())):
-            _add_code(model, record, folder, expanded)
+        if record is None:
+            model.save_pretrained(folder, max_shard_size=max_shard_size)
+        else:
+            groups = ties.groups_of(find(model), record)
+            ties.check(model, groups, record.own)
+            write = _write_expanded if expanded else _write_once
+            write(model, groups, record, folder, max_shard_size)
         if companions_from:
             copy_companions(companions_from, folder)
 
 
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy tokenizer, processor and generation files that ``target`` does not have yet."""
-    for pattern in COMPANIONS:
-        for path in sorted(source.glob(pattern)):
-            if path.is_file() and not (target / path.name).exists():
-                shutil.copyfile(path, target / path.name)
+def _write_once(
+    model: Any, groups: ties.Groups, record: MergeRecord, folder: Path, shard: int | str
+) -> None:
+    """Write a merged model with empty tensors in place of all members but the anchors."""
+    state = model.state_dict()
+    own = modeling_ffmerge.pop_own(model, ties.maps_of(model, groups), state)
+    for name in ties.dropped_names(groups, record.own):
+        state[name] = state[name].new_empty(0)
+    model.save_pretrained(folder, state_dict=state, variant=VARIANT, max_shard_size=shard)
+    if own:
+        save_file(own, folder / modeling_ffmerge.OWN_FILE)
+    if _is_of_transformers(model):
+        _add_code(model, groups, record, folder)
 
 
-def fingerprint(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of the weight files of a checkpoint, by file name."""
-    return {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}
-
-
-def _add_code(model: Any, record: MergeRecord, folder: Path, expanded: bool) -> None:
-    """Let ``from_pretrained(..., trust_remote_code=True)`` find a class that ties, if need be."""
+def _write_expanded(
+    model: Any, groups: ties.Groups, record: MergeRecord, folder: Path, shard: int | str
+) -> None:
+    """Write a merged model as if every member had the weights for itself."""
+    state = model.state_dict()
+    if record.own:
+        _multiply_out(model, state)
+    own = modeling_ffmerge.pop_own(model, ties.maps_of(model, groups), state)
+    for name in ties.dropped_names(groups, record.own):
+        state[name] = state[name].clone()
+    # the class that ffmerge writes beside a checkpoint has a variant unless told otherwise
+    model.save_pretrained(folder, state_dict=state, variant=None, max_shard_size=shard)
     config = read_json(folder / "config.json")
-    config.pop("auto_map", None)
-    (folder / _CODE.name).unlink(missing_ok=True)
-    if not expanded:
-        name = type(model).__name__
-        autos = [
-            auto
-            for auto, value in vars(modeling_auto).items()
-            if auto.startswith("AutoModel")  # the value is one class, or several
-            and f".{name}'>" in str(value._model_mapping.get(type(model.config), ""))
-        ]
-        config["auto_map"] = dict.fromkeys(autos or ["AutoModel"], f"{_CODE.stem}.{name}")
-        code = _CODE.read_text(encoding="utf-8").replace("PreTrainedModel", name)
-        rules = [_rule(model, group) for group in record.groups]
-        (folder / _CODE.name).write_text(code.replace("]] = []", f"]] = {rules!r}"), "utf-8")
+    if own:  # the copies differ: there is nothing to tie again
+        del config["ffmerge"]
+    if _is_of_transformers(model):  # no code of ours is needed, should it have been loaded by it
+        config.pop("auto_map", None)
+        (folder / CODE.name).unlink(missing_ok=True)
     write_json(folder / "config.json", dict(sorted(config.items())))
 
 
-def _rule(model: Any, group: Group) -> tuple[tuple[str, ...], int, tuple[int, ...]]:
-    """Return a group as the generated code reads it, without names that a release may change."""
-    first, second, *_ = (m.weights[0].name.split(".") for m in ties.members_of(model, group))
-    place = next(i for i, parts in enumerate(zip(first, second, strict=True)) if len({*parts}) > 1)
+def _is_of_transformers(model: Any) -> bool:
+    return isinstance(model, getattr(transformers, type(model).__name__, ()))
+
+
+def _add_code(model: Any, groups: ties.Groups, record: MergeRecord, folder: Path) -> None:
+    """Let ``from_pretrained(..., trust_remote_code=True)`` find a class that ties."""
+    name = type(model).__name__
+    autos = []
+    for auto, value in vars(modeling_auto).items():
+        if not auto.startswith("AutoModel"):
+            continue
+        classes = value._model_mapping.get(type(model.config), "")  # one, or several
+        if f".{name}'>" in str(classes):
+            autos.append(auto)
+    config = read_json(folder / "config.json")
+    config["auto_map"] = dict.fromkeys(autos or ["AutoModel"], f"{CODE.stem}.{name}")
+    write_json(folder / "config.json", dict(sorted(config.items())))
+    rules = [_rule(members, group) for members, group in zip(groups, record.groups, strict=True)]
+    code = CODE.read_text(encoding="utf-8").replace("PreTrainedModel", name)
+    (folder / CODE.name).unlink(missing_ok=True)
+    (folder / CODE.name).write_text(code.replace("]] = []", f"]] = {rules!r}"), "utf-8")
+
+
+def _rule(members: Any, group: Group) -> tuple[tuple[str, ...], int, tuple[int, ...]]:
+    """Return a group as the generated code reads it, without names that a release may change.
+
+    These are the words of its stack, which number in a name counts layers, and the layers.
+    """
+    first = members[0].weights[0].name.split(".")
+    second = members[1].weights[0].name.split(".")
+    at = 0
+    while first[at] == second[at]:
+        at += 1
+    numbers_before = sum(part.isdigit() for part in first[:at])
     words = () if group.stack == "layers" else tuple(group.stack.split("."))
-    return words, sum(part.isdigit() for part in first[:place]), group.layers
+    return words, numbers_before, group.layers
 
 
-def _fold(model: Any, state: dict[str, Any]) -> None:
+def _multiply_out(model: Any, state: dict[str, Any]) -> None:
     """Put into each map's own weight what it adds to the shared one."""
     for name, module in model.named_modules():
         own = getattr(module, "own", ())
@@ -281,46 +236,14 @@ def _fold(model: Any, state: dict[str, Any]) -> None:
                 "save without --expanded, or merge by permute."
             )
         if own:
+            transposed = isinstance(module, Conv1D)
             weight = module.weight.detach()
-            rows = weight.T if isinstance(module, Conv1D) else weight
-            rows = rows * module.scale[:, None] if "scale" in own else rows
-            rows = rows + module.up @ module.down if "down" in own else rows
-            state[f"{name}.weight"] = (rows.T if isinstance(module, Conv1D) else rows).detach()
-
-
-def _retie_(model: Any, record: MergeRecord, folder: Path) -> None:
-    """Tie a loaded model, and give its layers what is their own."""
-    ties.retie_(model, record)
-    file, maps = folder / modeling_ffmerge.OWN, ties.maps_of(model, record)
-    if modeling_ffmerge.in_file(maps, record.own):
-        try:
-            modeling_ffmerge.load_own_(maps, record.own, file)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise InputError(f"{file} cannot be used: {_line(error)}") from error
-
-
-def _remote_classes(auto_map: Any) -> list[str]:
-    """Return the model classes that a configuration finds in code other than ffmerge's."""
-    classes = (auto_map or {}).items()
-    return [c for auto, c in classes if auto.startswith("AutoModel") and _CODE.stem not in c]
-
-
-def _refuse_code(folder: Path, code: Any) -> None:
-    if code:
-        raise InputError(
-            f"{folder} brings code of its own: read it, then give --trust-remote-code "
-            "(trust_remote_code=True in Python) to run it."
-        )
-
-
-def _refuse_pickle(folder: Path) -> None:
-    if not any(folder.glob("*.safetensors")):
-        pickles = any(path.suffix in (".bin", ".pt", ".pth", ".ckpt") for path in folder.iterdir())
-        raise InputError(
-            f"{folder} holds its weights as pickles, which can run code: convert to safetensors."
-            if pickles
-            else f"{folder} holds no weights, no .safetensors file: they are needed for this."
-        )
+            rows = weight.T if transposed else weight
+            if "scale" in own:
+                rows = rows * module.scale[:, None]
+            if "down" in own:
+                rows = rows + module.up @ module.down
+            state[f"{name}.weight"] = (rows.T if transposed else rows).detach()
 
 
 @contextmanager
@@ -333,8 +256,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def _line(error: BaseException) -> str:
-    """Return the first line of an error's message."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -51,6 +51,12 @@ class MergeRecord:
             raise InputError(f"the merge record is not one this version reads: {error}.") from error
 
 
+def merge_record(config: Any) -> MergeRecord | None:
+    """Return what a merge recorded in a model's configuration, None where nothing is merged."""
+    value = getattr(config, "ffmerge", None)
+    return MergeRecord.from_json(value) if value else None
+
+
 @dataclass(frozen=True)
 class Tie:
     """One tensor that stands in several places of the model.

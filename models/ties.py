@@ -1,7 +1,13 @@
-"""A tie is one ``Parameter`` object that stands in several places of a model."""
+"""A tie is one ``Parameter`` object that stands in several places of a model.
+
+A merge makes ties (:func:`tie_`), and tries them out while it searches (:func:`tied`). Saving
+checks that they still hold and stores each once, loading makes them again: both find the sublayers
+once, look up the members of each group (:func:`groups_of`) and pass these on. The exporter asks for
+all ties of a model by name (:func:`ties`), whoever made them.
+"""
 
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -9,12 +15,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from ffmerge.errors import InputError, TieError
-from ffmerge.models.find import find
 from ffmerge.models.modeling_ffmerge import give_own_
-from ffmerge.models.record import Group, MergeRecord, Tie
+from ffmerge.models.record import MergeRecord, Tie
 from ffmerge.models.sublayer import FeedForward, stacks
 
-Groups = Sequence[Sequence[FeedForward]]
+Groups = Sequence[Sequence[FeedForward]]  # the members of each, the anchor first
 Key = tuple[int, str]
 
 
@@ -28,7 +33,7 @@ def ties(model: nn.Module) -> tuple[Tie, ...]:
 
 @dataclass(frozen=True)
 class SharedWeights:
-    """What takes the place of a group's weights.
+    """What takes the place of a group's weights: what a merge method returns.
 
     ``shared`` are the tensors that all members use, ``own`` those of each member, in the order of
     the members. Keys are those of :attr:`FeedForward.keys`: number of the map and part.
@@ -45,21 +50,30 @@ class SharedWeights:
 
 def tie_(model: nn.Module, groups: Groups, sharings: Sequence[SharedWeights]) -> None:
     """Make the members of each group use one new Parameter per shared tensor, and their own."""
-    for members, sharing in zip(groups, sharings, strict=True):
+    for members, weights in zip(groups, sharings, strict=True):
         needs_grad = model.get_parameter(members[0].weights[0].name).requires_grad
-        common = {key: nn.Parameter(t, needs_grad) for key, t in sharing.shared.items()}
-        for member, own in zip(members, sharing.own or [{}] * len(members), strict=True):
-            for number, path in enumerate(member.maps):
-                module = model.get_submodule(path)
-                mine = {part: t for (at, part), t in own.items() if at == number}
-                added = {part: t for part, t in mine.items() if getattr(module, part, None) is None}
-                if added:
-                    give_own_(module, added)
-                for part in mine.keys() - added.keys():
-                    setattr(module, part, nn.Parameter(mine[part], needs_grad))
-                for (at, part), parameter in common.items():
-                    if at == number:
-                        setattr(module, part, parameter)
+        shared = {key: nn.Parameter(t, needs_grad) for key, t in weights.shared.items()}
+        own = weights.own or [{}] * len(members)
+        for member, tensors in zip(members, own, strict=True):
+            _give_own_(model, member, tensors, needs_grad)
+            for (number, part), parameter in shared.items():
+                setattr(model.get_submodule(member.maps[number]), part, parameter)
+
+
+def _give_own_(
+    model: nn.Module, member: FeedForward, tensors: Mapping[Key, Tensor], needs_grad: bool
+) -> None:
+    """Give the maps of one member its own tensors, also parts that their class does not have."""
+    added: dict[str, dict[str, Tensor]] = {}
+    for (number, part), tensor in tensors.items():
+        path = member.maps[number]
+        module = model.get_submodule(path)
+        if getattr(module, part, None) is None:
+            added.setdefault(path, {})[part] = tensor
+        else:
+            setattr(module, part, nn.Parameter(tensor, needs_grad))
+    for path, parts in added.items():
+        give_own_(model.get_submodule(path), parts)
 
 
 @contextmanager
@@ -78,43 +92,54 @@ def tied(model: nn.Module, groups: Groups, sharings: Sequence[SharedWeights]) ->
             vars(module).update(attributes, _parameters=parameters)
 
 
-def members_of(model: nn.Module, group: Group) -> tuple[FeedForward, ...]:
-    """Return the sublayers of a group, anchor first.
+def groups_of(
+    sublayers: Sequence[FeedForward], record: MergeRecord
+) -> list[tuple[FeedForward, ...]]:
+    """Return the sublayers of each group that was merged, anchor first.
 
     Raises:
         InputError: the model has no such stack or layers.
     """
-    by_stack = stacks(find(model))
-    if group.stack not in by_stack:
-        raise InputError(
-            f"no stack {group.stack!r} in the model: it has {', '.join(by_stack) or 'none'}."
-        )
-    by_layer = {sublayer.layer: sublayer for sublayer in by_stack[group.stack]}
-    missing = [layer for layer in group.layers if layer not in by_layer]
-    if missing:
-        raise InputError(
-            f"layer {missing[0]} is out of range: stack {group.stack!r} has layers "
-            f"{min(by_layer)} to {max(by_layer)}."
-        )
-    return tuple(by_layer[layer] for layer in group.layers)
+    by_stack = stacks(sublayers)
+    groups = []
+    for group in record.groups:
+        if group.stack not in by_stack:
+            has = ", ".join(by_stack) or "none"
+            raise InputError(f"no stack {group.stack!r} in the model: it has {has}.")
+        by_layer = {sublayer.layer: sublayer for sublayer in by_stack[group.stack]}
+        for layer in group.layers:
+            if layer not in by_layer:
+                raise InputError(
+                    f"layer {layer} is out of range: stack {group.stack!r} has layers "
+                    f"{min(by_layer)} to {max(by_layer)}."
+                )
+        groups.append(tuple(by_layer[layer] for layer in group.layers))
+    return groups
 
 
-def dropped_names(model: nn.Module, record: MergeRecord) -> set[str]:
-    """Return the parameter names a merged checkpoint leaves out: all members but the anchor."""
-    return {name for name, _ in _pairs(model, record)}
+def dropped_names(groups: Groups, own: Collection[str]) -> set[str]:
+    """Return the parameter names a merged checkpoint leaves out: all members but the anchor.
+
+    ``own`` are the parts that each member has for itself, here and below.
+    """
+    return {name for name, _ in _with_anchors(groups, own)}
 
 
-def retie_(model: nn.Module, record: MergeRecord) -> None:
-    """Give every member of every recorded group its anchor's Parameter objects."""
-    for name, source in _pairs(model, record):
-        _place_(model, name, model.get_parameter(source))
+def retie_(model: nn.Module, groups: Groups, own: Collection[str]) -> None:
+    """Give every member of every group its anchor's Parameter objects."""
+    for name, source in _with_anchors(groups, own):
+        path, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(path), attribute, model.get_parameter(source))
 
 
 def check(
-    model: nn.Module, record: MergeRecord, same: Callable[[Any, Any], bool] = operator.is_
+    model: nn.Module,
+    groups: Groups,
+    own: Collection[str],
+    same: Callable[[Any, Any], bool] = operator.is_,
 ) -> None:
-    """Raise TieError unless every recorded group shares its Parameter objects, or equal ones."""
-    for name, source in _pairs(model, record):
+    """Raise TieError unless every group shares its Parameter objects, or equal ones."""
+    for name, source in _with_anchors(groups, own):
         if not same(model.get_parameter(name), model.get_parameter(source)):
             raise TieError(
                 f"{name} no longer shares the weights of {source}, as the merge recorded: merge "
@@ -122,28 +147,21 @@ def check(
             )
 
 
-def _pairs(model: nn.Module, record: MergeRecord) -> list[tuple[str, str]]:
-    """Return the name of every member's parameter with that of its anchor's."""
-    return [
-        (weight.name, source.name)
-        for anchor, *others in (members_of(model, group) for group in record.groups)
-        for member in others
-        for weight, source in zip(member.weights, anchor.weights, strict=True)
-        if weight.name.rpartition(".")[2] not in record.own
-    ]
+def maps_of(model: nn.Module, groups: Groups) -> dict[str, nn.Module]:
+    """Return the maps of all groups by ``group.layer.number``, numbered as the model has them."""
+    order = {name: at for at, (name, _) in enumerate(model.named_modules())}
+    maps = {}
+    for group, members in enumerate(groups):
+        for member in members:
+            for number, path in enumerate(sorted(member.maps, key=order.__getitem__)):
+                maps[f"{group}.{member.layer}.{number}"] = model.get_submodule(path)
+    return maps
 
 
-def maps_of(model: nn.Module, record: MergeRecord) -> dict[str, nn.Module]:
-    """Return the maps of all groups as ``modeling_ffmerge.maps_of`` does, found by structure."""
-    order = {name: place for place, (name, _) in enumerate(model.named_modules())}
-    return {
-        f"{number}.{member.layer}.{place}": model.get_submodule(path)
-        for number, group in enumerate(record.groups)
-        for member in members_of(model, group)
-        for place, path in enumerate(sorted(member.maps, key=order.__getitem__))
-    }
-
-
-def _place_(model: nn.Module, name: str, parameter: Any) -> None:
-    owner, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(owner), attribute, parameter)
+def _with_anchors(groups: Groups, own: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Yield the name of every member's parameter with that of its anchor's."""
+    for anchor, *others in groups:
+        for member in others:
+            for weight, source in zip(member.weights, anchor.weights, strict=True):
+                if weight.name.rpartition(".")[2] not in own:
+                    yield weight.name, source.name

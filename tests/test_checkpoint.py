@@ -1,5 +1,6 @@
 """Merged checkpoints: stored once, exact when reloaded, loud when a plain loader opens them."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from transformers import (
 
 from ffmerge.errors import InputError, TieError
 from ffmerge.models import checkpoint, ties
+from ffmerge.models.find import find
+from ffmerge.models.sublayer import stacks
 from ffmerge.passes.weights.merge import MergeConfig, merge_
 
 
@@ -182,6 +185,40 @@ def test_expanded_holds_every_copy_and_is_tied_again(tmp_path: Path) -> None:
     assert torch.equal(again(**inputs).logits, model(**inputs).logits)
     checkpoint.save(again, tmp_path / "once")  # and back
     assert len(ties.ties(checkpoint.load(tmp_path / "once"))) == 4
+
+
+def test_saving_and_loading_run_the_model_once_however_many_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = gpt2()
+    windows = {"layers": (1, 2)}
+    merge_(model, None, MergeConfig(window=windows, method="average", task="text-generation"))
+    groups = model.config.ffmerge["groups"]
+    others = stacks(find(model))["layers"][3:5]  # a second group
+    means = {}
+    for key, one, two in zip(others[0].keys, *(member.weights for member in others), strict=True):
+        means[key] = (model.get_parameter(one.name) + model.get_parameter(two.name)).detach() / 2
+    ties.tie_(model, [others], [ties.SharedWeights(means)])
+    model.config.ffmerge["groups"] = [*groups, {"stack": "layers", "layers": [3, 4]}]
+    runs = []
+    forward = type(model).forward
+
+    def counted(self, *args, **kwargs):
+        runs.append(self)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", functools.wraps(forward)(counted))
+    checkpoint.save(model, tmp_path / "merged")
+    assert len(runs) == 1
+    again = checkpoint.load(tmp_path / "merged")
+    assert len(runs) == 2
+    checkpoint.save(model, tmp_path / "expanded", expanded=True)
+    assert len(runs) == 3
+    checkpoint.skeleton(tmp_path / "merged")
+    assert len(runs) == 4
+    assert ties.ties(again) == ties.ties(model)
+    assert {len(tie.members) for tie in ties.ties(again)} == {2}
+    assert len(ties.ties(again)) == 9  # two groups of four, and the head with the embeddings
 
 
 def test_copies_that_differ_are_not_tied_again(tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ from torch import nn
 from ffmerge.errors import InputError
 from ffmerge.models import checkpoint, ties
 from ffmerge.models.examples import from_arrays
+from ffmerge.models.find import find
+from ffmerge.models.record import merge_record
 from ffmerge.passes.weights.merge import MergeConfig, merge_
 from ffmerge.passes.weights.recover import RecoverConfig, learning_rate, recover_, twin
 
@@ -120,7 +122,8 @@ def test_it_comes_closer_on_rows_it_never_saw(name: str) -> None:
     assert after < CLOSER[name] * before
     assert np.mean(result.losses[-5:]) < 0.7 * np.mean(result.losses[:5])
     assert {n: id(p) for n, p in model.named_parameters(remove_duplicate=False)} == kept
-    ties.check(model, checkpoint.merge_record(model.config))
+    record = merge_record(model.config)
+    ties.check(model, ties.groups_of(find(model), record), record.own)
     assert not any(p.grad is not None for p in model.parameters())
 
 

@@ -27,11 +27,12 @@ from torch.nn.functional import kl_div
 
 from ffmerge.errors import InputError
 from ffmerge.models import tasks, ties
-from ffmerge.models.checkpoint import merge_record
 from ffmerge.models.examples import Examples
+from ffmerge.models.find import find
 from ffmerge.models.metrics import IGNORED, for_task, labels_of
 from ffmerge.models.offload import device_of
 from ffmerge.models.probe import Array
+from ffmerge.models.record import merge_record
 from ffmerge.passes.weights.processes import join
 from ffmerge.passes.weights.statistics import _mask, forward, positions
 
@@ -184,8 +185,7 @@ def _trained(model: Any, parts: str) -> dict[str, nn.Parameter]:
         record = merge_record(model.config)
         if not record:
             raise InputError("nothing is merged in this model: merge it, or recover all parts.")
-        members = [m for group in record.groups for m in ties.members_of(model, group)]
-        maps = [model.get_submodule(path) for m in members for path in (*m.inputs, m.output)]
+        maps = ties.maps_of(model, ties.groups_of(find(model), record)).values()
         kept &= {id(parameter) for module in maps for parameter in module.parameters()}
     return {name: p for name, p in model.named_parameters() if id(p) in kept}
 
