@@ -37,7 +37,7 @@ from ffmerge.passes.weights import processes, search
 from ffmerge.passes.weights.compare import Comparison
 from ffmerge.passes.weights.evaluate import score_for
 from ffmerge.passes.weights.merge import Merge, MergeConfig
-from ffmerge.passes.weights.recover import RecoverConfig, recover_, twin
+from ffmerge.passes.weights.recover import RecoverConfig, clone_sharing_parameters, recover_
 from ffmerge.passes.weights.similarity import Similarity, SimilarityConfig, similarities
 from ffmerge.runtime_tests import report
 from ffmerge.runtime_tests import validate as validation
@@ -85,7 +85,7 @@ def merge(
         held_out = data.read(validation_source, folder, task) if validation_source else None
         if calibration and not held_out:
             calibration, held_out = calibration.halves()
-        original = twin(model) if recovery else None
+        original = clone_sharing_parameters(model) if recovery else None
         result = merging.merge_(model, calibration, config, held_out, show)
         if recovery and calibration and held_out:
             recovery = replace(recovery, task=task)
@@ -103,7 +103,7 @@ def merge(
 
 
 def _on(device: str, model: Any, offload: bool) -> Any:
-    processes.place()  # gives each of several processes a GPU of its own
+    processes.rank_and_world_size()  # gives each of several processes a GPU of its own
     try:
         torch.empty(0, device=device)
         if not offload:

@@ -23,7 +23,7 @@ from ffmerge.models.find import find
 from ffmerge.models.sublayer import FeedForward
 from ffmerge.passes.weights.align import match
 from ffmerge.passes.weights.methods import mean_of
-from ffmerge.passes.weights.statistics import Moments
+from ffmerge.passes.weights.moments import Moments
 
 LENGTH, LAYERS = 128, 6
 KINDS = ("gate", "up", "product")

@@ -42,9 +42,10 @@ from ffmerge.models import checkpoint
 from ffmerge.models.examples import from_arrays
 from ffmerge.models.find import find
 from ffmerge.models.inspection import inspect
-from ffmerge.passes.weights import cost, statistics
+from ffmerge.passes.weights import activations, cost
 from ffmerge.passes.weights.merge import MergeConfig, merge_
-from ffmerge.passes.weights.recover import twin
+from ffmerge.passes.weights.moments import Moments
+from ffmerge.passes.weights.recover import clone_sharing_parameters
 from ffmerge.passes.weights.resume import Resumed
 from ffmerge.passes.weights.settings import Settings
 from ffmerge.runtime_tests.memory import resident
@@ -219,7 +220,7 @@ def _merge(
     wanted = Settings().pairs(find(model)[first : last + 1])
     told = cost.cost_of(wanted)
     with run.step("statistics"):
-        found = statistics.collect(model, {"layers": wanted}, data.batches(1), args.tokens)
+        found = activations.collect(model, {"layers": wanted}, data.batches(1), args.tokens)
     count = found["layers"].count
     del found
     floors["statistics_s"] = told.flops * count / (floors["gemm_gflops"] * 1e9)
@@ -269,8 +270,8 @@ def pairs(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     wanted = [pair for window in windows for pair in Settings().pairs(window)]
     every = [*combinations(layers, 2)]
 
-    def collected() -> statistics.Moments:
-        found = statistics.collect(model, {"layers": wanted}, data.batches(8), args.tokens)
+    def collected() -> Moments:
+        found = activations.collect(model, {"layers": wanted}, data.batches(8), args.tokens)
         return found["layers"]
 
     rates = [gemm_rate(args.device, side)]
@@ -338,7 +339,11 @@ def search(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     common = {"tokens": args.tokens, "method": args.method, "batch_size": 8}
 
     def tried(**which: Any) -> tuple[float, Any]:
-        return _timed(lambda: merge_(twin(model), data, MergeConfig(**which, **common), held_out))
+        return _timed(
+            lambda: merge_(
+                clone_sharing_parameters(model), data, MergeConfig(**which, **common), held_out
+            )
+        )
 
     shared, found = tried(k=args.k)
     behind = Resumed.behind
@@ -379,7 +384,7 @@ def fit(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         data = from_arrays(rows_for(model, tokens, 1))
 
         def once(model: Any = model, pairs: Any = wanted, data: Any = data) -> Any:
-            return statistics.collect(model, {"layers": pairs}, data.batches(4), 10**9)
+            return activations.collect(model, {"layers": pairs}, data.batches(4), 10**9)
 
         once()
         points[what].append(

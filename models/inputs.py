@@ -1,4 +1,4 @@
-"""The inputs of a model, read from its configuration: for tracing, exporting and comparing."""
+"""The inputs of a model, read from its configuration, and a run on them or on a batch of data."""
 
 import inspect
 from collections.abc import Iterator, Mapping
@@ -9,12 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from ffmerge.errors import InputError
-from ffmerge.models.probe import InputSpec, Probe
+from ffmerge.models.probe import Array, InputSpec, Probe
 
 # Batch sizes and lengths on which a package is compared with PyTorch.
 _CASES = ((1, 7), (3, 5), (8, 11))
 _IMAGE_SIZE = 224  # convolutional models name none: any will do
 _SAMPLES = 400  # of sound for one length of text: convolutions shorten it before the layers
+
+
+class StopForward(Exception):
+    """What a hook raises when nothing that comes after it in the pass is needed."""
 
 
 def input_specs(model: Any) -> tuple[InputSpec, ...]:
@@ -89,6 +93,33 @@ def example_inputs(model: nn.Module) -> dict[str, Tensor]:
     recipe = probe(model)
     masks = {spec.name for spec in recipe.inputs if spec.kind == "mask"}
     return to_tensors({k: v for k, v in recipe.draw(1).items() if k not in masks}, model)
+
+
+def forward(model: Any, batch: Mapping[str, Array], **options: Any) -> Any:
+    """Return the model's output for a batch; ``options`` go to the model as they are.
+
+    None if a hook raises :class:`StopForward`. Labels are left out, unless an encoder-decoder has
+    to make the decoder's input of them.
+
+    Raises:
+        InputError: the model does not take these arrays.
+    """
+    inputs = {name: array for name, array in batch.items() if name != "labels"}
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        options = {"use_cache": False, **options}  # keys and values of a batch are never read
+    decoded = model.config.is_encoder_decoder and "decoder_input_ids" not in batch
+    if decoded and "labels" in batch and batch["labels"].ndim == 2:
+        inputs["labels"] = batch["labels"]
+    try:
+        return model(**{**to_tensors(inputs, model), **options})
+    except StopForward:
+        return None
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        shapes = ", ".join(f"{name} {tuple(array.shape)}" for name, array in inputs.items())
+        raise InputError(
+            f"{type(model).__name__} does not take this data ({shapes}): "
+            f"{str(error).splitlines()[0]}"
+        ) from error
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from tiny_wider import GATED, SEQ2SEQ, seeded, t5
 from ffmerge.models.find import find
 from ffmerge.models.sublayer import FeedForward, stacks
 from ffmerge.passes.weights import calibrated
+from ffmerge.passes.weights.activations import collect, watch
 from ffmerge.passes.weights.calibrated import (
     Regression,
     low_rank,
@@ -23,7 +24,6 @@ from ffmerge.passes.weights.calibrated import (
 )
 from ffmerge.passes.weights.merge import MergeConfig, merge_
 from ffmerge.passes.weights.settings import Settings
-from ffmerge.passes.weights.statistics import collect, watch
 
 Arrays = dict[str, np.ndarray]
 Parameters = dict[str, torch.Tensor]

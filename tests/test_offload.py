@@ -25,15 +25,15 @@ from torch.utils._pytree import tree_leaves
 from ffmerge import pipeline
 from ffmerge.models import checkpoint, offload
 from ffmerge.models.find import find
-from ffmerge.models.inputs import example_inputs
+from ffmerge.models.inputs import example_inputs, forward
 from ffmerge.models.offload import device_of, offload_
 from ffmerge.models.prove import proven
 from ffmerge.passes.weights import calibrated, methods, recover
 from ffmerge.passes.weights.merge import MergeConfig, merge_
 from ffmerge.passes.weights.methods import Evidence
-from ffmerge.passes.weights.recover import RecoverConfig, recover_, twin
+from ffmerge.passes.weights.moments import Moments
+from ffmerge.passes.weights.recover import RecoverConfig, clone_sharing_parameters, recover_
 from ffmerge.passes.weights.settings import Settings
-from ffmerge.passes.weights.statistics import Moments, forward
 
 DEVICE = torch.device("lazy:0")  # has no kernels in PyTorch's wheels, so nothing real runs there
 Lent = list[tuple[StorageWeakRef, int]]
@@ -160,7 +160,7 @@ def test_what_is_frozen_is_not_moved_for_training(monkeypatch: pytest.MonkeyPatc
     """Not even where the process computes; a model that is at home is."""
     for away in (False, True):
         model = MODELS["vit"]()
-        original, moved = twin(model), list[Any]()
+        original, moved = clone_sharing_parameters(model), list[Any]()
         for each in (model, original):
             monkeypatch.setattr(each, "to", moved.append)
             if away:
@@ -173,7 +173,7 @@ def test_a_twin_of_an_offloaded_model_is_the_original(lent: Lent) -> None:
     model = MODELS["gpt2"]()
     data = _data(model)
     offload_(model, "cpu")
-    original = twin(model)
+    original = clone_sharing_parameters(model)
     with torch.no_grad():
         before = forward(model, data)["logits"]
         merge_(model, data, MergeConfig(window=(0, 2), method="average"))
@@ -194,7 +194,7 @@ def test_merging_and_recovery_are_those_of_a_model_at_home(
         if away:
             offload_(model, "cpu")
             assert proven(model) == sublayers
-        original = twin(model)
+        original = clone_sharing_parameters(model)
         config = MergeConfig(k=2, method=method, batch_size=16)
         merged = merge_(model, data, config)
         recovered = recover_(model, original, pipeline.from_arrays(data), RecoverConfig(4))

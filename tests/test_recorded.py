@@ -10,7 +10,7 @@ from tiny import bert, gpt2, vit
 from tiny_wider import GATED
 
 from ffmerge.models.find import find
-from ffmerge.passes.weights import calibrated, methods, recorded, statistics
+from ffmerge.passes.weights import activations, calibrated, methods, recorded
 from ffmerge.passes.weights.calibrated import _side_by_side
 from ffmerge.passes.weights.merge import MergeConfig, merge_
 from ffmerge.passes.weights.recorded import Recorded
@@ -27,7 +27,7 @@ def _recorded(model: Any, batches: list[Any], tokens: int = 10**9) -> Recorded:
     found = Recorded(model, tokens)
     pairs = {"layers": Settings().pairs(members)}
     found.begin(members)
-    statistics.collect(model, pairs, iter(batches), 30, False, found)
+    activations.collect(model, pairs, iter(batches), 30, False, found)
     return found
 
 

@@ -22,7 +22,12 @@ from ffmerge.models.examples import from_arrays
 from ffmerge.models.find import find
 from ffmerge.models.record import merge_record
 from ffmerge.passes.weights.merge import MergeConfig, merge_
-from ffmerge.passes.weights.recover import RecoverConfig, learning_rate, recover_, twin
+from ffmerge.passes.weights.recover import (
+    RecoverConfig,
+    clone_sharing_parameters,
+    learning_rate,
+    recover_,
+)
 
 Arrays = dict[str, np.ndarray]
 
@@ -65,7 +70,7 @@ def _data(model: Any, rows: int = 48, seed: int = 0) -> Arrays:
 def _merged(make: Any, layers: tuple[int, int] = (0, 2)) -> tuple[Any, Any]:
     """Return a model merged by its mean, and the original around the same other Parameters."""
     model = make()
-    original = twin(model)
+    original = clone_sharing_parameters(model)
     towers = ("text_model", "vision_model") if "CLIP" in type(model).__name__ else ()
     merge_(model, None, MergeConfig(window=layers, method="average", stacks=towers))
     return model, original

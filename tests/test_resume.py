@@ -15,10 +15,10 @@ from tiny_wider import GATED, SEQ2SEQ, t5
 
 from ffmerge.models.examples import from_arrays
 from ffmerge.models.find import find
+from ffmerge.models.inputs import forward
 from ffmerge.passes.weights import resume
 from ffmerge.passes.weights.merge import MergeConfig, merge_
 from ffmerge.passes.weights.resume import Resumed
-from ffmerge.passes.weights.statistics import forward
 
 MODELS = {
     "vit": partial(vit, 32, 64, 4),

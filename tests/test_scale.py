@@ -18,7 +18,7 @@ from tiny_wider import GATED
 from ffmerge.models.examples import from_arrays
 from ffmerge.models.find import find
 from ffmerge.passes.graph import quantize
-from ffmerge.passes.weights import cost, merge, statistics
+from ffmerge.passes.weights import activations, cost, merge
 from ffmerge.passes.weights.merge import MergeConfig, merge_
 from ffmerge.passes.weights.settings import Settings
 
@@ -35,7 +35,7 @@ def _pairs(model: Any) -> list[Any]:
 def test_what_statistics_cost_is_what_they_hold(name: str) -> None:
     model = MODELS[name]()
     pairs = _pairs(model)
-    found = statistics.collect(model, {"layers": pairs}, [_data(model)], 1000)["layers"]
+    found = activations.collect(model, {"layers": pairs}, [_data(model)], 1000)["layers"]
     assert found.inputs is not None
     told = cost.cost_of([*pairs, pairs[0]])
     assert told.pairs == len(found.cross) == 6
@@ -50,13 +50,13 @@ def test_what_statistics_cost_is_what_they_hold(name: str) -> None:
 def test_windows_in_parts_are_the_windows_at_once(name: str, monkeypatch) -> None:
     """A part for each window: each has its own pass, that begins with its first layer."""
     found, passes = [], []
-    collect = statistics.collect
+    collect = activations.collect
 
     def counted(model: Any, pairs: Any, *rest: Any) -> Any:
         passes.append({s.layer for pair in pairs["layers"] for s in pair})
         return collect(model, pairs, *rest)
 
-    monkeypatch.setattr(statistics, "collect", counted)
+    monkeypatch.setattr(activations, "collect", counted)
     for memory in (cost.PAIRS, 1):
         monkeypatch.setattr(cost, "PAIRS", memory)
         model = MODELS[name]()
@@ -98,7 +98,7 @@ def collected(name: str, count: int, tokens: int) -> dict[str, torch.Tensor]:
     model.register_forward_pre_hook(lambda *_: ran.append(1))
     data = _data(model, 2 * count)
     batches = [{key: x[i : i + 2] for key, x in data.items()} for i in range(0, 2 * count, 2)]
-    found = statistics.collect(model, pairs, batches, tokens)["layers"]
+    found = activations.collect(model, pairs, batches, tokens)["layers"]
     parts = {"": found, "inputs": found.inputs, "hidden": found.hidden}
     tensors = {
         f"{part} {what} {key}": tensor

@@ -26,7 +26,7 @@ from ffmerge.models.find import find
 from ffmerge.models.record import Group, parse_budget
 from ffmerge.models.sublayer import stacks
 from ffmerge.passes.graph.quantize import _blocks, _int8
-from ffmerge.passes.weights import methods, precision, statistics
+from ffmerge.passes.weights import activations, methods, precision
 from ffmerge.passes.weights.evaluate import score_for
 from ffmerge.passes.weights.merge import MergeConfig, merge_
 from ffmerge.passes.weights.methods import Evidence
@@ -264,7 +264,7 @@ def test_statistics_come_when_a_step_needs_them_and_go_when_none_does() -> None:
         found = evidence["layers"].moments
         assert found is not None and sorted(found.cross) == pairs
         wanted = {"layers": [pair for group in groups for pair in Settings().pairs(group)]}
-        once = statistics.collect(model, wanted, data.batches(8), 10_000)["layers"]
+        once = activations.collect(model, wanted, data.batches(8), 10_000)["layers"]
         for pair in pairs:
             assert torch.equal(found.correlation(*pair), once.correlation(*pair))
         assert once.inputs and found.inputs

@@ -9,7 +9,8 @@ from tiny_wider import GATED, SEQ2SEQ, seeded, t5
 from ffmerge.errors import InputError
 from ffmerge.models.find import find
 from ffmerge.models.sublayer import stacks
-from ffmerge.passes.weights.statistics import Moments, collect
+from ffmerge.passes.weights.activations import collect
+from ffmerge.passes.weights.moments import Moments
 
 
 def _correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -38,7 +38,7 @@ from ffmerge.passes.graph.audit import audit  # noqa: E402
 from ffmerge.passes.weights import baselines  # noqa: E402
 from ffmerge.passes.weights.evaluate import score_for  # noqa: E402
 from ffmerge.passes.weights.merge import MergeConfig, merge_  # noqa: E402
-from ffmerge.passes.weights.recover import RecoverConfig, recover_, twin  # noqa: E402
+from ffmerge.passes.weights.recover import RecoverConfig, clone_sharing_parameters, recover_  # noqa: E402
 from ffmerge.passes.weights.settings import Settings  # noqa: E402
 from ffmerge.runtime_tests.loaded import look  # noqa: E402
 from ffmerge.runtime_tests.validate import validate  # noqa: E402
@@ -86,7 +86,7 @@ def merged(name: str, k: int, seed: int, method: str, settings: dict[str, Any]) 
     """Return a merged model, its original and the merge."""
     calibration, validation, _ = splits(name, seed)
     model = checkpoint.load(REFERENCES[name].folder)
-    original = twin(model)
+    original = clone_sharing_parameters(model)
     tokens = settings.get("tokens", 16_384)
     size = 64 if tokens > 4096 else 16  # statistics end with a whole batch
     config = MergeConfig(

@@ -69,7 +69,7 @@ def merging(method: str) -> dict[str, Any]:
     import torch
     from transformers import ViTConfig, ViTForImageClassification
 
-    from ffmerge.passes.weights import calibrated, merge, methods, statistics
+    from ffmerge.passes.weights import activations, calibrated, merge, methods
 
     torch.manual_seed(0)
     model = ViTForImageClassification(ViTConfig(num_labels=1000)).eval()
@@ -78,7 +78,7 @@ def merging(method: str) -> dict[str, Any]:
         model(torch.from_numpy(pixels[:32]))
     parts, before = Parts(), resident("VmRSS")
     for name, where, function in (
-        ("statistics", statistics, "collect"),
+        ("statistics", activations, "collect"),
         ("alignment", methods, "orders"),
         ("calibration pass", calibrated, "_refitted"),
         ("solve", calibrated, "ridge_solve"),

@@ -21,8 +21,9 @@ from ffmerge.models import ties
 from ffmerge.models.probe import Array
 from ffmerge.models.sublayer import FeedForward
 from ffmerge.models.ties import Key, SharedWeights
+from ffmerge.passes.weights.activations import watch
 from ffmerge.passes.weights.calibrated import low_rank
-from ffmerge.passes.weights.statistics import Moments, watch
+from ffmerge.passes.weights.moments import Moments
 
 Stacks = Mapping[str, Sequence[FeedForward]]
 

@@ -20,14 +20,15 @@ from torch import Tensor
 
 from ffmerge.errors import InputError
 from ffmerge.models import ties
-from ffmerge.models.inputs import unchunked
+from ffmerge.models.inputs import StopForward, forward, unchunked
 from ffmerge.models.probe import Array
 from ffmerge.models.sublayer import FeedForward
 from ffmerge.models.ties import Key, SharedWeights
+from ffmerge.passes.weights.activations import positions
 from ffmerge.passes.weights.align import neurons
+from ffmerge.passes.weights.moments import Moments
 from ffmerge.passes.weights.recorded import Recorded
 from ffmerge.passes.weights.settings import Settings
-from ffmerge.passes.weights.statistics import Enough, Moments, forward, positions
 
 _COLUMNS = 64  # of the right side that are solved for at a time: what bounds the memory
 _STRIPE = 512  # columns of a symmetric product that are computed at a time
@@ -324,12 +325,12 @@ def _side_by_side(
     def keep(path: str, _: Any, args: Any, out: Tensor) -> None:
         original[path].append(out)
         if once and all(original.values()):
-            raise Enough
+            raise StopForward
 
     def swap(path: str, _: Any, args: Any, out: Tensor) -> Tensor | None:
         given[path].append(args[0])
         if once and all(given.values()):
-            raise Enough
+            raise StopForward
         return original[path][len(given[path]) - 1] if forced else None
 
     for batch in batches:

@@ -11,7 +11,7 @@ from ffmerge.models.examples import Examples
 from ffmerge.passes.weights import baselines, precision
 from ffmerge.passes.weights.evaluate import Score, score_for
 from ffmerge.passes.weights.merge import MergeConfig, merge_, sublayers
-from ffmerge.passes.weights.recover import twin
+from ffmerge.passes.weights.recover import clone_sharing_parameters
 from ffmerge.passes.weights.search import Progress, size_of
 
 _OTHERS = ("residual", "calibrated", "permute", "copy-anchor", "drop-ffn")
@@ -64,7 +64,7 @@ def compare(
     score = score_for(model, task, validation, config.batch_size, config.criterion)
     rows = [Row("original", "", size_of(model)[1], score.measure(model))]
     for name in dict.fromkeys((config.method, *_OTHERS)):
-        each = twin(model)
+        each = clone_sharing_parameters(model)
         found = merge_(each, calibration, replace(config, method=name), validation, progress)
         layers = found.record.groups[0].layers
         size = found.record.bytes_after

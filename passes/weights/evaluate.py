@@ -9,10 +9,11 @@ import torch
 
 from ffmerge.errors import InputError
 from ffmerge.models.examples import Examples
+from ffmerge.models.inputs import forward
 from ffmerge.models.metrics import Metric, for_task, labels_of
 from ffmerge.models.probe import Array
 from ffmerge.models.tasks import base
-from ffmerge.passes.weights.statistics import forward, positions
+from ffmerge.passes.weights.activations import positions
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from ffmerge.errors import InputError
 from ffmerge.files import plain
 from ffmerge.models import tasks, ties
 from ffmerge.models.examples import Examples, from_arrays
+from ffmerge.models.inputs import StopForward, forward
 from ffmerge.models.offload import device_of
 from ffmerge.models.probe import Array
 from ffmerge.models.prove import proven
@@ -35,7 +36,6 @@ from ffmerge.passes.weights.search import (
     size_of,
 )
 from ffmerge.passes.weights.settings import Settings
-from ffmerge.passes.weights.statistics import Enough, forward
 
 Data = Examples | Mapping[str, Array] | None
 ByName = Mapping[str, tuple[FeedForward, ...]]
@@ -255,7 +255,7 @@ def _rows(model: Any, examples: Examples, config: MergeConfig, chosen: ByName) -
 
     def look(_: Any, args: Any, out: Tensor) -> None:
         lengths.append(out.numel() // out.shape[-1])
-        raise Enough
+        raise StopForward
 
     for members in chosen.values():
         handle = model.get_submodule(members[0].output).register_forward_hook(look)

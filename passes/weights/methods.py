@@ -16,9 +16,9 @@ from ffmerge.models.probe import Array
 from ffmerge.models.sublayer import FeedForward
 from ffmerge.models.ties import SharedWeights
 from ffmerge.passes.weights import align, calibrated
+from ffmerge.passes.weights.moments import Moments
 from ffmerge.passes.weights.recorded import Recorded
 from ffmerge.passes.weights.settings import Settings
-from ffmerge.passes.weights.statistics import Moments
 
 
 @dataclass(frozen=True)

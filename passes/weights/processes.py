@@ -25,7 +25,7 @@ def join() -> PartialState:
     return state
 
 
-def place() -> tuple[int, int]:
+def rank_and_world_size() -> tuple[int, int]:
     """Return which of how many processes this is; alone, none are joined."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return 0, 1

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from ffmerge.models import ties
-from ffmerge.models.inputs import unchunked
+from ffmerge.models.inputs import StopForward, unchunked
 from ffmerge.models.offload import call
 from ffmerge.models.probe import Array
 from ffmerge.models.sublayer import FeedForward, block_of
 from ffmerge.models.ties import SharedWeights
-from ffmerge.passes.weights.statistics import Enough, Signals, members_of, watch
+from ffmerge.passes.weights.activations import Signals, members_of, watch
 
 MEMORY = 1 << 30  # bytes that are kept at most: where it is more, nothing is
 _TRIED = 64  # positions
@@ -129,13 +129,13 @@ class Recorded:
 
         def keep(_: Any, args: tuple[Tensor, ...]) -> None:
             given.append(args[0])
-            raise Enough
+            raise StopForward
 
         output = self.model.get_submodule(member.output)
         handle = output.register_forward_pre_hook(keep)
         try:
             call(self.model, self.model.get_submodule(member.path), x[None])
-        except Enough:
+        except StopForward:
             pass
         finally:
             handle.remove()

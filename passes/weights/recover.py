@@ -29,12 +29,13 @@ from ffmerge.errors import InputError
 from ffmerge.models import tasks, ties
 from ffmerge.models.examples import Examples
 from ffmerge.models.find import find
+from ffmerge.models.inputs import forward
 from ffmerge.models.metrics import IGNORED, for_task, labels_of
 from ffmerge.models.offload import device_of
 from ffmerge.models.probe import Array
 from ffmerge.models.record import merge_record
+from ffmerge.passes.weights.activations import padding_mask, positions
 from ffmerge.passes.weights.processes import join
-from ffmerge.passes.weights.statistics import _mask, forward, positions
 
 _STATES = ("hidden_states", "encoder_hidden_states", "decoder_hidden_states")
 _RISE = 0.3  # part of the steps in which the learning rate rises
@@ -83,10 +84,10 @@ class _Run(NamedTuple):
     task: str
 
 
-def twin(model: nn.Module) -> Any:
+def clone_sharing_parameters(model: nn.Module) -> Any:
     """Return other modules around the same Parameter objects and buffers.
 
-    Merging gives ``model`` new Parameters: a twin made before remains the original, and takes
+    Merging gives ``model`` new Parameters: a clone made before remains the original, and takes
     memory only for what the merge replaced.
     """
     tensors = (*model.parameters(), *model.buffers())
@@ -103,9 +104,10 @@ def recover_(
 ) -> Recovery:
     """Train ``model`` in place towards ``original``; ties hold, every dtype stays.
 
-    ``original`` may share Parameters with ``model`` (:func:`twin`): of those that are trained it
-    gets copies. Weights of 16 bits are trained in 32. Under ``accelerate launch`` or torchrun every
-    process calls this with the same arguments and takes its share of each batch. With ``folder``,
+    ``original`` may share Parameters with ``model`` (:func:`clone_sharing_parameters`): of those
+    that are trained it gets copies. Weights of 16 bits are trained in 32. Under ``accelerate
+    launch`` or torchrun every process calls this with the same arguments and takes its share of
+    each batch. With ``folder``,
     one all processes see, a run that was killed goes on from its last saved state, and ends with
     the parameters it would have had.
 
@@ -271,7 +273,7 @@ def _weights(run: _Run, batch: Mapping[str, Array]) -> dict[str, Tensor]:
     rows = len(next(iter(batch.values())))
     counts = {"": torch.ones(rows), "labels": torch.zeros(rows)}
     for reads in (run.model.main_input_name, "decoder_input_ids"):
-        mask = _mask(run.model.config, batch, (reads,))
+        mask = padding_mask(run.model.config, batch, (reads,))
         counts[reads] = torch.ones(rows) if mask is None else torch.as_tensor(mask).sum(1).float()
     if run.config.labels:
         labels = labels_of(run.task, batch)

@@ -22,9 +22,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from ffmerge.errors import InputError
-from ffmerge.models.inputs import example_inputs
+from ffmerge.models.inputs import example_inputs, forward
 from ffmerge.models.sublayer import FeedForward, block_of
-from ffmerge.passes.weights.statistics import forward
 
 MEMORY = 1 << 30  # bytes of outputs that are kept in memory, more are kept in files
 _SAME = 1e-5  # of the largest output; measured 0, a wrong structure is off by its whole size

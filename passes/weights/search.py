@@ -22,7 +22,7 @@ from ffmerge.models.offload import device_of
 from ffmerge.models.record import Group
 from ffmerge.models.sublayer import FeedForward
 from ffmerge.models.ties import SharedWeights
-from ffmerge.passes.weights import cost, precision, processes, statistics
+from ffmerge.passes.weights import activations, cost, precision, processes
 from ffmerge.passes.weights.evaluate import Score
 from ffmerge.passes.weights.methods import Evidence, Method
 from ffmerge.passes.weights.recorded import Recorded
@@ -105,10 +105,10 @@ class Trials:
         after = next(iter(self.evidence.values())).settings.after
         every = [pair for pairs in new.values() for pair in pairs]
         told = cost.cost_of(every).text(self.tokens, device_of(self.model))
-        keep = self.recorded if processes.place()[1] == 1 else None
+        keep = self.recorded if processes.rank_and_world_size()[1] == 1 else None
         with self.resumed.behind(sublayer for pair in every for sublayer in pair):
             data = self.batches(told)
-            found = statistics.collect(self.model, new, data, self.tokens, after, keep)
+            found = activations.collect(self.model, new, data, self.tokens, after, keep)
             if self.recorded and not keep:  # a process has seen its share, and fits to all
                 self.recorded.fill(new, self.batches("recorded"))
         for name, moments in found.items():

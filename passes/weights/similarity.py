@@ -22,8 +22,9 @@ from ffmerge.models.examples import Examples
 from ffmerge.models.probe import Array
 from ffmerge.models.prove import proven
 from ffmerge.models.sublayer import FeedForward, stacks
+from ffmerge.passes.weights.activations import watch
 from ffmerge.passes.weights.align import match
-from ffmerge.passes.weights.statistics import Moments, watch
+from ffmerge.passes.weights.moments import Moments
 
 Matrix = npt.NDArray[np.float64]
 Stacks = Mapping[str, tuple[FeedForward, ...]]
