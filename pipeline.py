@@ -284,17 +284,17 @@ def demo(out: Path) -> Demo:
     with staged(out) as folder, _progress() as show:
         original = checkpoint.load(_DEMO_MODEL)
         score = score_for(original, "image-classification", test, 100)
-        first = package.export(original, folder / "original", source=_DEMO_MODEL, examples=held_out)
+        first = package.export(original, folder / "original", source=_DEMO_MODEL, data=held_out)
         show("merging", 0, 0)
         merged = checkpoint.load(_DEMO_MODEL)
         result = merging.merge_(merged, calibration, MergeConfig(k=_DEMO_K), held_out, show)
         checkpoint.save(merged, folder / "checkpoint")
         second = package.export(
-            merged, folder / "merged", source=folder / "checkpoint", examples=held_out
+            merged, folder / "merged", source=folder / "checkpoint", data=held_out
         )
         show("validating", 0, 0)
         packages = {"The original ViT": first, "The merged ViT": second}
-        once = [validation.validate(p.path, examples=test) for p in packages.values()]
+        once = [validation.validate(p.path, data=test) for p in packages.values()]
         checks, summaries = [], []
         for (label, each), check in zip(packages.items(), once, strict=True):
             checks.append(_measured_again(check, each.path))

@@ -26,7 +26,7 @@ from ffmerge.exporter.reference import (
 from ffmerge.exporter.torch_onnx import to_onnx
 from ffmerge.files import read_json, staged, write_json
 from ffmerge.models import tasks
-from ffmerge.models.examples import Examples
+from ffmerge.models.data import Data, as_examples
 from ffmerge.models.inputs import unchunked
 from ffmerge.models.manifest import LABELS, REFERENCE, GraphRecord, Manifest, record_files
 from ffmerge.models.processing import like_the_task
@@ -97,18 +97,18 @@ def export(
     target: str | Path,
     config: ExportConfig = ExportConfig(),
     source: Path | None = None,
-    examples: Examples | None = None,
+    data: Data | None = None,
 ) -> Package:
     """Write ``model`` as an ONNX package; weights that PyTorch shares are stored once.
 
     ``source`` is the checkpoint folder the model came from: its tokenizer and processor files
     travel along, the inputs of the comparison are drawn as they say, and its weight files are
-    named in the manifest. Of ``examples`` a few are stored, to compare on as well.
+    named in the manifest. Of ``data`` a few rows are stored, to compare on as well.
 
     Raises:
         ExportError: the model cannot be exported.
         TieError: a shared weight would be stored twice.
-        InputError: the task is not served, the examples lack what the model takes, or ``target``
+        InputError: the task is not served, the data lacks what the model takes, or ``target``
             exists or cannot be written.
     """
     task = tasks.fit(config.task, model) if config.task else tasks.infer(model)
@@ -124,7 +124,10 @@ def export(
             replace(g, probe=like_the_task(g.probe, source, model.config))
             for g in graphs(model, task)
         )
-        batch = real_rows(examples, model, task) if examples else {}
+        batch = {}
+        if data is not None:
+            examples = as_examples(data, source or model.name_or_path, task)
+            batch = real_rows(examples, model, task)
         real = real_inputs(plan, batch) if batch else {}
         plan = tuple(replace(g, probe=replace(g.probe, real=int(g.name in real))) for g in plan)
         shared, traces = _to_onnx(plan, config, real)

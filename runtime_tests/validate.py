@@ -14,6 +14,7 @@ import onnxruntime as ort
 
 from ffmerge.errors import NotInstalled, RuntimeCheckError
 from ffmerge.files import plain, write_whole
+from ffmerge.models.data import Data, as_examples
 from ffmerge.models.examples import from_arrays
 from ffmerge.models.manifest import Manifest, MetricResult
 from ffmerge.runtime_tests.footprint import Footprint, measure_footprint
@@ -112,7 +113,7 @@ class Validation:
 def validate(
     folder: str | Path,
     providers: Sequence[str] = ("cpu",),
-    examples: Examples | None = None,
+    data: Data | None = None,
     threads: int = 1,
     progress: Callable[[str], None] = lambda step: None,
     installed: bool = False,
@@ -131,6 +132,9 @@ def validate(
     manifest = Manifest.read(folder)
     progress("checking the files")
     manifest.check_files(folder)
+    examples = None
+    if data is not None:
+        examples = as_examples(data, folder, manifest.task)
     for name in providers:
         find_runtime(name)
     results: list[ProviderResult] = []

@@ -1,18 +1,24 @@
 """Every kind of data becomes the inputs the model takes."""
 
 import json
+import sys
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from tiny import gpt2
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast, ViTImageProcessor
 
 from ffmerge.errors import InputError
 from ffmerge.models import data
+from ffmerge.passes.weights.merge import MergeConfig, merge_
 
 
 @pytest.fixture
@@ -85,6 +91,91 @@ def test_what_cannot_be_read(name, content, message, model_folder: Path, tmp_pat
     assert len(str(caught.value).splitlines()) == 1
 
 
+def _batch(given, *folder) -> dict[str, list]:
+    (batch,) = data.as_examples(given, *folder).batches(8)
+    return {name: array.tolist() for name, array in batch.items()}
+
+
+def test_every_kind_of_data_gives_the_same_rows(model_folder: Path, tmp_path: Path) -> None:
+    rows = {"input_ids": [[2, 3], [4, 2]], "attention_mask": [[1, 1], [1, 0]], "label": [1, 0]}
+    wanted = {**rows, "labels": [1, 0]}
+    del wanted["label"]
+    arrays = {name: np.array(values) for name, values in wanted.items()}
+    np.savez(tmp_path / "a.npz", **arrays)
+    columns = {**rows, "sentence": ["one two", "three one"]}
+    table = datasets.Dataset.from_dict(columns)
+    tensors = {name: torch.tensor(values) for name, values in wanted.items()}
+    for given in (
+        data.from_arrays(arrays), arrays, wanted, tensors, table, table.with_format("torch"),
+        DataLoader(table.remove_columns("sentence").rename_column("label", "labels")
+                   .with_format("torch"), batch_size=1),
+        str(tmp_path / "a.npz"), tmp_path / "a.npz",
+    ):  # fmt: skip
+        assert _batch(given) == wanted
+
+
+def test_a_data_set_of_text_or_images_is_read_as_a_file_is(model_folder: Path) -> None:
+    texts = datasets.Dataset.from_dict({"text": ["one two three", "", "two"], "label": [1, 0, 2]})
+    assert _batch(texts, model_folder)["input_ids"] == [[2, 3, 4], [3, 0, 0]]
+    assert "labels" not in _batch(texts, model_folder)
+    assert _batch(texts, model_folder, "text-classification")["labels"] == [1, 2]
+    pictures = [Image.new("L", (9, 7), value) for value in (0, 255)]
+    table = datasets.Dataset.from_dict({"image": pictures, "label": [3, 4]})
+    batch = _batch(table, model_folder)
+    assert np.array(batch["pixel_values"])[:, 0, 0, 0].tolist() == [-1.0, 1.0]
+    assert batch["labels"] == [3, 4]
+    with pytest.raises(InputError, match="give the folder of the model"):
+        data.as_examples(texts)
+
+
+def test_rows_of_unequal_length_are_padded_where_a_mask_says_so() -> None:
+    rows = [
+        {"input_ids": [5, 6, 7], "attention_mask": [1, 1, 1], "labels": [1, 2, 3]},
+        {"input_ids": [8], "attention_mask": [1], "labels": [4]},
+    ]
+    wanted = {
+        "input_ids": [[5, 6, 7], [8, 0, 0]],
+        "attention_mask": [[1, 1, 1], [1, 0, 0]],
+        "labels": [[1, 2, 3], [4, -100, -100]],
+    }
+    table = datasets.Dataset.from_list(rows)
+    loader = DataLoader(rows, collate_fn=lambda some: {k: [v] for k, v in some[0].items()})
+    for given in (table, loader):
+        assert _batch(given) == wanted
+    with pytest.raises(InputError, match="there is no attention_mask"):
+        _batch(table.remove_columns("attention_mask"))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (datasets.DatasetDict({"train": datasets.Dataset.from_dict({"a": [1]})}), "one split"),
+        (datasets.Dataset.from_dict({"a": [1]}), "has the columns a"),
+        (datasets.Dataset.from_dict({}), "has the columns"),
+        (DataLoader([(1, 2)]), "yields list"),
+        (DataLoader([]), "yields nothing"),
+        (7, "int is no data"),
+    ],
+)
+def test_what_is_no_data_is_one_sentence(given, message, model_folder: Path) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        data.as_examples(given, model_folder)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_missing_package_is_named_with_the_way_to_get_it(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = datasets.Dataset.from_dict({"text": ["one"]})
+    (tmp_path / "t.txt").write_text("one")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(InputError, match=r"without transformers: pip install 'ffmerge\[torch\]'"):
+        data.as_examples(table, model_folder)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(InputError, match=r"without datasets: pip install 'ffmerge\[torch\]'"):
+        data.as_examples(tmp_path / "t.txt", model_folder)
+
+
 def test_arrays_of_different_length_are_refused() -> None:
     with pytest.raises(InputError, match="one common length"):
         data.from_arrays({"input_ids": np.zeros((3, 4)), "labels": np.zeros(2)})
@@ -94,3 +185,19 @@ def test_a_pickle_is_never_opened(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", labels=np.array([{"x": 1}], dtype=object))
     with pytest.raises(InputError, match="cannot be read"):
         data.read(str(tmp_path / "a.npz"), tmp_path, "image-classification")
+
+
+def test_merging_gives_the_same_for_every_kind_of_data() -> None:
+    ids = np.random.default_rng(0).integers(0, 90, (6, 8))
+    arrays = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    table = datasets.Dataset.from_dict({name: list(array) for name, array in arrays.items()})
+    loader = DataLoader(table.with_format("torch"), batch_size=4)
+    merged = []
+    for given in (arrays, table, loader):
+        model = gpt2()
+        merge_(model, given, MergeConfig(window=(1, 3), method="permute"), given)
+        merged.append(model)
+    for other in merged[1:]:
+        assert other.config.ffmerge == merged[0].config.ffmerge
+        for one, two in zip(merged[0].parameters(), other.parameters(), strict=True):
+            assert torch.equal(one, two)

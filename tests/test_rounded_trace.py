@@ -31,7 +31,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gpt2") / "p"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reference, "AT_ONCE", 64 * 30)  # the table is multiplied by in four parts
-        export(model, folder, ExportConfig(dtype="int8"), examples=rows)
+        export(model, folder, ExportConfig(dtype="int8"), data=rows)
     return folder
 
 

@@ -1,6 +1,5 @@
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,19 +16,10 @@ from ffmerge.runtime_tests.validate import validate, write_validation
 EYE, ZEROS = np.eye(4, dtype=np.float32), np.zeros(4, np.float32)
 
 
-@dataclass
-class Rows:
-    """One-hot rows, which the identity classifies as their own position."""
-
-    labels: Array | None
-
-    def batches(self, size: int) -> Iterator[dict[str, Array]]:
-        rows = EYE[[0, 1, 2, 3, 0, 1, 2, 3, 0, 1]]
-        for start in range(0, len(rows), size):
-            batch = {"x": rows[start : start + size]}
-            if self.labels is not None:
-                batch["labels"] = self.labels[start : start + size]
-            yield batch
+def _rows(labels: Array | None) -> dict[str, Array]:
+    """Return one-hot rows, which the identity classifies as their own position."""
+    rows = {"x": EYE[[0, 1, 2, 3, 0, 1, 2, 3, 0, 1]]}
+    return rows if labels is None else {**rows, "labels": labels}
 
 
 @pytest.fixture
@@ -110,7 +100,7 @@ def test_an_absent_provider_fails_and_the_others_still_run(
     package: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    result = validate(package, ("cuda", "cpu"), Rows(np.arange(10) % 4))
+    result = validate(package, ("cuda", "cpu"), _rows(np.arange(10) % 4))
     cuda, cpu = result.to_json()["providers"]
     assert not result.ok
     assert (cuda["ok"], cuda["used"], cuda["device"]) == (False, None, None)
@@ -123,16 +113,16 @@ def test_an_absent_provider_fails_and_the_others_still_run(
 def test_the_metric_is_measured_over_all_batches(package: Path) -> None:
     labels = np.arange(10) % 4
     labels[[0, 9]] = 3  # two wrong, one of them in the second batch
-    metric = validate(package, examples=Rows(labels)).metric
+    metric = validate(package, data=_rows(labels)).metric
     assert metric is not None
     assert (metric.name, metric.value, metric.examples) == ("accuracy", 0.8, 10)
 
 
 def test_without_labels_or_without_a_metric_there_is_none(package: Path) -> None:
-    assert validate(package, examples=Rows(None)).metric is None
+    assert validate(package, data=_rows(None)).metric is None
     manifest = Manifest.read(package)
     replace(manifest, task="feature-extraction").write(package)
-    assert validate(package, examples=Rows(np.zeros(10))).metric is None
+    assert validate(package, data=_rows(np.zeros(10))).metric is None
 
 
 def test_a_package_that_names_no_output_is_refused(package: Path) -> None:

@@ -157,7 +157,7 @@ def test_the_task_metric_is_that_of_pytorch(served: Case) -> None:
     with torch.no_grad():
         loss = model(**{**given, "labels": labels}).loss
     data = from_arrays({name: x.numpy() for name, x in given.items()})
-    metric = validate(path, examples=data).metric
+    metric = validate(path, data=data).metric
     if "Whisper" in type(model).__name__:
         assert metric is None  # speech is not measured by perplexity here
         return

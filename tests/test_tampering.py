@@ -27,7 +27,7 @@ def pictures() -> data.Examples:
 
 
 def _exported(folder: Path, dtype: str, model: Any, pictures: data.Examples | None) -> Path:
-    export(model, folder, ExportConfig(dtype=dtype), examples=pictures)
+    export(model, folder, ExportConfig(dtype=dtype), data=pictures)
     return folder
 
 

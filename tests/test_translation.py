@@ -48,7 +48,7 @@ def test_chrf_is_that_of_the_texts_that_transformers_generates(package: Path) ->
         )  # fmt: skip
     guesses = words.batch_decode(ids, skip_special_tokens=True)
     expected = sacrebleu.corpus_chrf(guesses, [[german for _, german in pairs]]).score
-    result = validate(package, examples=rows())
+    result = validate(package, data=rows())
     found = {row.data: row for row in result.metrics if row.name == "chrF"}
     assert found["--data"].value == pytest.approx(expected, abs=1e-9)  # measured 0
     assert (found["--data"].examples, found["--data"].by) == (ROWS, "cpu")

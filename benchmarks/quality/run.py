@@ -198,8 +198,8 @@ def precisions(name: str, k: int, seed: int, label: str) -> dict[str, Any]:
         model, _, _ = merged(name, k, seed, method, {})
     with TemporaryDirectory() as folder:
         config, rows = ExportConfig(dtype=dtype), splits(name, seed)[1]
-        package = export(model, Path(folder) / "package", config, examples=rows)
-        checked = validate(package.path, examples=splits(name, seed)[2])
+        package = export(model, Path(folder) / "package", config, data=rows)
+        checked = validate(package.path, data=splits(name, seed)[2])
         audited = audit(package.path, look)
         return {
             "bytes": sum(f.bytes for f in package.manifest.files if "onnx" in f.path),

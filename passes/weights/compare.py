@@ -7,7 +7,7 @@ from typing import Any
 from ffmerge.errors import InputError
 from ffmerge.files import plain
 from ffmerge.models import tasks
-from ffmerge.models.examples import Examples
+from ffmerge.models.data import Data, examples_for
 from ffmerge.passes.weights import baselines, precision
 from ffmerge.passes.weights.evaluate import Score, score_for
 from ffmerge.passes.weights.merge import MergeConfig, merge_, sublayers
@@ -44,8 +44,8 @@ class Comparison:
 
 def compare(
     model: Any,
-    calibration: Examples,
-    validation: Examples | None,
+    data: Data,
+    validation: Data | None,
     config: MergeConfig,
     progress: Progress = lambda step, done, total: None,
 ) -> Comparison:
@@ -54,18 +54,20 @@ def compare(
     Rivals of equal size: the other methods, and ``drop-ffn``, ``drop-layer`` and ``low-rank``,
     each with the window that is best for it. And what int8 and int4 do, to the original and to
     the merged model, with weights rounded as in a package. Without ``validation`` every other row
-    of ``calibration`` measures.
+    of ``data`` measures.
     """
     if config.k is None:
         raise InputError("rivals are compared at one size: give the number k of layers to merge.")
-    if validation is None:
-        calibration, validation = calibration.halves()
+    calibration = examples_for(model, data, config.task)
+    held_out = examples_for(model, validation, config.task)
+    if held_out is None:
+        calibration, held_out = calibration.halves()
     task = config.task or tasks.infer(model)
-    score = score_for(model, task, validation, config.batch_size, config.criterion)
+    score = score_for(model, task, held_out, config.batch_size, config.criterion)
     rows = [Row("original", "", size_of(model)[1], score.measure(model))]
     for name in dict.fromkeys((config.method, *_OTHERS)):
         each = clone_sharing_parameters(model)
-        found = merge_(each, calibration, replace(config, method=name), validation, progress)
+        found = merge_(each, calibration, replace(config, method=name), held_out, progress)
         layers = found.record.groups[0].layers
         size = found.record.bytes_after
         rows.append(Row(name, f"{layers[0]}-{layers[-1]}", size, found.record.metric["merged"]))
@@ -93,7 +95,7 @@ def compare(
             with precision.rounded(each, dtype):
                 size, value = precision.bytes_of(each, dtype), score.measure(each)
             rows.append(Row(f"{name}, {dtype}", "", size, value))
-    return Comparison(score.name, len(validation), tuple(rows), _verdict(rows, score))
+    return Comparison(score.name, len(held_out), tuple(rows), _verdict(rows, score))
 
 
 def _verdict(rows: Sequence[Row], score: Score) -> str:

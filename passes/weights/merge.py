@@ -12,7 +12,8 @@ from torch import Tensor
 from ffmerge.errors import InputError
 from ffmerge.files import plain
 from ffmerge.models import tasks, ties
-from ffmerge.models.examples import Examples, from_arrays
+from ffmerge.models.data import Data, examples_for
+from ffmerge.models.examples import Examples
 from ffmerge.models.inputs import StopForward, forward
 from ffmerge.models.offload import device_of
 from ffmerge.models.probe import Array
@@ -37,7 +38,6 @@ from ffmerge.passes.weights.search import (
 )
 from ffmerge.passes.weights.settings import Settings
 
-Data = Examples | Mapping[str, Array] | None
 ByName = Mapping[str, tuple[FeedForward, ...]]
 
 
@@ -89,9 +89,9 @@ class Merge:
 
 def merge_(
     model: Any,
-    data: Data,
+    data: Data | None,
     config: MergeConfig,
-    validation: Data = None,
+    validation: Data | None = None,
     progress: Progress = lambda step, done, total: None,
 ) -> Merge:
     """Make k sublayers of ``model`` share one set of weights, in place.
@@ -108,7 +108,8 @@ def merge_(
     together = [list(chosen)] if config.sync else [[name] for name in chosen]
     searches = [_choices({name: chosen[name] for name in names}, config) for names in together]
     tried = [choice for search in searches for choice in search]
-    calibration, held_out = _examples(data), _examples(validation)
+    calibration = examples_for(model, data, config.task)
+    held_out = examples_for(model, validation, config.task)
     if calibration is not None and held_out is None:
         calibration, held_out = calibration.halves()
     if calibration is None and (method.needs_data or len(tried) > len(searches)):
@@ -233,10 +234,6 @@ def _choices(by_name: Mapping[str, tuple[FeedForward, ...]], config: MergeConfig
     if not alike:
         raise InputError("no window holds sublayers of one size: they cannot share weights.")
     return alike
-
-
-def _examples(data: Data) -> Examples | None:
-    return from_arrays(data) if isinstance(data, Mapping) else data
 
 
 def _watched(

@@ -27,6 +27,7 @@ from torch.nn.functional import kl_div
 
 from ffmerge.errors import InputError
 from ffmerge.models import tasks, ties
+from ffmerge.models.data import Data, examples_for
 from ffmerge.models.examples import Examples
 from ffmerge.models.find import find
 from ffmerge.models.inputs import forward
@@ -97,7 +98,7 @@ def clone_sharing_parameters(model: nn.Module) -> Any:
 def recover_(
     model: Any,
     original: Any,
-    examples: Examples,
+    data: Data,
     config: RecoverConfig = RecoverConfig(),
     progress: Callable[[str, int, int], None] = lambda step, done, total: None,
     folder: Path | None = None,
@@ -115,6 +116,7 @@ def recover_(
         InputError: the settings, the data or the saved state do not fit, or the loss diverges.
     """
     mixed = _check(config)
+    examples = examples_for(model, data, config.task)
     state = join()
     task = config.task or (tasks.infer(model) if config.labels else "")
     if config.labels and not for_task(task):

@@ -18,6 +18,7 @@ import torch
 
 from ffmerge.errors import InputError
 from ffmerge.files import plain
+from ffmerge.models.data import Data, examples_for
 from ffmerge.models.examples import Examples
 from ffmerge.models.probe import Array
 from ffmerge.models.prove import proven
@@ -71,7 +72,7 @@ class Similarity:
 
 def similarities(
     model: Any,
-    examples: Examples,
+    data: Data,
     config: SimilarityConfig = SimilarityConfig(),
     progress: Progress = lambda step, done, total: None,
 ) -> tuple[Similarity, ...]:
@@ -83,6 +84,7 @@ def similarities(
     """
     if config.tokens < 2 or config.batch_size < 1 or (config.reach or 0) < 0:
         raise InputError("tokens must be 2 or more, batch_size 1 or more, reach 0 or more.")
+    examples = examples_for(model, data)
     found = {name: members for name, members in stacks(proven(model)[0]).items() if members[1:]}
     if not found:
         raise InputError(f"{type(model).__name__} has no two feed-forward sublayers to compare.")
