@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import golden
 import pytest
 import torch
 from architectures import GENERATE
@@ -12,6 +13,7 @@ from tiny import FAMILIES
 import ffmerge.__main__ as command_line
 
 Command = Callable[..., tuple[int, str, str]]
+Check = Callable[..., None]
 
 # with several, a product's last bit depends on where its inputs lie, and some tests ask for it
 torch.set_num_threads(1)
@@ -46,8 +48,20 @@ def run(command: Command) -> Callable[..., tuple[int, Any, str]]:
     return call
 
 
+@pytest.fixture
+def golden_result(request: pytest.FixtureRequest) -> Check:
+    """Compare with the result of a name in tests/golden, or write it if --write-golden is given."""
+    write = request.config.getoption("--write-golden")
+
+    def compare(name: str, found: Any, tolerance: float = 0.0) -> None:
+        golden.check(name, found, write, tolerance)
+
+    return compare
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-table", action="store_true", help="write docs/architectures.md anew")
+    parser.addoption("--write-golden", action="store_true", help="write tests/golden anew")
 
 
 @pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks in this same hook

@@ -4,14 +4,21 @@ import json
 import sys
 from pathlib import Path
 
+import golden
 import pytest
+from conftest import Check
 
 import ffmerge.__main__ as command_line
 from ffmerge.passes.graph.audit import audit
 
+PICTURES = 2e-3  # of 1,000 pictures two may be taken for another digit
+
 
 def test_the_demo_keeps_its_promises(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    golden_result: Check,
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["ffmerge", "demo", "--out", str(tmp_path / "d"), "--json"])
     with pytest.raises(SystemExit) as ended:
@@ -31,3 +38,8 @@ def test_the_demo_keeps_its_promises(
     assert "How alike the sublayers were" in (tmp_path / "d" / "report.html").read_text()
     assert audit(tmp_path / "d" / "merged").ok
     assert json.loads((tmp_path / "d" / "merged" / "validation.json").read_text())["ok"] is True
+    golden_result("demo", golden.kinds(result))
+    golden_result("demo-search", result["merge"], PICTURES)
+    for name in ("original", "merged"):
+        found = golden.package(tmp_path / "d" / name, name == "original")
+        golden_result(f"demo-{name}", found)
