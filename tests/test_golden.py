@@ -115,6 +115,7 @@ def test_a_search(way: str, base: Path, golden_result: Check) -> None:
     golden_result(f"search-{way}", found, FIDELITY)
 
 
+@pytest.mark.filterwarnings("ignore:Ignoring unknown external data")  # of prepacked weights
 @pytest.mark.parametrize("name", EXPORTS)
 def test_a_package(name: str, base: Path, export: Any, golden_result: Check) -> None:
     """Original and merged, with a cache, with parts, with variants, as transformers.js wants it.
