@@ -13,7 +13,6 @@ from tiny import FAMILIES
 import ffmerge.__main__ as command_line
 
 Command = Callable[..., tuple[int, str, str]]
-Check = Callable[..., None]
 
 # with several, a product's last bit depends on where its inputs lie, and some tests ask for it
 torch.set_num_threads(1)
@@ -49,7 +48,7 @@ def run(command: Command) -> Callable[..., tuple[int, Any, str]]:
 
 
 @pytest.fixture
-def golden_result(request: pytest.FixtureRequest) -> Check:
+def golden_result(request: pytest.FixtureRequest) -> golden.Check:
     """Compare with the result of a name in tests/golden, or write it if --write-golden is given."""
     write = request.config.getoption("--write-golden")
 

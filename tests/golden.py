@@ -3,6 +3,7 @@
 import hashlib
 import json
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors import safe_open
 
 FOLDER = Path(__file__).parent / "golden"
 SHOWN = 30  # differences that a failure lists
+Check = Callable[..., None]  # the fixture `golden_result`: name, what is found, tolerance
 _OPERATORS = "how many of each operator, by device"
 
 

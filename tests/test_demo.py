@@ -6,7 +6,6 @@ from pathlib import Path
 
 import golden
 import pytest
-from conftest import Check
 
 import ffmerge.__main__ as command_line
 from ffmerge.passes.graph.audit import audit
@@ -18,7 +17,7 @@ def test_the_demo_keeps_its_promises(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    golden_result: Check,
+    golden_result: golden.Check,
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["ffmerge", "demo", "--out", str(tmp_path / "d"), "--json"])
     with pytest.raises(SystemExit) as ended:

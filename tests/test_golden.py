@@ -30,7 +30,6 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import tamper
-from conftest import Check
 from graphs import build, normal
 from tiny import gpt2, vit
 from tiny_wider import t5
@@ -107,7 +106,7 @@ def export(base: Path) -> Callable[[str], Any]:
 
 
 @pytest.mark.parametrize("way", ["windows", "calibrated", "permute"])
-def test_a_search(way: str, base: Path, golden_result: Check) -> None:
+def test_a_search(way: str, base: Path, golden_result: golden.Check) -> None:
     """Windows of three layers, and layers joined one by one, by fidelity: every candidate."""
     data = ("--data", base / "some.npz", "--tokens", 2000, "--criterion", "fidelity")
     sought = ("--k", 3) if way == "windows" else ("--budget", "-25%", "--method", way)
@@ -117,7 +116,7 @@ def test_a_search(way: str, base: Path, golden_result: Check) -> None:
 
 @pytest.mark.filterwarnings("ignore:Ignoring unknown external data")  # of prepacked weights
 @pytest.mark.parametrize("name", EXPORTS)
-def test_a_package(name: str, base: Path, export: Any, golden_result: Check) -> None:
+def test_a_package(name: str, base: Path, export: Any, golden_result: golden.Check) -> None:
     """Original and merged, with a cache, with parts, with variants, as transformers.js wants it.
 
     The weights of an original are those of the checkpoint, rounded: they are held as well.
@@ -126,7 +125,7 @@ def test_a_package(name: str, base: Path, export: Any, golden_result: Check) -> 
     golden_result(f"package-{name}", golden.package(base / name, "original" in name))
 
 
-def test_the_json_of_every_command(base: Path, export: Any, golden_result: Check) -> None:
+def test_the_json_of_every_command(base: Path, export: Any, golden_result: golden.Check) -> None:
     """But of the demo, see test_demo.py."""
     package, original = base / "merged-fp32", base / "original-fp32"
     exported = {name: export(name) for name in ("original-fp32", "merged-fp32", "variants", "gpt2")}
@@ -165,7 +164,7 @@ def test_the_json_of_every_command(base: Path, export: Any, golden_result: Check
     golden_result("files", kept)
 
 
-def test_the_text_of_errors(tmp_path: Path, golden_result: Check) -> None:
+def test_the_text_of_errors(tmp_path: Path, golden_result: golden.Check) -> None:
     """Exit code and text of command lines, kind and text of what Python raises."""
     given, out = tmp_path / "in", tmp_path / "out"
     bad_calls.prepare(given)
