@@ -80,11 +80,17 @@ def parse_budget(text: str, whole: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadConfig:
-    """Where a model computes, and whether its own code may run."""
+    """How a checkpoint is read."""
 
     trust_remote_code: bool = option(
         False, "Run the code that comes with the checkpoint.", "--trust-remote-code"
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceConfig(LoadConfig):
+    """How a checkpoint is read, and where its model computes."""
+
     device: str = option("cpu", "What computes: cpu, cuda, cuda:1.")
     offload: bool = option(
         False,
@@ -92,6 +98,13 @@ class LoadConfig:
         "device while it runs.",
         "--offload",
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig(DeviceConfig):
+    """How a checkpoint is read, where its model computes, and how it is written again."""
+
+    expanded: bool = option(False, "Store every copy, for plain loaders.", "--expanded")
 
 
 @dataclass(frozen=True, kw_only=True)

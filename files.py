@@ -16,9 +16,11 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from ffmerge.errors import InputError
 
-# of the processes that torchrun or accelerate launch starts, the one that writes and prints
-FIRST_PROCESS = os.environ.get("RANK", "0") == "0"
+# Of the processes that torchrun or accelerate launch starts, the one that writes and prints. Others
+# set RANK as well, Kubernetes for one: only with a world size above 1 is it a rank.
+FIRST_PROCESS = os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1"
 _BLOCK = 1 << 20
+_OPENS_RELATIVE = os.open in os.supports_dir_fd  # not on Windows
 
 
 def refuse_existing(*paths: Path) -> None:
@@ -100,36 +102,14 @@ def open_inside(folder: Path, location: str) -> int:
     Raises:
         InputError: it is not so; the message is the reason, to be put after a name.
     """
-    parts = [part for part in location.split("/") if part not in ("", ".")]
-    windows = PureWindowsPath(location)
-    if not parts or "\0" in location or "\\" in location:
-        raise InputError("is not a path with forward slashes.")
-    if ".." in parts or windows.drive or windows.root:
-        raise InputError("is outside the folder.")
-    relative = os.open in os.supports_dir_fd
-    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-    path, below = Path(folder), None
+    parts = _plain_parts(location)
     try:
-        below = os.open(folder, os.O_RDONLY) if relative else None
-        for part in parts:
-            path /= part
-            if path.is_symlink():
-                raise OSError(errno.ELOOP, "link")
-            if relative:  # a pipe must not block: it is refused once it is open
-                inner = os.open(part, flags | os.O_NONBLOCK, dir_fd=below)
-                os.close(below)  # type: ignore[arg-type]
-                below = inner
-        descriptor = os.open(path, flags) if below is None else below
-    except OSError as error:
-        if below is not None:
-            os.close(below)
-        if error.errno in (errno.ELOOP, errno.ENOTDIR):
-            reason = "is or is below a link, as in a hub cache: copy the folder, links resolved."
-        elif error.errno == errno.ENOENT:
-            reason = "is missing."
+        if _OPENS_RELATIVE:
+            descriptor = _open_part_by_part(Path(folder), parts)
         else:
-            reason = f"cannot be opened: {error.strerror}."
-        raise InputError(reason) from error
+            descriptor = _open_looked_at(Path(folder), parts)
+    except OSError as error:
+        raise InputError(_why_not(error)) from error
     state = os.fstat(descriptor)
     if stat.S_ISREG(state.st_mode) and state.st_nlink == 1:
         return descriptor
@@ -137,6 +117,46 @@ def open_inside(folder: Path, location: str) -> int:
     if stat.S_ISREG(state.st_mode):
         raise InputError("is a hard link, so what it holds is not the folder's own: copy it.")
     raise InputError("is not a file.")
+
+
+def _plain_parts(location: str) -> list[str]:
+    """Return the names a location is made of, none of which leads out of the folder."""
+    parts = [part for part in location.split("/") if part not in ("", ".")]
+    windows = PureWindowsPath(location)
+    if not parts or "\0" in location or "\\" in location:
+        raise InputError("is not a path with forward slashes.")
+    if ".." in parts or windows.drive or windows.root:
+        raise InputError("is outside the folder.")
+    return parts
+
+
+def _open_part_by_part(folder: Path, parts: list[str]) -> int:
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # a pipe must not block: it is refused
+    below = os.open(folder, os.O_RDONLY)
+    for part in parts:
+        try:
+            inner = os.open(part, flags, dir_fd=below)
+        finally:
+            os.close(below)
+        below = inner
+    return below
+
+
+def _open_looked_at(folder: Path, parts: list[str]) -> int:
+    path = folder
+    for part in parts:
+        path /= part
+        if path.is_symlink():
+            raise OSError(errno.ELOOP, "link")
+    return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+
+
+def _why_not(error: OSError) -> str:
+    if error.errno in (errno.ELOOP, errno.ENOTDIR):
+        return "is or is below a link, as in a hub cache: copy the folder, links resolved."
+    if error.errno == errno.ENOENT:
+        return "is missing."
+    return f"cannot be opened: {error.strerror}."
 
 
 def sha256(file: Path | int, offset: int = 0, length: int | None = None) -> str:

@@ -113,19 +113,18 @@ def test_a_swap_after_the_check_has_no_effect(tmp_path):
 
 
 def test_a_swap_between_check_and_open_is_refused(tmp_path, monkeypatch):
-    """A folder that becomes a link after it was looked at is still not followed."""
+    """A folder that becomes a link before it is opened is not followed."""
     path = attack(tmp_path, "sub/secret")
     (path.parent / "sub" / "secret").write_bytes(SECRET)
-    looked = Path.is_symlink
+    opened = os.open
 
-    def swap(self: Path) -> bool:
-        answer = looked(self)
-        if self.name == "sub" and not answer:
-            shutil.rmtree(self)
-            self.symlink_to("..")
-        return answer
+    def swap(name: object, *arguments: object, **options: object) -> int:
+        if name == "sub":
+            shutil.rmtree(path.parent / "sub")
+            (path.parent / "sub").symlink_to("..")
+        return opened(name, *arguments, **options)
 
-    monkeypatch.setattr(Path, "is_symlink", swap)
+    monkeypatch.setattr(os, "open", swap)
     with pytest.raises(InputError, match="is or is below a link"):
         open_inside(path.parent, "sub/secret")
 

