@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import Cache
 
-from ffmerge.models.find import run_example, survey
+from ffmerge.models.dataflow import run_example
+from ffmerge.models.find import survey
 from ffmerge.models.inputs import unchunked
 from ffmerge.models.sublayer import FeedForward, LeftAlone
 

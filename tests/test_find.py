@@ -1,6 +1,7 @@
 """Sublayers are found without names and proved by running them."""
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -277,6 +278,29 @@ def test_without_weights_structure_is_enough() -> None:
         with torch.device("meta"):
             model = getattr(transformers, name)(config).eval()
         assert len(find(model)) == config.num_hidden_layers
+
+
+def test_finding_without_weights_leaves_autocast_to_other_threads() -> None:
+    """It is no-op on meta only, and is what it was when several threads are done."""
+    known = torch.autocast
+    seen = []
+
+    class Looks(transformers.BertModel):
+        def forward(self, input_ids: Any = None, attention_mask: Any = None) -> Any:
+            with torch.autocast("meta", enabled=False):
+                out = super().forward(input_ids)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                seen.append(torch.is_autocast_enabled("cpu"))
+            return out
+
+    with torch.device("meta"):
+        config = transformers.BertConfig(hidden_size=32, num_attention_heads=4)
+        models = [Looks(config).eval() for _ in range(4)]
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(find, models))
+    assert [len(each) for each in found] == [config.num_hidden_layers] * 4
+    assert seen == [True] * 4
+    assert torch.autocast is known
 
 
 def test_code_that_needs_values_is_said_to_need_weights() -> None:
