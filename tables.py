@@ -23,22 +23,7 @@ def _table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) ->
 
 def inspection_table(found: Any) -> Group:
     """Show the stacks of an Inspection and what tying removes."""
-    stacks = _table(
-        f"{found.model_type}: {found.parameters:,} parameters",
-        ("stack", "layers", "runs", "distinct", "d_model", "d_ff", "gated", "parameters each"),
-        (
-            (name, len(m), found.runs(name), found.distinct[name], m[0].d_model, m[0].d_ff,
-             m[0].gated, f"{found.sizes[m[0].path]:,}")
-            for name, m in found.stacks.items()
-        ),
-    )  # fmt: skip
-    removable = _table(
-        "Tying k layers removes",
-        ("stack", "k", "parameters", "of all"),
-        ((r.stack, r.k, f"{r.parameters:,}", f"{r.fraction:.2%}") for r in found.removable),
-    )
-    left = _table("Left alone", ("part", "why"), ((p.path, p.reason) for p in found.left_alone))
-    return Group(stacks, removable, *([left] if found.left_alone else []))
+    return Group(*(_table(*each) for each in found.tables()))
 
 
 def merge_table(merge: Any, out: Path) -> Group:

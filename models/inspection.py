@@ -1,6 +1,12 @@
-"""What a model holds and what tying k of its feed-forward sublayers would remove."""
+"""What a model holds and what tying k of its feed-forward sublayers would remove.
+
+``ffmerge inspect`` and :func:`ffmerge.inspect` ask for it before anything is merged. Of a path no
+weights are needed: the model is built on the meta device and its data flow followed. A model that
+is given is run, and each sublayer proved.
+"""
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +16,7 @@ from torch import nn
 from ffmerge.errors import InputError
 from ffmerge.models.checkpoint import skeleton
 from ffmerge.models.find import survey
+from ffmerge.models.notebook import Table, html_of
 from ffmerge.models.prove import proven
 from ffmerge.models.sublayer import FeedForward, LeftAlone, stacks
 
@@ -24,12 +31,13 @@ class Removable:
     fraction: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Inspection:
     """The feed-forward stacks of a model, and what only looks like a sublayer.
 
-    ``proved`` is None where there were no weights to run. ``distinct`` counts, by stack, the
-    sublayers with weights of their own: fewer than are run means that they are shared.
+    ``proved`` is None where there were no weights to run. ``sizes`` are the parameters of each
+    sublayer, by path. ``distinct`` counts, by stack, the sublayers with weights of their own: fewer
+    than are run means that they are shared.
     """
 
     model_type: str
@@ -51,26 +59,55 @@ class Inspection:
             "model_type": self.model_type,
             "parameters": self.parameters,
             "proved": self.proved,
-            "stacks": [
-                {
-                    "name": name,
-                    "layers": len(members),
-                    "d_model": members[0].d_model,
-                    "d_ff": members[0].d_ff,
-                    "gated": members[0].gated,
-                    "runs": self.runs(name),
-                    "distinct": self.distinct[name],
-                    "shared": self.distinct[name] < self.runs(name),
-                    "sublayers": [
-                        {"index": m.layer, "path": m.path, "parameters": self.sizes[m.path]}
-                        for m in members
-                    ],
-                }
-                for name, members in self.stacks.items()
-            ],
-            "removable": [vars(r) for r in self.removable],
+            "stacks": [self._stack_to_json(name) for name in self.stacks],
+            "removable": [vars(each) for each in self.removable],
             "left_alone": [vars(part) for part in self.left_alone],
         }
+
+    def _stack_to_json(self, name: str) -> dict[str, Any]:
+        members = self.stacks[name]
+        sublayers = []
+        for member in members:
+            size = self.sizes[member.path]
+            sublayers.append({"index": member.layer, "path": member.path, "parameters": size})
+        return {
+            "name": name,
+            "layers": len(members),
+            "d_model": members[0].d_model,
+            "d_ff": members[0].d_ff,
+            "gated": members[0].gated,
+            "runs": self.runs(name),
+            "distinct": self.distinct[name],
+            "shared": self.distinct[name] < self.runs(name),
+            "sublayers": sublayers,
+        }
+
+    def tables(self) -> list[Table]:
+        """Return what the terminal and a notebook show."""
+        columns = ("stack", "layers", "runs", "distinct", "d_model", "d_ff", "gated")
+        rows = []
+        for name, members in self.stacks.items():
+            first = members[0]
+            counts = (len(members), self.runs(name), self.distinct[name])
+            sizes = (first.d_model, first.d_ff, first.gated, f"{self.sizes[first.path]:,}")
+            rows.append((name, *counts, *sizes))
+        title = f"{self.model_type}: {self.parameters:,} parameters"
+        tables: list[Table] = [(title, (*columns, "parameters each"), rows)]
+        removed = []
+        for each in self.removable:
+            removed.append((each.stack, each.k, f"{each.parameters:,}", f"{each.fraction:.2%}"))
+        tables.append(("Tying k layers removes", ("stack", "k", "parameters", "of all"), removed))
+        if self.left_alone:
+            left = [(part.path, part.reason) for part in self.left_alone]
+            tables.append(("Left alone", ("part", "why"), left))
+        return tables
+
+    def __repr__(self) -> str:
+        layers = ", ".join(f"{name} of {len(members)}" for name, members in self.stacks.items())
+        return f"<Inspection: {self.model_type}, {self.parameters:,} parameters, stacks {layers}>"
+
+    def _repr_html_(self) -> str:
+        return html_of(self.tables())
 
 
 def inspect(model: str | Path | nn.Module, trust_remote_code: bool = False) -> Inspection:
@@ -83,24 +120,47 @@ def inspect(model: str | Path | nn.Module, trust_remote_code: bool = False) -> I
         InputError: the model cannot be read, or has nothing that looks like a feed-forward
             sublayer.
     """
-    network: Any = model if isinstance(model, nn.Module) else skeleton(model, trust_remote_code)
-    bare = network.device.type == "meta"
-    found, left = survey(network) if bare else proven(network)
+    network: Any = model
+    if not isinstance(model, nn.Module):
+        network = skeleton(model, trust_remote_code)
+    has_weights = network.device.type != "meta"
+    found, left = proven(network) if has_weights else survey(network)
     if not found and not left:
         raise InputError(
             f"no feed-forward sublayer found in {type(network).__name__}: nothing can be merged."
         )
-    total = sum(p.numel() for p in network.parameters())
-    sizes = {f.path: sum(network.get_parameter(w.name).numel() for w in f.weights) for f in found}
     by_name = stacks(found)
-    distinct = {
-        name: len({id(network.get_parameter(m.weights[0].name)) for m in members})
-        for name, members in by_name.items()
-    }
+    sizes = {}
+    for member in found:
+        sizes[member.path] = sum(network.get_parameter(w.name).numel() for w in member.weights)
+    distinct = {}
+    for name, members in by_name.items():
+        first_weights = {id(network.get_parameter(m.weights[0].name)) for m in members}
+        distinct[name] = len(first_weights)
+    total = sum(p.numel() for p in network.parameters())
+    return Inspection(
+        model_type=network.config.model_type,
+        parameters=total,
+        stacks=by_name,
+        sizes=sizes,
+        distinct=distinct,
+        proved=True if has_weights else None,
+        removable=_removable(by_name, sizes, distinct, total),
+        left_alone=left,
+    )
+
+
+def _removable(
+    by_name: Mapping[str, Sequence[FeedForward]],
+    sizes: Mapping[str, int],
+    distinct: Mapping[str, int],
+    total: int,
+) -> tuple[Removable, ...]:
+    """Return what sharing removes, for every k; only sublayers of one size can share."""
     removable = []
     for name, members in by_name.items():
-        size, alike = Counter(sizes[m.path] for m in members).most_common(1)[0]
+        size, alike = Counter(sizes[member.path] for member in members).most_common(1)[0]
         for k in range(2, min(distinct[name], alike) + 1):
-            removable.append(Removable(name, k, (k - 1) * size, (k - 1) * size / total))
-    kind, proved = network.config.model_type, None if bare else True
-    return Inspection(kind, total, by_name, sizes, distinct, proved, tuple(removable), left)
+            removed = (k - 1) * size
+            removable.append(Removable(name, k, removed, removed / total))
+    return tuple(removable)

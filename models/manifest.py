@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ffmerge.errors import InputError
-from ffmerge.files import open_inside, plain, read_json, restored, sha256, write_json
+from ffmerge.files import open_inside, plain, read_json, restored, sha256, size_text, write_json
 from ffmerge.models.probe import Probe
 from ffmerge.models.record import MergeRecord, Tie
 
@@ -79,7 +79,7 @@ class Variant:
     graph: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Manifest:
     """The package's contents; the same bytes for the same input (no times, no measurements).
 
@@ -106,6 +106,11 @@ class Manifest:
     tensors: tuple[TensorRecord, ...] = ()
     metric: MetricResult | None = None
     variants: tuple[Variant, ...] = ()
+
+    def __repr__(self) -> str:
+        size = size_text(self.bytes_total)
+        paths = ", ".join(graph.path for graph in self.graphs)
+        return f"<Manifest: {self.model_type}, {self.task}, {self.dtype}, {size}, {paths}>"
 
     def served(self, kind: str = "onnx") -> dict[str, GraphRecord]:
         """Return the graphs that are used together, none another's part, by path of that kind.
@@ -134,7 +139,7 @@ class Manifest:
             InputError: there is none, or it is of another schema.
         """
         value = read_json(folder / NAME)
-        if value.pop("schema", None) != SCHEMA:
+        if not isinstance(value, dict) or value.pop("schema", None) != SCHEMA:
             raise InputError(
                 f"{folder / NAME} is not of schema {SCHEMA}: export the package again."
             )

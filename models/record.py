@@ -19,7 +19,7 @@ class Group:
     layers: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MergeRecord:
     """What a merge did: kept in the checkpoint's ``config.json`` and in the manifest.
 
@@ -36,6 +36,11 @@ class MergeRecord:
     bytes_after: int
     metric: Mapping[str, Any]
     own: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        groups = ", ".join(f"{g.stack} {'+'.join(map(str, g.layers))}" for g in self.groups)
+        counts = f"{self.parameters_before:,} -> {self.parameters_after:,} parameters"
+        return f"<MergeRecord: {self.method}, {groups or 'nothing'} shared, {counts}>"
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values, the inverse of :func:`from_json`."""

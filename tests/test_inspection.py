@@ -140,3 +140,16 @@ def test_what_the_proof_rejects_is_left_alone() -> None:
     assert [(part.path, part.reason) for part in found.left_alone] == [
         ("vit.layers.1.mlp", REJECTED)
     ]
+
+
+def test_it_is_short_in_a_shell_and_a_table_in_a_notebook() -> None:
+    found = inspect(vit(layers=3))
+    assert repr(found) == (
+        f"<Inspection: vit, {found.parameters:,} parameters, stacks layers of 3>"
+    )
+    page = found._repr_html_()
+    assert "<caption>Tying k layers removes</caption>" in page
+    assert "<td>layers</td><td>3</td><td>3</td><td>3</td><td>64</td><td>256</td>" in page
+    model = vit(layers=3)
+    model.vit.layers[1].mlp.activation_fn = _InPlace()
+    assert "reordering its hidden neurons" in inspect(model)._repr_html_()

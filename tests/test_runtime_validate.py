@@ -129,3 +129,15 @@ def test_a_package_that_names_no_output_is_refused(package: Path) -> None:
     replace(Manifest.read(package), graphs=()).write(package)
     with pytest.raises(InputError, match="names no output"):
         validate(package)
+
+
+@pytest.mark.parametrize("content", ["[]", "7", '{"schema": 1}'])
+def test_what_is_no_manifest_is_refused(content: str, package: Path) -> None:
+    (package / "ffmerge.json").write_text(content)
+    with pytest.raises(InputError, match="is not of schema"):
+        validate(package)
+
+
+def test_a_manifest_is_one_line_in_a_shell(package: Path) -> None:
+    assert repr(Manifest.read(package)).startswith("<Manifest: ")
+    assert len(repr(Manifest.read(package))) < 200
