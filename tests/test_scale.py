@@ -15,9 +15,9 @@ from test_merge import _data
 from tiny import gpt2, vit
 from tiny_wider import GATED
 
+from ffmerge.models import codes
 from ffmerge.models.examples import from_arrays
 from ffmerge.models.find import find
-from ffmerge.passes.graph import quantize
 from ffmerge.passes.weights import activations, cost, merge
 from ffmerge.passes.weights.merge import MergeConfig, merge_
 from ffmerge.passes.weights.settings import Settings
@@ -78,13 +78,12 @@ def test_rows_that_go_through_at_a_time_fit_the_memory(monkeypatch) -> None:
         assert merge._rows(model, examples, config, chosen) == rows
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_a_table_is_quantized_by_rows_as_at_once(symmetric: bool, monkeypatch) -> None:
+def test_a_table_is_quantized_by_rows_as_at_once(monkeypatch) -> None:
     values = torch.randn(50, 37, generator=torch.Generator().manual_seed(0)).numpy()
-    whole = quantize._blocks(values, 4, 32, symmetric)
-    monkeypatch.setattr(quantize, "BLOCK", 4 * 37 * 7)  # seven rows, one at the end
-    parts = quantize._blocks(values, 4, 32, symmetric)
-    assert [p.shape for p in parts] == [(50, 2, 32), (50, 2), (50, 2)][: len(parts)]
+    whole = codes.block_codes(values, 4)
+    monkeypatch.setattr(codes, "AT_ONCE", 37 * 7)  # seven rows, one at the end
+    parts = codes.block_codes(values, 4)
+    assert [p.shape for p in parts] == [(50, 2, 32), (50, 2)]
     assert all(map(np.array_equal, parts, whole))
 
 

@@ -21,11 +21,11 @@ from ffmerge.errors import InputError
 from ffmerge.exporter import package
 from ffmerge.exporter.package import ExportConfig
 from ffmerge.models import checkpoint
+from ffmerge.models.codes import block_codes, block_values, int8_codes
 from ffmerge.models.examples import from_arrays
 from ffmerge.models.find import find
 from ffmerge.models.record import Group, parse_budget
 from ffmerge.models.sublayer import stacks
-from ffmerge.passes.graph.quantize import _blocks, _int8
 from ffmerge.passes.weights import activations, methods, precision
 from ffmerge.passes.weights.evaluate import score_for
 from ffmerge.passes.weights.merge import MergeConfig, merge_
@@ -322,14 +322,13 @@ def test_two_processes_choose_and_compute_what_one_does(tmp_path) -> None:
 def test_weights_are_rounded_as_the_exporter_does(shape) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     values = weight.T.numpy()  # as a graph stores it: summed over the rows
-    codes, scale = _int8(values, 0, summed=True)
+    codes, scale = int8_codes(values, 0, paired=True)
     assert np.abs(precision.to_dtype(weight, "int8").numpy() - (codes * scale).T).max() == 0
-    codes, scale = _int8(weight.numpy(), 1)
+    codes, scale = int8_codes(weight.numpy(), 1)
     looked_up = precision.to_dtype(weight, "int8", summed=False).numpy()
     assert np.abs(looked_up - codes * scale).max() == 0
-    codes, scale = _blocks(weight.numpy(), 4, 32, symmetric=True)
-    blocks = ((codes.astype(np.float32) - 8) * scale[..., None]).reshape(len(codes), -1)
-    assert np.abs(precision.to_dtype(weight, "int4").numpy() - blocks[:, : shape[1]]).max() == 0
+    blocks = block_values(*block_codes(weight.numpy(), 4), 4, shape[1])
+    assert np.abs(precision.to_dtype(weight, "int4").numpy() - blocks).max() == 0
 
 
 @pytest.mark.parametrize(

@@ -9,18 +9,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from ffmerge.errors import InputError
+from ffmerge.models.codes import BLOCK, FLOOR, block_codes, int8_codes, middle, pack, range_scale
 from ffmerge.models.manifest import Skip
 from ffmerge.passes.graph.float16 import MASK, to_float16
 from ffmerge.passes.graph.matmul import Readers, Rewrite, readers, store, straighten
-from ffmerge.passes.graph.tensors import BLOCK, Array, Stored, is_op, shape_of, stored, values_of
+from ffmerge.passes.graph.tensors import Array, Stored, is_op, shape_of, stored, values_of
 
-FLOOR = 1024  # elements below which scales and nodes cost about what a weight saves
+OPSET = 13  # from which QuantizeLinear has a scale per channel
 MICROSOFT = "com.microsoft"
 # MatMulNBits multiplies in int8: several times faster, adding 0.5 % of error to int4's 10
 ACCURACY = 4
@@ -31,19 +31,14 @@ _FLOAT = ir.DataType.FLOAT
 class QuantizeConfig:
     """How weights are stored in fewer bits.
 
-    ``per_channel`` gives int8 a scale per output feature and per row of a table, not one per
-    tensor. ``block`` input features share a scale in int4 and int8-weights, around zero if
-    ``symmetric``. ``standard`` stores int4 for DequantizeLinear of opset 21 instead of ONNX
-    Runtime's own operators. ``calibration`` is what int8-static takes its ranges from.
+    ``block`` input features share a scale in int4 and int8-weights. ``calibration`` is what
+    int8-static takes its ranges from.
     ``multiplied`` names weights that another graph of the package multiplies by: a table among
     them is stored as it is there. ``plain_lookups`` unpacks the rows of every int4 table by
     standard operators: onnxruntime-web has no GatherBlockQuantized for wasm.
     """
 
-    per_channel: bool = True
-    block: int = 32
-    symmetric: bool = True
-    standard: bool = False
+    block: int = BLOCK
     calibration: Sequence[Mapping[str, Array]] = ()
     multiplied: frozenset[str] = frozenset()
     plain_lookups: bool = False
@@ -62,9 +57,9 @@ def quantize(
     """
     if precision not in PRECISIONS:
         raise InputError(f"no dtype {precision!r}: there is fp32, {', '.join(PRECISIONS)}.")
-    opset, needed = model.opset_imports.get("", 0), 21 if config.standard else 13
-    if opset < needed:
-        raise InputError(f"{precision} needs opset {needed}, the model has {opset}: export again.")
+    opset = model.opset_imports.get("", 0)
+    if opset < OPSET:
+        raise InputError(f"{precision} needs opset {OPSET}, the model has {opset}: export again.")
     if config.block < 16 or config.block & (config.block - 1):
         raise InputError(f"a block of {config.block} is not a power of two from 16 on.")
     ShapeInferencePass(check_type=False, strict_mode=False)(model)
@@ -105,7 +100,7 @@ def _static_int8(model: ir.Model, config: QuantizeConfig) -> Iterator[Skip]:
         matrices.append((weight, straighten(weight, how, model.graph)))
     model.graph.sort()
     products = [node for node in model.graph if is_op(node, "MatMul")]
-    outputs = {node.outputs[0] for node in products}
+    outputs = dict.fromkeys(node.outputs[0] for node in products)
     inputs = [x for n in products for x in n.inputs if x is not None and x.const_value is None]
     ranges = _ranges(model, list(dict.fromkeys([*inputs, *outputs])), config.calibration)
     for weight, how in matrices:
@@ -113,8 +108,7 @@ def _static_int8(model: ir.Model, config: QuantizeConfig) -> Iterator[Skip]:
         floats = _after("DequantizeLinear", [weight, scale], model, axis=1)
         _connect(((node, 1) for node in how.products), floats)
     for value, (low, high) in ranges.items():
-        step = np.float32(max(high - low, 1e-8) / 255)
-        zero = np.uint8(np.clip(np.rint(-low / step), 0, 255))
+        step, zero = range_scale(low, high)
         parts = _store_parts(model, value, [ir.tensor(step), ir.tensor(zero)])
         uses = [use for use in value.uses() if value in outputs or is_op(use.node, "MatMul")]
         codes = _after("QuantizeLinear", [value, *parts], model)
@@ -156,11 +150,10 @@ def _nbits(model: ir.Model, config: QuantizeConfig, bits: int) -> Iterator[Skip]
         values = values.T if how.products and not how.turned else values
         rows, width = values.shape
         plain = bool(how.lookups and (how.products or config.plain_lookups))
-        codes, scale, *zero = _blocks(values, bits, config.block, config.symmetric or plain)
-        packed = _pack(codes, bits)
+        codes, scale = block_codes(values, bits, config.block)
+        packed = pack(codes, bits)
         _replace(weight, ir.Tensor(packed if how.products or plain else packed.reshape(rows, -1)))
-        arrays = [scale, *(_pack(z, bits) for z in zero)]
-        parts = _store_parts(model, weight, [ir.Tensor(array) for array in arrays])
+        parts = _store_parts(model, weight, [ir.Tensor(scale)])
         layout: dict[str, Any] = {"bits": bits, "block_size": config.block}
         for node in how.products:
             new = Rewrite(node, model.graph)
@@ -193,31 +186,10 @@ def _unpacked_rows(
         leading = [0] * ids.shape.rank()
         codes = new.op("Concat", *pair, axis=-1)
         codes = new.op("Reshape", codes, new.constant(np.array([*leading, blocks, -1])))
-    centred = new.op("Sub", codes, new.constant(np.array(_middle(bits))))
+    centred = new.op("Sub", codes, new.constant(np.array(middle(bits))))
     scale = new.op("Unsqueeze", new.op("Gather", scales, ids), last)
     shape = new.constant(np.array([*[0] * ids.shape.rank(), width]))
     return new.op("Reshape", new.op("Mul", centred, scale), shape)
-
-
-def _blocked(model: ir.Model, config: QuantizeConfig) -> Iterator[Skip]:
-    """Every weight is read through one DequantizeLinear, in blocks along what is summed over."""
-    for weight, how in (yield from _matrices(model, config, config.block)):
-        assert weight.const_value is not None
-        axis = int(how.turned or not how.products)
-        values = values_of(weight.const_value)
-        values = values if axis else values.T
-        codes, scale, *zero = _blocks(values, 4, config.block, config.symmetric)
-        codes = codes.reshape(len(codes), -1)[:, : values.shape[1]]
-        kind = ml_dtypes.int4 if config.symmetric else ml_dtypes.uint4
-        offset = 8 if config.symmetric else 0
-        arrays = [
-            (codes.astype(np.int8) - offset).astype(kind),
-            scale,
-            *(z.astype(kind) for z in zero),
-        ]
-        tensors = [ir.Tensor(np.ascontiguousarray(a if axis else a.T)) for a in arrays]
-        parts = _store_parts(model, weight, tensors[1:])
-        _read_through(weight, tensors[0], parts, model, axis=axis, block_size=config.block)
 
 
 def _matrices(
@@ -250,7 +222,7 @@ def _matrices(
         yield Skip(item.name, f"INT8, through one DequantizeLinear: {how}")
         axis = int(np.argmax([size > 1 for size in shape_of(tensor)]))
         others = tuple(i for i in range(len(tensor.shape)) if i != axis)
-        codes, scale = _int8(values_of(tensor), others)
+        codes, scale = int8_codes(values_of(tensor), others)
         parts = _store_parts(model, weight, [ir.Tensor(scale.reshape(-1))])
         _read_through(weight, ir.Tensor(codes), parts, model, axis=axis)
     return found
@@ -288,35 +260,18 @@ def _stays_float(value: ir.Value, tensor: ir.TensorProtocol, main: ir.Graph) -> 
 def _to_int8(weight: ir.Value, how: Readers, config: QuantizeConfig, model: ir.Model) -> ir.Value:
     """Store a straightened weight as int8, let lookups scale what they find; return the scales."""
     summed = bool(how.products) or weight.name in config.multiplied
-    over = None if not config.per_channel else 0 if summed else 1
+    over = 0 if summed else 1
     assert weight.const_value is not None
-    codes, scales = _int8(values_of(weight.const_value), over, summed)
+    codes, scales = int8_codes(values_of(weight.const_value), over, paired=summed)
     _replace(weight, ir.Tensor(codes))
     (scale,) = _store_parts(model, weight, [ir.Tensor(scales if over == 1 else scales.squeeze())])
     for node in how.lookups:
         new, ids = Rewrite(node, model.graph), node.inputs[1]
         axis = node.attributes.get_int("axis", 0)
         found = new.op("Cast", new.op("Gather", weight, ids, axis=axis), to=_FLOAT)
-        by_row = config.per_channel and (axis == 1 or not summed)
+        by_row = axis == 1 or not summed
         new.take_place(new.op("Mul", found, new.op("Gather", scale, ids) if by_row else scale))
     return scale
-
-
-def _int8(
-    values: Array, over: int | tuple[int, ...] | None, summed: bool = False
-) -> tuple[Array, Array]:
-    """Return int8 codes around zero, and their scales, of size 1 along the axes ``over``.
-
-    If the rows are ``summed`` over, two neighbours' codes sum to 128 at most: x86 without VNNI
-    adds 255 x both in 16 bits and saturates (ALBERT-base: 17 % of error instead of 7 %).
-    """
-    largest = np.abs(values).max(axis=over, keepdims=True)
-    if summed and len(values) > 1:
-        pairs = values[:-1:2] + values[1::2]
-        largest = np.maximum(largest, np.abs(pairs).max(axis=over, keepdims=True))
-    scale = largest / np.float32(127)
-    scale[scale == 0] = 1
-    return np.rint(values / scale).astype(np.int8), scale
 
 
 def _replace(weight: ir.Value, tensor: ir.TensorProtocol) -> None:
@@ -360,58 +315,10 @@ def _connect(uses: Iterable[tuple[ir.Node, int]], value: ir.Value) -> None:
         node.replace_input_with(index, value)
 
 
-def _middle(bits: int) -> np.float32:
-    return np.float32(2 ** (bits - 1))
-
-
-def _blocks(values: Array, bits: int, block: int, symmetric: bool) -> list[Array]:
-    """Return codes [rows, blocks, block], scales [rows, blocks] and, if asymmetric, zero points.
-
-    A symmetric block's largest magnitude has the code 0 (that is -8, or -128), whatever its
-    sign: the scale takes the sign. Rows are filled up with zeros. Some rows are worked on at a
-    time: a large table needs no copies of itself.
-    """
-    step = max(1, BLOCK // (4 * values.shape[1]))
-    whole: list[Array] = []
-    for start in range(0, len(values), step):
-        some = slice(start, start + step)
-        parts = _blocks_of(values[some], bits, block, symmetric)
-        whole = whole or [np.empty((len(values), *p.shape[1:]), p.dtype) for p in parts]
-        for array, part in zip(whole, parts, strict=True):
-            array[some] = part
-    return whole
-
-
-def _blocks_of(values: Array, bits: int, block: int, symmetric: bool) -> list[Array]:
-    rows, width = values.shape
-    filled = np.pad(values, ((0, 0), (0, -width % block))).reshape(rows, -1, block)
-    low, high = filled.min(-1, initial=0), filled.max(-1, initial=0)
-    if symmetric:
-        scale = np.where(high > -low, high, low) / -_middle(bits)
-        zero = np.full(scale.shape, _middle(bits))
-    else:
-        scale = (high - low) / np.float32(2**bits - 1)
-        zero = np.rint(-low / np.where(scale == 0, 1, scale))
-    steps = np.rint(filled / np.where(scale == 0, 1, scale)[..., None])
-    codes = np.clip(steps + zero[..., None], 0, 2**bits - 1).astype(np.uint8)
-    scale = scale.astype(np.float32)
-    return [codes, scale] if symmetric else [codes, scale, zero.astype(np.uint8)]
-
-
-def _pack(codes: Array, bits: int) -> Array:
-    """Put two codes of 4 bits into a byte, the first in the low half."""
-    if bits == 8:
-        return codes
-    even = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, codes.shape[-1] % 2)])
-    return even[..., ::2] | (even[..., 1::2] << 4)
-
-
 PRECISIONS: dict[str, Callable[[ir.Model, QuantizeConfig], Iterator[Skip]]] = {
     "fp16": lambda model, _: to_float16(model),
     "int8": _dynamic_int8,
     "int8-static": _static_int8,
     "int8-weights": lambda model, config: _nbits(model, config, 8),
-    "int4": lambda model, config: (
-        _blocked(model, config) if config.standard else _nbits(model, config, 4)
-    ),
+    "int4": lambda model, config: _nbits(model, config, 4),
 }
