@@ -120,10 +120,9 @@ def export(
     if config.layout not in LAYOUTS:
         raise InputError(f"no layout {config.layout!r}: there is {', '.join(LAYOUTS)}.")
     with staged(Path(target)) as folder, unchunked(model):
-        plan = tuple(
-            replace(g, probe=like_the_task(g.probe, source, model.config))
-            for g in graphs(model, task)
-        )
+        plan = graphs(model, task)
+        probes = like_the_task([graph.probe for graph in plan], source, model.config)
+        plan = tuple(replace(g, probe=probe) for g, probe in zip(plan, probes, strict=True))
         batch = {}
         if data is not None:
             examples = as_examples(data, source or model.name_or_path, task)

@@ -1,7 +1,9 @@
 """Fixed inputs on which a model and its package are compared: drawn from a seed, and real ones.
 
-The package stores the outputs PyTorch gave. Of the inputs it stores this recipe and, if it was
-exported with data, a few real rows: the check runs on a device without PyTorch or the data.
+The exporter makes a :class:`Probe` for each graph, from the model's configuration
+(``models/inputs.py``), and stores it in the manifest, with the outputs that PyTorch gave. On a
+device without PyTorch or the data the runtime tests read it, get the same inputs from it as arrays,
+and compare. Of large outputs only a sample is stored: :func:`stored_elements`.
 """
 
 import math
@@ -71,7 +73,9 @@ class Probe:
 
     def feeds(self, case: int, stored: Mapping[str, Array]) -> dict[str, Array]:
         """Return the inputs of one case; those of a real one are completed from ``stored``."""
-        return self.draw(case) if case < len(self.cases) else self.complete(stored)
+        if case < len(self.cases):
+            return self.draw(case)
+        return self.complete(stored)
 
     def draw(self, case: int, batch: int | None = None) -> dict[str, Array]:
         """Return the inputs of one case; the same values on every machine.
@@ -80,11 +84,14 @@ class Probe:
         """
         generator = np.random.Generator(np.random.PCG64([self.seed, case]))
         sizes = dict(self.cases[case])
-        if batch:
-            sizes |= {name: batch for name in sizes if name.endswith("batch_size")}
-        read = {d for spec in self.inputs for d in spec.shape if isinstance(d, str)}
-        past = any(d.startswith("past_") and sizes[d] for d in read)
-        return {spec.name: _draw(spec, sizes, past, generator) for spec in self.inputs}
+        for name in sizes:
+            if batch and name.endswith("batch_size"):
+                sizes[name] = batch
+        has_past = False
+        for dimension in {dimension for spec in self.inputs for dimension in spec.shape}:
+            if isinstance(dimension, str) and dimension.startswith("past_"):
+                has_past = has_past or sizes[dimension] > 0
+        return {spec.name: _draw(spec, sizes, has_past, generator) for spec in self.inputs}
 
     def complete(self, batch: Mapping[str, Array]) -> dict[str, Array]:
         """Return the inputs for a batch of data; what it lacks is no padding and an empty past.
@@ -94,30 +101,33 @@ class Probe:
         ids = batch.get("input_ids", next(iter(batch.values())))
         rows, length = ids.shape[:2]
         past = next((x.shape[2] for k, x in batch.items() if kv_cache.is_past(k)), 0)
-        filled = {
+        by_kind = {
             "mask": np.ones((rows, past + length)),
             "position": np.tile(np.arange(past, past + length), (rows, 1)),
             "integer": np.zeros_like(ids),  # the first kind of token, where there are several
         }
-        return {
-            spec.name: np.asarray(
-                batch[spec.name]
-                if spec.name in batch
-                else filled.get(spec.kind, np.zeros(_sized(spec, rows))),
-                spec.dtype,
-            )
-            for spec in self.inputs
-        }
+        inputs = {}
+        for spec in self.inputs:
+            if spec.name in batch:
+                array = batch[spec.name]
+            elif spec.kind in by_kind:
+                array = by_kind[spec.kind]
+            else:
+                array = np.zeros(_empty(spec, rows))
+            inputs[spec.name] = np.asarray(array, spec.dtype)
+        return inputs
 
 
-def _sized(spec: InputSpec, rows: int) -> tuple[int, ...]:
-    """Return the shape of a past that is empty."""
-    return tuple(d if isinstance(d, int) else rows * (d == "batch_size") for d in spec.shape)
+def _empty(spec: InputSpec, rows: int) -> list[int]:
+    """Return the shape of a past that is empty: only rows and what is a number have a size."""
+    sizes = {"batch_size": rows}
+    return [sizes.get(d, 0) if isinstance(d, str) else d for d in spec.shape]
 
 
 def _draw(
-    spec: InputSpec, sizes: Mapping[str, int], past: bool, generator: np.random.Generator
+    spec: InputSpec, sizes: Mapping[str, int], has_past: bool, generator: np.random.Generator
 ) -> Array:
+    """Return values of an input of the ``sizes``, as its kind says."""
     shape = tuple(sizes[d] if isinstance(d, str) else d for d in spec.shape)
     if spec.kind == "flag":
         return np.full(shape, sizes[spec.name], spec.dtype)
@@ -127,7 +137,7 @@ def _draw(
     if spec.kind == "mask":
         return (np.arange(shape[1]) < _lengths(shape)[:, None]).astype(spec.dtype)
     if spec.kind == "integer" and spec.tokens:
-        return _text(shape, spec.high, spec.tokens, past, generator).astype(spec.dtype)
+        return _text(shape, spec.high, spec.tokens, has_past, generator).astype(spec.dtype)
     if spec.kind == "integer":
         return generator.integers(0, spec.high, shape).astype(spec.dtype)
     if spec.kind == "picture":
@@ -142,13 +152,19 @@ def _lengths(shape: tuple[int, ...]) -> Array:
 
 
 def _text(
-    shape: tuple[int, ...], high: int, tokens: Tokens, past: bool, generator: np.random.Generator
+    shape: tuple[int, ...],
+    high: int,
+    tokens: Tokens,
+    has_past: bool,
+    generator: np.random.Generator,
 ) -> Array:
-    """Return rows of ids: what begins a text unless there is a ``past``, the ends, the padding."""
+    """Return rows of ids: what begins a text unless there is a past, the ends, the padding."""
     plain = np.setdiff1d(np.arange(high), tokens.special)
     ids = plain[generator.integers(0, len(plain), shape)]
     for row, length in zip(ids, _lengths(shape), strict=True):
-        first = () if past else tokens.first[:length]
+        first = tokens.first[:length]
+        if has_past:
+            first = ()
         last = tokens.last[: length - len(first)]
         row[: len(first)] = first
         row[length - len(last) : length] = last
@@ -165,7 +181,9 @@ def _smooth(shape: tuple[int, ...], generator: np.random.Generator) -> Array:
     for axis in (2, 3):
         at = np.linspace(0, _COARSE - 1, shape[axis])
         low = np.minimum(at.astype(np.intp), _COARSE - 2)
-        part = (at - low).reshape((-1, 1) if axis == 2 else (-1,))
+        part = at - low
+        if axis == 2:
+            part = part[:, None]
         picture = np.take(picture, low, axis) * (1 - part) + np.take(picture, low + 1, axis) * part
     return picture
 
@@ -190,9 +208,15 @@ def kept(shape: Sequence[int], of: int = 1, name: str = "", real: bool = False) 
     A run is one element, or of logits all classes of a position. The step is odd, so that it
     visits every residue of the usual even row lengths.
     """
-    width = shape[-1] if is_logits(name) and len(shape) > 1 and shape[-1] else 1
+    width = 1
+    if is_logits(name) and len(shape) > 1 and shape[-1]:
+        width = shape[-1]
     runs = max(STORED // of // width, 1)
-    if width > 1:
-        runs = max(STORED // width, REAL_POSITIONS) if real else max(runs, POSITIONS)
-    step = -(-math.prod(shape) // width // runs)
-    return (step + (step + 1) % 2 if step > 1 else 1), width
+    if width > 1 and real:
+        runs = max(STORED // width, REAL_POSITIONS)
+    elif width > 1:
+        runs = max(runs, POSITIONS)
+    step = max(-(-math.prod(shape) // width // runs), 1)
+    if step % 2 == 0:
+        step += 1
+    return step, width

@@ -49,7 +49,8 @@ def test_ids_are_drawn_as_the_tokenizer_writes_them() -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = checkpoint.load(folder)
     encoder, decoder, *_ = graphs(model, "text2text-generation-with-past")
-    probe = like_the_task(encoder.probe, folder, model.config)
+    probes = [encoder.probe, decoder.probe]
+    probe, decoders = like_the_task(probes, folder, model.config)
     drawn = probe.draw(1)
     ids, mask = drawn["input_ids"], drawn["attention_mask"]
     assert (ids[mask == 0] == tokenizer.pad_token_id).all() and (mask == 0).any()
@@ -58,7 +59,7 @@ def test_ids_are_drawn_as_the_tokenizer_writes_them() -> None:
         assert not {*row[: length - 1]} & {*tokenizer.all_special_ids}
         assert row[: length - 1].max() < len(tokenizer)
     assert np.array_equal(ids, probe.draw(1)["input_ids"])
-    first = like_the_task(decoder.probe, folder, model.config).draw(0)["input_ids"]
+    first = decoders.draw(0)["input_ids"]
     assert (first[:, 0] == model.config.decoder_start_token_id).all()
 
 
@@ -83,14 +84,14 @@ def test_pictures_are_smooth_and_normalized(tmp_path: Path) -> None:
     processor.save_pretrained(tmp_path)
     shape = ("batch_size", 3, 32, 32)
     probe = Probe((InputSpec("pixel_values", "float32", shape),), ({"batch_size": 5},))
-    drawn = like_the_task(probe, tmp_path, None).draw(0)["pixel_values"]
+    drawn = like_the_task([probe], tmp_path, None)[0].draw(0)["pixel_values"]
     plain = drawn * np.array([0.2, 0.25, 0.3]).reshape(3, 1, 1) + np.array([0.4, 0.5, 0.6]).reshape(
         3, 1, 1
     )
     assert -1e-6 < plain.min() and plain.max() < 1 + 1e-6
     assert np.abs(np.diff(plain, axis=-1)).max() < 3 / 31 + 1e-6  # at most 1 from point to point
     assert plain.std() > 0.1  # and no flat grey
-    unknown = like_the_task(probe, None, None).draw(0)["pixel_values"]
+    unknown = like_the_task([probe], None, None)[0].draw(0)["pixel_values"]
     assert -1 <= unknown.min() < -0.5 and 0.5 < unknown.max() <= 1
 
 
@@ -243,3 +244,4 @@ def test_of_large_logits_whole_positions_are_kept() -> None:
     assert len(rows) >= 12 and step % 2
     assert np.array_equal(rows[1], logits.reshape(-1, width)[step])
     assert kept((100_000,), 1, "hidden") == (3, 1)
+    assert kept((2, 0), 1, "hidden") == (1, 1)
