@@ -85,8 +85,8 @@ class DataFlow(TorchDispatchMode):
         self.calls.append((name, id(args[0])))
         self._alive += [args[0], out]
 
-    def before(self, tensor: int) -> tuple[list[tuple[str, int]], set[str]]:
-        """Return the calls of the maps that a tensor comes from, and the ops in between by name."""
+    def before(self, tensor: int) -> tuple[list[str], list[int], set[str]]:
+        """Return the maps that a tensor comes from, what they read, and the ops in between."""
         calls, ops, queue, seen = set(), set(), [tensor], set()
         while queue:
             current = queue.pop()
@@ -98,11 +98,16 @@ class DataFlow(TorchDispatchMode):
             if current in self._given_by:
                 calls.add(self._given_by[current])
                 continue
-            name, sources = self._made_by[current]
-            ops.add(name)
-            if name != PRODUCT:
-                queue += sources
-        return [self.calls[call] for call in sorted(calls)], ops
+            op, made_of = self._made_by[current]
+            ops.add(op)
+            if op != PRODUCT:
+                queue += made_of
+        maps, sources = [], []
+        for call in sorted(calls):
+            name, source = self.calls[call]
+            maps.append(name)
+            sources.append(source)
+        return maps, sources, ops
 
     def origin(self, tensor: int, through: set[str]) -> int:
         """Return the tensor that ``tensor`` is a mere view or copy of, by the ops ``through``."""

@@ -53,10 +53,9 @@ def survey(model: nn.Module) -> tuple[tuple[FeedForward, ...], tuple[LeftAlone, 
     found: dict[Maps, list[int]] = {}  # with what each run of it read
     alike: dict[Maps, str] = {}
     for output, hidden in flow.calls:
-        calls, ops = flow.before(hidden)
-        maps = (*(name for name, _ in calls), output)
-        sources = [source for _, source in calls]
-        if not calls or PRODUCT in ops or block_of(model, output) is None:
+        inputs, sources, ops = flow.before(hidden)
+        maps = (*inputs, output)
+        if not inputs or PRODUCT in ops or block_of(model, output) is None:
             continue
         if not _fit(flow, maps) or not flow.reads(sources[0]):
             continue

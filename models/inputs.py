@@ -66,23 +66,31 @@ def probe(model: Any) -> Probe:
     """Return the fixed inputs on which ``model`` and its package are compared."""
     specs = input_specs(model)
     longest = getattr(model.config, "max_position_embeddings", None) or 0
-    longest = longest if longest > 0 else _CASES[-1][1]  # XLNet has -1: no bound
-    sizes = [
-        {"batch_size": b, "sequence_length": min(s, longest), "decoder_sequence_length": s - 2,
-         "samples": s * _SAMPLES} for b, s in _CASES
-    ]  # fmt: skip
-    dynamic = {d for spec in specs for d in spec.shape if isinstance(d, str)}
-    return Probe(specs, tuple({k: v for k, v in case.items() if k in dynamic} for case in sizes))
+    if longest <= 0:  # XLNet has -1: no bound
+        longest = _CASES[-1][1]
+    dynamic = {dimension for spec in specs for dimension in spec.shape}
+    cases = []
+    for rows, length in _CASES:
+        sizes = {
+            "batch_size": rows,
+            "sequence_length": min(length, longest),
+            "decoder_sequence_length": length - 2,
+            "samples": length * _SAMPLES,
+        }
+        cases.append({name: size for name, size in sizes.items() if name in dynamic})
+    return Probe(specs, tuple(cases))
 
 
 def to_tensors(arrays: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """Return arrays as tensors on the model's device, floats in the model's dtype."""
-    at = next(model.parameters())
-    tensors = {name: torch.as_tensor(array) for name, array in arrays.items()}
-    return {
-        name: t.to(at.device, at.dtype if t.is_floating_point() else t.dtype)
-        for name, t in tensors.items()
-    }
+    first = next(model.parameters())
+    tensors = {}
+    for name, array in arrays.items():
+        tensor = torch.as_tensor(array)
+        if tensor.is_floating_point():
+            tensor = tensor.to(first.dtype)
+        tensors[name] = tensor.to(first.device)
+    return tensors
 
 
 def example_inputs(model: nn.Module) -> dict[str, Tensor]:
@@ -91,8 +99,11 @@ def example_inputs(model: nn.Module) -> dict[str, Tensor]:
     A mask would have to be looked at, which a model on the meta device cannot do.
     """
     recipe = probe(model)
-    masks = {spec.name for spec in recipe.inputs if spec.kind == "mask"}
-    return to_tensors({k: v for k, v in recipe.draw(1).items() if k not in masks}, model)
+    drawn = recipe.draw(1)
+    for spec in recipe.inputs:
+        if spec.kind == "mask":
+            del drawn[spec.name]
+    return to_tensors(drawn, model)
 
 
 def forward(model: Any, batch: Mapping[str, Array], **options: Any) -> Any:
@@ -104,12 +115,13 @@ def forward(model: Any, batch: Mapping[str, Array], **options: Any) -> Any:
     Raises:
         InputError: the model does not take these arrays.
     """
-    inputs = {name: array for name, array in batch.items() if name != "labels"}
+    inputs = dict(batch)
+    labels = inputs.pop("labels", None)
     if "use_cache" in inspect.signature(model.forward).parameters:
         options = {"use_cache": False, **options}  # keys and values of a batch are never read
-    decoded = model.config.is_encoder_decoder and "decoder_input_ids" not in batch
-    if decoded and "labels" in batch and batch["labels"].ndim == 2:
-        inputs["labels"] = batch["labels"]
+    makes_decoder_input = model.config.is_encoder_decoder and "decoder_input_ids" not in batch
+    if makes_decoder_input and labels is not None and labels.ndim == 2:
+        inputs["labels"] = labels
     try:
         return model(**{**to_tensors(inputs, model), **options})
     except StopForward:
@@ -126,15 +138,21 @@ def forward(model: Any, batch: Mapping[str, Array], **options: Any) -> Any:
 def unchunked(model: Any) -> Iterator[None]:
     """Let feed-forward sublayers take any length at once: in chunks they take multiples only."""
     name = "chunk_size_feed_forward"
-    chunked = {m: getattr(m, name) for m in model.modules() if getattr(m, name, 0)}
-    for module in chunked:
-        setattr(module, name, 0)
+    chunked = []
+    for module in model.modules():
+        size = getattr(module, name, 0)
+        if size:
+            chunked.append((module, size))
+            setattr(module, name, 0)
     try:
         yield
     finally:
-        for module, size in chunked.items():
+        for module, size in chunked:
             setattr(module, name, size)
 
 
 def _pair(size: Any) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+    if isinstance(size, int):
+        return size, size
+    height, width = size
+    return int(height), int(width)

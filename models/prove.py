@@ -32,44 +32,49 @@ def prove(model: nn.Module, sublayers: Sequence[FeedForward], seed: int = 0) -> 
     output does not depend on the weights proves nothing.
     """
     with unchunked(model):
-        calls = _capture(model, [f.path for f in sublayers])
-        return tuple(_proved(model, f, *calls[f.path], seed) for f in sublayers)
+        calls = _capture(model, sublayers)
+        return tuple(_is_proved(model, each, *calls[each.path], seed) for each in sublayers)
 
 
 def proven(model: nn.Module) -> tuple[tuple[FeedForward, ...], tuple[LeftAlone, ...]]:
     """Return what :func:`survey` returns, with what the proof rejects left alone as well."""
     found, left = survey(model)
-    verdicts = dict(zip(found, prove(model, found), strict=True))
-    rejected = (LeftAlone(f.path, REJECTED) for f in found if not verdicts[f])
-    return tuple(f for f in found if verdicts[f]), (*left, *rejected)
+    kept, rejected = [], []
+    for sublayer, holds in zip(found, prove(model, found), strict=True):
+        if holds:
+            kept.append(sublayer)
+        else:
+            rejected.append(LeftAlone(sublayer.path, REJECTED))
+    return tuple(kept), (*left, *rejected)
 
 
-def _capture(model: nn.Module, paths: Sequence[str]) -> dict[str, tuple[Any, Any]]:
-    """Return the first positional and keyword arguments each module is called with."""
+def _capture(model: nn.Module, sublayers: Sequence[FeedForward]) -> dict[str, tuple[Any, Any]]:
+    """Return, by path, the first positional and keyword arguments each module is called with."""
     calls: dict[str, tuple[Any, Any]] = {}
 
     def keep(path: str, _: nn.Module, args: Any, kwargs: Any) -> None:
         calls.setdefault(path, (args, kwargs))
 
     with ExitStack() as stack:
-        for path in paths:
-            module = model.get_submodule(path)
-            handle = module.register_forward_pre_hook(partial(keep, path), with_kwargs=True)
+        for sublayer in sublayers:
+            module = model.get_submodule(sublayer.path)
+            hook = partial(keep, sublayer.path)
+            handle = module.register_forward_pre_hook(hook, with_kwargs=True)
             stack.callback(handle.remove)
         run_example(model)
     return calls
 
 
-def _proved(model: nn.Module, sublayer: FeedForward, args: Any, kwargs: Any, seed: int) -> bool:
+def _is_proved(model: nn.Module, sublayer: FeedForward, args: Any, kwargs: Any, seed: int) -> bool:
     generator = torch.Generator().manual_seed(seed)
     module = copy.deepcopy(model.get_submodule(sublayer.path)).float().cpu().eval()
-    weights = {
-        w: module.get_parameter(w.name.removeprefix(f"{sublayer.path}.")) for w in sublayer.weights
-    }
-    args, kwargs = tree_map(_float32, (args, kwargs))
-    for parameter in weights.values():
+    args, kwargs = tree_map(_to_float32, (args, kwargs))
+    parameters = {}
+    for weight in sublayer.weights:
+        parameter = module.get_parameter(weight.name.removeprefix(f"{sublayer.path}."))
         spread = parameter.numel() ** -0.25  # one over the square root of the mean side
         parameter.data = torch.randn(parameter.shape, generator=generator) * spread
+        parameters[weight] = parameter
     order = torch.randperm(sublayer.d_ff, generator=generator)
 
     def run() -> Tensor:
@@ -77,20 +82,24 @@ def _proved(model: nn.Module, sublayer: FeedForward, args: Any, kwargs: Any, see
             leaves = tree_leaves(module(*args, **kwargs))
         return next(leaf for leaf in leaves if isinstance(leaf, Tensor))
 
-    def reorder(last: bool) -> None:
-        for weight, parameter in weights.items():
-            if weight.name.startswith(f"{sublayer.output}.") == last:
+    def reorder(of_output: bool) -> None:
+        for weight, parameter in parameters.items():
+            if weight.name.startswith(f"{sublayer.output}.") == of_output:
                 parameter.data = weight.reordered(parameter.data, order)
 
     before = run()
-    reorder(last=False)
+    reorder(of_output=False)
     half_way = run()
-    reorder(last=True)
+    reorder(of_output=True)
     held = (run() - before).abs().max()
     return bool(held < 1e-3 * (half_way - before).abs().max())  # measured: 1e-7 to 1e-6
 
 
-def _float32(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.float().cpu() if value.is_floating_point() else value.cpu()
-    return None if isinstance(value, Cache) else value  # empty on the first pass, but of a dtype
+def _to_float32(value: Any) -> Any:
+    if isinstance(value, Cache):
+        return None  # empty on the first pass, but of a dtype
+    if not isinstance(value, Tensor):
+        return value
+    if value.is_floating_point():
+        value = value.float()
+    return value.cpu()

@@ -7,6 +7,7 @@ functions, and maps f -> d by another.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -61,8 +62,11 @@ class FeedForward:
     @property
     def keys(self) -> tuple[tuple[int, str], ...]:
         """Number of the map and name in it of each of ``weights``: the same in every layer."""
-        split = (weight.name.rpartition(".") for weight in self.weights)
-        return tuple((self.maps.index(path), part) for path, _, part in split)
+        keys = []
+        for weight in self.weights:
+            path, _, part = weight.name.rpartition(".")
+            keys.append((self.maps.index(path), part))
+        return tuple(keys)
 
     @property
     def gated(self) -> bool:
@@ -80,11 +84,11 @@ class LeftAlone:
 
 def stacks(sublayers: Sequence[FeedForward]) -> dict[str, tuple[FeedForward, ...]]:
     """Return the sublayers by stack, each in layer order."""
-    names = dict.fromkeys(f.stack for f in sublayers)
-    return {
-        name: tuple(sorted((f for f in sublayers if f.stack == name), key=lambda f: f.layer))
-        for name in names
-    }
+    found: dict[str, list[FeedForward]] = {}
+    for sublayer in sublayers:
+        found.setdefault(sublayer.stack, []).append(sublayer)
+    by_layer = attrgetter("layer")
+    return {name: tuple(sorted(members, key=by_layer)) for name, members in found.items()}
 
 
 def block_of(model: nn.Module, path: str) -> tuple[str, int] | None:

@@ -10,6 +10,7 @@ import operator
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ class SharedWeights:
     @property
     def parts(self) -> tuple[str, ...]:
         """Names of the parts that each member has for itself."""
-        return tuple(sorted({part for own in self.own for _, part in own}))
+        return tuple(sorted({part for _, part in chain.from_iterable(self.own)}))
 
 
 def tie_(model: nn.Module, groups: Groups, sharings: Sequence[SharedWeights]) -> None:
@@ -79,14 +80,16 @@ def _give_own_(
 @contextmanager
 def tied(model: nn.Module, groups: Groups, sharings: Sequence[SharedWeights]) -> Iterator[None]:
     """Tie as :func:`tie_` for the length of the block, then put the original modules back."""
-    paths = [path for members in groups for member in members for path in member.maps]
-    modules = [model.get_submodule(path) for path in paths]
-    before = [(m.__class__, dict(vars(m)), dict(m._parameters)) for m in modules]
+    before = []
+    for member in chain.from_iterable(groups):
+        for path in member.maps:
+            module = model.get_submodule(path)
+            before.append((module, type(module), dict(vars(module)), dict(module._parameters)))
     tie_(model, groups, sharings)
     try:
         yield
     finally:
-        for module, (kind, attributes, parameters) in zip(modules, before, strict=True):
+        for module, kind, attributes, parameters in before:
             module.__class__ = kind
             vars(module).clear()
             vars(module).update(attributes, _parameters=parameters)
@@ -107,13 +110,15 @@ def groups_of(
             has = ", ".join(by_stack) or "none"
             raise InputError(f"no stack {group.stack!r} in the model: it has {has}.")
         by_layer = {sublayer.layer: sublayer for sublayer in by_stack[group.stack]}
+        members = []
         for layer in group.layers:
             if layer not in by_layer:
                 raise InputError(
                     f"layer {layer} is out of range: stack {group.stack!r} has layers "
                     f"{min(by_layer)} to {max(by_layer)}."
                 )
-        groups.append(tuple(by_layer[layer] for layer in group.layers))
+            members.append(by_layer[layer])
+        groups.append(tuple(members))
     return groups
 
 
