@@ -17,7 +17,7 @@ from ffmerge.models.manifest import reference_key
 from ffmerge.models.probe import InputSpec, Probe
 from ffmerge.runtime_tests import footprint
 from ffmerge.runtime_tests.footprint import measure_footprint
-from ffmerge.runtime_tests.runtimes.ort import OrtSession
+from ffmerge.runtime_tests.runtimes.base import Session
 from ffmerge.runtime_tests.runtimes.registry import RUNTIMES, find_runtime
 
 WIDTH = 3162  # 3162 x 3162 float32 are 40 MB
@@ -121,13 +121,13 @@ def test_batch_is_one_whatever_the_probe_says(
         cases=({"batch_size": 3},),
     )
     shapes = set()
-    run = OrtSession.run
+    run = Session.run
 
     def spy(session, names, feeds):  # type: ignore[no-untyped-def]
         shapes.add(feeds["x"].shape)
         return run(session, names, feeds)
 
-    monkeypatch.setattr(OrtSession, "run", spy)
+    monkeypatch.setattr(Session, "run", spy)
     footprint._measure_here(tmp_path / "package", "onnx", "cpu", 1)
     assert shapes == {(1,), (1, 4)}  # the trivial model's, then the package's
 
@@ -142,7 +142,7 @@ def test_tokens_per_second_are_those_of_the_graph_with_a_cache(
         nonlocal now
         now += 0.02 if "past_key_values.0.key" in feeds else 0.1
 
-    monkeypatch.setattr(OrtSession, "run", run)
+    monkeypatch.setattr(Session, "run", run)
     monkeypatch.setattr(footprint, "time", SimpleNamespace(perf_counter=lambda: now))
     monkeypatch.setitem(RUNTIMES, "cpu", replace(find_runtime("cpu"), place=lambda *of: None))
     weights = np.eye(4, dtype=np.float32), np.zeros(4, np.float32)

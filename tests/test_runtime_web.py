@@ -57,9 +57,11 @@ def test_a_browser_that_ends_is_no_endless_wait(
 def test_a_run_that_leaves_the_gpu_idle_is_refused(
     dispatches: str, refused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    page = SimpleNamespace(ask=lambda told, tensors: ({"dispatches": dispatches}, {}))
-    session = SimpleNamespace(browser=page, number="0")
-    monkeypatch.setattr(web, "_start", lambda *_: session)
+    page = SimpleNamespace(
+        ask=lambda told, tensors: ({"dispatches": dispatches}, {}),
+        process=SimpleNamespace(poll=lambda: 0),  # it has ended: there is nothing to release
+    )
+    monkeypatch.setattr(web, "_opened", lambda *_: (page, "0", {}))
     expected = pytest.raises(RuntimeCheckError, match="not used") if refused else nullcontext()
     with expected:
         assert find_runtime("web-webgpu").place(Path("model.onnx"), ["y"], {}) is None

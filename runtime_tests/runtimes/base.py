@@ -1,26 +1,35 @@
-"""What every engine must do: open a model and run it, on exactly what was asked for."""
+"""What every engine must do: open a model and run it, on exactly what was asked for.
+
+Each of ``ort.py``, ``vino.py``, ``evaluator.py`` and ``web.py`` is one engine and lists its
+:class:`Runtime`, one for each name that ``--provider`` takes; ``registry.py`` finds them. Opening
+a model gives a :class:`Session`, whose ``run`` takes arrays by input and gives arrays by output.
+"""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from ffmerge.errors import InputError, RuntimeCheckError
+from ffmerge.errors import FfmergeError, InputError, RuntimeCheckError
 from ffmerge.models.probe import Array
 from ffmerge.runtime_tests.memory import Resident, resident
 
 LEVEL = "all"  # the optimization that an engine serves with
 
 
-class Session(Protocol):
-    """A loaded model; ``used`` is the engine's own name of what runs it, ``device`` where."""
+@dataclass(frozen=True, eq=False)
+class Session:
+    """A model that an ``engine`` has loaded.
 
-    @property
-    def used(self) -> str: ...
+    ``used`` is the engine's own name of what runs it, ``device`` where that is. ``compute`` takes
+    the names of outputs and the inputs, and returns the outputs in that order.
+    """
 
-    @property
-    def device(self) -> str: ...
+    engine: str
+    used: str
+    device: str
+    compute: Callable[[Sequence[str], Mapping[str, Array]], Sequence[Array]] = field(repr=False)
 
     def run(self, names: Sequence[str], feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Return the named outputs.
@@ -28,7 +37,8 @@ class Session(Protocol):
         Raises:
             RuntimeCheckError: the engine refuses the inputs, lacks an output or fails.
         """
-        ...
+        outputs = failing(self.engine, "run", lambda: self.compute(list(names), dict(feeds)))
+        return dict(zip(names, outputs, strict=True))
 
 
 @dataclass(frozen=True)
@@ -57,15 +67,21 @@ class Placement:
     @staticmethod
     def total(placed: Iterable["Placement | None"]) -> "Placement | None":
         """Return the sums over several graphs, None if nothing is known of any."""
-        known = [each for each in placed if each]
         compute, other = defaultdict[str, Counter[str]](Counter), Counter[str]()
+        held: list[int] = []
+        known = [each for each in placed if each]
         for each in known:
             other.update(each.other)
             for part, ops in each.compute.items():
                 compute[part].update(ops)
+            if each.device_bytes is not None:
+                held.append(each.device_bytes)
+        if not known:
+            return None
         counts = {part: dict(ops) for part, ops in compute.items()}
-        held = [each.device_bytes for each in known if each.device_bytes is not None]
-        return Placement(counts, dict(other), sum(held) if held else None) if known else None
+        if not held:
+            return Placement(counts, dict(other))
+        return Placement(counts, dict(other), sum(held))
 
 
 def _silent(model: Path, names: Sequence[str], feeds: Mapping[str, Array]) -> Placement | None:
@@ -115,6 +131,8 @@ def failing(engine: str, doing: str, work: Callable[[], Any]) -> Any:
     """Return what ``work`` returns; whatever it raises is an error of ours that names both."""
     try:
         return work()
+    except FfmergeError:
+        raise
     except Exception as error:  # the errors of these engines have no common class of their own
         what = " ".join(str(error).split())  # one line, as they are printed
         raise RuntimeCheckError(f"{engine} does not {doing} the model: {what}") from error

@@ -2,19 +2,20 @@
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
 from functools import partial
 from io import StringIO
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import onnxruntime as ort
 
 from ffmerge.errors import NotInstalled, RuntimeCheckError
 from ffmerge.models.probe import Array
-from ffmerge.runtime_tests.runtimes.base import LEVEL, Placement, Runtime, failing
+from ffmerge.runtime_tests.runtimes.base import LEVEL, Placement, Runtime, Session, failing
 
 ENGINE = "ONNX Runtime"
 _LEVELS = {
@@ -28,66 +29,78 @@ CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 WEBGPU = "WebGpuExecutionProvider"
 ALLOWED = "ORT_WEBGPU_EP_ALLOW_SOFTWARE_ADAPTER"
+Create = Callable[[Path | bytes, Any], Any]  # a session from a model and its options
 _REGISTERED: list[str] = []  # a library may be registered once in a process
 
 
-@dataclass(frozen=True)
-class Provider:
-    """An execution provider by ONNX Runtime's name, the device it uses, and its options."""
+def _create(
+    provider: str, install: str, settings: Mapping[str, str], source: Path | bytes, options: Any
+) -> ort.InferenceSession:
+    """Return a session of ``provider``; it is for the caller to look at what it really uses.
 
-    name: str
-    device: str
-    install: str
-    options: tuple[tuple[str, str], ...] = ()
+    ``install`` says what to install where it is missing.
 
-    def start(self, model: Path | bytes, level: str, threads: int) -> "OrtSession":
-        """Return a session; it is for the caller to look at what it really uses."""
+    Raises:
+        NotInstalled: it is not in this ONNX Runtime, or the device it needs is not here.
+        RuntimeCheckError: the model is not loaded.
+    """
+    options.log_severity_level = 3
+    providers: list[tuple[str, dict[str, str]]] | None = [(provider, dict(settings))]
+    if found := _plugged_in(provider):
+        options.add_provider_for_devices([found], dict(settings))
+        providers = None  # named here, they would replace that
+    elif provider not in ort.get_available_providers():
+        raise NotInstalled(
+            f"{provider} was not used, it is not in this ONNX Runtime ({ort.__version__}): "
+            f"install {install}."
+        )
+    elif provider == CUDA:
+        # packages of NVIDIA lie where no loader looks; the session tells what is missing
+        with redirect_stdout(StringIO()):
+            ort.preload_dlls()
+    model: Any = source
+    if isinstance(source, Path):
+        model = str(source)
+    # else an error of a provider, in a run too, is printed and the CPU takes over
+    create = partial(ort.InferenceSession, model, options, providers, enable_fallback=0)
+    try:
+        session: ort.InferenceSession = failing(ENGINE, "load", create)
+    except RuntimeCheckError as error:
+        if "Failed to get a WebGPU adapter" in str(error):
+            raise NotInstalled(f"{provider} was not used: no Vulkan driver works.") from error
+        raise
+    return session
+
+
+def _start(create: Create, device: str, model: Path | bytes, level: str, threads: int) -> Session:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.graph_optimization_level = _LEVELS[level]
+    session = create(model, options)
+    used = str(session.get_providers()[0])  # of a session that fell back, the CPU's
+    return Session(ENGINE, used, _device(used, device), session.run)
+
+
+def _device(used: str, device: str) -> str:
+    """Return where a session runs; a device that is plugged in may be the processor."""
+    found = _plugged_in(used)
+    if found and found.device.type == ort.OrtHardwareDeviceType.CPU:
+        return f"{device}, in software"
+    return device
+
+
+def _place(
+    create: Create, model: Path, names: Sequence[str], feeds: Mapping[str, Array]
+) -> Placement:
+    """Return where the nodes of a model ran, from ONNX Runtime's own profile of one run."""
+    with tempfile.TemporaryDirectory(prefix="ffmerge-") as folder:
         options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.graph_optimization_level = _LEVELS[level]
-        return self._create(model, options)
-
-    def place(
-        self, model: Path, names: Sequence[str], feeds: Mapping[str, Array]
-    ) -> Placement | None:
-        """Return where the nodes of a model ran, from ONNX Runtime's own profile of one run."""
-        with tempfile.TemporaryDirectory(prefix="ffmerge-") as folder:
-            options = ort.SessionOptions()
-            options.enable_profiling = True
-            options.profile_file_prefix = str(Path(folder) / "run")
-            session = self._create(model, options)
-            session.run(names, feeds)
-            events = json.loads(Path(session.session.end_profiling()).read_text())
-        return _placement(events)
-
-    def _create(self, model: Path | bytes, options: Any) -> "OrtSession":
-        options.log_severity_level = 3
-        providers: list[tuple[str, dict[str, str]]] | None = [(self.name, dict(self.options))]
-        device = self.device
-        if found := _plugged_in(self.name):
-            options.add_provider_for_devices([found], dict(self.options))
-            providers = None  # named here, they would replace that
-            if found.device.type == ort.OrtHardwareDeviceType.CPU:
-                device = f"{device}, in software"
-        elif self.name not in ort.get_available_providers():
-            raise NotInstalled(
-                f"{self.name} was not used, it is not in this ONNX Runtime ({ort.__version__}): "
-                f"install {self.install}."
-            )
-        elif self.name == CUDA:
-            # packages of NVIDIA lie where no loader looks; the session tells what is missing
-            with redirect_stdout(StringIO()):
-                ort.preload_dlls()
-        source = model if isinstance(model, bytes) else str(model)
-        # else an error of a provider, in a run too, is printed and the CPU takes over
-        create = partial(ort.InferenceSession, source, options, providers, enable_fallback=0)
-        try:
-            session = failing(ENGINE, "load", create)
-        except RuntimeCheckError as error:
-            if "Failed to get a WebGPU adapter" in str(error):
-                raise NotInstalled(f"{self.name} was not used: no Vulkan driver works.") from error
-            raise
-        return OrtSession(session, device)
+        options.enable_profiling = True
+        options.profile_file_prefix = str(Path(folder) / "run")
+        session = create(model, options)
+        failing(ENGINE, "run", lambda: session.run(list(names), dict(feeds)))
+        events = json.loads(Path(session.end_profiling()).read_text())
+    return _placement(events)
 
 
 def _plugged_in(name: str) -> Any:
@@ -119,24 +132,6 @@ def _plugged_in(name: str) -> Any:
     return min(found, key=lambda each: each.device.type == ort.OrtHardwareDeviceType.CPU)
 
 
-@dataclass(frozen=True)
-class OrtSession:
-    """A session of ONNX Runtime on ``device``."""
-
-    session: Any
-    device: str
-
-    @property
-    def used(self) -> str:
-        """Return the provider that takes nodes first; a session that fell back names the CPU."""
-        return str(self.session.get_providers()[0])
-
-    def run(self, names: Sequence[str], feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Return the named outputs."""
-        outputs = failing(ENGINE, "run", partial(self.session.run, list(names), dict(feeds)))
-        return dict(zip(names, outputs, strict=True))
-
-
 def _placement(events: Sequence[Mapping[str, Any]]) -> Placement:
     """Count each node of a profile once, however often it ran."""
     nodes = {}
@@ -144,35 +139,44 @@ def _placement(events: Sequence[Mapping[str, Any]]) -> Placement:
         found = event.get("args", {})
         if event.get("cat") == "Node" and "provider" in found:
             nodes[event["name"], found.get("node_index")] = found
-    compute: dict[str, dict[str, int]] = {}
-    other: dict[str, int] = {}
+    compute: dict[str, Counter[str]] = {}
+    other: Counter[str] = Counter()
+    held: int | None = None
     for found in nodes.values():
         part, op = found["provider"], found["op_name"]
         kinds = {kind for shaped in found.get("output_type_shape", []) for kind in shaped}
-        copies = op.startswith(_COPIES) or kinds <= _SHAPES
-        counts, key = (other, part) if copies else (compute.setdefault(part, {}), op)
-        counts[key] = counts.get(key, 0) + 1
-    held = [
-        int(found["mem_in_use_peak"])
-        for found in nodes.values()
-        if found["provider"] != CPU and "mem_in_use_peak" in found
-    ]
-    return Placement(compute, other, max(held, default=None))
+        if op.startswith(_COPIES) or kinds <= _SHAPES:
+            other[part] += 1
+        else:
+            compute.setdefault(part, Counter())[op] += 1
+        if part != CPU and "mem_in_use_peak" in found:
+            held = max(held or 0, int(found["mem_in_use_peak"]))
+    return Placement({part: dict(ops) for part, ops in compute.items()}, dict(other), held)
 
 
-def _runtime(name: str, provider: Provider, arithmetic: str = "fp32") -> Runtime:
-    levels = tuple(_LEVELS) if name == "cpu" else (LEVEL,)
-    return Runtime(name, provider.name, provider.start, levels, arithmetic, provider.place)
+def _runtime(
+    name: str,
+    provider: str,
+    device: str,
+    install: str,
+    settings: Mapping[str, str] = MappingProxyType({}),
+    arithmetic: str = "fp32",
+) -> Runtime:
+    levels: tuple[str, ...] = (LEVEL,)
+    if provider == CPU:
+        levels = tuple(_LEVELS)
+    create = partial(_create, provider, install, settings)
+    start, place = partial(_start, create, device), partial(_place, create)
+    return Runtime(name, provider, start, levels, arithmetic, place)
 
 
 _GPU = "onnxruntime-gpu[cuda,cudnn] in place of onnxruntime, on a machine with an NVIDIA GPU"
-_CUDA = partial(Provider, CUDA, "cuda:0", _GPU)
 # By default the memory doubles whenever it is short: 612 MB for 346 MB of weights, tied or not.
-_EXACT = ("arena_extend_strategy", "kSameAsRequested")
+_EXACT = {"arena_extend_strategy": "kSameAsRequested"}
 RUNTIMES = (
-    _runtime("cpu", Provider(CPU, "cpu", "onnxruntime")),
+    _runtime("cpu", CPU, "cpu", "onnxruntime"),
     # TensorFloat-32 keeps 10 bits of the mantissa, too few to tell parity from a fault.
-    _runtime("cuda", _CUDA((("use_tf32", "0"), _EXACT))),
-    _runtime("cuda-tf32", _CUDA((("use_tf32", "1"), _EXACT)), "tf32"),
-    _runtime("webgpu", Provider(WEBGPU, "webgpu", "onnxruntime-ep-webgpu")),
+    _runtime("cuda", CUDA, "cuda:0", _GPU, {"use_tf32": "0", **_EXACT}),
+    _runtime("cuda-tf32", CUDA, "cuda:0", _GPU, {"use_tf32": "1", **_EXACT}, "tf32"),
+    _runtime("webgpu", WEBGPU, "webgpu", "onnxruntime-ep-webgpu"),
 )

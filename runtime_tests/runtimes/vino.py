@@ -2,38 +2,18 @@
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ffmerge.errors import NotInstalled
 from ffmerge.models.probe import Array
-from ffmerge.runtime_tests.runtimes.base import Runtime, failing
+from ffmerge.runtime_tests.runtimes.base import Runtime, Session, failing
 
 ENGINE = "OpenVINO"
 
 
-@dataclass(frozen=True)
-class VinoSession:
-    """A request to a model that OpenVINO compiled."""
-
-    request: Any
-    used: str
-    device: str
-
-    def run(self, names: Sequence[str], feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Return the named outputs."""
-
-        def infer() -> dict[str, Array]:
-            results = self.request.infer(dict(feeds))
-            return {name: results[name] for name in names}
-
-        outputs: dict[str, Array] = failing(ENGINE, "run", infer)
-        return outputs
-
-
-def _start(hint: str, model: Path | bytes, level: str, threads: int) -> VinoSession:
+def _start(hint: str, model: Path | bytes, level: str, threads: int) -> Session:
     core = _core()
     if hint == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         raise NotInstalled(
@@ -42,15 +22,23 @@ def _start(hint: str, model: Path | bytes, level: str, threads: int) -> VinoSess
     options = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}
     if threads:
         options["INFERENCE_NUM_THREADS"] = str(threads)
-    source = model if isinstance(model, bytes) else str(model)
+    source: Any = model
+    if isinstance(model, Path):
+        source = str(model)
 
     def compiled() -> Any:
         return core.compile_model(core.read_model(source), "CPU", options)
 
     loaded = failing(ENGINE, "load", compiled)
+    request = loaded.create_infer_request()
+
+    def infer(names: Sequence[str], feeds: Mapping[str, Array]) -> list[Array]:
+        results = request.infer(feeds)
+        return [results[name] for name in names]
+
     devices = "+".join(loaded.get_property("EXECUTION_DEVICES"))
     precision = loaded.get_property("INFERENCE_PRECISION_HINT").get_type_name()
-    return VinoSession(loaded.create_infer_request(), f"{ENGINE} {devices} {precision}", "cpu")
+    return Session(ENGINE, f"{ENGINE} {devices} {precision}", "cpu", infer)
 
 
 def _core() -> Any:

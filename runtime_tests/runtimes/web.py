@@ -16,7 +16,6 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
@@ -33,7 +32,7 @@ from ffmerge.models.probe import Array
 from ffmerge.passes.graph.read import read_model
 from ffmerge.passes.graph.tensors import stored
 from ffmerge.runtime_tests.memory import Resident
-from ffmerge.runtime_tests.runtimes.base import Runtime
+from ffmerge.runtime_tests.runtimes.base import Runtime, Session
 
 ENGINE = "ONNX Runtime Web"
 BUNDLES = {"wasm": "ort.wasm.min.mjs", "webgpu": "ort.webgpu.min.mjs"}
@@ -158,28 +157,27 @@ class _Handler(BaseHTTPRequestHandler):
         """Say nothing."""
 
 
-@dataclass(frozen=True, eq=False)
-class WebSession:
-    """A model that a page holds under ``number``; the page lets it go when this is gone."""
-
-    browser: Browser
-    number: str
-    used: str
-    device: str
-
-    def run(self, names: Sequence[str], feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Return the named outputs."""
-        told = {"work": "run", "session": self.number, "names": json.dumps(list(names))}
-        _, found = self.browser.ask(told, feeds)
-        if missing := set(names) - set(found):
-            raise RuntimeCheckError(f"{ENGINE} gives no output {', '.join(sorted(missing))}.")
-        return {name: found[name] for name in names}
-
-
 _browsers: dict[tuple[str, int], Browser] = {}
 
 
-def _start(backend: str, model: Path | bytes, level: str, threads: int) -> WebSession:
+def _start(backend: str, model: Path | bytes, level: str, threads: int) -> Session:
+    browser, number, found = _opened(backend, model, threads)
+
+    def compute(names: Sequence[str], feeds: Mapping[str, Array]) -> list[Array]:
+        _, outputs = _run(browser, number, names, feeds)
+        if missing := set(names) - set(outputs):
+            raise RuntimeCheckError(f"{ENGINE} gives no output {', '.join(sorted(missing))}.")
+        return [outputs[name] for name in names]
+
+    session = Session(ENGINE, found["used"], found["device"], compute)
+    weakref.finalize(session, _release, browser, number).atexit = False
+    return session
+
+
+def _opened(
+    backend: str, model: Path | bytes, threads: int
+) -> tuple[Browser, str, Mapping[str, str]]:
+    """Return the page that has loaded a model, its number there, and what the page tells of it."""
     if (backend, threads) not in _browsers:
         _browsers[backend, threads] = Browser(backend, threads)
     browser = _browsers[backend, threads]
@@ -189,25 +187,31 @@ def _start(backend: str, model: Path | bytes, level: str, threads: int) -> WebSe
         tensors = (item.tensor for item in stored(read_model(model)))
         data = sorted({str(t.location) for t in tensors if isinstance(t, ir.ExternalTensor)})
         browser.files |= {f"{number}/{path}": model.parent / path for path in data}
-    told = {"work": "open", "session": number, "data": json.dumps(data)}
-    found, _ = browser.ask(told)
-    session = WebSession(browser, number, found["used"], found["device"])
-    free = {"work": "release", "session": number}
-    weakref.finalize(session, _release, browser, free).atexit = False
-    return session
+    found, _ = browser.ask({"work": "open", "session": number, "data": json.dumps(data)})
+    return browser, number, found
 
 
-def _release(browser: Browser, told: Mapping[str, str]) -> None:
+def _run(
+    browser: Browser, number: str, names: Sequence[str], feeds: Mapping[str, Array]
+) -> Message:
+    told = {"work": "run", "session": number, "names": json.dumps(list(names))}
+    return browser.ask(told, feeds)
+
+
+def _release(browser: Browser, number: str) -> None:
+    """Let the page forget a model, once nothing here holds its session."""
     if browser.process.poll() is None:
-        browser.ask(told)
+        browser.ask({"work": "release", "session": number})
 
 
 def _dispatched(model: Path, names: Sequence[str], feeds: Mapping[str, Array]) -> None:
     """Return None: node by node it is not told; but a run that leaves the GPU idle is refused."""
     threads = next((threads for used, threads in _browsers if used == "webgpu"), 0)
-    session = _start("webgpu", model, "", threads)
-    told = {"work": "run", "session": session.number, "names": json.dumps(list(names))}
-    found, _ = session.browser.ask(told, feeds)
+    browser, number, _ = _opened("webgpu", model, threads)
+    try:
+        found, _ = _run(browser, number, names, feeds)
+    finally:
+        _release(browser, number)
     if found["dispatches"] == "0":
         raise RuntimeCheckError("WebGPU was asked for and not used: a run dispatched nothing.")
 
