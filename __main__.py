@@ -320,10 +320,14 @@ def validate(
     Example: [bold]ffmerge validate package --provider cpu[/bold]
     """
     from ffmerge import pipeline
+    from ffmerge.config import ValidateConfig
     from ffmerge.tables import validation_table
 
-    providers = tuple(provider or ("cpu",))
-    result = pipeline.validate(package, providers, data, installed, similarity, against)
+    config = ValidateConfig(
+        providers=tuple(provider or ("cpu",)), installed=installed, data=data,
+        similarity=similarity, against=against,
+    )  # fmt: skip
+    result = pipeline.validate(package, config)
     _emit(as_json, result.to_json(), validation_table(result))
     _exit_unless(result.ok)
 
@@ -334,7 +338,7 @@ def similarity(
     data: Annotated[str, _DATA],
     out: Annotated[
         Path | None,
-        typer.Option(help="New picture, .png or .svg, or new folder with one for each stack."),
+        typer.Option(help="New picture .svg, or new folder with one for each stack."),
     ] = None,
     tokens: Annotated[int, typer.Option(help="Positions each stack is compared on.")] = 10_000,
     reach: Annotated[

@@ -12,23 +12,24 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers.utils.logging import disable_progress_bar
 
+from ffmerge.config import ValidateConfig
 from ffmerge.errors import InputError
 from ffmerge.exporter import package
 from ffmerge.exporter.package import ExportConfig, Package
 from ffmerge.files import (
     FIRST_PROCESS,
     plain,
-    read_json,
     refuse_existing,
     scratch,
     staged,
     write_json,
     write_whole,
 )
+from ffmerge.heatmap import picture
 from ffmerge.models import checkpoint, data, digits, tasks
 from ffmerge.models.examples import from_arrays
 from ffmerge.models.float32 import float32_
-from ffmerge.models.manifest import Manifest
+from ffmerge.models.manifest import Manifest, MetricResult
 from ffmerge.models.offload import offload_
 from ffmerge.models.source import resolve
 from ffmerge.passes.weights import compare as comparing
@@ -42,17 +43,15 @@ from ffmerge.passes.weights.similarity import Similarity, SimilarityConfig, simi
 from ffmerge.runtime_tests import report
 from ffmerge.runtime_tests import validate as validation
 from ffmerge.runtime_tests.footprint import measure_footprint
-from ffmerge.runtime_tests.report import Losses, Summary
-from ffmerge.runtime_tests.sharing import model_bytes
-from ffmerge.runtime_tests.validate import Validation
-from ffmerge.tables import similarity_picture
+from ffmerge.runtime_tests.results import MetricRow, Validation, metric_row
+from ffmerge.tables import cost_table
 
 _DEMO_MODEL = Path(__file__).parent / "models" / "digits_vit"
 _DEMO_K = 3
 _DEMO_PICTURES: tuple[tuple[digits.Split, int], ...] = (
     ("calibration", 500), ("validation", 1000), ("test", 1000),
 )  # fmt: skip
-_PICTURES = (".png", ".svg")
+_MAPS = {"cka": "linear CKA of outputs", "correlation": "correlation of aligned neurons"}
 
 
 def merge(
@@ -148,8 +147,8 @@ def similarity(
     """
     if out:
         refuse_existing(out)
-        if out.suffix not in ("", *_PICTURES):
-            raise InputError(f"{out} is no {' or '.join(_PICTURES)}: end in one, or in no suffix.")
+        if out.suffix not in ("", ".svg"):
+            raise InputError(f"{out} is no .svg: end in that, or in no suffix for a folder.")
     with _progress() as show:
         folder = resolve(source, code=trust_remote_code)
         model = checkpoint.load(folder, trust_remote_code)
@@ -157,12 +156,13 @@ def similarity(
         found = similarities(model, examples, config, show)
     if out is None:
         return found, []
+    stacks = [stack.to_json() for stack in found]
     if out.suffix:
-        return found, [write_whole(out, similarity_picture(found, out.suffix[1:]))]
+        return found, [write_whole(out, picture(stacks, _MAPS).encode())]
     with staged(out) as target:
-        for stack in found:
-            (target / f"{stack.name}.png").write_bytes(similarity_picture((stack,), "png"))
-        write_json(target / "similarity.json", {"stacks": [stack.to_json() for stack in found]})
+        for stack in stacks:
+            (target / f"{stack['name']}.svg").write_text(picture([stack], _MAPS), "utf-8")
+        write_json(target / "similarity.json", {"stacks": stacks})
     return found, sorted(out.iterdir())
 
 
@@ -200,75 +200,49 @@ def _costs(manifest: Manifest, folder: Path) -> dict[str, Any]:
     return costs
 
 
-def validate(
-    folder: Path,
-    providers: tuple[str, ...],
-    data_source: str | None,
-    installed: bool = False,
-    similarity_source: Path | None = None,
-    against: Path | None = None,
-) -> Validation:
-    """Validate a package; write ``validation.json``, ``report.html`` and ``report.md`` into it.
-
-    ``similarity_source`` is a ``similarity.json``, whose heat maps are drawn in the report;
-    ``against`` the package this one was made smaller than, whose costs stand beside its own.
-    """
-    alike = read_json(similarity_source) if similarity_source else {}
-    if similarity_source and "stacks" not in alike:
-        raise InputError(f"{similarity_source} is not what ffmerge similarity --out writes.")
-    manifest, before = Manifest.read(folder), None
-    original = Manifest.read(against) if against else manifest
-    if against and model_bytes(original) <= model_bytes(manifest):
-        raise InputError(f"--against {against} is not larger than {folder}: nothing was removed.")
-    examples = data.read(data_source, folder, manifest.task) if data_source else None
+def validate(folder: Path, config: ValidateConfig) -> Validation:
+    """Validate a package, and write what was found into it."""
     with _progress() as show:
-        result = validation.validate(
-            folder, providers, examples, 1, lambda step: show(step, 0, 0), installed
-        )
-        validation.write_validation(folder, result)
-        if against:
-            show(f"measuring {against}", 0, 0)
-            result, cost = validation.measure_against(result, manifest, against)
-            before = report.costs(against.resolve().name, original, cost)
-            validation.write_validation(folder, result)
-    after = report.summarize("package", manifest, result)
-    command = f"ffmerge validate {folder.name}" + "".join(f" --provider {p}" for p in providers)
-    command += " --all" * installed + " --data DATA" * (data_source is not None)
-    command += f" --against {against.resolve().name}" if against else ""
-    losses = report.collect_losses(manifest, after)
-    commands = [*report.made_by(manifest, folder.name), command]
-    drawn = alike.get("stacks", ())
-    report.write_report(folder, before, after, losses, commands, similarity=drawn)
-    return result
+        return validation.validate(folder, config, progress=lambda step: show(step, 0, 0))
 
 
 @dataclass(frozen=True)
 class Demo:
-    """The demo's packages before and after, and the two losses, kept apart.
+    """The demo's packages before and after, and the metric in three ``stages``.
 
     ``ok`` is true when both packages compute what PyTorch computes.
     """
 
-    ok: bool
-    before: Summary
-    after: Summary
-    losses: Losses
+    before: Validation
+    after: Validation
+    stages: tuple[MetricRow, ...]
     merge: Merge
 
+    @property
+    def ok(self) -> bool:
+        """Tell whether both packages hold."""
+        return self.before.ok and self.after.ok
+
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return plain({**vars(self), "merge": self.merge.to_json()})
+        """Return plain JSON values; the method's and the export's losses are kept apart."""
+        return plain(
+            {
+                "ok": self.ok,
+                "before": report.summary(self.before),
+                "after": report.summary(self.after),
+                "losses": report.losses(self.stages, self.after.max_abs),
+                "merge": self.merge.to_json(),
+            }
+        )
 
     def table(self) -> Any:
         """Return the before/after table for a terminal."""
-        table = report.terminal_table(report.rows(self.before, self.after, self.losses))
-        record = self.merge.record
-        layers = record.groups[0].layers
-        table.title = (
-            f"ViT on digits: layers {layers[0]}-{layers[-1]} of 6 share one feed-forward sublayer "
-            f"({record.method}, untuned; {self.after.examples} test pictures)"
+        record, first = self.merge.record, self.stages[0]
+        title = (
+            f"ViT on digits: layers {report.layers_text(record.groups[0])} of 6 share one "
+            f"feed-forward sublayer ({record.method}, untuned; {first.examples} test pictures)"
         )
-        return table
+        return cost_table(report.rows(self.before, self.after, self.stages), title)
 
 
 def demo(out: Path) -> Demo:
@@ -293,38 +267,23 @@ def demo(out: Path) -> Demo:
             merged, folder / "merged", source=folder / "checkpoint", data=held_out
         )
         show("validating", 0, 0)
-        packages = {"The original ViT": first, "The merged ViT": second}
-        once = [validation.validate(p.path, data=test) for p in packages.values()]
-        checks, summaries = [], []
-        for (label, each), check in zip(packages.items(), once, strict=True):
-            checks.append(_measured_again(check, each.path))
-            validation.write_validation(each.path, checks[-1])
-            summaries.append(report.summarize(label, each.manifest, checks[-1]))
-        before, after = summaries
-        along = (score.measure(original), score.measure(merged), after.metric)
-        losses = Losses(score.name, *along, after.max_abs)
+        labels = {first.path: "The original ViT", second.path: "The merged ViT"}
+        once = [
+            replace(validation.check(path, examples=test), label=label)
+            for path, label in labels.items()
+        ]
+        before, after = map(validation.measured_again, labels, once)
+        for path, check in ((first.path, before), (second.path, after)):
+            validation.write_validation(path, check)
+        stages = []
+        for stage, model in (("original", original), ("merged", merged)):
+            metric = MetricResult(score.name, score.measure(model), len(test))
+            stages.append(metric_row(stage, "PyTorch", "test pictures", metric))
+        if after.metric:
+            stages.append(metric_row("served", "cpu", "test pictures", after.metric))
         alike = [stack.to_json() for stack in similarities(original, calibration)]
-        report.write_report(
-            folder, before, after, losses, ["ffmerge demo"], folder / "merged", alike
-        )
-    return Demo(all(check.ok for check in checks), before, after, losses, result)
-
-
-def _measured_again(check: Validation, folder: Path) -> Validation:
-    """Return the validation with the cost of two runs, some seconds apart.
-
-    The faster run counts, with the 95th percentile of the slower: what another process took from
-    one of them shows as noise and not as a change.
-    """
-    providers = []
-    for provider in check.providers:
-        if provider.footprint:
-            runs = (provider.footprint, measure_footprint(folder, provider.name))
-            slowest = max(run.p95_ms for run in runs)
-            steady = replace(min(runs, key=lambda run: run.median_ms), p95_ms=slowest)
-            provider = replace(provider, footprint=steady)
-        providers.append(provider)
-    return replace(check, providers=tuple(providers))
+        report.write_report(folder, after, before, stages, ["ffmerge demo"], alike)
+    return Demo(before, after, tuple(stages), result)
 
 
 @contextmanager

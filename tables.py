@@ -1,15 +1,21 @@
-"""Results as tables for a terminal, and as pictures; the numbers are those of the results' JSON."""
+"""Results as tables for a terminal; the numbers are those of the results' JSON."""
 
-from collections.abc import Iterable
-from io import BytesIO
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from ffmerge.files import size_text
+from ffmerge.runtime_tests.words import ABSENT, fraction_text, layers_text, metric_text
+
+if TYPE_CHECKING:
+    from ffmerge.runtime_tests.report import Row
+    from ffmerge.runtime_tests.results import MetricRow, Validation
 
 
 def _table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> Table:
@@ -62,12 +68,7 @@ def comparison_table(found: Any) -> Group:
 
 def _layers(groups: Any) -> str:
     """Return groups in words: runs of layers as first-last, others one by one."""
-    words = []
-    for group in groups:
-        first, *_, last = group.layers
-        run = group.layers == tuple(range(first, last + 1))
-        layers = f"{first}-{last}" if run else ", ".join(map(str, group.layers))
-        words.append(f"{group.stack} {layers}")
+    words = [f"{group.stack} {layers_text(group)}" for group in groups]
     return "; ".join(words) or "no layers"
 
 
@@ -138,107 +139,75 @@ def similarity_table(stacks: Iterable[Any]) -> Group:
     return Group(*maps)
 
 
-def similarity_picture(stacks: Iterable[Any], kind: str) -> bytes:
-    """Return Similarities as one picture of the ``kind`` png or svg, a row for each stack.
-
-    The same numbers give the same bytes.
-    """
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    rows = list(stacks)
-    figure = Figure(figsize=(11, 5 * len(rows)), layout="constrained")
-    axes = iter(figure.subplots(len(rows), len(_MAPS)).flat)
-    for stack in rows:
-        for what, matrix in _MAPS.items():
-            plot, values = next(axes), getattr(stack, matrix)
-            image = plot.imshow(values, vmin=0, vmax=1)
-            ticks = range(0, len(values), -(-len(values) // 16))
-            plot.set_xticks(ticks, [stack.layers[i] for i in ticks])
-            plot.set_yticks(ticks, [stack.layers[i] for i in ticks])
-            plot.set(title=f"{stack.name}: {what}", xlabel="layer", ylabel="layer")
-            figure.colorbar(image, ax=plot, shrink=0.8)
-    file = BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "ffmerge"}):
-        figure.savefig(file, format=kind, metadata={"Date": None} if kind == "svg" else None)
-    return file.getvalue()
-
-
 _MAPS = {"linear CKA of outputs": "cka", "correlation of aligned neurons": "correlation"}
-_COSTS = {
-    "rss_bytes": ("memory added by loading", size_text),
-    "anonymous_bytes": ("of it anonymous", size_text),
-    "file_bytes": ("of it backed by a file", size_text),
-    "median_ms": ("latency, median", "{:.3g} ms".format),
-    "p95_ms": ("latency, p95", "{:.3g} ms".format),
-}
 
 
-def validation_table(result: Any) -> Group:
-    """Show a Validation: what each provider computed, then what it cost."""
-    outputs = [
-        (
-            f"{p.name}, {o.optimization}: {o.graph}, {o.name}",
-            "-" if o.max_abs is None else f"{o.max_abs:.2g}",
-            f"{o.atol:.2g} + {o.rtol:.2g} |x|",
-            f"{o.quality.agreement:.1%}, {o.quality.kl:.2g}" if o.quality else "-",
-            "ok" if o.ok else "NOT ok",
-        )
-        for p in result.providers
-        for o in p.worst()
-    ]
-    reasons: list[tuple[str, Any]] = [(p.name, p.reason) for p in result.providers if p.reason]
-    reasons += [(p.name, f"not tested: {p.reason}") for p in result.not_tested]
-    reasons += [("metric", result.not_measured)] if result.not_measured else []
-    costs = [
-        (f"{p.name}: compute nodes on {part}", f"{count} of {sum(compute.values())}")
-        for p in result.providers
-        if p.footprint and p.footprint.placement
-        for compute in (p.footprint.placement.counts(),)
-        for part, count in compute.items()
-    ]
-    costs += [
-        (f"{p.name}: {what}", show(getattr(p.footprint, field)))
-        for p in result.providers
-        for field, (what, show) in _COSTS.items()
-        if getattr(p.footprint, field, None) is not None
-    ]
-    columns = (
-        "worst output of each graph", "largest difference", "tolerance", "same first class, KL",
-        "verdict",
-    )  # fmt: skip
-    shown = _table("ok" if result.ok else "NOT ok", columns, outputs)
-    tables = [shown]
-    if reasons:
-        tables.append(_table("Failed or not tested", ("runtime", "why"), reasons))
-    decoded = [
-        (
-            f"{p.name}, {g.optimization}",
-            f"{g.agreement:.1%} of {g.compared}",
-            g.ties,
-            g.reason or "ok",
-        )
-        for p in result.providers
-        for g in p.generation
-    ]
+def cost_table(rows: Sequence[Row], title: str | None = None) -> Table:
+    """Show the rows of a report."""
+    compared = any(row.before is not None for row in rows)
+    headings = ["", "Value"]
+    if compared:
+        headings = ["", "Before", "After", "Change"]
+    table = Table(title=title, title_justify="left")
+    table.add_column(headings[0])
+    for heading in headings[1:]:
+        table.add_column(heading, justify="right")
+    for row in rows:
+        name, value = Text(row.name), Text(row.after)
+        if compared:
+            change = Text(row.change, _COLOURS.get(row.verdict, ""))
+            table.add_row(name, Text(row.before or ABSENT), value, change)
+        else:
+            table.add_row(name, value)
+    return table
+
+
+def validation_table(result: Validation) -> Group:
+    """Show a Validation: what each runtime computed, what is wrong, then what it cost."""
+    from ffmerge.runtime_tests.report import RUNTIME_HEADINGS, output_rows, rows, runtime_rows
+
+    shown, decoded, reasons = [], [], []
+    for provider in result.providers:
+        if provider.outputs:
+            heads = (f"{provider.name}, worst outputs", "largest difference", "holds")
+            shown.append(_table("", heads, output_rows(provider.worst())))
+        for found in provider.generation:
+            agreed = f"{found.agreement:.1%} of {found.compared}"
+            name = f"{provider.name}, {found.optimization}"
+            decoded.append((name, agreed, found.ties, found.reason or "ok"))
+        if provider.reason:
+            reasons.append((provider.name, provider.reason))
+    for name, why in result.not_tested.items():
+        reasons.append((name, f"not tested: {why}"))
+    if result.not_measured:
+        reasons.append(("metric", result.not_measured))
     if decoded:
         heads = ("greedy decoding", "ids that are PyTorch's", "ties", "verdict")
-        tables.append(_table("Generation", heads, decoded))
-    off = [(p.name, str(d)) for p in result.providers for d in p.divergences]
-    if off:
-        tables.append(_table("Divergence", ("runtime", "the first node that is off"), off))
+        shown.append(_table("Generation", heads, decoded))
     if result.metrics:
-        measured = [
-            (m.stage, m.by, m.name, f"{m.value:.4f}", f"{m.examples} of {m.data}")
-            for m in result.metrics
-        ]
-        named = ("stage", "computed by", "metric", "value", "examples")
-        tables.append(_table("Metric", named, measured))
+        heads = ("stage", "computed by", "metric", "value", "examples")
+        shown.append(_table("Metric", heads, map(_metric_cells, result.metrics)))
+    shown += [
+        cost_table(rows(None, result), "Cost"),
+        _table("Where it was run", RUNTIME_HEADINGS, runtime_rows(result)),
+    ]
     if kept := result.sharing:
-        costs += [
+        saved = [
             (f"bytes removed since {kept.against}", size_text(kept.bytes_removed)),
-            ("sharing kept: of them gone from memory", kept.text()),
+            ("sharing kept: of them gone from memory", fraction_text(kept.fraction)),
         ]
-    if costs:
-        tables.append(_table("Cost", ("", ""), costs))
-    return Group(*tables)
+        shown.append(_table("Sharing", ("", ""), saved))
+    if reasons:
+        shown.append(_table("Failed or not tested", ("runtime", "why"), reasons))
+    verdict = "NOT ok"
+    if result.ok:
+        verdict = "ok"
+    return Group(Text(verdict, "bold"), *shown)
+
+
+def _metric_cells(row: MetricRow) -> tuple[str, ...]:
+    value = metric_text(row.name, row.value)
+    return row.stage, row.by, row.name, value, f"{row.examples:,} of {row.data}"
+
+
+_COLOURS = {"better": "green", "worse": "red"}

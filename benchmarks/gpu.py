@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 import ffmerge
+from ffmerge.config import ValidateConfig
 from ffmerge.exporter.package import ExportConfig
 from ffmerge.files import write_json
 from ffmerge.models.manifest import Manifest
@@ -135,7 +136,7 @@ def held(provider: str, folder: Path) -> int:
 
 def parity(folder: Path, provider: str) -> dict[str, Any]:
     """Return how far the outputs are from PyTorch's, and what validation says."""
-    found = validate(folder, (provider,))
+    found = validate(folder, ValidateConfig(providers=(provider,)))
     (result,) = found.providers
     placement = result.footprint.placement if result.footprint else None
     return {

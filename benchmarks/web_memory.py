@@ -14,7 +14,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 import ffmerge
 from ffmerge.runtime_tests.footprint import measure_footprint
-from ffmerge.runtime_tests.sharing import model_bytes
+from ffmerge.runtime_tests.results import model_bytes
 
 RUNTIMES = ("wasm", "web-webgpu")
 

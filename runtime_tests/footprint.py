@@ -13,7 +13,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ import numpy as np
 
 from ffmerge.errors import FfmergeError, RuntimeCheckError
 from ffmerge.files import restored
-from ffmerge.models import kv_cache
+from ffmerge.models.kv_cache import is_past
 from ffmerge.models.manifest import Manifest
 from ffmerge.runtime_tests.memory import growth
+from ffmerge.runtime_tests.results import Footprint
 from ffmerge.runtime_tests.runtimes.base import Placement
 from ffmerge.runtime_tests.runtimes.registry import RUNTIMES, find_runtime
 
@@ -33,38 +35,6 @@ TRIVIAL = (
     b"\x04\n\x02\x08\x01b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\x11"
 )
 RUNS, SECONDS = 50, 2.0  # latency is taken over at most this many runs and about this long
-
-
-@dataclass(frozen=True)
-class Footprint:
-    """What the sessions of a package cost, one run of each at batch 1.
-
-    A graph that generates makes one token; ``tokens_per_s`` counts those that a graph with a
-    cache makes after a few others, and is None where there is none. The bytes are what creating
-    the sessions added to the process: all resident memory, and its anonymous part (a weight that
-    stays in the mapped file is resident, not anonymous). They are None where the system does not
-    tell, and ``memory_reason`` says so. ``placement`` is where the nodes ran, over all the graphs.
-    """
-
-    rss_bytes: int | None
-    anonymous_bytes: int | None
-    memory_reason: str | None
-    load_s: float
-    first_ms: float
-    median_ms: float
-    p95_ms: float
-    tokens_per_s: float | None
-    runs: int
-    threads: int
-    device: str
-    placement: Placement | None
-
-    @property
-    def file_bytes(self) -> int | None:
-        """Return the resident bytes that a file backs, which the system may drop and read again."""
-        if self.rss_bytes is None or self.anonymous_bytes is None:
-            return None
-        return self.rss_bytes - self.anonymous_bytes
 
 
 def measure_footprint(
@@ -112,6 +82,7 @@ def answer(work: Callable[..., Any], **arguments: Any) -> None:
 
 
 def _measure_here(folder: Path, kind: str, provider: str, threads: int) -> Footprint:
+    """Measure in this process: load, then run all graphs one after another, again and again."""
     served = Manifest.read(folder).served(kind)
     threads = min(threads, os.cpu_count() or 1)
     runtime = find_runtime(provider)
@@ -122,35 +93,25 @@ def _measure_here(folder: Path, kind: str, provider: str, threads: int) -> Footp
     start = time.perf_counter()
     sessions = [runtime.open(folder / path, threads=threads) for path in served]
     load_s = time.perf_counter() - start
-    after = runtime.resident()
+    rss, anonymous = growth(before, runtime.resident())
+    silent = None
+    if rss is None:
+        silent = "this system has no /proc/self/smaps_rollup, or the engine does not tell"
 
-    runs = [
-        (session, graph.outputs, graph.probe.draw(0, batch=1))
-        for session, graph in zip(sessions, served.values(), strict=True)
+    feeds = [graph.probe.draw(0, batch=1) for graph in served.values()]
+    calls = [
+        partial(session.run, graph.outputs, given)
+        for session, graph, given in zip(sessions, served.values(), feeds, strict=True)
     ]
-    times: list[list[float]] = []  # of each run, the ms of each graph
-    end = time.perf_counter() + SECONDS
-    while len(times) < 4 or (len(times) <= RUNS and time.perf_counter() < end):
-        times.append([])
-        for session, outputs, feeds in runs:
-            start = time.perf_counter()
-            session.run(outputs, feeds)
-            times[-1].append(1e3 * (time.perf_counter() - start))
+    times = _timed(calls)
     first_ms, *warm = map(sum, times)
-    steps = [
-        1e3 / statistics.median(ms)
-        for (_, _, feeds), *ms in zip(runs, *times[1:], strict=True)
-        if any(map(kv_cache.is_past, feeds))
-    ]
-    rss, anonymous = growth(before, after)
-    silent = (
-        "this system has no /proc/self/smaps_rollup, or the engine does not tell"
-        if rss is None
-        else None
-    )
+    tokens_per_s = None
+    for given, *ms in zip(feeds, *times[1:], strict=True):
+        if tokens_per_s is None and any(is_past(name) for name in given):
+            tokens_per_s = 1e3 / statistics.median(ms)
     placed = [
-        runtime.place(folder / path, outputs, feeds)
-        for path, (_, outputs, feeds) in zip(served, runs, strict=True)
+        runtime.place(folder / path, graph.outputs, given)
+        for (path, graph), given in zip(served.items(), feeds, strict=True)
     ]
     return Footprint(
         rss_bytes=rss,
@@ -160,12 +121,25 @@ def _measure_here(folder: Path, kind: str, provider: str, threads: int) -> Footp
         first_ms=first_ms,
         median_ms=statistics.median(warm),
         p95_ms=float(np.percentile(warm, 95)),
-        tokens_per_s=steps[0] if steps else None,
+        tokens_per_s=tokens_per_s,
         runs=len(warm),
         threads=threads,
         device=sessions[0].device,
         placement=Placement.total(placed),
     )
+
+
+def _timed(calls: Sequence[Callable[[], Any]]) -> list[list[float]]:
+    """Return of each run the milliseconds of each call; the first run is the one that warms up."""
+    times: list[list[float]] = []
+    end = time.perf_counter() + SECONDS
+    while len(times) < 4 or (len(times) <= RUNS and time.perf_counter() < end):
+        times.append([])
+        for call in calls:
+            start = time.perf_counter()
+            call()
+            times[-1].append(1e3 * (time.perf_counter() - start))
+    return times
 
 
 def main() -> None:

@@ -1,10 +1,13 @@
-"""Where a package leaves PyTorch: the first node of a graph whose output is out of tolerance."""
+"""Where a package leaves PyTorch: the first node of a graph whose output is out of tolerance.
+
+``validate.py`` asks for it when an output of a graph is wrong. The graph is saved again with its
+inner values as outputs, and these are held against what they should be, in the order of the nodes.
+"""
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +17,7 @@ from ffmerge.models.manifest import GraphRecord
 from ffmerge.models.probe import Array
 from ffmerge.models.trace import sampled, traced_feeds
 from ffmerge.runtime_tests.reference import Reference
+from ffmerge.runtime_tests.results import Divergence
 from ffmerge.runtime_tests.runtimes.base import Runtime
 from ffmerge.runtime_tests.runtimes.registry import find_runtime
 
@@ -21,184 +25,120 @@ if TYPE_CHECKING:  # a device needs onnx only where something is off
     import onnx_ir as ir
 
 STEP = 48  # values that are looked at in one run: what bounds the memory
-# Rounding flips where a sum is a bit off, and flips more behind it: a quantized graph may be off by
-# this much more than it was before, and by no more than the second number.
-GROWTH, MOST = 4, 0.3
 _LARGEST = 1e30  # a mask's minus infinity is no number to compare
 
-
-@dataclass(frozen=True)
-class Divergence:
-    """The first value that is off, in the order of the nodes, on one runtime.
-
-    ``node`` computes ``value`` in ``layer``, the PyTorch module. ``difference`` is the size of
-    the difference over the size of the value, ``bound`` what it may be; ``before`` is the last
-    value that was right, and ``tensors`` the weights that are read between the two. ``judge``
-    gave the right values: "PyTorch", as the package stores them, or a runtime on the same graph.
-    """
-
-    graph: str
-    optimization: str
-    node: str
-    op: str
-    value: str
-    layer: str
-    tensors: tuple[str, ...]
-    before: str | None
-    difference: float
-    bound: float
-    judge: str
-
-    def __str__(self) -> str:
-        """Return it as one sentence."""
-        tensors = f", which reads {', '.join(self.tensors)}" * bool(self.tensors)
-        where = f" in {self.layer}" * bool(self.layer)
-        return (
-            f"{self.graph} ({self.optimization}) leaves {self.judge} at {self.op} node "
-            f"{self.node}{where}{tensors}: difference {self.difference:.2g} of the value's size, "
-            f"{self.bound:.2g} allowed"
-        )
+Values = Callable[[Sequence[str]], Mapping[str, Array]]  # from names
 
 
 def locate(
-    folder: Path,
     graph: GraphRecord,
     reference: Reference,
     runtime: Runtime,
     optimization: str,
     bound: float,
-    rounded: bool = False,
     case: int | None = None,
 ) -> Divergence | None:
     """Return the first node whose output is off, or None if none is.
 
-    The judge is what PyTorch gave at the nodes, stored with the package, by weights that were
-    ``rounded`` to the package's precision. Where that finds
-    nothing on another runtime than the CPU, it is ONNX Runtime on the CPU without optimization,
-    on the inputs of ``case``. Values are put out ``STEP`` at a time, so nodes that a runtime
-    would fuse are not; a graph of two branches is looked at in its parts.
+    The judge is what PyTorch gave at the nodes, where the package stores that. Where it finds
+    nothing on another runtime than the CPU, it is ONNX Runtime on the CPU without optimization, on
+    the inputs of ``case``. Values are put out ``STEP`` at a time, so nodes that a runtime would
+    fuse are not; a graph of two branches is looked at in its parts.
 
     Raises:
         RuntimeCheckError: the runtime does not run the graph with more outputs.
     """
-    trace = reference.trace(graph)
-    known = {value.name: value for value in trace.values} if trace else {}
-    with _opened(folder, graph) as opened:
-        layers = {name: value.layer for name, value in known.items()}
-        search = _Search(opened, optimization, bound, rounded, layers)
-        found = None
-        if trace:
-            right = dict(zip(known, trace.samples, strict=True))
-            feeds = traced_feeds(graph.probe, reference.real(graph))
-
-            def samples(names: Sequence[str]) -> dict[str, Array]:
-                got = opened.run(runtime, optimization, names, feeds)
-                same = {n: x for n, x in got.items() if x.shape == known[n].shape}
-                return {n: sampled(x) for n, x in same.items()}
-
-            names = [name for name in opened.values if name in right]
-            found = search.first(names, lambda step: right, samples, "PyTorch")
-        if found is None and runtime.name != "cpu" and case is not None:
-            cpu, inputs = find_runtime("cpu"), reference.feeds(graph, case)
-            found = search.first(
-                list(opened.values),
-                lambda step: opened.run(cpu, cpu.levels[0], step, inputs),
-                lambda step: opened.run(runtime, optimization, step, inputs),
-                f"{cpu.requested} ({cpu.levels[0]})",
-            )
-        return found
-
-
-@contextmanager
-def _opened(folder: Path, graph: GraphRecord) -> Iterator["_Graph"]:
-    """Yield a graph whose inner values can be put out, beside a copy of its data.
-
-    A link would not do: onnx and this package refuse data under a second name.
-    """
     import onnx_ir as ir
 
-    path = folder / graph.path
+    path = reference.folder / graph.path
     with tempfile.TemporaryDirectory(prefix="ffmerge-") as temporary:
+        # a link would not do: onnx and this package refuse data under a second name
         for data in path.parent.glob("*.onnx_data"):
             shutil.copyfile(data, Path(temporary) / data.name)
-        yield _Graph(graph.path, ir.load(path), Path(temporary) / path.name)
+        model, copy = ir.load(path), Path(temporary) / path.name
+        run = partial(_run, model, copy)
+        names = list(_inner_values(model))
+        known: dict[str, str] = {}
+        judge, found = "PyTorch", None
+        if trace := reference.trace(graph):
+            known = {value.name: value.layer for value in trace.values}
+            right = dict(zip(known, trace.samples, strict=True))
+            shapes = {value.name: value.shape for value in trace.values}
+            feeds = traced_feeds(graph.probe, reference.real(graph))
 
+            def samples(wanted: Sequence[str]) -> dict[str, Array]:
+                got = {}
+                for name, value in run(runtime, optimization, feeds, wanted).items():
+                    if value.shape == shapes[name]:
+                        got[name] = sampled(value)
+                return got
 
-@dataclass(frozen=True)
-class _Graph:
-    name: str
-    model: Any
-    path: Path
-
-    @property
-    def values(self) -> dict[str, "ir.Value"]:
-        """The float values that nodes outside of branches compute, in order."""
-        import onnx_ir as ir
-
-        kinds = {ir.DataType.FLOAT, ir.DataType.FLOAT16, None}
-        return {
-            str(v.name): v
-            for node in self.model.graph
-            for v in node.outputs
-            if v.name and v.dtype in kinds
-        }
-
-    def run(
-        self, runtime: Runtime, optimization: str, names: Sequence[str], feeds: Mapping[str, Array]
-    ) -> dict[str, Array]:
-        """Return the values of these names, put out by a copy of the graph."""
-        import onnx_ir as ir
-
-        outputs, values = self.model.graph.outputs, self.values
-        own = list(outputs)
-        try:
-            outputs[:] = [values[name] for name in names]
-            ir.save(self.model, self.path)
-        finally:
-            outputs[:] = own
-        return runtime.open(self.path, optimization).run(names, feeds)
-
-
-@dataclass(frozen=True)
-class _Search:
-    graph: _Graph
-    optimization: str
-    bound: float
-    rounded: bool
-    layers: Mapping[str, str]
-
-    def first(
-        self,
-        names: Sequence[str],
-        right: Callable[[Sequence[str]], Mapping[str, Array]],
-        got: Callable[[Sequence[str]], Mapping[str, Array]],
-        judge: str,
-    ) -> Divergence | None:
-        """Return the first of the values that is not ``right``."""
-        good: dict[str, None] = {}
-        bound = self.bound
-        for start in range(0, len(names), STEP):
-            step = names[start : start + STEP]
-            wanted = right(step)
-            for name, value in got(step).items():
-                off = relative(wanted[name], value)
-                if off > bound:
-                    return self._told(name, list(good), off, bound, judge)
-                good[name] = None
-                if self.rounded:
-                    bound = max(bound, min(GROWTH * off, MOST))
-        return None
-
-    def _told(
-        self, name: str, good: Sequence[str], off: float, bound: float, judge: str
-    ) -> Divergence:
-        node = self.graph.values[name].producer()
+            traced = [name for name in names if name in right]
+            found = _first_off(traced, lambda wanted: right, samples, bound)
+        if found is None and runtime.name != "cpu" and case is not None:
+            cpu, inputs = find_runtime("cpu"), reference.feeds(graph, case)
+            judge = f"{cpu.requested} ({cpu.levels[0]})"
+            there = partial(run, runtime, optimization, inputs)
+            found = _first_off(names, partial(run, cpu, cpu.levels[0], inputs), there, bound)
+        if found is None:
+            return None
+        name, off, good = found
+        node = _inner_values(model)[name].producer()
         assert node is not None
         return Divergence(
-            self.graph.name, self.optimization, str(node.name), node.op_type, name,
-            self.layers.get(name, ""), _weights(node, set(good)), good[-1] if good else None,
-            off, bound, judge,
+            graph.path, optimization, str(node.name), node.op_type, name, known.get(name, ""),
+            _weights(node, {*good}), next(reversed(good), None), off, bound, judge,
         )  # fmt: skip
+
+
+def _first_off(
+    names: Sequence[str], right: Values, got: Values, bound: float
+) -> tuple[str, float, list[str]] | None:
+    """Return the first value that is not ``right``, how far it is off, and those before it."""
+    good: list[str] = []
+    for start in range(0, len(names), STEP):
+        step = names[start : start + STEP]
+        wanted = right(step)
+        for name, value in got(step).items():
+            off = relative(wanted[name], value)
+            if off > bound:
+                return name, off, good
+            good.append(name)
+    return None
+
+
+def _inner_values(model: Any) -> dict[str, "ir.Value"]:
+    """Return the float values that nodes outside of branches compute, in order."""
+    import onnx_ir as ir
+
+    kinds = {ir.DataType.FLOAT, ir.DataType.FLOAT16, None}
+    found = {}
+    for node in model.graph:
+        for value in node.outputs:
+            if value.name and value.dtype in kinds:
+                found[str(value.name)] = value
+    return found
+
+
+def _run(
+    model: Any,
+    path: Path,
+    runtime: Runtime,
+    optimization: str,
+    feeds: Mapping[str, Array],
+    names: Sequence[str],
+) -> dict[str, Array]:
+    """Return the values of these names, put out by a copy of the graph at ``path``."""
+    import onnx_ir as ir
+
+    outputs, values = model.graph.outputs, _inner_values(model)
+    before = list(outputs)
+    try:
+        outputs[:] = [values[name] for name in names]
+        ir.save(model, path)
+    finally:
+        outputs[:] = before
+    return runtime.open(path, optimization).run(names, feeds)
 
 
 def _weights(node: "ir.Node", good: set[str]) -> tuple[str, ...]:
@@ -230,5 +170,6 @@ def relative(expected: Array, got: Array) -> float:
     if not np.isfinite(got).all():
         return float("inf")
     size = float(np.linalg.norm(expected))  # what is counted is flat
-    off = float(np.linalg.norm(got - expected))
-    return off / size if size > 1e-6 * np.sqrt(max(len(expected), 1)) else 0.0
+    if size <= 1e-6 * np.sqrt(max(len(expected), 1)):
+        return 0.0
+    return float(np.linalg.norm(got - expected)) / size

@@ -3,14 +3,8 @@
 import ctypes
 import gc
 from pathlib import Path
-from typing import NamedTuple
 
-
-class Resident(NamedTuple):
-    """Bytes in memory: all, and the part that no file backs."""
-
-    rss_bytes: int
-    anonymous_bytes: int
+Resident = tuple[int, int]  # bytes in memory: all, and the part that no file backs
 
 
 def resident(trim: bool = True) -> Resident | None:
@@ -25,16 +19,19 @@ def resident(trim: bool = True) -> Resident | None:
     give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl has not
     if give_back and trim:
         give_back(0)
+    sizes = {}
     try:
-        fields = [line.split() for line in rollup.read_text().splitlines()]
+        for line in rollup.read_text().splitlines():
+            name, *_, size, unit = line.split()
+            if unit == "kB":
+                sizes[name] = 1024 * int(size)
     except OSError:
         return None
-    sizes = {field[0]: 1024 * int(field[1]) for field in fields if field[-1] == "kB"}
-    return Resident(sizes["Rss:"], sizes["Anonymous:"])
+    return sizes["Rss:"], sizes["Anonymous:"]
 
 
-def growth(
-    before: tuple[int, int] | None, after: tuple[int, int] | None
-) -> tuple[int, int] | tuple[None, None]:
+def growth(before: Resident | None, after: Resident | None) -> Resident | tuple[None, None]:
     """Return what two readings of :func:`resident` differ by, None where there is none."""
-    return (after[0] - before[0], after[1] - before[1]) if before and after else (None, None)
+    if before is None or after is None:
+        return None, None
+    return after[0] - before[0], after[1] - before[1]

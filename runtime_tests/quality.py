@@ -20,14 +20,15 @@ class Quality:
     agreement: float
     kl: float
 
-    @staticmethod
-    def mean(parts: Sequence["Quality"]) -> "Quality":
-        """Return the quality over the positions of all parts, of which there is at least one."""
-        counts = [part.positions for part in parts]
-        means = (
-            np.average([getattr(p, n) for p in parts], weights=counts) for n in ("agreement", "kl")
-        )
-        return Quality(sum(counts), *map(float, means))
+
+def mean(parts: Sequence[Quality]) -> Quality | None:
+    """Return the quality over the positions of all parts; None if there are none."""
+    if not parts:
+        return None
+    counts = [part.positions for part in parts]
+    agreement = np.average([part.agreement for part in parts], weights=counts)
+    kl = np.average([part.kl for part in parts], weights=counts)
+    return Quality(sum(counts), float(agreement), float(kl))
 
 
 def compare_scores(expected: Array, got: Array, counted: Array, tie: float) -> Quality | None:
@@ -36,7 +37,8 @@ def compare_scores(expected: Array, got: Array, counted: Array, tie: float) -> Q
     A class that the expected scores place less than or exactly ``tie`` below the first is as
     good as the first: among equals no choice is wrong. In float64.
     """
-    expected, got = (np.asarray(x, np.float64)[counted] for x in (expected, got))
+    expected = np.asarray(expected, np.float64)[counted]
+    got = np.asarray(got, np.float64)[counted]
     if not len(expected):
         return None
     first = np.take_along_axis(expected, got.argmax(-1)[:, None], -1)[:, 0]
@@ -56,4 +58,6 @@ def log_softmax(scores: Array) -> Array:
 def cosine(expected: Array, got: Array) -> float:
     """Return the cosine of two flat arrays; of zeros 1 if the other is zero as well, else 0."""
     norms = float(np.linalg.norm(expected) * np.linalg.norm(got))
-    return float(expected @ got) / norms if norms else float(np.array_equal(expected, got))
+    if not norms:
+        return float(np.array_equal(expected, got))
+    return float(expected @ got) / norms

@@ -1,4 +1,7 @@
-"""What a package stores of PyTorch: outputs, real inputs, a trace, and ids of greedy decoding."""
+"""What a package stores of PyTorch: outputs, real inputs, a trace, and ids of greedy decoding.
+
+``reference.safetensors`` is read once for a validation, and handed to every check.
+"""
 
 import json
 from collections.abc import Mapping
@@ -9,21 +12,33 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 
 from ffmerge.errors import InputError
-from ffmerge.models.manifest import LABELS, REFERENCE, GraphRecord, Manifest, input_key
+from ffmerge.models.manifest import (
+    LABELS,
+    REFERENCE,
+    GraphRecord,
+    Manifest,
+    input_key,
+    reference_key,
+)
 from ffmerge.models.probe import Array
 from ffmerge.models.trace import GREEDY, Trace, TracedValue, split, trace_key
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The tensors of the file by name, and what it says about them."""
+    """The tensors of the file in ``folder`` by name, and what it says about them."""
 
+    folder: Path
     tensors: Mapping[str, Array]
     about: Mapping[str, str]
 
     def feeds(self, graph: GraphRecord, case: int) -> dict[str, Array]:
         """Return the inputs of one case of a graph."""
         return graph.probe.feeds(case, self.real(graph))
+
+    def expected(self, graph: GraphRecord, case: int, output: str) -> Array | None:
+        """Return what is stored of the output that PyTorch gave, if anything is."""
+        return self.tensors.get(reference_key(graph.path, case, output))
 
     def real(self, graph: GraphRecord) -> dict[str, Array]:
         """Return the stored inputs of a graph; one made of parts is given what its first is."""
@@ -36,7 +51,9 @@ class Reference:
         batch = self.real(first)
         if rest:
             batch["decoder_input_ids"] = self.real(rest[-1])["input_ids"]
-        return batch | ({"labels": self.tensors[LABELS]} if LABELS in self.tensors else {})
+        if LABELS in self.tensors:
+            batch["labels"] = self.tensors[LABELS]
+        return batch
 
     def greedy(self) -> dict[str, Array]:
         """Return prompts and PyTorch's ids, or nothing."""
@@ -68,6 +85,6 @@ def read_reference(folder: Path) -> Reference:
     try:
         with safe_open(path, "numpy") as file:
             about = dict(file.metadata() or {})
-        return Reference(load_file(path), about)
+        return Reference(folder, load_file(path), about)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} cannot be read: {error}. Export the package again.") from error

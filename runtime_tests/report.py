@@ -1,67 +1,69 @@
-"""What a merge cost and what it saved: a page, a text and a table made of the same rows."""
+"""What a merge cost and what it saved, in words: for the page, the text, the terminal, notebooks.
+
+:func:`rows` is the table of before and after, :func:`output_rows` and :func:`runtime_rows` are
+those of one validation. All that shows results prints these: ``report.html.j2`` and
+``report.md.j2`` here, ``tables.py`` on the terminal, :func:`notebook_page` in a notebook. A cell
+is one line of text; behind a line break stands small print.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
+from html import escape
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
-from rich.table import Table
-from rich.text import Text
 
-from ffmerge.files import read_json, size_text, write_whole
+from ffmerge.files import size_text, write_whole
+from ffmerge.heatmap import heat_map
 from ffmerge.models.manifest import Manifest
 from ffmerge.models.metrics import ACCURACY, PERPLEXITY
-from ffmerge.models.record import Group
-from ffmerge.runtime_tests.footprint import Footprint
-from ffmerge.runtime_tests.sharing import model_bytes, sharing
-from ffmerge.runtime_tests.validate import NAME as VALIDATION
-from ffmerge.runtime_tests.validate import Validation
+from ffmerge.runtime_tests.results import (
+    MetricRow,
+    OutputParity,
+    ProviderResult,
+    Validation,
+    model_bytes,
+    sharing,
+)
+from ffmerge.runtime_tests.words import (
+    ABSENT,
+    fraction_text,
+    layers_text,
+    metric_text,
+    number,
+    signed,
+    time_text,
+    yes_or_no,
+)
 
 REPORT, TEXT = "report.html", "report.md"
-TIMES = ("load_s", "median_ms", "p95_ms", "tokens_per_s")
-ABSENT = "\N{EN DASH}"
+NOISE = 0.01  # a change of a cost by less says nothing
+Cost = tuple[str, str, Callable[[Any], str], str]  # name, key of the summary, how to show it, note
 
-
-@dataclass(frozen=True)
-class Summary:
-    """What one package costs and is worth; None is what was not measured."""
-
-    label: str
-    bytes_on_disk: int
-    parameters: int
-    rss_bytes: int | None
-    anonymous_bytes: int | None
-    load_s: float | None
-    median_ms: float | None
-    p95_ms: float | None
-    tokens_per_s: float | None
-    metric_name: str | None
-    metric: float | None
-    examples: int | None
-    max_abs: float | None
-    file_bytes: int | None = None
-
-
-@dataclass(frozen=True)
-class Losses:
-    """One metric along the way: original and merged in PyTorch, then exported and served.
-
-    The method loss is from ``original`` to ``merged``, the export loss from ``merged`` to
-    ``exported``, with ``max_abs`` the largest difference in any output. They are never added.
-    """
-
-    name: str
-    original: float | None
-    merged: float | None
-    exported: float | None
-    max_abs: float | None
+_SIZES: tuple[Cost, ...] = (
+    ("Size on disk", "bytes_on_disk", size_text, "graph and weights"),
+    ("Parameters", "parameters", "{:,}".format, "each shared one counted once"),
+    ("Memory", "rss_bytes", size_text, "resident, added by loading"),
+    ("Memory, anonymous", "anonymous_bytes", size_text, "the part no file backs"),
+    ("Memory, of files", "file_bytes", size_text, "the part that can be read again"),
+)
+_TIMES: tuple[Cost, ...] = (
+    ("Load time", "load_s", lambda s: time_text(1e3 * s), "opening the session"),
+    ("Latency, median", "median_ms", time_text, "batch 1, after the first run"),
+    ("Latency, p95", "p95_ms", time_text, "batch 1, after the first run"),
+    ("Tokens per second", "tokens_per_s", "{:,.1f}".format, "one sequence, with a cache"),
+)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table, in words; ``verdict`` is better, worse, same or empty."""
+    """One line of the table, in words; ``verdict`` is better, worse, same or empty.
+
+    ``values`` are the numbers before and after, for a picture.
+    """
 
     name: str
     before: str | None
@@ -69,138 +71,170 @@ class Row:
     change: str
     verdict: str
     note: str
+    values: tuple[float | None, float | None] = (None, None)
 
 
-def summarize(label: str, manifest: Manifest, validation: Validation) -> Summary:
-    """Return the summary of a package, measured on the first provider that ran."""
-    metric = validation.metric
-    outputs = [o for p in validation.providers for o in p.outputs]
-    cost = next((p.footprint for p in validation.providers if p.footprint), None)
-    return replace(
-        costs(label, manifest, cost),
-        metric_name=getattr(metric, "name", None),
-        metric=getattr(metric, "value", None),
-        examples=getattr(metric, "examples", None),
-        max_abs=max((o.max_abs for o in outputs if o.max_abs is not None), default=None),
-    )
+def summary(validation: Validation) -> dict[str, Any]:
+    """Return what one package costs and is worth, on the first runtime that was measured.
 
-
-def costs(label: str, manifest: Manifest, cost: Footprint | None) -> Summary:
-    """Return the summary of a package of which only the footprint was measured."""
-    measured = ("rss_bytes", "anonymous_bytes", "file_bytes", *TIMES)
-    return Summary(
-        label=label,
-        bytes_on_disk=model_bytes(manifest),
-        parameters=manifest.parameters,
-        **{name: getattr(cost, name, None) for name in measured},
-        **dict.fromkeys(("metric_name", "metric", "examples", "max_abs")),
-    )
-
-
-def collect_losses(manifest: Manifest, after: Summary) -> Losses | None:
-    """Return the losses of a merged package, or None when its merge recorded no metric.
-
-    The merge's metric and the served one may be of different examples, so only the largest
-    difference of an output tells the export loss here.
+    None is what was not measured.
     """
-    along = dict(manifest.merge.metric) if manifest.merge else {}
-    if along.get("name") is None:
+    cost, metric = validation.footprint, validation.metric
+    return {
+        "label": validation.label,
+        "bytes_on_disk": model_bytes(validation.manifest),
+        "parameters": validation.manifest.parameters,
+        "rss_bytes": getattr(cost, "rss_bytes", None),
+        "anonymous_bytes": getattr(cost, "anonymous_bytes", None),
+        "load_s": getattr(cost, "load_s", None),
+        "median_ms": getattr(cost, "median_ms", None),
+        "p95_ms": getattr(cost, "p95_ms", None),
+        "tokens_per_s": getattr(cost, "tokens_per_s", None),
+        "metric_name": getattr(metric, "name", None),
+        "metric": getattr(metric, "value", None),
+        "examples": getattr(metric, "examples", None),
+        "max_abs": validation.max_abs,
+        "file_bytes": getattr(cost, "file_bytes", None),
+    }
+
+
+def losses(stages: Sequence[MetricRow], max_abs: float | None) -> dict[str, Any] | None:
+    """Return one metric along the way, or None where the original's and the merged one's lack.
+
+    The method loss is from ``original`` to ``merged``, both in PyTorch, the export loss from
+    ``merged`` to ``exported``, with ``max_abs`` the largest difference in any output. They are
+    never added. ``exported`` is what was ``served`` on the same data, and None if nothing was:
+    then only the largest difference tells the export loss.
+    """
+    known = {row.stage: row for row in stages}
+    original, served = known.get("original"), known.get("served")
+    merged = known.get("recovered", known.get("merged"))
+    name = getattr(merged or original, "name", None)
+    if name is None:
         return None
-    recovered = along.get("recovered")
-    return Losses(
-        name=along["name"],
-        original=along.get("before"),
-        merged=along.get("merged") if recovered is None else recovered,
-        exported=None,
-        max_abs=after.max_abs,
-    )
+    return {
+        "name": name,
+        "original": getattr(original, "value", None),
+        "merged": getattr(merged, "value", None),
+        "exported": getattr(served, "value", None),
+        "max_abs": max_abs,
+    }
 
 
 def made_by(manifest: Manifest, folder: str) -> list[str]:
     """Return the commands that make such a package of MODEL, with the layers that were chosen."""
     model, lines, merge = "MODEL", [], manifest.merge
     if merge and merge.groups:
-        spans = {g.stack: _window(g) for g in merge.groups}
+        spans = {group.stack: layers_text(group) for group in merge.groups}
         chosen = f"--budget {merge.bytes_after}B"
-        if any("," in _window(g) for g in merge.groups):
-            chosen += " --any-layers"
+        if len(merge.groups) == 1:
+            chosen = f"--window {layers_text(merge.groups[0])}"
         elif len(spans) == len(merge.groups):  # the command takes one window for each stack
-            named = spans if len(spans) > 1 else {"": spans[merge.groups[0].stack]}
-            chosen = " ".join(f"--window {s}{':' * bool(s)}{w}" for s, w in named.items())
+            chosen = " ".join(f"--window {stack}:{span}" for stack, span in spans.items())
         recover = " --recover STEPS" * (merge.metric.get("recovered") is not None)
         lines = [
             f"ffmerge merge MODEL merged {chosen} --method {merge.method} --data DATA{recover}"
         ]
         model = "merged"
     task = f"--task {manifest.task} --opset {manifest.opset} --dtype {manifest.dtype}"
-    rows = " --data DATA" * any(graph.probe.real for graph in manifest.graphs)
-    return [*lines, f"ffmerge export {model} {folder} {task}{rows}"]
+    data = " --data DATA" * any(graph.probe.real for graph in manifest.graphs)
+    return [*lines, f"ffmerge export {model} {folder} {task}{data}"]
 
 
-def rows(before: Summary | None, after: Summary, losses: Losses | None = None) -> list[Row]:
-    """Return the before/after table: costs, task metric, losses; nothing that was not measured."""
+def rows(
+    before: Validation | None, after: Validation, stages: Sequence[MetricRow] | None = None
+) -> list[Row]:
+    """Return the before/after table: costs, task metric, losses; nothing that was not measured.
 
-    def cost(name: str, field: str, form: Callable[[Any], str], note: str) -> list[Row]:
-        old = getattr(before, field) if before else None
-        new = getattr(after, field)
-        if new is None:
-            return []
-        noise = _spread(before, after) if field in TIMES else 0.01
-        change, verdict = _cost_change(old, new, noise)
-        if field == "tokens_per_s":  # the only one of which more is better
-            verdict = {"better": "worse", "worse": "better"}.get(verdict, verdict)
-        return [Row(name, None if old is None else form(old), form(new), change, verdict, note)]
-
-    batch = "batch 1, after the first run"
-    return [
-        *cost("Size on disk", "bytes_on_disk", size_text, "graph and weights"),
-        *cost("Parameters", "parameters", "{:,}".format, "each shared one counted once"),
-        *cost("Memory", "rss_bytes", size_text, "resident, added by loading"),
-        *cost("Memory, anonymous", "anonymous_bytes", size_text, "the part no file backs"),
-        *cost("Memory, of files", "file_bytes", size_text, "the part that can be read again"),
-        *_kept_rows(before, after),
-        *cost("Load time", "load_s", lambda s: time_text(1e3 * s), "opening the session"),
-        *cost("Latency, median", "median_ms", time_text, batch),
-        *cost("Latency, p95", "p95_ms", time_text, batch),
-        *cost("Tokens per second", "tokens_per_s", "{:,.1f}".format, "one sequence, with a cache"),
-        *_metric_rows(before, after),
-        *_loss_rows(losses),
-    ]
+    ``stages`` are the metrics of the original and the merged model, by default those that the
+    merge recorded.
+    """
+    return cost_rows(before, after) + loss_rows(after, stages)
 
 
-def _kept_rows(before: Summary | None, after: Summary) -> list[Row]:
+def cost_rows(before: Validation | None, after: Validation) -> list[Row]:
+    """Return the costs and the task metric."""
+    old, new = dict[str, Any](), summary(after)
+    if before:
+        old = summary(before)
+    found = [_cost_row(cost, old, new) for cost in _SIZES]
+    found.append(_kept_row(before, after))
+    found += [_cost_row(cost, old, new) for cost in _TIMES]
+    found.append(_served_row(old, new))
+    return [row for row in found if row]
+
+
+def _cost_row(cost: Cost, old: Mapping[str, Any], new: Mapping[str, Any]) -> Row | None:
+    """Return the row of one cost, None if it was not measured; less than the noise is the same."""
+    name, key, show, note = cost
+    value, first = new[key], old.get(key)
+    if value is None:
+        return None
+    if first is None:
+        return Row(name, None, show(value), "", "", note, (None, value))
+    change, verdict = "", ""
+    if first:
+        fraction = (value - first) / first
+        noise = NOISE
+        if cost in _TIMES:
+            noise = max(NOISE, _spread(old), _spread(new))
+        change, verdict = signed(f"{100 * fraction:+.1f} %"), "same"
+        if abs(fraction) >= noise:
+            less_is_better = key != "tokens_per_s"
+            verdict = _verdict((fraction < 0) == less_is_better)
+        elif noise > NOISE:
+            change += ", noise"
+    return Row(name, show(first), show(value), change, verdict, note, (first, value))
+
+
+def _spread(found: Mapping[str, Any]) -> float:
+    """Return how far runs of one package lie apart, the 95th percentile over the median, less 1."""
+    if not found.get("p95_ms") or not found.get("median_ms"):
+        return 0.0
+    return float(found["p95_ms"] / found["median_ms"] - 1)
+
+
+def _kept_row(before: Validation | None, after: Validation) -> Row | None:
     """Return how much of what the file no longer holds is gone from memory as well."""
-    if not before:
-        return []
-    sizes = (before.bytes_on_disk, after.bytes_on_disk, before.rss_bytes, after.rss_bytes)
-    kept = sharing(before.label, *sizes)
+    kept = None
+    if before:
+        kept = sharing(before, after)
     if not kept or kept.fraction is None:
-        return []
+        return None
     note = "memory saved, of the bytes removed"
-    return [Row("Sharing kept", None, kept.text(), "", "", note)]
+    return Row("Sharing kept", None, fraction_text(kept.fraction), "", "", note)
 
 
-def _metric_rows(before: Summary | None, after: Summary) -> list[Row]:
-    name = after.metric_name
-    if name is None or after.metric is None:
+def _served_row(old: Mapping[str, Any], new: Mapping[str, Any]) -> Row | None:
+    """Return the task metric of the package as it is served."""
+    name, value, first = new["metric_name"], new["metric"], None
+    if value is None:
+        return None
+    if old.get("metric_name") == name:
+        first = old["metric"]
+    note = f"served, on {new['examples']:,} examples"
+    return _metric_row(name.capitalize(), name, first, value, note)
+
+
+def loss_rows(after: Validation, stages: Sequence[MetricRow] | None = None) -> list[Row]:
+    """Return where quality was lost: by the method, and by the export."""
+    if stages is None:
+        stages = after.metrics
+    lost = losses(stages, after.max_abs)
+    if lost is None:
         return []
-    old = before.metric if before and before.metric_name == name else None
-    note = f"served, on {after.examples:,} examples"
-    return [_metric_row(name.capitalize(), name, old, after.metric, note)]
-
-
-def _loss_rows(losses: Losses | None) -> list[Row]:
-    if losses is None:
-        return []
-    found = []
-    if losses.original is not None and losses.merged is not None:
-        note = f"{losses.name}, original against merged, both in PyTorch"
-        found.append(_metric_row("Method loss", losses.name, losses.original, losses.merged, note))
-    largest = "" if losses.max_abs is None else f"outputs within {losses.max_abs:.2g}"
-    if losses.merged is not None and losses.exported is not None:
-        note = f"{losses.name}, merged in PyTorch against ONNX Runtime; {largest}"
-        found.append(_metric_row("Export loss", losses.name, losses.merged, losses.exported, note))
-    elif largest:
+    found, name = [], lost["name"]
+    original, merged, exported = lost["original"], lost["merged"], lost["exported"]
+    if original is not None and merged is not None:
+        note = f"{name}, original against merged, both in PyTorch"
+        found.append(_metric_row("Method loss", name, original, merged, note))
+    if lost["max_abs"] is None:
+        return found
+    largest = f"outputs within {lost['max_abs']:.2g}"
+    if merged is not None and exported is not None:
+        note = f"{name}, merged in PyTorch against ONNX Runtime; {largest}"
+        found.append(_metric_row("Export loss", name, merged, exported, note))
+    else:
         found.append(Row("Export loss", "PyTorch", "ONNX Runtime", largest, "", "every output"))
     return found
 
@@ -208,72 +242,113 @@ def _loss_rows(losses: Losses | None) -> list[Row]:
 def _metric_row(name: str, metric: str, old: float | None, new: float, note: str) -> Row:
     after = metric_text(metric, new)
     if old is None:
-        return Row(name, None, after, "", "", note)
-    gain = (old - new) if metric == PERPLEXITY.name else (new - old)
-    points = f"{100 * (new - old):+.2f} points" if metric == ACCURACY.name else f"{new - old:+.4f}"
-    change = _signed(points) if gain else "no change"
-    verdict = "better" if gain > 0 else "worse" if gain < 0 else "same"
-    return Row(name, metric_text(metric, old), after, change, verdict, note)
+        return Row(name, None, after, "", "", note, (None, new))
+    change, verdict = "no change", "same"
+    if new != old:
+        change = signed(f"{new - old:+.4f}")
+        if metric == ACCURACY.name:
+            change = signed(f"{100 * (new - old):+.2f} points")
+        verdict = _verdict((new > old) == (metric != PERPLEXITY.name))
+    return Row(name, metric_text(metric, old), after, change, verdict, note, (old, new))
 
 
-def terminal_table(rows: Sequence[Row]) -> Table:
-    """Return the rows as a table for the terminal."""
-    compared = any(row.before is not None for row in rows)
-    colours = {"better": "green", "worse": "red"}
-    table = Table()
-    for heading in ("", "Before", "After", "Change") if compared else ("", "Value"):
-        table.add_column(heading, justify="right" if heading else "left")
-    for row in rows:
-        if compared:
-            change = Text(row.change, style=colours.get(row.verdict, ""))
-            table.add_row(Text(row.name), Text(row.before or ABSENT), Text(row.after), change)
-        else:
-            table.add_row(Text(row.name), Text(row.after))
-    return table
+def output_rows(outputs: Sequence[OutputParity]) -> list[tuple[str, str, str]]:
+    """Return of each output its name, the largest difference, and whether it holds."""
+    found = []
+    for output in outputs:
+        about = (
+            f"{output.graph}, optimization {output.optimization}; {output.compared:,} of "
+            f"{output.elements:,} elements; cosine {number(output.cosine, '.7f')}"
+        )
+        if quality := output.quality:
+            about += (
+                f"; same first class in {number(quality.agreement, '.2%')} of {quality.positions} "
+                f"real positions, KL divergence {number(quality.kl, '.2g')}"
+            )
+        allowed = f"allowed {output.atol:.2g} + {output.rtol:.2g} · |x|"
+        difference = f"{number(output.max_abs, '.2g')}\n{allowed}"
+        found.append((f"{output.name}\n{about}", difference, yes_or_no(output.ok)))
+    return found
+
+
+RUNTIME_HEADINGS = ("Runtime", "Memory", "Load", "First run", "Median", "Holds")
+
+
+def runtime_rows(validation: Validation) -> list[tuple[str, ...]]:
+    """Return of each runtime where it ran, what it cost, and whether it holds."""
+    found = []
+    for result in validation.providers:
+        cost = result.footprint
+        memory = load = first = median = ABSENT
+        if cost:
+            load = time_text(1e3 * cost.load_s)
+            first, median = time_text(cost.first_ms), time_text(cost.median_ms)
+            if cost.rss_bytes is not None:
+                memory = size_text(cost.rss_bytes)
+        name = f"{result.name}\n{_ran_on(result)}"
+        found.append((name, memory, load, first, median, yes_or_no(result.ok)))
+    return found
+
+
+def _ran_on(result: ProviderResult) -> str:
+    """Return what ran, on which device, and how many nodes each part of it took."""
+    told = result.used or f"{result.requested} was not used"
+    if result.device:
+        told += f", {result.device}"
+    if result.footprint and result.footprint.placement:
+        for part, count in result.footprint.placement.counts().items():
+            told += f"; {count} compute nodes on {part}"
+    return told
+
+
+def notebook_page(validation: Validation) -> str:
+    """Return the verdict, the costs and the runtimes as HTML."""
+    costs = [(row.name, row.after, row.note) for row in rows(None, validation)]
+    page = f"<p>{escape(repr(validation))}</p>"
+    for cells in (costs, runtime_rows(validation)):
+        page += "<table>"
+        for line in cells:
+            page += "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>"
+        page += "</table>"
+    return page.replace("\n", "<br>")
 
 
 def write_report(
     folder: Path,
-    before: Summary | None,
-    after: Summary,
-    losses: Losses | None,
-    commands: Sequence[str],
-    package: Path | None = None,
+    after: Validation,
+    before: Validation | None = None,
+    stages: Sequence[MetricRow] | None = None,
+    commands: Sequence[str] = (),
     similarity: Sequence[Mapping[str, Any]] = (),
 ) -> Path:
     """Write ``report.html``, one file that loads nothing else, and ``report.md`` into ``folder``.
 
-    Returns the path of the page. The manifest and ``validation.json`` are read from ``package``,
-    by default ``folder``; the same of them gives the same bytes. ``similarity`` holds the stacks
-    that ``ffmerge similarity`` wrote, whose heat maps are drawn.
-
-    Raises:
-        InputError: one of the two is missing or unreadable.
+    Returns the path of the page; the same validations give the same bytes. ``stages`` is as for
+    :func:`rows`, ``similarity`` holds the stacks that ``ffmerge similarity`` wrote, whose heat maps
+    are drawn.
     """
-    manifest = Manifest.read(package or folder)
-    validation = read_json((package or folder) / VALIDATION)
-    table = {row.name: row for row in rows(before, after)}
-    metric = (after.metric_name or "").capitalize()
-    pictured = ("Size on disk", "Memory", "Latency, median", metric)
-    fields = ("bytes_on_disk", "rss_bytes", "median_ms", "metric")
+    manifest = after.manifest
+    table = {row.name: row for row in cost_rows(before, after)}
+    metric = (summary(after)["metric_name"] or "").capitalize()
+    groups = []
+    if manifest.merge:
+        groups = [(group, layers_text(group)) for group in manifest.merge.groups]
     shown = dict(
         manifest=manifest,
-        validation=validation,
+        validation=after,
         before=before,
-        after=after,
         rows=table,
         metric=table.get(metric),
-        losses=_loss_rows(losses),
-        pictured=dict(zip(pictured, fields, strict=True)),
-        groups=[(g, _window(g)) for g in manifest.merge.groups] if manifest.merge else [],
-        number=lambda value, form: ABSENT if value is None else format(value, form),
-        quantity=lambda value, text: ABSENT if value is None else text(value),
+        losses=loss_rows(after, stages),
+        pictured=("Size on disk", "Memory", "Latency, median", metric),
+        groups=groups,
+        runtimes=runtime_rows(after),
+        output_rows=output_rows,
+        number=number,
         metric_text=metric_text,
-        size_text=size_text,
-        time_text=time_text,
-        seconds_text=lambda seconds: time_text(1e3 * seconds),
         commands="\n".join(commands),
         similarity=similarity,
+        heat=partial(heat_map, "CKA of the feed-forward outputs"),
     )
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     for name in (TEXT, REPORT):
@@ -283,46 +358,7 @@ def write_report(
     return written
 
 
-def time_text(milliseconds: float) -> str:
-    """Return a duration in milliseconds or seconds."""
-    if milliseconds >= 999.5:
-        return f"{_three_figures(milliseconds / 1000)} s"
-    return f"{_three_figures(milliseconds)} ms"
-
-
-def _three_figures(value: float) -> str:
-    return f"{value:#.3g}".rstrip(".")
-
-
-def metric_text(name: str, value: float) -> str:
-    """Return a metric's value: accuracy in percent, others as numbers."""
-    return f"{100 * value:.2f} %" if name == ACCURACY.name else f"{value:.4g}"
-
-
-def _signed(text: str) -> str:
-    return text.replace("-", "\N{MINUS SIGN}")
-
-
-def _spread(*summaries: Summary | None) -> float:
-    """Return how far runs of one package lie apart, the 95th percentile over the median, less 1."""
-    spreads = (s.p95_ms / s.median_ms - 1 for s in summaries if s and s.p95_ms and s.median_ms)
-    return max(0.01, *spreads, 0.01)
-
-
-def _cost_change(old: float | None, new: float, noise: float) -> tuple[str, str]:
-    """Return a cost's change in percent and its verdict; less than ``noise`` says nothing."""
-    if not old:
-        return "", ""
-    change = (new - old) / old
-    text = _signed(f"{100 * change:+.1f} %")
-    if abs(change) < noise:
-        return (f"{text}, noise" if noise > 0.01 else text), "same"
-    return text, "better" if change < 0 else "worse"
-
-
-def _window(group: Group) -> str:
-    """Return ``3-7`` for consecutive layers, and a list for others."""
-    first, last = group.layers[0], group.layers[-1]
-    if group.layers == tuple(range(first, last + 1)):
-        return f"{first}-{last}"
-    return ", ".join(str(layer) for layer in group.layers)
+def _verdict(better: bool) -> str:
+    if better:
+        return "better"
+    return "worse"

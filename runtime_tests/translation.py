@@ -1,17 +1,16 @@
 """chrF of the texts that a package writes, greedily, by its own tokenizer."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
 from ffmerge.files import read_json
-from ffmerge.models.manifest import GraphRecord, MetricResult
+from ffmerge.models.manifest import MetricResult
 from ffmerge.models.metrics import IGNORED
 from ffmerge.models.probe import Array
-from ffmerge.runtime_tests.replay import decoder
-from ffmerge.runtime_tests.runtimes.base import Session
+from ffmerge.runtime_tests.decode import Served, decoder, greedy
 
 TOKENIZER = "tokenizer.json"
 
@@ -26,9 +25,7 @@ def why_not(folder: Path) -> str | None:
 
 
 def measure_chrf(
-    folder: Path,
-    served: Sequence[tuple[GraphRecord, Session]],
-    batches: Iterable[Mapping[str, Array]],
+    folder: Path, served: Served, batches: Iterable[Mapping[str, Array]]
 ) -> MetricResult:
     """Return chrF (0 to 100) of what encoder and decoder write, against the texts of the labels.
 
@@ -41,19 +38,16 @@ def measure_chrf(
     tokenizer, ends = Tokenizer.from_file(str(folder / TOKENIZER)), _ends(folder)
 
     def texts(rows: Array) -> list[str]:
-        kept = np.cumsum(np.isin(rows, [*ends, IGNORED]), axis=1) == 0
-        return [
-            str(tokenizer.decode(row[own].tolist())) for row, own in zip(rows, kept, strict=True)
-        ]
+        written = []
+        ended = np.cumsum(np.isin(rows, [*ends, IGNORED]), axis=1) > 0
+        for row, over in zip(rows, ended, strict=True):
+            written.append(str(tokenizer.decode(row[~over].tolist())))
+        return written
 
     guesses, answers = list[str](), list[str]()
     for batch in batches:
-        step = decoder(served, batch)
-        ids, got = batch["decoder_input_ids"][:, :1], []
-        for _ in range(batch["labels"].shape[1]):
-            ids = step(ids)[:, -1].argmax(-1)[:, None]
-            got.append(ids)
-        guesses += texts(np.concatenate(got, 1))
+        start, longest = batch["decoder_input_ids"][:, :1], batch["labels"].shape[1]
+        guesses += texts(greedy(decoder(served, batch), start, longest))
         answers += texts(batch["labels"])
     return MetricResult("chrF", float(corpus_chrf(guesses, [answers]).score), len(guesses))
 
@@ -61,7 +55,11 @@ def measure_chrf(
 def _ends(folder: Path) -> list[int]:
     """Return the end tokens that the package's generation settings or configuration name."""
     for name in ("generation_config.json", "config.json"):
-        end = read_json(folder / name).get("eos_token_id") if (folder / name).exists() else None
+        if not (folder / name).exists():
+            continue
+        end = read_json(folder / name).get("eos_token_id")
+        if isinstance(end, list):
+            return end
         if end is not None:  # Marian's is 0
-            return end if isinstance(end, list) else [end]
+            return [end]
     return []

@@ -16,6 +16,7 @@ from tiny import vit
 from tiny_wider import seeded, t5
 
 import ffmerge
+from ffmerge.config import ValidateConfig
 
 _DATA = "--data {in}/data.npz"
 _MERGE, _K2 = "merge {in}/vit {out}/new", "--k 2 --data {in}/data.npz"
@@ -286,5 +287,7 @@ PYTHON: dict[str, Callable[[Path, Path], Any]] = {
     "share int3": lambda base, out: ffmerge.share(build(_TEXT, W=normal(4), V=normal(4)), (), "i3"),
     "load_package nothing": lambda base, out: ffmerge.load_package(base / "empty"),
     "load_package changed": lambda base, out: ffmerge.load_package(base / "changed"),
-    "validate tpu": lambda base, out: ffmerge.validate(base / "package", ("tpu",)),
+    "validate tpu": lambda base, out: ffmerge.validate(
+        base / "package", ValidateConfig(providers=("tpu",))
+    ),
 }  # fmt: skip

@@ -77,21 +77,6 @@ def repoint(
     return found[0]
 
 
-def off_by_one(folder: Path, weight: str) -> None:
-    """Give the product with a quantized weight a zero point that is one too high."""
-
-    def change(graph: onnx.GraphProto, tensors: dict[str, np.ndarray]) -> None:
-        node = next(n for n in graph.node if weight in n.input)
-        if node.op_type == "MatMulNBits":  # 4 bits, two in a byte; without it they are 8
-            zero = np.full(tensors[f"{weight}/scale"].size // 2, 0x99, np.uint8)
-        else:
-            zero = np.array(1, np.int8)
-        graph.initializer.append(numpy_helper.from_array(zero, "zero.new"))
-        node.input.append("zero.new")
-
-    edit(folder, change)
-
-
 def doubled(folder: Path, weight: str) -> None:
     """Double the scales of a quantized weight."""
     scale = f"{weight}/scale"

@@ -15,7 +15,8 @@ from ffmerge.errors import NotInstalled, RuntimeCheckError
 from ffmerge.exporter.package import ExportConfig, export
 from ffmerge.models.manifest import Manifest
 from ffmerge.runtime_tests.footprint import TRIVIAL
-from ffmerge.runtime_tests.parity import OutputParity, check_parity
+from ffmerge.runtime_tests.parity import check_parity
+from ffmerge.runtime_tests.results import OutputParity
 from ffmerge.runtime_tests.runtimes import vino
 from ffmerge.runtime_tests.runtimes.registry import find_runtime
 

@@ -48,7 +48,8 @@ def test_another_runtime_is_judged_by_the_cpu_node_by_node(
     linear_package(folder, WEIGHT, np.ones(5, np.float32))
     files = sorted(folder.iterdir())
     (graph,) = Manifest.read(folder).graphs
-    found = locate(folder, graph, read_reference(folder), _wrong(tensor), "all", 1e-5, case=1)
+    stored = read_reference(folder)
+    found = locate(graph, stored, _wrong(tensor), "all", 1e-5, case=1)
     assert found is not None
     assert (found.op, found.value, found.before) == (op, value, before)
     assert found.tensors == (tensor,)
@@ -60,7 +61,7 @@ def test_another_runtime_is_judged_by_the_cpu_node_by_node(
     size = np.linalg.norm(off) / np.linalg.norm(right)
     assert found.difference == pytest.approx(size, rel=2e-7)  # measured 4.0e-8
     assert sorted(folder.iterdir()) == files
-    assert locate(folder, graph, read_reference(folder), find_runtime("cpu"), "all", 0.0) is None
+    assert locate(graph, stored, find_runtime("cpu"), "all", 0.0) is None
 
 
 def test_what_is_no_number_where_it_should_be_one_is_infinitely_far() -> None:

@@ -1,7 +1,7 @@
 """What a package is compared on: drawn like the task, real rows, and greedy decoding."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,12 @@ from ffmerge.models.examples import from_arrays
 from ffmerge.models.manifest import GraphRecord
 from ffmerge.models.probe import InputSpec, Probe, Tokens, kept, stored_elements
 from ffmerge.models.processing import like_the_task
-from ffmerge.runtime_tests.quality import Quality, compare_scores
-from ffmerge.runtime_tests.replay import replay
+from ffmerge.runtime_tests.decode import check_generation
+from ffmerge.runtime_tests.quality import Quality, compare_scores, mean
+from ffmerge.runtime_tests.tolerance import TOLERANCES
 
 Plan = tuple[Graph, ...]
+EXACT = TOLERANCES["fp32"]
 
 
 @pytest.fixture(scope="module", params=["village", "numerals"])
@@ -181,7 +183,7 @@ def test_replay_with_the_cache_gives_the_ids_of_whole_passes(
 ) -> None:
     _, model, plan, batch = written
     made = greedy(plan, batch, model)
-    found = replay(_served(plan, False), made, "all", 1e-4, 1.0)
+    found = check_generation(_served(plan, False), made, "all", EXACT)
     assert found.ok and found.agreement == 1
     assert (found.prompts, found.compared, found.ties) == (4, 4 * 16, 0)
 
@@ -190,9 +192,9 @@ def test_a_cache_that_forgets_is_found(
     written: tuple[Reference, Any, Plan, dict[str, Any]],
 ) -> None:
     _, model, plan, batch = written
-    found = replay(_served(plan, True), greedy(plan, batch, model), "all", 1e-4, 1.0)
+    found = check_generation(_served(plan, True), greedy(plan, batch, model), "all", EXACT)
     assert not found.ok and found.agreement < 1
-    assert found.difference and found.difference.step > 0
+    assert found.difference and found.difference["step"] > 0
     assert "instead of" in str(found.reason)
 
 
@@ -207,7 +209,7 @@ def test_where_two_ids_are_equally_likely_both_are_right(
     for tie, ties, compared in ((0.5, 1, 3 + 3 * 16), (0.1, 0, 4 * 16)):
         margin[0, 3] = 0.3
         stored = {**made, "tokens": other, "margin": margin}
-        found = replay(_served(plan, False), stored, "all", tie, 1.0)
+        found = check_generation(_served(plan, False), stored, "all", replace(EXACT, tie=tie))
         assert (found.ties, found.compared) == (ties, compared)
         assert found.ok is bool(ties)
 
@@ -233,7 +235,7 @@ def test_a_tie_is_no_disagreement_and_a_class_behind_it_is() -> None:
         quality = compare_scores(expected, got, counted, tie)
         assert quality is not None and quality.agreement == agreement
     parts = [Quality(1, 1.0, 0.2), Quality(3, 0.0, 0.6)]
-    assert Quality.mean(parts) == Quality(4, 0.25, pytest.approx(0.5, rel=1e-15))  # 1.1e-16
+    assert mean(parts) == Quality(4, 0.25, pytest.approx(0.5, rel=1e-15))  # 1.1e-16
 
 
 def test_of_large_logits_whole_positions_are_kept() -> None:

@@ -2,17 +2,18 @@
 
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from packages import linear_package
-from test_report import AFTER, BEFORE, LOSSES
+from test_report import AFTER, BEFORE, STAGES
 from web_env import ROOT, require_browser
 
 from ffmerge.models.record import Group, MergeRecord
 from ffmerge.runtime_tests.report import write_report
-from ffmerge.runtime_tests.validate import validate, write_validation
+from ffmerge.runtime_tests.validate import check
 
 pytestmark = pytest.mark.web
 OUT = ROOT / "build" / "web"
@@ -34,10 +35,11 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     merge = MergeRecord("calibrated", groups, 9, 5, 36, 20, {"name": None})
     eye = np.eye(4, dtype=np.float32)
     linear_package(folder / "package", eye, np.zeros(4, np.float32), merge=merge)
-    write_validation(folder / "package", validate(folder / "package"))
+    found = check(folder / "package")
+    after = replace(found, manifest=replace(found.manifest, files=AFTER.manifest.files))
     alike = [{"name": "encoder", "layers": list(range(16)), "cka": np.eye(16).tolist()}]
     commands = ["ffmerge export merged package --task image-classification --opset 20 --dtype int8"]
-    report = write_report(folder, BEFORE, AFTER, LOSSES, commands, folder / "package", alike)
+    report = write_report(folder, after, BEFORE, STAGES, commands, alike)
     report.write_text(report.read_text().replace("</body>", f"{MEASURE}</body>"))
     return report
 

@@ -12,6 +12,7 @@ from architectures import merge_all
 from packages import linear_package
 from web_env import NODE_MODULES, require_browser
 
+from ffmerge.config import ValidateConfig
 from ffmerge.errors import NotInstalled, RuntimeCheckError
 from ffmerge.exporter.package import export
 from ffmerge.runtime_tests.footprint import TRIVIAL
@@ -74,7 +75,7 @@ def test_a_decoder_with_cache_is_in_parity(name: str, tmp_path: Path, browser: N
     model = tiny.gpt2(layers=2)
     assert merge_all(model)
     export(model, tmp_path / "package")
-    (found,) = validate(tmp_path / "package", [name]).providers
+    (found,) = validate(tmp_path / "package", ValidateConfig(providers=(name,))).providers
     assert found.ok, found.reason
     assert found.used == found.requested == name.removeprefix("web-")
     assert max(o.max_abs or 0 for o in found.outputs) < 5e-6  # measured 6.6e-7
@@ -110,5 +111,5 @@ def test_every_kind_of_number_passes_and_errors_come_back(tmp_path: Path, browse
 @pytest.mark.web
 def test_a_wrong_weight_fails(tmp_path: Path, browser: None) -> None:
     linear_package(tmp_path / "package", EYE, ZEROS, EYE + 1e-3)
-    (found,) = validate(tmp_path / "package", ["wasm"]).providers
+    (found,) = validate(tmp_path / "package", ValidateConfig(providers=("wasm",))).providers
     assert not found.ok and "out of tolerance" in str(found.reason)

@@ -15,14 +15,16 @@ from packages import linear_package
 from rich.console import Console
 
 from ffmerge.__main__ import main
+from ffmerge.config import ValidateConfig
 from ffmerge.errors import InputError, NotInstalled, RuntimeCheckError
 from ffmerge.exporter.package import export
 from ffmerge.runtime_tests.footprint import TRIVIAL, measure_footprint
+from ffmerge.runtime_tests.results import ran_elsewhere
 from ffmerge.runtime_tests.runtimes.base import Placement, Runtime
 from ffmerge.runtime_tests.runtimes.ort import CPU, _placement
 from ffmerge.runtime_tests.runtimes.registry import RUNTIMES, find_runtime
 from ffmerge.runtime_tests.tolerance import ARITHMETIC, TOLERANCES, for_dtype
-from ffmerge.runtime_tests.validate import NotTested, _elsewhere, validate
+from ffmerge.runtime_tests.validate import validate
 from ffmerge.tables import validation_table
 
 EYE, ZEROS = np.eye(4, dtype=np.float32), np.zeros(4, np.float32)
@@ -106,7 +108,7 @@ def test_cuda_computes_what_pytorch_computed(name: str, tmp_path: Path) -> None:
         missing = f"no CUDA in this ONNX Runtime {ort.__version__}: install onnxruntime-gpu"
         (pytest.fail if os.environ.get("FFMERGE_CUDA") == "required" else pytest.skip)(missing)
     export(tiny.gpt2(layers=2), tmp_path / "gpt2")
-    result = validate(tmp_path / "gpt2", (name,))
+    result = validate(tmp_path / "gpt2", ValidateConfig(providers=(name,)))
     assert result.ok, result.providers[0].reason
 
 
@@ -127,16 +129,16 @@ def test_the_table_says_why_a_runtime_failed_whose_outputs_are_right(package: Pa
     result = validate(package)
     (cpu,) = result.providers
     reason = "GPU ran 1 of 2 compute nodes"
-    failed = replace(result, ok=False, providers=(replace(cpu, ok=False, reason=reason),))
-    absent = replace(failed, not_tested=(NotTested("web", "Web", "no browser"),))
+    failed = replace(result, providers=(replace(cpu, stopped=reason),))
+    absent = replace(failed, not_tested={"wasm": "no browser"})
     console = Console(width=200, record=True, file=StringIO())
     console.print(validation_table(absent))
     shown = console.export_text()
-    assert "NOT ok" in shown and reason in shown and "of it backed by a file" in shown
+    assert "NOT ok" in shown and reason in shown and "Memory, of files" in shown
     assert "not tested: no browser" in shown
     nothing_ran = replace(failed, providers=(replace(cpu, footprint=None),))
     console.print(validation_table(nothing_ran))
-    assert "Cost" not in console.export_text()
+    assert "Memory" not in console.export_text().split("Where it was run")[0]
 
 
 def test_all_lists_what_is_not_installed_and_does_not_fail(
@@ -156,7 +158,7 @@ def test_all_lists_what_is_not_installed_and_does_not_fail(
     assert result["not_tested"] == [
         {"name": "missing", "requested": "MissingProvider", "reason": "install it"}
     ]
-    asked = validate(package, ("missing",), installed=True)
+    asked = validate(package, ValidateConfig(providers=("missing",), installed=True))
     assert not asked.ok  # asked for by name, it is a failure
     assert [(p.name, p.ok) for p in asked.providers] == [("missing", False), ("cpu", True)]
 
@@ -199,14 +201,13 @@ def test_what_a_device_holds_is_the_peak_of_its_allocator() -> None:
 
 def test_a_runtime_that_takes_few_nodes_was_not_really_used() -> None:
     good = Placement({"GPU": {"MatMul": 9}, "CPU": {"Gather": 1}}, {"CPU": 50})
-    assert _elsewhere("GPU", good) == []
-    assert _elsewhere("GPU", None) == []  # this engine does not tell
-    (reason,) = _elsewhere("GPU", Placement({"GPU": {"MatMul": 8}, "CPU": {"Gather": 1}}, {}))
-    assert reason == (
+    assert ran_elsewhere("GPU", good) is None
+    assert ran_elsewhere("GPU", None) is None  # this engine does not tell
+    few = Placement({"GPU": {"MatMul": 8}, "CPU": {"Gather": 1}}, {})
+    assert ran_elsewhere("GPU", few) == (
         "GPU ran 8 of 9 compute nodes, at least 90% are needed; elsewhere: 1 Gather on CPU"
     )
-    (reason,) = _elsewhere("GPU", Placement({}, {"CPU": 3}))
-    assert "0 of 0" in reason
+    assert "0 of 0" in str(ran_elsewhere("GPU", Placement({}, {"CPU": 3})))
 
 
 def test_the_nodes_of_a_package_are_counted_by_the_engine(package: Path) -> None:

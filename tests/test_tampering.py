@@ -130,7 +130,7 @@ def test_a_quantized_package_passes_for_its_quality(run: Run, quantized: Path) -
         assert [case["real"] for case in output["cases"]] == [False, False, False, True]
 
 
-@pytest.mark.parametrize("wrong", ["doubled", "off_by_one", "swapped"])
+@pytest.mark.parametrize("wrong", ["doubled", "swapped"])
 def test_a_wrongly_quantized_package_fails(
     run: Run, quantized: Path, tmp_path: Path, wrong: str
 ) -> None:
@@ -144,4 +144,4 @@ def test_a_wrongly_quantized_package_fails(
     assert code == 1, err
     (divergence,) = found["providers"][0]["divergences"]
     assert "layers.4.mlp.fc2" in divergence["layer"]
-    assert {name, f"{name}/scale", "zero.new", "scale.new"} & {*divergence["tensors"]}
+    assert {name, f"{name}/scale", "scale.new"} & {*divergence["tensors"]}

@@ -1,0 +1,418 @@
+"""What was measured of a package: the dataclasses that hold it, and the JSON of all of it.
+
+``validate.py`` runs the checks and fills these in: a :class:`Validation` has a
+:class:`ProviderResult` for each runtime, and that one the outputs (``parity.py``), greedy decoding
+(``decode.py``), the first node that is off (``locate.py``), task metrics (``metric.py``) and
+memory and latency (``footprint.py``). ``report.py`` puts them into words, once, for the page, the
+text file, the terminal and notebooks.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+from ffmerge.files import plain
+from ffmerge.models.manifest import Manifest, MetricResult
+from ffmerge.runtime_tests.quality import Quality
+from ffmerge.runtime_tests.runtimes.base import Placement
+from ffmerge.runtime_tests.runtimes.registry import find_runtime
+
+PLACED = 0.9  # the fraction of the compute nodes that a runtime must take to count as used
+ROWS, GIVEN = "real rows of the package", "--data"  # what a metric was measured on
+
+
+@dataclass(frozen=True)
+class Worst:
+    """The element that uses most of its tolerance; ``index`` is in the full output."""
+
+    case: int
+    index: tuple[int, ...]
+    expected: float
+    got: float
+
+
+@dataclass(frozen=True)
+class CaseParity:
+    """One output on one case; ``real`` says that its inputs came with data.
+
+    The differences are None when they could not be computed, ``quality`` where the output has no
+    scores of classes.
+    """
+
+    case: int
+    real: bool
+    max_abs: float | None = None
+    max_rel: float | None = None
+    cosine: float | None = None
+    quality: Quality | None = None
+    worst: Worst | None = None
+
+
+@dataclass(frozen=True)
+class OutputParity:
+    """One output of a graph over all cases, at one optimization level.
+
+    ``max_rel`` is over the elements whose expected size exceeds ``atol``. A quantized model is
+    judged by the real case if there is one: all numbers are then of it. The differences are
+    None when they could not be computed; ``reason`` then says why, as it does whenever not
+    ``ok``. ``compared`` of ``elements`` were stored with the package. ``quality`` is that of the
+    real case if there is one, else of all.
+    """
+
+    graph: str
+    name: str
+    optimization: str
+    max_abs: float | None
+    max_rel: float | None
+    cosine: float | None
+    quality: Quality | None
+    worst: Worst | None
+    compared: int
+    elements: int
+    atol: float
+    rtol: float
+    ok: bool
+    reason: str | None
+    cases: tuple[CaseParity, ...]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Greedy decoding of ``prompts``, at one optimization level.
+
+    ``agreement`` is the fraction of the ``compared`` ids that are PyTorch's. From its first
+    difference on a prompt does not agree; where PyTorch's choice was within the tie of its
+    second, both ways are right, and from there the prompt is not compared: it is one of ``ties``.
+    ``difference`` is the first id that differs: its ``prompt`` and ``step``, the id ``expected``
+    and the one ``got``, and the ``margin`` by which PyTorch's exceeded its second.
+    """
+
+    optimization: str
+    prompts: int
+    tokens: int
+    compared: int
+    agreement: float
+    ties: int
+    difference: Mapping[str, float] | None
+    needed: float
+    ok: bool
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The first value that is off, in the order of the nodes, on one runtime.
+
+    ``node`` computes ``value`` in ``layer``, the PyTorch module. ``difference`` is the size of
+    the difference over the size of the value, ``bound`` what it may be; ``before`` is the last
+    value that was right, and ``tensors`` the weights that are read between the two. ``judge``
+    gave the right values: "PyTorch", as the package stores them, or a runtime on the same graph.
+    """
+
+    graph: str
+    optimization: str
+    node: str
+    op: str
+    value: str
+    layer: str
+    tensors: tuple[str, ...]
+    before: str | None
+    difference: float
+    bound: float
+    judge: str
+
+    def __str__(self) -> str:
+        """Return it as one sentence."""
+        tensors = f", which reads {', '.join(self.tensors)}" * bool(self.tensors)
+        where = f" in {self.layer}" * bool(self.layer)
+        return (
+            f"{self.graph} ({self.optimization}) leaves {self.judge} at {self.op} node "
+            f"{self.node}{where}{tensors}: difference {self.difference:.2g} of the value's size, "
+            f"{self.bound:.2g} allowed"
+        )
+
+
+@dataclass(frozen=True)
+class MetricRow:
+    """The task metric of one ``stage`` of a model, computed by ``by``, on ``data``."""
+
+    stage: str
+    by: str
+    data: str
+    name: str
+    value: float
+    examples: int
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What the sessions of a package cost, one run of each at batch 1.
+
+    A graph that generates makes one token; ``tokens_per_s`` counts those that a graph with a
+    cache makes after a few others, and is None where there is none. The bytes are what creating
+    the sessions added to the process: all resident memory, and its anonymous part (a weight that
+    stays in the mapped file is resident, not anonymous). They are None where the system does not
+    tell, and ``memory_reason`` says so. ``placement`` is where the nodes ran, over all the graphs.
+    """
+
+    rss_bytes: int | None
+    anonymous_bytes: int | None
+    memory_reason: str | None
+    load_s: float
+    first_ms: float
+    median_ms: float
+    p95_ms: float
+    tokens_per_s: float | None
+    runs: int
+    threads: int
+    device: str
+    placement: Placement | None
+
+    @property
+    def file_bytes(self) -> int | None:
+        """Return the resident bytes that a file backs, which the system may drop and read again."""
+        if self.rss_bytes is None or self.anonymous_bytes is None:
+            return None
+        return self.rss_bytes - self.anonymous_bytes
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """Of the bytes that a package has less than the one it came from, those gone from memory.
+
+    ``fraction`` is ``resident_saved`` over ``bytes_removed``; both None where memory is not told.
+    """
+
+    against: str
+    bytes_removed: int
+    resident_saved: int | None
+    fraction: float | None
+
+
+@dataclass
+class ProviderResult:
+    """What was found on one runtime so far; it is filled in check by check.
+
+    ``used`` is None when it did not run, and ``stopped`` says why it did not get to the end.
+    ``generation`` is greedy decoding at each optimization level, ``divergences`` the first node of
+    each graph that is off. ``metric`` is the task's on the data that were given, ``sample`` that
+    on the real rows that the package holds, and ``texts`` what is measured of written texts.
+    """
+
+    name: str
+    requested: str
+    used: str | None = None
+    device: str | None = None
+    arithmetic: str = "fp32"
+    optimization: tuple[str, ...] = ()
+    outputs: list[OutputParity] = field(default_factory=list)
+    generation: list[Generation] = field(default_factory=list)
+    divergences: list[Divergence] = field(default_factory=list)
+    metric: MetricResult | None = None
+    sample: MetricResult | None = None
+    texts: list[MetricRow] = field(default_factory=list)
+    footprint: Footprint | None = None
+    stopped: str | None = None
+
+    @property
+    def reason(self) -> str | None:
+        """Return all that is wrong, or None."""
+        if self.stopped:
+            return self.stopped
+        reasons = []
+        for output in self.outputs:
+            if not output.ok:
+                where = f"{output.graph}: {output.name} ({output.optimization})"
+                reasons.append(f"{where}: {output.reason}")
+        for decoded in self.generation:
+            if not decoded.ok:
+                reasons.append(f"{decoded.reason} ({decoded.optimization})")
+        reasons += map(str, self.divergences)
+        if self.footprint and (few := ran_elsewhere(self.requested, self.footprint.placement)):
+            reasons.append(few)
+        return "; ".join(reasons) or None
+
+    @property
+    def ok(self) -> bool:
+        """Tell whether nothing is wrong."""
+        return self.reason is None
+
+    def worst(self) -> list[OutputParity]:
+        """Return of each graph and optimization level the output that fails, or is farthest off."""
+        found = []
+        for _, outputs in groupby(self.outputs, lambda o: (o.graph, o.optimization)):
+            found.append(max(outputs, key=lambda o: (not o.ok, o.max_abs or 0)))
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """Return its fields, with the footprint as memory and latency."""
+        cost, known = self.footprint, dict(vars(self))
+        del known["footprint"], known["stopped"]
+        held = getattr(getattr(cost, "placement", None), "device_bytes", None)
+        silent = None
+        if held is None:
+            silent = "the engine has no other device, or does not tell"
+        memory = {
+            "rss_bytes": getattr(cost, "rss_bytes", None),
+            "anonymous_bytes": getattr(cost, "anonymous_bytes", None),
+            "reason": getattr(cost, "memory_reason", None),
+            "file_bytes": getattr(cost, "file_bytes", None),
+            "device_bytes": held,
+            "device_reason": silent,
+        }
+        latency = {"first": "first_ms", "median": "median_ms", "p95": "p95_ms", "runs": "runs"}
+        known |= {
+            "ok": self.ok,
+            "reason": self.reason,
+            "memory": memory,
+            "latency_ms": {key: getattr(cost, name, None) for key, name in latency.items()},
+        }
+        for name in ("tokens_per_s", "load_s", "threads", "placement"):
+            known[name] = getattr(cost, name, None)
+        return known
+
+
+@dataclass(frozen=True, repr=False)
+class Validation:
+    """What was found of a package on every runtime that was asked for.
+
+    ``not_tested`` are runtimes that were not asked for by name, and why they are not on this
+    machine; ``not_measured`` is why a metric is missing. ``label`` is the package's name in a
+    report, where a validation of only ``costs`` may stand beside this one.
+    """
+
+    manifest: Manifest
+    providers: tuple[ProviderResult, ...]
+    not_tested: Mapping[str, str] = field(default_factory=dict)
+    not_measured: str | None = None
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    sharing: Sharing | None = None
+    label: str = "package"
+
+    @property
+    def ok(self) -> bool:
+        """Tell whether there is a runtime, and all hold."""
+        return bool(self.providers) and all(result.ok for result in self.providers)
+
+    @property
+    def metric(self) -> MetricResult | None:
+        """Return the task metric of the first runtime that measured one on the data given."""
+        return next((p.metric for p in self.providers if p.metric), None)
+
+    @property
+    def footprint(self) -> Footprint | None:
+        """Return memory and latency of the first runtime that was measured."""
+        return next((p.footprint for p in self.providers if p.footprint), None)
+
+    @property
+    def max_abs(self) -> float | None:
+        """Return the largest difference in any output on any runtime."""
+        known = [o.max_abs for p in self.providers for o in p.outputs if o.max_abs is not None]
+        return max(known, default=None)
+
+    @property
+    def metrics(self) -> list[MetricRow]:
+        """Return the metric of the original and the merged model, the exported one, each runtime.
+
+        Those on other data are not to be compared.
+        """
+        found = stages(self.manifest)
+        if self.manifest.metric:
+            found.append(metric_row("exported", "PyTorch", ROWS, self.manifest.metric))
+        for data, name in ((ROWS, "sample"), (GIVEN, "metric")):
+            for result in self.providers:
+                if metric := getattr(result, name):
+                    found.append(metric_row(self.manifest.dtype, result.name, data, metric))
+        for result in self.providers:
+            found += result.texts
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values; a number that is NaN or infinite becomes null."""
+        absent = []
+        for name, reason in self.not_tested.items():
+            requested = find_runtime(name).requested
+            absent.append({"name": name, "requested": requested, "reason": reason})
+        manifest = self.manifest
+        return plain(
+            {
+                "ok": self.ok,
+                "providers": [result.to_json() for result in self.providers],
+                "not_tested": absent,
+                "metric": self.metric,
+                "metrics": self.metrics,
+                "not_measured": self.not_measured,
+                "environment": dict(self.environment),
+                "package": {
+                    "bytes_total": sum(file.bytes for file in manifest.files),
+                    "bytes_model": model_bytes(manifest),
+                    "initializer_bytes": manifest.bytes_total,
+                    "initializer_bytes_unique": manifest.bytes_unique,
+                    "parameters": manifest.parameters,
+                    "dtype": manifest.dtype,
+                },
+                "sharing": self.sharing,
+            }
+        )
+
+    def __repr__(self) -> str:
+        """Return the verdict of each runtime."""
+        found = []
+        for result in self.providers:
+            found.append(f"{result.name}: {result.reason or 'ok'}")
+        return f"Validation({'; '.join(found)})"
+
+    def _repr_html_(self) -> str:
+        """Return what it cost and what was compared, for a notebook."""
+        from ffmerge.runtime_tests.report import notebook_page
+
+        return notebook_page(self)
+
+
+def ran_elsewhere(requested: str, placement: Placement | None) -> str | None:
+    """Return the reason why a runtime that took few of the nodes was not really used."""
+    if placement is None or placement.fraction(requested) >= PLACED:
+        return None
+    others = []
+    for part, ops in placement.compute.items():
+        if part != requested:
+            others += [f"{count} {op} on {part}" for op, count in ops.items()]
+    counts = placement.counts()
+    return (
+        f"{requested} ran {counts.get(requested, 0)} of {sum(counts.values())} compute nodes, at "
+        f"least {PLACED:.0%} are needed; elsewhere: {', '.join(others)}"
+    )
+
+
+def metric_row(stage: str, by: str, data: str, metric: MetricResult) -> MetricRow:
+    """Return a metric with where it comes from."""
+    return MetricRow(stage, by, data, metric.name, metric.value, metric.examples)
+
+
+def stages(manifest: Manifest) -> list[MetricRow]:
+    """Return the metrics that the merge measured: of the original, merged and recovered model."""
+    if not manifest.merge:
+        return []
+    along, found = manifest.merge.metric, []
+    for key, stage in (("before", "original"), ("merged", "merged"), ("recovered", "recovered")):
+        if along.get("name") and along.get(key) is not None:
+            metric = MetricResult(along["name"], along[key], along.get("examples", 0))
+            found.append(metric_row(stage, "PyTorch", "merge's validation data", metric))
+    return found
+
+
+def sharing(before: Validation, after: Validation) -> Sharing | None:
+    """Return what sharing kept of the bytes removed since ``before``; None if there are none."""
+    removed = model_bytes(before.manifest) - model_bytes(after.manifest)
+    if removed <= 0:
+        return None
+    first, last = (getattr(each.footprint, "rss_bytes", None) for each in (before, after))
+    if first is None or last is None:
+        return Sharing(before.label, removed, None, None)
+    return Sharing(before.label, removed, first - last, (first - last) / removed)
+
+
+def model_bytes(manifest: Manifest) -> int:
+    """Return the bytes of the files a runtime loads: graphs and their external data."""
+    return sum(f.bytes for f in manifest.files if f.path.endswith((".onnx", ".onnx_data")))
