@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import ffmerge
+from ffmerge.config import QuantizeConfig
 from ffmerge.errors import InputError
 from ffmerge.exporter.card import card
 from ffmerge.exporter.graphs import Graph, graphs
@@ -35,7 +36,7 @@ from ffmerge.models.source import copy_companions, fingerprint
 from ffmerge.models.trace import Trace
 from ffmerge.passes.graph.contract import join_ties
 from ffmerge.passes.graph.opset import OLDEST, to_opset
-from ffmerge.passes.graph.quantize import PRECISIONS, QuantizeConfig
+from ffmerge.passes.graph.quantize import PRECISIONS
 from ffmerge.passes.graph.read import read_model
 from ffmerge.passes.graph.run import ShareResult, share
 from ffmerge.passes.graph.tensors import bytes_stored, distinct_bytes, is_op

@@ -17,6 +17,7 @@ from graphs import build, names, normal, ops, run
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
+from ffmerge.config import QuantizeConfig
 from ffmerge.errors import InputError
 from ffmerge.exporter.graphs import graphs
 from ffmerge.exporter.package import ExportConfig, export
@@ -25,7 +26,7 @@ from ffmerge.models import tasks
 from ffmerge.models.record import Tie
 from ffmerge.passes.graph.audit import audit
 from ffmerge.passes.graph.contract import check_ties, read_ties
-from ffmerge.passes.graph.quantize import PRECISIONS, QuantizeConfig
+from ffmerge.passes.graph.quantize import PRECISIONS
 from ffmerge.passes.graph.run import share
 from ffmerge.passes.weights.merge import MergeConfig, merge_
 from ffmerge.runtime_tests.validate import validate

@@ -295,7 +295,7 @@ def test_sharing_twice_changes_nothing():
 
 
 def test_large_tensors_are_compared_in_blocks(monkeypatch):
-    monkeypatch.setattr("ffmerge.passes.graph.tensors.BLOCK", 1000)
+    monkeypatch.setattr("ffmerge.passes.graph.tensors.CHUNK", 1000)
     w = normal(64, 64)
     late = w.copy()
     late[40, 7] += 1  # neither end, not in the first block
@@ -317,7 +317,7 @@ def test_a_collision_of_samples_is_not_an_equality(monkeypatch):
 
 
 def test_many_that_differ_late_are_told_apart(monkeypatch):
-    monkeypatch.setattr("ffmerge.passes.graph.tensors.BLOCK", 1000)
+    monkeypatch.setattr("ffmerge.passes.graph.tensors.CHUNK", 1000)
     weights = []
     for place in (5, 9, 5, 3, 9, 9, 5):
         w = np.zeros((40, 60), np.float32)

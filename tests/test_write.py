@@ -133,7 +133,7 @@ def test_large_tensors_start_a_page_and_small_ones_stay_in_the_graph(tmp_path):
 
 
 def test_lazy_tensors_are_computed_once_and_in_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr("ffmerge.passes.graph.tensors.BLOCK", 1000)
+    monkeypatch.setattr("ffmerge.passes.graph.tensors.CHUNK", 1000)
     calls = []
 
     def turn(values):

@@ -13,7 +13,7 @@ from ffmerge.models import manifest
 from ffmerge.models.record import Tie
 from ffmerge.passes.graph.contract import VIEWS, TieCheck, check_ties, read_ties
 from ffmerge.passes.graph.read import read_model
-from ffmerge.passes.graph.tensors import Stored, find_copies, is_op, place_of, stored
+from ffmerge.passes.graph.tensors import Stored, find_copies, is_op, location_of, stored
 
 # Added bytes from which a copy at load is a finding: exporters reshape and transpose scalars for
 # their shape arithmetic in every layer, and runtimes fold those.
@@ -134,8 +134,10 @@ def audit(path: str | Path, look: Callable[[Path], Loaded] | None = None) -> Aud
         model, label = read_model(file), file.relative_to(folder).as_posix()
         prefix = f"{label}:" if len(files) > 1 else ""
         items = stored(model)
-        total += sum(item.tensor.nbytes for item in items if place_of(item.tensor) not in counted)
-        counted |= {place_of(item.tensor) for item in items}
+        total += sum(
+            item.tensor.nbytes for item in items if location_of(item.tensor) not in counted
+        )
+        counted |= {location_of(item.tensor) for item in items}
         duplicates += _duplicates(items, prefix)
         beside = [other.stem for other in files if other.parent == folder == file.parent]
         if beside and not any(file.stem.startswith(f"{other}_") for other in beside):
@@ -201,7 +203,7 @@ def _across(files: Mapping[str, Sequence[Stored]]) -> Iterator[Duplicate]:
         first_of: dict[str, tuple[str, object]] = {}
         for index in sorted([copies.first, *copies.identical, *copies.transposed]):
             prefix, item = items[index]
-            first_of.setdefault(prefix, (prefix + item.name, place_of(item.tensor)))
+            first_of.setdefault(prefix, (prefix + item.name, location_of(item.tensor)))
         extra = len({location for _, location in first_of.values()}) - 1
         if extra:
             names = tuple(name for name, _ in first_of.values())

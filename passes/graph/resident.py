@@ -9,7 +9,7 @@ its own when it loads the model, and keeps the original for a Gather. It packs n
 import onnx_ir as ir
 
 from ffmerge.models.manifest import Skip
-from ffmerge.passes.graph.gemm import become, insert
+from ffmerge.passes.graph.rewrite import become, insert
 from ffmerge.passes.graph.tensors import is_op, shape_of
 
 FLOOR = 1_000_000  # bytes of a weight; smaller ones are not worth two transposes of activations

@@ -15,6 +15,7 @@ from onnx_ir.passes.common import (
     TopologicalSortPass,
 )
 
+from ffmerge.config import QuantizeConfig
 from ffmerge.errors import InputError, TieError
 from ffmerge.files import refuse_existing
 from ffmerge.models.manifest import Skip
@@ -22,7 +23,7 @@ from ffmerge.models.record import Tie
 from ffmerge.passes.graph.contract import check_ties, read_ties, write_ties
 from ffmerge.passes.graph.opset import to_opset
 from ffmerge.passes.graph.prepare import ReachPass, infer_ranks
-from ffmerge.passes.graph.quantize import QuantizeConfig, quantize
+from ffmerge.passes.graph.quantize import quantize
 from ffmerge.passes.graph.read import read_model
 from ffmerge.passes.graph.resident import ResidentPass, RightPass
 from ffmerge.passes.graph.share import SharePass

@@ -8,8 +8,8 @@ import onnx_ir as ir
 from ffmerge.models.manifest import Skip
 from ffmerge.models.record import Tie
 from ffmerge.passes.graph.contract import join_ties
-from ffmerge.passes.graph.gemm import obstacle, read_transposed
 from ffmerge.passes.graph.tensors import find_copies, stored
+from ffmerge.passes.graph.transposed import obstacle, read_transposed
 
 
 class SharePass(ir.passes.InPlacePass):

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 Array = npt.NDArray[Any]
 
-BLOCK = 1 << 22  # bytes compared, turned or written at a time
+CHUNK = 1 << 22  # bytes compared, turned or written at a time
 LINE = 64  # bytes of columns turned at a time, a cache line: numpy's own copy is 5 x slower
 SAMPLES = 16  # elements that must be equal before tensors are read to the end
 _SAMPLE = "ffmerge.sample"
@@ -77,13 +77,15 @@ def bytes_stored(model: ir.Model) -> int:
 
 
 def distinct_bytes(models: Iterable[ir.Model]) -> int:
-    """Return the content bytes of all stored tensors, those in one place of one file once."""
+    """Return the content bytes of all stored tensors, those at one location once."""
     return sum(
-        {place_of(item.tensor): item.tensor.nbytes for m in models for item in stored(m)}.values()
+        {
+            location_of(item.tensor): item.tensor.nbytes for m in models for item in stored(m)
+        }.values()
     )
 
 
-def place_of(tensor: ir.TensorProtocol) -> object:
+def location_of(tensor: ir.TensorProtocol) -> object:
     """Return where the bytes are on disk, equal for the same bytes of the same data file."""
     if isinstance(tensor, ir.ExternalTensor):
         return Path(tensor.path).resolve(), tensor.offset or 0
@@ -194,13 +196,13 @@ def _sample(tensor: ir.TensorProtocol) -> bytes:
 
 
 def blocks(array: Array) -> Iterator[npt.NDArray[np.uint8]]:
-    """Yield the bytes of an array in C order, ``BLOCK`` at a time, without copying it whole."""
+    """Yield the bytes of an array in C order, ``CHUNK`` at a time, without copying it whole."""
     if array.flags.c_contiguous:
         flat = array.reshape(-1).view(np.uint8)
-        for start in range(0, len(flat), BLOCK):
-            yield flat[start : start + BLOCK]
+        for start in range(0, len(flat), CHUNK):
+            yield flat[start : start + CHUNK]
         return
-    rows = max(1, BLOCK * len(array) // array.nbytes)
+    rows = max(1, CHUNK * len(array) // array.nbytes)
 
     def turned(start: int) -> npt.NDArray[np.uint8]:
         return _contiguous(array[start : start + rows]).reshape(-1).view(np.uint8)
@@ -223,7 +225,7 @@ def _contiguous(array: Array) -> Array:
 
 
 def _equal(one: Array, other: Array) -> bool:
-    rows = max(1, BLOCK * len(one) // one.nbytes)
+    rows = max(1, CHUNK * len(one) // one.nbytes)
     return all(
         same_bytes(*(_contiguous(array[start : start + rows]) for array in (one, other)))
         for start in range(0, len(one), rows)

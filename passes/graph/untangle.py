@@ -7,8 +7,8 @@ import numpy as np
 import onnx_ir as ir
 
 from ffmerge.models.manifest import Skip
-from ffmerge.passes.graph.gemm import obstacle, read_transposed
 from ffmerge.passes.graph.tensors import Array, is_op, rewritten, shape_of
+from ffmerge.passes.graph.transposed import obstacle, read_transposed
 
 _VIEWS = ("Transpose", "Cast", "Identity", "Reshape", "DequantizeLinear")
 _D = ir.DataType

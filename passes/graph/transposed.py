@@ -1,12 +1,11 @@
 """Reading a 2-D weight transposed in place: ``Gemm(transB=1)`` instead of a second tensor."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from ffmerge.passes.graph.matmul import store
+from ffmerge.passes.graph.rewrite import become, insert, store
 from ffmerge.passes.graph.tensors import is_op, shape_of
 
 # Where ONNX gives Gemm (since 13) and MatMul the same meaning, and runtimes have both.
@@ -64,34 +63,6 @@ def read_transposed(node: ir.Node, index: int, weight: ir.Value, main: ir.Graph)
     leading = insert(node, "Gather", [sizes, first], INDEX, [rank - 1])
     full = insert(node, "Concat", [leading, _numbers(main, [columns])], INDEX, [rank], axis=0)
     become(node, "Reshape", [product, full])
-
-
-def become(node: ir.Node, op: str, inputs: Sequence[ir.Value | None], **attributes: Any) -> None:
-    """Make a node another operator, whose result is still the same value."""
-    node.op_type = op
-    node.attributes.clear()
-    for attribute in ir.convenience.convert_attributes(attributes):
-        node.attributes.add(attribute)
-    node.resize_inputs(len(inputs))
-    for index, value in enumerate(inputs):
-        node.replace_input_with(index, value)
-
-
-def insert(
-    node: ir.Node,
-    op: str,
-    inputs: Sequence[ir.Value],
-    dtype: ir.DataType,
-    shape: Sequence[int | None],
-    **attributes: Any,
-) -> ir.Value:
-    """Return the output of a new node before ``node``, called after the output of that."""
-    name = f"{node.outputs[0].name}/{op}"
-    value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
-    given = ir.convenience.convert_attributes(attributes)
-    assert isinstance(node.graph, ir.Graph)
-    node.graph.insert_before(node, ir.Node("", op, inputs, given, outputs=[value], name=name))
-    return value
 
 
 def _numbers(main: ir.Graph, numbers: Sequence[int]) -> ir.Value:

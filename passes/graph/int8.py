@@ -1,0 +1,177 @@
+"""Products in int8: on inputs that are quantized as they come, or in ranges measured before.
+
+:func:`ffmerge.passes.graph.quantize.quantize` has chosen the matrices; each is stored once, as
+codes and one scale for each output feature, and all its products and lookups are rewritten.
+
+* :func:`to_dynamic` gives MatMulInteger behind DynamicQuantizeLinear: no data is needed.
+* :func:`to_static` gives QDQ form, QuantizeLinear and DequantizeLinear around float MatMuls, which
+  is what NPUs take; the ranges of the inputs come from calibration batches.
+* :func:`read_dequantized` is for weights that some node reads in another way than these.
+"""
+
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from ffmerge.config import QuantizeConfig
+from ffmerge.models.codes import int8_codes, range_scale
+from ffmerge.models.manifest import Skip
+from ffmerge.passes.graph.matrix import Matrix, as_matmuls
+from ffmerge.passes.graph.rewrite import Rewrite, replace_tensor, store
+from ffmerge.passes.graph.tensors import Array, is_op, shape_of, values_of
+
+_FLOAT = ir.DataType.FLOAT
+Range = tuple[float, float]
+
+
+def to_dynamic(model: ir.Model, matrices: Sequence[Matrix], config: QuantizeConfig) -> None:
+    """MatMul and Gemm become MatMulInteger on inputs that are quantized as they come."""
+    quantized: dict[ir.Value, Sequence[ir.Value]] = {}
+    for matrix in matrices:
+        matrix = as_matmuls(matrix, model.graph)
+        scale = _store_codes(matrix, model.graph, config)
+        for node in matrix.products:
+            x = node.inputs[0]
+            assert x is not None
+            if x not in quantized:
+                quantized[x] = _quantize_dynamically(x)
+            codes, x_scale, zero = quantized[x]
+            new = Rewrite(node, model.graph)
+            total = new.op("Cast", new.op("MatMulInteger", codes, matrix.weight, zero), to=_FLOAT)
+            new.take_place(new.op("Mul", total, new.op("Mul", x_scale, scale)))
+
+
+def _quantize_dynamically(x: ir.Value) -> Sequence[ir.Value]:
+    """Return codes, scale and zero point of a value, measured when it comes."""
+    assert x.graph is not None
+    parts = [ir.Value(name=f"{x.name}/{part}") for part in ("int8", "scale", "zero")]
+    name = f"{x.name}/DynamicQuantizeLinear"
+    x.graph.append(ir.Node("", "DynamicQuantizeLinear", [x], outputs=parts, name=name))
+    return parts
+
+
+def to_static(
+    model: ir.Model, matrices: Sequence[Matrix], config: QuantizeConfig
+) -> Iterator[Skip]:
+    """Matrix products read and write 8 bits, in the ranges of the calibration batches.
+
+    Every weight is behind one DequantizeLinear. Biases stay float32: as int32 they would need
+    the scale of one consumer's input.
+    """
+    matmuls = []
+    for matrix in matrices:
+        for node in matrix.products:
+            if node.op_type == "Gemm" and len(node.inputs) > 2 and (bias := node.inputs[2]):
+                yield Skip(bias.name or "", f"float32: the bias of Gemm node {node.name}")
+        matmuls.append(as_matmuls(matrix, model.graph))
+    model.graph.sort()
+    inputs, outputs = _around_products(model.graph)
+    ranges = _ranges(model, list(dict.fromkeys([*inputs, *outputs])), config.calibration)
+    for matrix in matmuls:
+        scale = _store_codes(matrix, model.graph, config)
+        floats = _after("DequantizeLinear", [matrix.weight, scale], model, axis=1)
+        for node in matrix.products:
+            node.replace_input_with(1, floats)
+    for value, (low, high) in ranges.items():
+        step, zero = range_scale(low, high)
+        parts = [
+            store(model.graph, f"{value.name}/scale", ir.tensor(step)),
+            store(model.graph, f"{value.name}/zero", ir.tensor(zero)),
+        ]
+        uses = [use for use in value.uses() if value in outputs or is_op(use.node, "MatMul")]
+        codes = _after("QuantizeLinear", [value, *parts], model)
+        _connect(uses, _after("DequantizeLinear", [codes, *parts], model))
+
+
+def _around_products(graph: ir.Graph) -> tuple[list[ir.Value], list[ir.Value]]:
+    """Return what the MatMuls of a graph read that is not stored, and what they give."""
+    inputs, outputs = [], []
+    for node in graph:
+        if is_op(node, "MatMul"):
+            outputs.append(node.outputs[0])
+            for value in node.inputs:
+                if value is not None and value.const_value is None:
+                    inputs.append(value)
+    return inputs, outputs
+
+
+def _ranges(
+    model: ir.Model, values: Sequence[ir.Value], batches: Iterable[Mapping[str, Array]]
+) -> dict[ir.Value, Range]:
+    """Return the smallest and largest of each value over all batches, zero included."""
+    import onnxruntime
+
+    found = {value: (0.0, 0.0) for value in values}
+    if not found:
+        return found
+    outputs = list(model.graph.outputs)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        model.graph.outputs.extend(v for v in values if not v.is_graph_output())
+        ir.save(model, path, external_data="data")
+        model.graph.outputs[:] = outputs
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for batch in batches:
+        seen = session.run([value.name for value in values], dict(batch))
+        for value, array in zip(values, seen, strict=True):
+            low, high = found[value]
+            found[value] = min(low, float(array.min())), max(high, float(array.max()))
+    return found
+
+
+def read_dequantized(weight: ir.Value, model: ir.Model) -> None:
+    """Store a weight as int8 and let all its consumers read one DequantizeLinear of it."""
+    assert weight.const_value is not None
+    shape, uses = shape_of(weight.const_value), weight.uses()
+    axis = int(np.argmax([size > 1 for size in shape]))
+    others = tuple(i for i in range(len(shape)) if i != axis)
+    codes, scale = int8_codes(values_of(weight.const_value), others)
+    scales = store(model.graph, f"{weight.name}/scale", ir.Tensor(scale.reshape(-1)))
+    replace_tensor(weight, ir.Tensor(codes))
+    _connect(uses, _after("DequantizeLinear", [weight, scales], model, axis=axis))
+
+
+def _store_codes(matrix: Matrix, main: ir.Graph, config: QuantizeConfig) -> ir.Value:
+    """Store a weight as int8, let lookups scale what they find; return its scales.
+
+    They are one for each column where the weight is multiplied by, in this graph or in another,
+    else one for each row.
+    """
+    weight = matrix.weight
+    by_column = bool(matrix.products) or weight.name in config.multiplied
+    values = values_of(matrix.tensor)
+    if by_column:
+        codes, scales = int8_codes(values, 0, paired=True)
+        scales = scales.squeeze()
+    else:
+        codes, scales = int8_codes(values, 1)
+    replace_tensor(weight, ir.Tensor(codes))
+    scale = store(main, f"{weight.name}/scale", ir.Tensor(scales))
+    for node in matrix.lookups:
+        new, ids = Rewrite(node, main), node.inputs[1]
+        axis = node.attributes.get_int("axis", 0)
+        found = new.op("Cast", new.op("Gather", weight, ids, axis=axis), to=_FLOAT)
+        of_found = scale
+        if axis == 1 or not by_column:
+            of_found = new.op("Gather", scale, ids)
+        new.take_place(new.op("Mul", found, of_found))
+    return scale
+
+
+def _after(
+    op_type: str, inputs: Sequence[ir.Value], model: ir.Model, **attributes: int
+) -> ir.Value:
+    """Return the output of a new node, called after its first input."""
+    name = f"{inputs[0].name}/{op_type}"
+    output = ir.Value(name=name)
+    given = ir.convenience.convert_attributes(attributes)
+    model.graph.append(ir.Node("", op_type, inputs, given, outputs=[output], name=name))
+    return output
+
+
+def _connect(uses: Iterable[tuple[ir.Node, int]], value: ir.Value) -> None:
+    for node, index in tuple(uses):
+        node.replace_input_with(index, value)
