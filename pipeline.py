@@ -181,7 +181,7 @@ def export(
         folder = resolve(source, code=trust_remote_code)
         model = checkpoint.load(folder, trust_remote_code)
         float32_(model, wide)
-        task = tasks.fit(config.task, model) if config.task else tasks.infer(model)
+        task = tasks.fit(config.task, model)
         examples = data.read(data_source, folder, task) if data_source else None
         show("tracing and writing", 0, 0)
         result = package.export(model, out, config, folder, examples)

@@ -112,7 +112,7 @@ def export(
         InputError: the task is not served, the data lacks what the model takes, or ``target``
             exists or cannot be written.
     """
-    task = tasks.fit(config.task, model) if config.task else tasks.infer(model)
+    task = tasks.fit(config.task, model)
     parameters = list(model.parameters())
     if config.opset not in OPSETS:
         raise InputError(f"opset {config.opset} is not one of {OPSETS[0]} to {OPSETS[-1]}.")

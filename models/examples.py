@@ -1,4 +1,8 @@
-"""Rows that become model inputs when they are asked for."""
+"""Rows that become model inputs when they are asked for.
+
+``models/data.py`` makes these of whatever the user gives; statistics, metrics, recovery and the
+runtime tests read them in batches of numpy arrays. Nothing here needs torch.
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,10 +41,15 @@ def from_arrays(arrays: Mapping[str, Array]) -> Examples:
     Raises:
         InputError: there are no rows, or the arrays differ in length.
     """
-    lengths = {name: len(array) if np.ndim(array) else 0 for name, array in arrays.items()}
+    lengths = {}
+    for name, array in arrays.items():
+        lengths[name] = len(array) if np.ndim(array) else 0
     if len(set(lengths.values())) != 1 or not all(lengths.values()):
         raise InputError(
             f"the arrays of the data must have one common length above 0, not {lengths}."
         )
-    rows = range(next(iter(lengths.values())))
-    return Examples(rows, lambda i: {name: array[np.asarray(i)] for name, array in arrays.items()})
+
+    def take(rows: Sequence[int]) -> dict[str, Array]:
+        return {name: array[np.asarray(rows)] for name, array in arrays.items()}
+
+    return Examples(range(next(iter(lengths.values()))), take)

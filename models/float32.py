@@ -1,4 +1,7 @@
-"""A model of 16 bits as one of 32, whose weights are pages of files and not memory."""
+"""A model of 16 bits as one of 32, whose weights are pages of files and not memory.
+
+``ffmerge export`` computes in float32 whatever a checkpoint holds.
+"""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path

@@ -1,4 +1,8 @@
-"""``ffmerge.json``: what a package holds and promises, as data."""
+"""``ffmerge.json``: what a package holds and promises, as data.
+
+The exporter writes it last. Whatever opens a package (serving, the runtime tests, the report) reads
+it first, and has it check the files before one is opened.
+"""
 
 import os
 from collections.abc import Mapping
@@ -177,16 +181,19 @@ class Manifest:
         size = os.fstat(descriptor).st_size
         if size != file.bytes:
             return f"it has {size} bytes instead of {file.bytes}"
-        own = [tensor for tensor in self.tensors if tensor.path == file.path]
-        changed = [
-            tensor.name
-            for tensor in own
-            if sha256(descriptor, tensor.offset, tensor.bytes)[:DIGITS] != tensor.sha256
-        ]
+        recorded = [tensor for tensor in self.tensors if tensor.path == file.path]
+        if not recorded:
+            return "its bytes changed"
+        changed = []
+        for tensor in recorded:
+            if sha256(descriptor, tensor.offset, tensor.bytes)[:DIGITS] != tensor.sha256:
+                changed.append(tensor.name)
         if not changed:
-            return "other bytes than those of its tensors changed" if own else "its bytes changed"
-        more = f" and {len(changed) - 4} more" * (len(changed) > 4)
-        return f"the bytes of {', '.join(changed[:4])}{more} changed"
+            return "other bytes than those of its tensors changed"
+        names = ", ".join(changed[:4])
+        if len(changed) > 4:
+            names += f" and {len(changed) - 4} more"
+        return f"the bytes of {names} changed"
 
 
 def reference_key(graph: str, case: int, output: str) -> str:
@@ -204,7 +211,9 @@ LABELS = "real.labels"  # what the labels of the real rows are kept under in ``R
 
 def record_files(folder: Path) -> tuple[FileRecord, ...]:
     """Return a record of every file below ``folder``, sorted by path."""
-    paths = sorted(p for p in folder.rglob("*") if p.is_file())
-    return tuple(
-        FileRecord(p.relative_to(folder).as_posix(), p.stat().st_size, sha256(p)) for p in paths
-    )
+    records = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            name = path.relative_to(folder).as_posix()
+            records.append(FileRecord(name, path.stat().st_size, sha256(path)))
+    return tuple(records)

@@ -1,4 +1,8 @@
-"""Task metrics as running sums, the same numbers for PyTorch and for a runtime."""
+"""Task metrics as running sums, the same numbers for PyTorch and for a runtime.
+
+The search and the exporter feed one the logits that PyTorch gives, the runtime tests those of a
+package, batch by batch, each with its labels (:func:`labels_of`).
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

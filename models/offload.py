@@ -1,5 +1,7 @@
 """A model that is larger than its device: a block's weights are there while the block runs.
 
+The commands call :func:`offload_` where they would move a model; all else runs the model as before.
+
 Parameters stay where they are, on the processor as pages of the checkpoint's files. What belongs to
 a block of a list comes with the block; all else, embeddings and head, for the length of a pass.
 """
@@ -31,8 +33,9 @@ def offload_(model: Any, device: str | torch.device) -> None:
     owned: dict[str, list[nn.Module]] = {"": []}
     for path, module in model.named_modules():
         if module._parameters or module._buffers:
-            place = block_of(model, f"{path}.")
-            owned.setdefault(f"{place[0]}.{place[1]}" if place else "", []).append(module)
+            block = block_of(model, f"{path}.")
+            comes_with = ".".join(map(str, block or ()))
+            owned.setdefault(comes_with, []).append(module)
     for path, modules in owned.items():
         owner = model.get_submodule(path)
         run = partial(_run_again if path else _run, modules, owner.forward, device)
@@ -49,7 +52,9 @@ def device_of(model: Any) -> torch.device:
 def call(model: Any, module: nn.Module, *args: Any) -> Any:
     """Return what a module inside ``model`` gives, where the model computes."""
     device = getattr(model, _DEVICE, None)
-    return module(*args) if device is None else _run([*module.modules()], module, device, *args)
+    if device is None:
+        return module(*args)
+    return _run(list(module.modules()), module, device, *args)
 
 
 def _run_again(modules: Sequence[nn.Module], *given: Any, **kwargs: Any) -> Any:
@@ -65,17 +70,22 @@ def _run(
     *args: Any, **kwargs: Any,
 ) -> Any:  # fmt: skip
     """Compute with the modules' own parameters and buffers on the device."""
-    places = [each for m in modules for each in (m._parameters, m._buffers)]
-    home = [(place, n, x) for place in places for n, x in place.items() if x is not None]
-    here = {id(x): _there(x, device) for _, _, x in home}
+    home = []  # the dictionary that holds a tensor, its name there, and the tensor
+    on_device = {}
+    for module in modules:
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    home.append((tensors, name, tensor))
+                    on_device[id(tensor)] = _there(tensor, device)
     args, kwargs = tree_map_only(Tensor, lambda x: x.to(device), (args, kwargs))
     try:
-        for place, name, tensor in home:
-            place[name] = here[id(tensor)]
+        for tensors, name, tensor in home:
+            tensors[name] = on_device[id(tensor)]
         return compute(*args, **kwargs)
     finally:
-        for place, name, tensor in home:
-            place[name] = tensor
+        for tensors, name, tensor in home:
+            tensors[name] = tensor
 
 
 def _there(tensor: Tensor, device: torch.device) -> Tensor:

@@ -1,4 +1,9 @@
-"""Plans and ties as data: which layers share one feed-forward sublayer, and by which names."""
+"""Merges and ties as data: which layers share one feed-forward sublayer, and by which names.
+
+A merge returns a :class:`MergeRecord`; the checkpoint keeps it in ``config.json``, from where
+loading reads it to tie again, and a package in its manifest. A :class:`Tie` names one shared
+tensor: ``models/ties.py`` lists those of a model, the graph passes keep them, audits check them.
+"""
 
 import re
 from collections.abc import Mapping, Sequence

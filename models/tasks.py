@@ -1,4 +1,8 @@
-"""Tasks by their optimum names: what each puts out, and which one a model serves."""
+"""Tasks by their optimum names: what each puts out, and which one a model serves.
+
+Commands ask for the task of a model first (:func:`fit`); it decides which graphs are exported, what
+is measured, and how text becomes inputs. The tables need neither torch nor optimum.
+"""
 
 from typing import Any
 
@@ -53,26 +57,31 @@ def infer(model: Any) -> str:
     except (ValueError, KeyError, RuntimeError):
         task = ""
     if task in ("", "fill-mask"):
-        task = next((t for suffix, t in _BY_SUFFIX.items() if name.endswith(suffix)), task)
-    if hasattr(model.config, "text_config") and hasattr(model.config, "vision_config"):
-        task = "zero-shot-image-classification" if task == "feature-extraction" else task
+        for suffix, known in _BY_SUFFIX.items():
+            if name.endswith(suffix):
+                task = known
+    has_towers = hasattr(model.config, "text_config") and hasattr(model.config, "vision_config")
+    if has_towers and task == "feature-extraction":
+        task = "zero-shot-image-classification"
     if not task:
         raise InputError(f"no task is known for {name}.")
-    return check(task + PAST * _caches(model, task))
+    if task in GENERATE and (model.config.is_encoder_decoder or task == "text-generation"):
+        task += PAST
+    return check(task)
 
 
-def fit(task: str, model: Any) -> str:
-    """Return ``task`` if ``model`` serves it.
+def fit(task: str | None, model: Any) -> str:
+    """Return ``task`` if ``model`` serves it; where none is given, the one that it serves.
 
     Raises:
         InputError: it does not, or ffmerge serves no such task.
     """
     served = infer(model)
+    if task is None:
+        return served
     if base(check(task)) != base(served) or (task.endswith(PAST) and task != served):
-        other = f" or {base(served)}" * (base(served) != served)
-        raise InputError(
-            f"{type(model).__name__} does not serve {task}: it serves {served}{other}."
-        )
+        choices = " or ".join(dict.fromkeys((served, base(served))))
+        raise InputError(f"{type(model).__name__} does not serve {task}: it serves {choices}.")
     return task
 
 
@@ -86,8 +95,3 @@ def check(task: str) -> str:
         named = [*OUTPUTS, *(each + PAST for each in GENERATE)]
         raise InputError(f"task {task!r} is not served: choose one of {', '.join(named)}.")
     return task
-
-
-def _caches(model: Any, task: str) -> bool:
-    decoder = model.config.is_encoder_decoder or task == "text-generation"
-    return task in GENERATE and decoder

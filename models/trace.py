@@ -1,4 +1,8 @@
-"""What PyTorch gave at the nodes of a graph on one small case, as a package keeps it."""
+"""What PyTorch gave at the nodes of a graph on one small case, as a package keeps it.
+
+The exporter records it, and where a package differs from PyTorch ``runtime_tests/locate.py`` looks
+in it for the first node that does.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
