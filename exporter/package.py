@@ -21,10 +21,10 @@ from ffmerge.exporter.reference import (
     real_inputs,
     real_metric,
     real_rows,
-    trace,
     write_reference,
 )
 from ffmerge.exporter.torch_onnx import to_onnx
+from ffmerge.exporter.trace import record_trace
 from ffmerge.files import read_json, staged, write_json
 from ffmerge.models import tasks
 from ffmerge.models.data import Data, as_examples
@@ -215,7 +215,7 @@ def _to_onnx(
             for name, each in done.items()
         }
     traces = {
-        g.name: trace(g, programs[g.name], done[g.name].model, config.dtype, real.get(g.name, {}))
+        g.name: record_trace(g, programs[g.name], done[g.name].model, real.get(g.name, {}))
         for g in plan
         if g.name in programs
     }

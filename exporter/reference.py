@@ -1,16 +1,13 @@
 """What a package is compared with: what PyTorch gives, on drawn inputs and on a few real ones."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import torch
 from safetensors.numpy import save_file
-from torch.utils import _pytree as pytree
 
 from ffmerge.errors import InputError
 from ffmerge.exporter.graphs import Graph
@@ -20,17 +17,12 @@ from ffmerge.models.inputs import to_tensors
 from ffmerge.models.manifest import MetricResult, input_key, reference_key
 from ffmerge.models.metrics import for_task
 from ffmerge.models.probe import Array, stored_elements
-from ffmerge.models.trace import GREEDY, Trace, TracedValue, sampled, trace_key, traced_feeds
-from ffmerge.passes.weights import precision
+from ffmerge.models.trace import GREEDY, Trace, trace_key
 from ffmerge.passes.weights.evaluate import score_for
 
 ROWS, LENGTH = 32, 64  # of the real case, and tokens of each
 BYTES, SCORES = 1 << 22, 1 << 24  # of its inputs, and elements of its logits, at most
 PROMPTS, PROMPT, NEW = 4, 8, 16  # of greedy decoding: rows, tokens given, tokens made
-_VIEWS = {"Cast", "Concat", "Expand", "Identity", "Reshape", "Slice", "Split", "Squeeze",
-          "Transpose", "Unsqueeze"}  # fmt: skip
-AT_ONCE = 1 << 22  # elements of a weight that are rounded at a time
-Rounding = dict[Any, tuple[Callable[[Any], torch.Tensor], str]]  # by place; rows, and what reads it
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_target_positions")
 
 
@@ -123,136 +115,6 @@ def greedy(plan: Sequence[Graph], batch: Mapping[str, Array], model: Any) -> dic
         ids = np.concatenate([ids, logits[:, -1:].argmax(-1)], 1)
     named = {"start": ids[:, :start_length], "tokens": ids[:, start_length:], **prompts}
     return {**named, "margin": np.stack(margins, 1)} if margins and len(ids) else {}
-
-
-def traced_names(model: ir.Model) -> set[str]:
-    """Return the values of a graph that are computed, not only seen in another shape."""
-    nodes = [node for node in model.graph if node.op_type not in _VIEWS]
-    return {str(value.name) for node in nodes for value in node.outputs}
-
-
-def trace(
-    graph: Graph, program: Any, model: ir.Model, dtype: str, real: Mapping[str, Array]
-) -> Trace:
-    """Return what PyTorch computes at every node of an exported program that ``model`` names.
-
-    The program is run by PyTorch's own kernels, node by node; a sample of each value stays. Where
-    the graph holds a weight in ``dtype``, PyTorch multiplies by that weight rounded by
-    ``passes/weights/precision.py``, which is not the code that quantized the graph.
-    """
-    feeds = traced_feeds(graph.probe, real)
-    given = iter(pytree.tree_leaves(dict(to_tensors(feeds, graph.module.model))))
-    held = {**program.state_dict, **program.constants}
-    arguments = [
-        next(given) if spec.target is None else held[spec.target]
-        for spec in program.graph_signature.input_specs
-    ]
-    rounding = _rounding(graph.module.model, model, dtype)
-    recorder = _Recorder(program.graph_module, traced_names(model), rounding)
-    with torch.no_grad():
-        recorder.run(*arguments)
-    return Trace(tuple(recorder.values), tuple(recorder.samples))
-
-
-def _rounding(model: Any, graph: ir.Model, dtype: str) -> Rounding:
-    """Return, by the place of each weight that the graph has rounded, what gives rows as rounded.
-
-    A large model must not be held twice, so it is called where the weight is used. With each comes
-    the operator that reads it first. One that is behind a DequantizeLinear has 8 bits in any case,
-    and a table that is multiplied by is rounded as the map has it.
-    """
-    if dtype not in ("int8", "int4"):
-        return {}
-    modules = {
-        _place(module.weight): module
-        for kind in (torch.nn.Module, precision.PRODUCTS)
-        for module in model.modules()
-        if isinstance(module, precision.ROUNDED) and isinstance(module, kind)
-    }
-    held, found = graph.graph.initializers, Rounding()
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if f"{name}/scale" not in held:
-            continue
-        op, module = held[name].consumers()[0].op_type, modules.get(_place(parameter))
-        if op == "DequantizeLinear" or (module is None and parameter.ndim != 2):
-            rounded = partial(_in_8_bits, parameter.data)
-        elif module is None:
-            rounded = partial(_in_bits, parameter.data, dtype)
-        else:
-            rounded = partial(precision.rounded_weight, module, dtype)
-        found[_place(parameter)] = (rounded, op)
-    return found
-
-
-def _in_bits(weight: torch.Tensor, dtype: str, rows: Any) -> torch.Tensor:
-    return precision.to_dtype(weight[rows], dtype)
-
-
-def _in_8_bits(weight: torch.Tensor, some: Any) -> torch.Tensor:
-    axis = next(i for i, size in enumerate(weight.shape) if size > 1)
-    rows = weight.movedim(axis, 0)
-    new = precision.to_dtype(rows.flatten(1), "int8", summed=False).view(rows.shape)
-    return new.movedim(0, axis)[some]
-
-
-def _place(value: Any) -> Any:
-    return (value.data_ptr(), value.shape) if isinstance(value, torch.Tensor) else None
-
-
-class _Recorder(torch.fx.Interpreter):
-    """Runs a program and keeps a sample of each float tensor that has one of the ``names``.
-
-    Weights are rounded while they are used; what an int8 product multiplies them by is, too.
-    """
-
-    def __init__(self, module: torch.fx.GraphModule, names: set[str], rounding: Rounding) -> None:
-        super().__init__(module)
-        self.names, self.rounding = names, rounding
-        self.values: list[TracedValue] = []
-        self.samples: list[Array] = []
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        product = any(kind in str(target) for kind in ("linear", "matmul", "mm"))
-        ops = [self.rounding.get(_place(x), (None, ""))[1] for x in args]
-        if product and "MatMulInteger" in ops:
-            args = tuple(
-                precision.rounded_input(x)
-                if isinstance(x, torch.Tensor) and x.ndim > 1 and not op
-                else x
-                for x, op in zip(args, ops, strict=True)
-            )
-        known = [self.rounding.get(_place(x)) for x in args[:2]]
-        if target is torch.ops.aten.embedding.default and known[0]:  # of a table what is read
-            return known[0][0](args[1].flatten()).view(*args[1].shape, -1)
-        if target is torch.ops.aten.linear.default and known[1]:
-            return torch.cat([*self._by_rows(known[1][0], *args)], -1)
-        args, kwargs = pytree.tree_map(self._as_rounded, (args, kwargs))
-        return super().call_function(target, args, kwargs)
-
-    def _by_rows(
-        self, rounded: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
-    ) -> Iterator[torch.Tensor]:
-        """Yield the outputs of a map part by part: its rounded weight may be a large table."""
-        step = max(1, AT_ONCE // weight.shape[1])
-        for start in range(0, len(weight), step):
-            some = slice(start, start + step)
-            own = bias if bias is None else bias[some]
-            yield torch.nn.functional.linear(x, rounded(some), own)
-
-    def _as_rounded(self, value: Any) -> Any:
-        found = self.rounding.get(_place(value))
-        return found[0](slice(None)) if found else value
-
-    def run_node(self, node: torch.fx.Node) -> Any:
-        value = super().run_node(node)
-        if node.name in self.names and isinstance(value, torch.Tensor):
-            if value.is_floating_point() and value.numel() and node.op == "call_function":
-                sample = sampled(value.float().cpu().numpy())
-                stack = list((node.meta.get("nn_module_stack") or {"": ("", None)}).values())
-                layer = str(stack[-1][0]).partition("model.")[2]
-                self.values.append(TracedValue(node.name, tuple(value.shape), layer))
-                self.samples.append(sample)
-        return value
 
 
 def write_reference(
