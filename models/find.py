@@ -8,7 +8,7 @@ proved as well: ``models/prove.py``.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import permutations
 
 from torch import nn
@@ -52,13 +52,7 @@ def survey(model: nn.Module) -> tuple[tuple[FeedForward, ...], tuple[LeftAlone, 
     left = dict.fromkeys(_banks(model), EXPERTS)
     found: dict[Maps, list[int]] = {}  # with what each run of it read
     alike: dict[Maps, str] = {}
-    for output, hidden in flow.calls:
-        inputs, sources, ops = flow.before(hidden)
-        maps = (*inputs, output)
-        if not inputs or PRODUCT in ops or block_of(model, output) is None:
-            continue
-        if not _fit(flow, maps) or not flow.reads(sources[0]):
-            continue
+    for maps, sources, ops in _candidates(model, flow):
         reason = _why_not(flow, maps, sources, ops)
         if reason and _look_alike(model, flow, maps):
             alike[maps] = reason
@@ -68,6 +62,17 @@ def survey(model: nn.Module) -> tuple[tuple[FeedForward, ...], tuple[LeftAlone, 
             found.setdefault(maps, []).append(sources[0])
     left |= _unlike(alike, found, left)
     return _sublayers(model, flow, found), tuple(LeftAlone(*item) for item in left.items())
+
+
+def _candidates(model: nn.Module, flow: DataFlow) -> Iterator[tuple[Maps, list[int], set[str]]]:
+    """Yield maps in a block whose sizes are d -> f -> d, what they read, and the ops between."""
+    for output, hidden in flow.calls:
+        inputs, sources, ops = flow.before(hidden)
+        maps = (*inputs, output)
+        if not inputs or PRODUCT in ops or block_of(model, output) is None:
+            continue
+        if _fit(flow, maps) and flow.reads(sources[0]):
+            yield maps, sources, ops
 
 
 def _fit(flow: DataFlow, maps: Maps) -> bool:

@@ -130,9 +130,7 @@ def inspect(model: str | Path | nn.Module, trust_remote_code: bool = False) -> I
             f"no feed-forward sublayer found in {type(network).__name__}: nothing can be merged."
         )
     by_name = stacks(found)
-    sizes = {}
-    for member in found:
-        sizes[member.path] = sum(network.get_parameter(w.name).numel() for w in member.weights)
+    sizes = {member.path: _size(network, member) for member in found}
     distinct = {}
     for name, members in by_name.items():
         first_weights = {id(network.get_parameter(m.weights[0].name)) for m in members}
@@ -148,6 +146,10 @@ def inspect(model: str | Path | nn.Module, trust_remote_code: bool = False) -> I
         removable=_removable(by_name, sizes, distinct, total),
         left_alone=left,
     )
+
+
+def _size(network: nn.Module, member: FeedForward) -> int:
+    return sum(network.get_parameter(weight.name).numel() for weight in member.weights)
 
 
 def _removable(

@@ -87,11 +87,16 @@ class Probe:
         for name in sizes:
             if batch and name.endswith("batch_size"):
                 sizes[name] = batch
-        has_past = False
-        for dimension in {dimension for spec in self.inputs for dimension in spec.shape}:
-            if isinstance(dimension, str) and dimension.startswith("past_"):
-                has_past = has_past or sizes[dimension] > 0
+        has_past = self._has_past(sizes)
         return {spec.name: _draw(spec, sizes, has_past, generator) for spec in self.inputs}
+
+    def _has_past(self, sizes: Mapping[str, int]) -> bool:
+        """Tell whether an input is a cache that is not empty in a case of these sizes."""
+        for spec in self.inputs:
+            for dimension in spec.shape:
+                if str(dimension).startswith("past_") and sizes[str(dimension)]:
+                    return True
+        return False
 
     def complete(self, batch: Mapping[str, Array]) -> dict[str, Array]:
         """Return the inputs for a batch of data; what it lacks is no padding and an empty past.

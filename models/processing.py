@@ -25,17 +25,18 @@ def like_the_task(probes: Sequence[Probe], folder: Path | None, config: Any) -> 
         processor = _loaded("AutoImageProcessor", folder)
     if folder and not names.isdisjoint(_IDS):
         tokenizer = _loaded("AutoTokenizer", folder)
-    changed = []
-    for probe in probes:
-        specs = []
-        for spec in probe.inputs:
-            if spec.name == _PICTURES:
-                spec = _picture(spec, processor)
-            elif spec.name in _IDS and tokenizer is not None:
-                spec = _text(spec, tokenizer, config)
-            specs.append(spec)
-        changed.append(replace(probe, inputs=tuple(specs)))
-    return changed
+    return [_like(probe, processor, tokenizer, config) for probe in probes]
+
+
+def _like(probe: Probe, processor: Any, tokenizer: Any, config: Any) -> Probe:
+    specs = []
+    for spec in probe.inputs:
+        if spec.name == _PICTURES:
+            spec = _picture(spec, processor)
+        elif spec.name in _IDS and tokenizer is not None:
+            spec = _text(spec, tokenizer, config)
+        specs.append(spec)
+    return replace(probe, inputs=tuple(specs))
 
 
 def _loaded(kind: str, folder: Path) -> Any:

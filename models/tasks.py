@@ -51,23 +51,27 @@ def infer(model: Any) -> str:
     """
     from optimum.exporters.tasks import TasksManager
 
-    name = type(model).__name__
     try:
         task = str(TasksManager.infer_task_from_model(type(model)))
     except (ValueError, KeyError, RuntimeError):
         task = ""
     if task in ("", "fill-mask"):
-        for suffix, known in _BY_SUFFIX.items():
-            if name.endswith(suffix):
-                task = known
+        task = _by_suffix(model) or task
     has_towers = hasattr(model.config, "text_config") and hasattr(model.config, "vision_config")
     if has_towers and task == "feature-extraction":
         task = "zero-shot-image-classification"
     if not task:
-        raise InputError(f"no task is known for {name}.")
+        raise InputError(f"no task is known for {type(model).__name__}.")
     if task in GENERATE and (model.config.is_encoder_decoder or task == "text-generation"):
         task += PAST
     return check(task)
+
+
+def _by_suffix(model: Any) -> str:
+    for suffix, task in _BY_SUFFIX.items():
+        if type(model).__name__.endswith(suffix):
+            return task
+    return ""
 
 
 def fit(task: str | None, model: Any) -> str:
