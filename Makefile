@@ -1,11 +1,12 @@
 # Every target works in a fresh clone; `install` makes .venv once.
 PYTHON ?= python3
 BIN := .venv/bin
-PYTEST = FFMERGE_OPTIMUM=required FFMERGE_OPENVINO=required OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadgroup
+PARALLEL = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadgroup
+PYTEST = FFMERGE_OPTIMUM=required FFMERGE_OPENVINO=required $(PARALLEL)
 
 NODE_MODULES := examples/web/node_modules/.package-lock.json
 
-.PHONY: install install-optimum demo web test test-web test-webgpu slow check lint types wheel clean
+.PHONY: install install-optimum demo web test test-fast test-web test-webgpu slow check lint types wheel clean
 
 install: .venv/installed
 
@@ -43,6 +44,11 @@ $(NODE_MODULES): examples/web/package-lock.json
 
 test: install install-optimum
 	$(PYTEST) -m "not slow and not web and not webgpu"
+
+# At most 2 minutes on two cores, and only the first environment: what tests/conftest.py does not
+# list as heavy.
+test-fast: install
+	$(PARALLEL) -m "not slow and not web and not webgpu and not heavy"
 
 # Says so and passes where there is no browser or no npm; with FFMERGE_WEB=required it fails.
 test-web: install

@@ -14,6 +14,17 @@ import ffmerge.__main__ as command_line
 
 Command = Callable[..., tuple[int, str, str]]
 
+# Modules of tests that `make test-fast` leaves out: each takes more than about ten seconds, most of
+# them because they export models or start processes. What they test is in `make test`.
+HEAVY = frozenset(
+    """
+    architectures cli demo engines export float32 golden large_file
+    loaded loaders offload optimum optimum_plugin own_export own_parts packaging
+    properties quantize real_inputs recover remote_code rivals rounded_trace runtime_footprint
+    runtimes scale search serving tampering translation variants versions vit_base
+    """.split()
+)
+
 # with several, a product's last bit depends on where its inputs lie, and some tests ask for it
 torch.set_num_threads(1)
 
@@ -65,7 +76,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks in this same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep on one worker what shares fixtures or packages; every other architecture is free."""
+    """Keep on one worker what shares fixtures or packages; mark what `make test-fast` leaves out.
+
+    Every other architecture is free.
+    """
     for item in items:
         name = item.path.stem
         case = getattr(item, "callspec", None)
@@ -75,3 +89,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         elif name == "test_architectures":
             name = item.name
         item.add_marker(pytest.mark.xdist_group(name))
+        if item.path.stem.removeprefix("test_") in HEAVY:
+            item.add_marker(pytest.mark.heavy)
