@@ -20,7 +20,7 @@ HEAVY = frozenset(
     """
     architectures cli demo engines export float32 golden large_file
     loaded loaders offload optimum optimum_plugin own_export own_parts packaging
-    properties quantize real_inputs recover remote_code rivals rounded_trace runtime_footprint
+    properties quantize real_inputs recover remote_code rivals runtime_footprint
     runtimes scale search serving tampering translation variants versions vit_base
     """.split()
 )
