@@ -11,11 +11,11 @@ from rich.table import Table
 from rich.text import Text
 
 from ffmerge.files import size_text
-from ffmerge.runtime_tests.words import ABSENT, fraction_text, layers_text, metric_text
+from ffmerge.runtime_tests.words import ABSENT, layers_text
 
 if TYPE_CHECKING:
     from ffmerge.runtime_tests.report import Row
-    from ffmerge.runtime_tests.results import MetricRow, Validation
+    from ffmerge.runtime_tests.results import Validation
 
 
 def _table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> Table:
@@ -163,51 +163,13 @@ def cost_table(rows: Sequence[Row], title: str | None = None) -> Table:
 
 
 def validation_table(result: Validation) -> Group:
-    """Show a Validation: what each runtime computed, what is wrong, then what it cost."""
-    from ffmerge.runtime_tests.report import RUNTIME_HEADINGS, output_rows, rows, runtime_rows
+    """Show a Validation: what each runtime computed, what it cost, and what is wrong."""
+    from ffmerge.runtime_tests.report import tables
 
-    shown, decoded, reasons = [], [], []
-    for provider in result.providers:
-        if provider.outputs:
-            heads = (f"{provider.name}, worst outputs", "largest difference", "holds")
-            shown.append(_table("", heads, output_rows(provider.worst())))
-        for found in provider.generation:
-            agreed = f"{found.agreement:.1%} of {found.compared}"
-            name = f"{provider.name}, {found.optimization}"
-            decoded.append((name, agreed, found.ties, found.reason or "ok"))
-        if provider.reason:
-            reasons.append((provider.name, provider.reason))
-    for name, why in result.not_tested.items():
-        reasons.append((name, f"not tested: {why}"))
-    if result.not_measured:
-        reasons.append(("metric", result.not_measured))
-    if decoded:
-        heads = ("greedy decoding", "ids that are PyTorch's", "ties", "verdict")
-        shown.append(_table("Generation", heads, decoded))
-    if result.metrics:
-        heads = ("stage", "computed by", "metric", "value", "examples")
-        shown.append(_table("Metric", heads, map(_metric_cells, result.metrics)))
-    shown += [
-        cost_table(rows(None, result), "Cost"),
-        _table("Where it was run", RUNTIME_HEADINGS, runtime_rows(result)),
-    ]
-    if kept := result.sharing:
-        saved = [
-            (f"bytes removed since {kept.against}", size_text(kept.bytes_removed)),
-            ("sharing kept: of them gone from memory", fraction_text(kept.fraction)),
-        ]
-        shown.append(_table("Sharing", ("", ""), saved))
-    if reasons:
-        shown.append(_table("Failed or not tested", ("runtime", "why"), reasons))
     verdict = "NOT ok"
     if result.ok:
         verdict = "ok"
-    return Group(Text(verdict, "bold"), *shown)
-
-
-def _metric_cells(row: MetricRow) -> tuple[str, ...]:
-    value = metric_text(row.name, row.value)
-    return row.stage, row.by, row.name, value, f"{row.examples:,} of {row.data}"
+    return Group(Text(verdict, "bold"), *(_table(*each) for each in tables(result)))
 
 
 _COLOURS = {"better": "green", "worse": "red"}

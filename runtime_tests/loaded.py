@@ -7,7 +7,7 @@ it runs after they were all made, in memory that the process does not give back.
 
 import argparse
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
@@ -48,66 +48,90 @@ def look(path: Path) -> Loaded:
 
 def _multiplied(before: ir.Model, after: ir.Model) -> Iterator[Unshared]:
     """Yield each weight in whose place several constants stand."""
-    origins = {item.name: item for item in stored(before) if item.tensor.nbytes >= NOTABLE}
-    made = [item for item in stored(after) if item.tensor.nbytes >= NOTABLE]
-    items = [*origins.values(), *made]
+    origins, made = _notable(before), _notable(after)
+    alike, made_of, rest = _equal(origins, made)
+    producers = {}
+    for graph in graphs(before):
+        for node in graph:
+            producers.update(dict.fromkeys((out.name for out in node.outputs), node))
+    for name in rest:
+        if origin := _source(name, producers, origins):
+            made_of[origin].append(made[name])
+    for name, copies in made_of.items():
+        size = sum(item.tensor.nbytes for item in copies)
+        extra = size - alike[name] * origins[name].tensor.nbytes
+        if len(copies) > alike[name] and extra >= NOTABLE:
+            nodes = tuple(producers[i.name].name or "" for i in copies if i.name in producers)
+            reason = f"ONNX Runtime {ort.__version__} makes {len(copies)} tensors of it on loading"
+            yield Unshared(name, extra, len(copies), nodes, reason)
+
+
+def _notable(model: ir.Model) -> dict[str, Stored]:
+    """Return the stored tensors that are large enough to matter, by name."""
+    return {item.name: item for item in stored(model) if item.tensor.nbytes >= NOTABLE}
+
+
+def _equal(
+    origins: Mapping[str, Stored], made: Mapping[str, Stored]
+) -> tuple[dict[str, int], dict[str, list[Stored]], list[str]]:
+    """Return which tensors were made as copies of one of the file.
+
+    By the name of each of the file's: how many the file itself has of it, and those made of it,
+    transposed or not; then the names of those made that are equal to none.
+    """
+    items = [*origins.values(), *made.values()]
+    alike = dict.fromkeys(origins, 1)
     made_of: dict[str, list[Stored]] = {name: [] for name in origins}
-    alike = dict.fromkeys(origins, 1)  # tensors the file itself has of it
-    placed = set()
+    rest = set(made)
     for copies in find_copies([item.tensor for item in items]):
+        if copies.first >= len(origins):
+            continue
         group = [copies.first, *copies.identical, *copies.transposed]
-        if copies.first < len(origins):
-            name = items[copies.first].name
-            alike[name] = sum(index < len(origins) for index in group)
-            placed |= {index for index in group if index >= len(origins)}
-            made_of[name] += [items[index] for index in group if index >= len(origins)]
-    producers = {out.name: node for g in graphs(before) for node in g for out in node.outputs}
-    for index, item in enumerate(made, len(origins)):
-        if index not in placed and (origin := _source(item.name, producers, origins)):
-            made_of[origin].append(item)
-    for name, copies_of in made_of.items():
-        extra = sum(i.tensor.nbytes for i in copies_of) - alike[name] * origins[name].tensor.nbytes
-        if len(copies_of) > alike[name] and extra >= NOTABLE:
-            nodes = tuple(producers[i.name].name or "" for i in copies_of if i.name in producers)
-            reason = (
-                f"ONNX Runtime {ort.__version__} makes {len(copies_of)} tensors of it on loading"
-            )
-            yield Unshared(name, extra, len(copies_of), nodes, reason)
+        name = items[copies.first].name
+        of_file = [index for index in group if index < len(origins)]
+        alike[name] = len(of_file)
+        for index in sorted(set(group) - set(of_file)):
+            made_of[name].append(items[index])
+            rest.discard(items[index].name)
+    return alike, made_of, sorted(rest)
 
 
 def _source(
-    name: str, producers: dict[str | None, ir.Node], origins: dict[str, Stored]
+    name: str, producers: Mapping[str | None, ir.Node], origins: Mapping[str, Stored]
 ) -> str | None:
     """Return the largest stored tensor that the value ``name`` is computed from."""
-    seen, ahead = set(), [name]
+    seen, ahead = set[str](), [name]
     while ahead:
         current = ahead.pop()
-        if current not in seen:
-            seen.add(current)
-            node = producers.get(current)
-            ahead += [value.name or "" for value in node.inputs if value] if node else []
-    found = [origins[each] for each in seen if each in origins]
-    return max(found, key=lambda item: (item.tensor.nbytes, item.name)).name if found else None
+        if current in seen:
+            continue
+        seen.add(current)
+        if node := producers.get(current):
+            ahead += [value.name or "" for value in node.inputs if value]
+    found = [(item.tensor.nbytes, item.name) for item in origins.values() if item.name in seen]
+    return max(found, default=(0, None))[1]
 
 
 def _packed(after: ir.Model, grown: int | None) -> Sequence[Unshared]:
     """Return the weights kept both raw and packed, if memory grew by as much as that says."""
     items = stored(after)
+    once = twice = 0
     both = []
     for item in items:
-        right = [
-            use.node
-            for use in item.value.uses()
-            if use.idx == 1 and is_op(use.node, "MatMul", "Gemm")
-        ]
+        once += item.tensor.nbytes
         plain = item.tensor.dtype == ir.DataType.FLOAT and len(item.tensor.shape) == 2
-        if plain and item.tensor.nbytes >= FLOOR and 0 < len(right) < len(item.value.uses()):
+        if not plain or item.tensor.nbytes < FLOOR:
+            continue
+        uses = item.value.uses()
+        right = [u.node for u in uses if u.idx == 1 and is_op(u.node, "MatMul", "Gemm")]
+        if 0 < len(right) < len(uses):
+            twice += item.tensor.nbytes
             nodes = tuple(node.name or "" for node in right)
             reason = "packed for these nodes on loading, and kept as it is for others"
             both.append(Unshared(item.name, item.tensor.nbytes, 2, nodes, reason))
-    once = sum(item.tensor.nbytes for item in items)
-    twice = sum(each.bytes for each in both)
-    return both if grown is not None and grown > once + twice / 2 else []
+    if grown is None or grown <= once + twice / 2:
+        return []
+    return both
 
 
 def _load_here(model: Path, folder: Path) -> dict[str, int | None]:
@@ -134,11 +158,9 @@ def _load_here(model: Path, folder: Path) -> dict[str, int | None]:
         raise RuntimeCheckError(f"ONNX Runtime does not save the model: {error}") from error
     rss, anonymous = growth(before, after)
     freed, _ = growth(after, untrimmed)
-    return {
-        "rss_bytes": rss,
-        "anonymous_bytes": anonymous,
-        "freed_bytes": None if freed is None else max(0, freed),
-    }
+    if freed is not None:
+        freed = max(0, freed)
+    return {"rss_bytes": rss, "anonymous_bytes": anonymous, "freed_bytes": freed}
 
 
 def main() -> None:

@@ -137,38 +137,72 @@ def _judged(
         return found(problem)
     tolerance = tolerance.for_size(_rms(samples))
     cases = tuple(_compare(name, sample, tolerance) for sample in samples)
-    real = [case for case in cases if case.real and case.worst] or list(cases)
-    judged = list(cases)
+    real = tuple(case for case in cases if case.real and case.worst) or cases
+    judged = cases
     if tolerance.real:
         judged = real
-    broken = [case for case in cases if case.max_abs is None]
-    told = [case.worst for case in (*judged, *broken) if case.worst]
-    worst = max(told, key=lambda element: _used(element, tolerance))
-    if broken:
-        wrong = sum(_count_wrong(sample) for sample in samples)
+    worst = _worst(judged, cases, tolerance)
+    if wrong := sum(_count_wrong(sample) for sample in samples):
         return found(f"NaN or infinity in {wrong} of {compared} elements")
-    numbers = [case.case for case in judged]
-    of_judged = [sample for sample in samples if sample.case in numbers]
-    expected = np.concatenate([sample.expected for sample in of_judged]).astype(np.float64)
-    got = np.concatenate([sample.got for sample in of_judged]).astype(np.float64)
-    alike = cosine(expected, got)
-    quality = mean([case.quality for case in real if case.quality])
+    expected, got = _joined(samples, judged)
+    alike, quality = cosine(expected, got), mean([case.quality for case in real if case.quality])
     difference, bound = _difference(expected, got, tolerance)
-    off = int((difference > bound).sum())
-    # rounding is made for real data: on drawn inputs it says little of a quantized model
-    trusted = judged[0].real or not tolerance.real
+    if off := int((difference > bound).sum()):
+        reason: str | None = f"{off} of {compared} elements are out of tolerance"
+    else:
+        # rounding is made for real data: on drawn inputs it says little of a quantized model
+        trusted = judged[0].real or not tolerance.real
+        scored = np.abs(expected).max() > NOISE
+        reason = _unlike(alike, scored, quality, tolerance, trusted)
+    largest = max(case.max_rel or 0 for case in judged)
+    return found(reason, float(difference.max()), largest, alike, quality)
+
+
+def _unlike(
+    alike: float, scored: bool, quality: Quality | None, tolerance: Tolerance, trusted: bool
+) -> str | None:
+    """Return why an output points elsewhere or its scores are not good enough, None if they are.
+
+    One that is not ``scored`` is all noise, and inputs that are not ``trusted`` say little.
+    """
     least = tolerance.cosine
     if not trusted:
         least = min(least, DRAWN)
-    reason = None
-    if off:
-        reason = f"{off} of {compared} elements are out of tolerance"
-    elif np.abs(expected).max() > NOISE and alike < least:
-        reason = f"cosine {alike:.6f} is below {least}"
-    elif quality and trusted:
-        reason = _poor(quality, tolerance)
-    largest = max(case.max_rel or 0 for case in judged)
-    return found(reason, float(difference.max()), largest, alike, quality)
+    if scored and alike < least:
+        return f"cosine {alike:.6f} is below {least}"
+    if quality is None or not trusted:
+        return None
+    if quality.agreement < tolerance.agreement:
+        return (
+            f"the first class is PyTorch's in {quality.agreement:.2%} of {quality.positions} "
+            f"positions, {tolerance.agreement:.0%} are needed"
+        )
+    if quality.kl > tolerance.kl:
+        return f"the mean KL divergence {quality.kl:.2g} is above {tolerance.kl}"
+    return None
+
+
+def _worst(
+    judged: Sequence[CaseParity], cases: Sequence[CaseParity], tolerance: Tolerance
+) -> Worst | None:
+    """Return the element that is worst in the cases that judge, and in those that are broken."""
+    found, most = None, -1.0
+    for case in cases:
+        if case.worst and (case in judged or case.max_abs is None):
+            used = _used(case.worst, tolerance)
+            if used > most:
+                found, most = case.worst, used
+    return found
+
+
+def _joined(samples: Sequence[_Sample], judged: Sequence[CaseParity]) -> tuple[Array, Array]:
+    """Return what is expected and what came, of all cases that judge."""
+    expected, got, numbers = [], [], {case.case for case in judged}
+    for sample in samples:
+        if sample.case in numbers and sample.expected is not None:
+            expected.append(sample.expected)
+            got.append(sample.got)
+    return np.concatenate(expected).astype(np.float64), np.concatenate(got).astype(np.float64)
 
 
 def _incomparable(samples: Sequence[_Sample]) -> str | None:
@@ -183,18 +217,6 @@ def _incomparable(samples: Sequence[_Sample]) -> str | None:
                 f"case {sample.case}: {sample.expected.size} reference elements, but the output of "
                 f"shape {list(sample.shape)} has {sample.got.size} to compare"
             )
-    return None
-
-
-def _poor(quality: Quality, tolerance: Tolerance) -> str | None:
-    """Return why scores are not good enough, None if they are."""
-    if quality.agreement < tolerance.agreement:
-        return (
-            f"the first class is PyTorch's in {quality.agreement:.2%} of {quality.positions} "
-            f"positions, {tolerance.agreement:.0%} are needed"
-        )
-    if quality.kl > tolerance.kl:
-        return f"the mean KL divergence {quality.kl:.2g} is above {tolerance.kl}"
     return None
 
 

@@ -2,14 +2,13 @@
 
 :func:`rows` is the table of before and after, :func:`output_rows` and :func:`runtime_rows` are
 those of one validation. All that shows results prints these: ``report.html.j2`` and
-``report.md.j2`` here, ``tables.py`` on the terminal, :func:`notebook_page` in a notebook. A cell
-is one line of text; behind a line break stands small print.
+``report.md.j2`` here, and, by :func:`tables`, the terminal and notebooks. A cell is one line of
+text; behind a line break stands small print.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from html import escape
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from ffmerge.files import size_text, write_whole
 from ffmerge.heatmap import heat_map
 from ffmerge.models.manifest import Manifest
 from ffmerge.models.metrics import ACCURACY, PERPLEXITY
+from ffmerge.models.notebook import Table
 from ffmerge.runtime_tests.results import (
     MetricRow,
     OutputParity,
@@ -40,6 +40,7 @@ from ffmerge.runtime_tests.words import (
 )
 
 REPORT, TEXT = "report.html", "report.md"
+_RUNTIMES = ("runtime", "memory", "load", "first run", "median", "holds")
 NOISE = 0.01  # a change of a cost by less says nothing
 Cost = tuple[str, str, Callable[[Any], str], str]  # name, key of the summary, how to show it, note
 
@@ -271,12 +272,9 @@ def output_rows(outputs: Sequence[OutputParity]) -> list[tuple[str, str, str]]:
     return found
 
 
-RUNTIME_HEADINGS = ("Runtime", "Memory", "Load", "First run", "Median", "Holds")
-
-
 def runtime_rows(validation: Validation) -> list[tuple[str, ...]]:
     """Return of each runtime where it ran, what it cost, and whether it holds."""
-    found = []
+    found: list[tuple[str, ...]] = []
     for result in validation.providers:
         cost = result.footprint
         memory = load = first = median = ABSENT
@@ -301,16 +299,40 @@ def _ran_on(result: ProviderResult) -> str:
     return told
 
 
-def notebook_page(validation: Validation) -> str:
-    """Return the verdict, the costs and the runtimes as HTML."""
-    costs = [(row.name, row.after, row.note) for row in rows(None, validation)]
-    page = f"<p>{escape(repr(validation))}</p>"
-    for cells in (costs, runtime_rows(validation)):
-        page += "<table>"
-        for line in cells:
-            page += "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>"
-        page += "</table>"
-    return page.replace("\n", "<br>")
+def tables(validation: Validation) -> list[Table]:
+    """Return what the terminal and a notebook show."""
+    found: list[Table] = []
+    decoded, reasons = [], []
+    for result in validation.providers:
+        if result.outputs:
+            heads = (f"{result.name}, worst outputs", "largest difference", "holds")
+            found.append(("", heads, output_rows(result.worst())))
+        for each in result.generation:
+            agreed = f"{each.agreement:.1%} of {each.compared}"
+            name = f"{result.name}, {each.optimization}"
+            decoded.append((name, agreed, each.ties, each.reason or "ok"))
+        if result.reason:
+            reasons.append((result.name, result.reason))
+    for name, why in validation.not_tested.items():
+        reasons.append((name, f"not tested: {why}"))
+    if validation.not_measured:
+        reasons.append(("metric", validation.not_measured))
+    metrics = []
+    for row in validation.metrics:
+        value = metric_text(row.name, row.value)
+        data = f"{row.examples:,} of {row.data}"
+        metrics.append((row.stage, row.by, row.name, value, data))
+    costs = [(row.name, row.after) for row in rows(None, validation)]
+    if kept := validation.sharing:
+        costs.append((f"Bytes removed since {kept.against}", size_text(kept.bytes_removed)))
+        costs.append(("Sharing kept: of them gone from memory", fraction_text(kept.fraction)))
+    columns = ("greedy decoding", "ids that are PyTorch's", "ties", "verdict")
+    found.append(("Generation", columns, decoded))
+    found.append(("Metric", ("stage", "computed by", "metric", "value", "examples"), metrics))
+    found.append(("Cost", ("", ""), costs))
+    found.append(("Where it was run", _RUNTIMES, runtime_rows(validation)))
+    found.append(("Failed or not tested", ("runtime", "why"), reasons))
+    return [table for table in found if table[2]]
 
 
 def write_report(

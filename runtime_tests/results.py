@@ -9,11 +9,13 @@ text file, the terminal and notebooks.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from html import escape
 from itertools import groupby
 from typing import Any
 
 from ffmerge.files import plain
 from ffmerge.models.manifest import Manifest, MetricResult
+from ffmerge.models.notebook import html_of
 from ffmerge.runtime_tests.quality import Quality
 from ffmerge.runtime_tests.runtimes.base import Placement
 from ffmerge.runtime_tests.runtimes.registry import find_runtime
@@ -364,10 +366,10 @@ class Validation:
         return f"Validation({'; '.join(found)})"
 
     def _repr_html_(self) -> str:
-        """Return what it cost and what was compared, for a notebook."""
-        from ffmerge.runtime_tests.report import notebook_page
+        """Return what the terminal shows, for a notebook."""
+        from ffmerge.runtime_tests.report import tables
 
-        return notebook_page(self)
+        return f"<p>{escape(repr(self))}</p>{html_of(tables(self))}"
 
 
 def ran_elsewhere(requested: str, placement: Placement | None) -> str | None:

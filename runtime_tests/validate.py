@@ -251,7 +251,7 @@ def _read_original(path: Path | None, folder: Path, manifest: Manifest) -> Manif
 
 def _costs(folder: Path, manifest: Manifest, beside: Validation, threads: int) -> Validation:
     """Return what another package costs, where ``beside`` ran first; if nowhere, only its size."""
-    label, results = folder.resolve().name, []
+    label, results = folder.resolve().name, list[ProviderResult]()
     for result in beside.providers:
         if result.footprint and not results:
             cost = measure_footprint(folder, result.name, threads)

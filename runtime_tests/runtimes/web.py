@@ -219,7 +219,9 @@ def _dispatched(model: Path, names: Sequence[str], feeds: Mapping[str, Array]) -
 def _held(backend: str) -> Resident | None:
     """Return the bytes of the wasm heap and of the buffers on the GPU, which no file backs."""
     held = [b.held for (used, _), b in _browsers.items() if used == backend]
-    return Resident(sum(held), sum(held)) if held else None
+    if not held:
+        return None
+    return sum(held), sum(held)
 
 
 def _installed() -> tuple[str, Path]:
