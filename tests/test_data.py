@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast, ViTImageProcessor
 
 from ffmerge.errors import InputError
-from ffmerge.models import data
+from ffmerge.models import checkpoint, data
 from ffmerge.passes.weights.merge import MergeConfig, merge_
 
 
@@ -201,3 +201,15 @@ def test_merging_gives_the_same_for_every_kind_of_data() -> None:
         assert other.config.ffmerge == merged[0].config.ffmerge
         for one, two in zip(merged[0].parameters(), other.parameters(), strict=True):
             assert torch.equal(one, two)
+
+
+def test_text_for_a_model_is_read_with_the_tokenizer_it_came_with() -> None:
+    folder = Path(__file__).parents[1] / "examples" / "reference" / "village_lm"
+    model = checkpoint.load(folder)
+    table = datasets.Dataset.from_dict({"text": ["the cat sat", "the dog"]})
+    (batch,) = data.examples_for(model, table).batches(2)
+    (wanted,) = data.as_examples(table, folder).batches(2)
+    assert batch["input_ids"].tolist() == wanted["input_ids"].tolist()
+    assert data.examples_for(model, None) is None
+    with pytest.raises(InputError, match="give the folder of the model"):
+        data.examples_for(gpt2(), table)  # made in memory: no tokenizer came with it
