@@ -54,11 +54,12 @@ def survey(model: nn.Module) -> tuple[tuple[FeedForward, ...], tuple[LeftAlone, 
     alike: dict[Maps, str] = {}
     for maps, sources, ops in _candidates(model, flow):
         reason = _why_not(flow, maps, sources, ops)
-        if reason and _look_alike(model, flow, maps):
-            alike[maps] = reason
-        elif not reason and flow.maker(flow.origin(sources[0], VIEWS | HALVES)) in _PICKS:
+        if reason:
+            if _look_alike(model, flow, maps):
+                alike[maps] = reason
+        elif flow.maker(flow.origin(sources[0], VIEWS | HALVES)) in _PICKS:
             left[_common_prefix(maps).rpartition(".")[0]] = EXPERTS
-        elif not reason:
+        else:
             found.setdefault(maps, []).append(sources[0])
     left |= _unlike(alike, found, left)
     return _sublayers(model, flow, found), tuple(LeftAlone(*item) for item in left.items())
