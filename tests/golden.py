@@ -92,7 +92,7 @@ def package(folder: Path, values: bool) -> dict[str, Any]:
         "ties": manifest["ties"],
         "skipped": manifest["skipped"],
         "graphs": {name: _graph(folder / name, values) for name in files if name.endswith(".onnx")},
-        "reference": _reference(folder / "reference.safetensors", manifest["dtype"]),
+        "reference": _reference(folder / "reference.safetensors"),
     }
 
 
@@ -136,15 +136,8 @@ def _tensor(tensor: onnx.TensorProto, values: bool) -> str:
     return f"{told} {hashlib.sha256(data).hexdigest()[:12]}"
 
 
-def _reference(path: Path, dtype: str) -> dict[str, str]:
-    """Return kind and shape of what a package is compared with, by name.
-
-    Not of the traces of a quantized graph: which of its nodes can be traced is not promised.
-    """
-    found = {}
+def _reference(path: Path) -> dict[str, str]:
+    """Return kind and shape of what a package is compared with, by name."""
     with safe_open(path, "np") as file:
-        for name in sorted(file.keys()):
-            if dtype == "fp32" or not name.endswith("/trace"):
-                part = file.get_slice(name)
-                found[name] = f"{part.get_dtype()} {part.get_shape()}"
-    return found
+        parts = {name: file.get_slice(name) for name in sorted(file.keys())}
+        return {name: f"{p.get_dtype()} {p.get_shape()}" for name, p in parts.items()}

@@ -10,9 +10,8 @@ Look at every line of that difference, and commit it with the change that it com
 meant that the JSON of a search names what is searched, or that an option went with its error; an
 initializer in another order, a key that is gone or an error in other words was not.
 
-Not held: traces of quantized graphs (which nodes have one is not promised), times, and the values
-of merged weights, whose last bits depend on the processor. `bad_calls.py` has the calls whose
-errors are held.
+Not held: times, and the values of merged weights, whose last bits depend on the processor.
+`bad_calls.py` has the calls whose errors are held.
 """
 
 import functools
