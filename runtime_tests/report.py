@@ -44,6 +44,7 @@ _RUNTIMES = ("runtime", "memory", "load", "first run", "median", "holds")
 NOISE = 0.01  # a change of a cost by less says nothing
 Cost = tuple[str, str, Callable[[Any], str], str]  # name, key of the summary, how to show it, note
 
+_MEASURED = ("rss_bytes", "anonymous_bytes", "load_s", "median_ms", "p95_ms", "tokens_per_s")
 _SIZES: tuple[Cost, ...] = (
     ("Size on disk", "bytes_on_disk", size_text, "graph and weights"),
     ("Parameters", "parameters", "{:,}".format, "each shared one counted once"),
@@ -85,12 +86,7 @@ def summary(validation: Validation) -> dict[str, Any]:
         "label": validation.label,
         "bytes_on_disk": model_bytes(validation.manifest),
         "parameters": validation.manifest.parameters,
-        "rss_bytes": getattr(cost, "rss_bytes", None),
-        "anonymous_bytes": getattr(cost, "anonymous_bytes", None),
-        "load_s": getattr(cost, "load_s", None),
-        "median_ms": getattr(cost, "median_ms", None),
-        "p95_ms": getattr(cost, "p95_ms", None),
-        "tokens_per_s": getattr(cost, "tokens_per_s", None),
+        **{name: getattr(cost, name, None) for name in _MEASURED},
         "metric_name": getattr(metric, "name", None),
         "metric": getattr(metric, "value", None),
         "examples": getattr(metric, "examples", None),

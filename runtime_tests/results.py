@@ -249,30 +249,18 @@ class ProviderResult:
 
     def to_json(self) -> dict[str, Any]:
         """Return its fields, with the footprint as memory and latency."""
-        cost, known = self.footprint, dict(vars(self))
-        del known["footprint"], known["stopped"]
+        cost, found = self.footprint, {**vars(self), "ok": self.ok, "reason": self.reason}
+        del found["footprint"], found["stopped"]
         held = getattr(getattr(cost, "placement", None), "device_bytes", None)
-        silent = None
-        if held is None:
-            silent = "the engine has no other device, or does not tell"
-        memory = {
-            "rss_bytes": getattr(cost, "rss_bytes", None),
-            "anonymous_bytes": getattr(cost, "anonymous_bytes", None),
-            "reason": getattr(cost, "memory_reason", None),
-            "file_bytes": getattr(cost, "file_bytes", None),
-            "device_bytes": held,
-            "device_reason": silent,
-        }
-        latency = {"first": "first_ms", "median": "median_ms", "p95": "p95_ms", "runs": "runs"}
-        known |= {
-            "ok": self.ok,
-            "reason": self.reason,
-            "memory": memory,
-            "latency_ms": {key: getattr(cost, name, None) for key, name in latency.items()},
-        }
-        for name in ("tokens_per_s", "load_s", "threads", "placement"):
-            known[name] = getattr(cost, name, None)
-        return known
+        told: str | None = "the engine has no other device, or does not tell"
+        if held is not None:
+            told = None
+        memory = _measured(cost, "rss_bytes", "anonymous_bytes", "memory_reason", "file_bytes")
+        memory |= {"device_bytes": held, "device_reason": told}
+        times = _measured(cost, "first_ms", "median_ms", "p95_ms", "runs")
+        found["memory"] = {key.removeprefix("memory_"): value for key, value in memory.items()}
+        found["latency_ms"] = {key.removesuffix("_ms"): value for key, value in times.items()}
+        return found | _measured(cost, "tokens_per_s", "load_s", "threads", "placement")
 
 
 @dataclass(frozen=True, repr=False)
@@ -370,6 +358,11 @@ class Validation:
         from ffmerge.runtime_tests.report import tables
 
         return f"<p>{escape(repr(self))}</p>{html_of(tables(self))}"
+
+
+def _measured(cost: Footprint | None, *names: str) -> dict[str, Any]:
+    """Return some numbers of a footprint; None where nothing was measured."""
+    return {name: getattr(cost, name, None) for name in names}
 
 
 def ran_elsewhere(requested: str, placement: Placement | None) -> str | None:

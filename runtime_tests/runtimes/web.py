@@ -1,8 +1,10 @@
 """ONNX Runtime Web, wasm and WebGPU, in a headless Chromium.
 
-Needs Chromium and the folder of npm packages that holds onnxruntime-web (``FFMERGE_NODE_MODULES``,
-else ``node_modules`` here). The page asks this process for work and answers it, so nothing else
-is needed; both speak safetensors.
+A :class:`Browser` starts an HTTP server and a Chromium that opens ``web.html`` from it. The page
+asks for the next job (``GET job``), does it (open a model, run it, release it) and posts its answer
+(``POST answer``): jobs and answers are safetensors with JSON beside the tensors. Needs Chromium and
+the folder of npm packages that holds onnxruntime-web (``FFMERGE_NODE_MODULES``, else
+``node_modules`` here).
 """
 
 import atexit
@@ -43,6 +45,7 @@ _ARGUMENTS = (
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
     "--disable-default-apps", "--disable-extensions", "--no-proxy-server",
 )  # fmt: skip
+_DATA = "application/octet-stream"
 _TYPES = {".html": "text/html", ".mjs": "text/javascript", ".wasm": "application/wasm"}
 
 Message = tuple[dict[str, str], dict[str, Array]]
@@ -64,11 +67,13 @@ class Browser:
         self.server.daemon_threads = True
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         self.profile = tempfile.TemporaryDirectory(prefix="ffmerge-", ignore_cleanup_errors=True)
-        root = ["--no-sandbox"] if getattr(os, "geteuid", lambda: 1)() == 0 else []
         page = f"http://localhost:{self.server.server_port}/{self.token}/"
         url = f"{page}#{backend},{BUNDLES[backend]},{threads}"
+        arguments = [*_ARGUMENTS, f"--user-data-dir={self.profile.name}"]
+        if getattr(os, "geteuid", lambda: 1)() == 0:  # root has no sandbox
+            arguments.append("--no-sandbox")
         self.process = subprocess.Popen(
-            [chromium, *_ARGUMENTS, *root, f"--user-data-dir={self.profile.name}", url],
+            [chromium, *arguments, url],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         atexit.register(self.close)
@@ -81,17 +86,7 @@ class Browser:
         """
         whole = {name: np.asarray(x, order="C") for name, x in (tensors or {}).items()}
         self.jobs.put(save(whole, dict(told)))
-        for _ in range(ANSWER_S):
-            try:
-                answer = self.answers.get(timeout=1)
-                break
-            except queue.Empty:
-                if self.process.poll() is not None:
-                    raise RuntimeCheckError(
-                        f"Chromium ended with {self.process.returncode} at {told['work']}."
-                    ) from None
-        else:
-            raise RuntimeCheckError(f"the page did not {told['work']} within {ANSWER_S} s.")
+        answer = self._wait(told["work"])
         size = int.from_bytes(answer[:8], "little")
         found: dict[str, str] = json.loads(answer[8 : 8 + size])["__metadata__"]
         if "error" in found:
@@ -99,6 +94,16 @@ class Browser:
             raise RuntimeCheckError(f"{ENGINE} does not {doing} the model: {found['error']}")
         self.held = int(found["heap"]) + int(found["gpu"])
         return found, load(answer)
+
+    def _wait(self, work: str) -> bytes:
+        for _ in range(ANSWER_S):
+            try:
+                return self.answers.get(timeout=1)
+            except queue.Empty:
+                if self.process.poll() is not None:
+                    ended = f"Chromium ended with {self.process.returncode} at {work}."
+                    raise RuntimeCheckError(ended) from None
+        raise RuntimeCheckError(f"the page did not {work} within {ANSWER_S} s.")
 
     def close(self) -> None:
         """End the browser and the server."""
@@ -122,14 +127,18 @@ class _Handler(BaseHTTPRequestHandler):
             return self.send_error(404)
         if path == "job":
             try:
-                return self._send(self.browser.jobs.get(timeout=POLL_S), "")
+                return self._send(self.browser.jobs.get(timeout=POLL_S))
             except queue.Empty:
                 self.send_response(204)
                 return self.end_headers()
         found = self.browser.files.get(path)
         if found is None:
             return self.send_error(404)
-        return self._send(found, _TYPES.get(found.suffix, "") if isinstance(found, Path) else "")
+        if isinstance(found, bytes):
+            return self._send(found)
+        self._head(found.stat().st_size, _TYPES.get(found.suffix, _DATA))
+        with found.open("rb") as file:
+            return shutil.copyfileobj(file, self.wfile)
 
     def do_POST(self) -> None:
         """Take an answer."""
@@ -137,21 +146,19 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path != f"/{self.browser.token}/answer":
             return self.send_error(404)
         self.browser.answers.put(body)
-        return self._send(b"", "")
+        return self._send(b"")
 
-    def _send(self, content: Path | bytes, kind: str) -> None:
-        size = len(content) if isinstance(content, bytes) else content.stat().st_size
+    def _send(self, content: bytes) -> None:
+        self._head(len(content), _DATA)
+        self.wfile.write(content)
+
+    def _head(self, size: int, kind: str) -> None:
         self.send_response(200)
         self.send_header("Content-Length", str(size))
-        self.send_header("Content-Type", kind or "application/octet-stream")
+        self.send_header("Content-Type", kind)
         self.send_header("Cross-Origin-Opener-Policy", "same-origin")  # wasm threads need both
         self.send_header("Cross-Origin-Embedder-Policy", "require-corp")
         self.end_headers()
-        if isinstance(content, bytes):
-            self.wfile.write(content)
-        else:
-            with content.open("rb") as file:
-                shutil.copyfileobj(file, self.wfile)
 
     def log_message(self, *args: object) -> None:
         """Say nothing."""
@@ -230,8 +237,10 @@ def _installed() -> tuple[str, Path]:
     Raises:
         NotInstalled: one of them is not there.
     """
-    named = os.environ.get("FFMERGE_CHROMIUM")
-    chromium = next(filter(None, map(shutil.which, [named] if named else CHROMIUM)), None)
+    programs: Sequence[str] = CHROMIUM
+    if named := os.environ.get("FFMERGE_CHROMIUM"):
+        programs = [named]
+    chromium = next(filter(None, map(shutil.which, programs)), None)
     if not chromium:
         raise NotInstalled(
             "Chromium is not installed: install it (Debian: apt-get install chromium), or set "
