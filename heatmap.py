@@ -11,6 +11,8 @@ from typing import Any
 WIDTH, HEIGHT, LEFT, SIDE = 352, 346, 32, 320  # of a map, and of its square
 NAMED = 12  # layers at most whose numbers stand at the side, and whose cells have numbers
 BLUE = "#2f6fde"
+# what a stack of similarity.json holds, and what that is
+MAPS = {"cka": "linear CKA of outputs", "correlation": "correlation of aligned neurons"}
 
 
 def heat_map(what: str, stack: Mapping[str, Any], key: str = "cka") -> str:
@@ -48,19 +50,19 @@ def _text(x: float, y: float, text: object, size: float, anchor: str = "middle")
     return f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" font-size="{size:g}">{text}</text>'
 
 
-def picture(stacks: Sequence[Mapping[str, Any]], maps: Mapping[str, str]) -> str:
-    """Return one picture, a row for each stack: of each of the ``maps``, its title by its key.
+def picture(stacks: Sequence[Mapping[str, Any]]) -> str:
+    """Return one picture, a row for each stack, with each of its :data:`MAPS`.
 
     The same numbers give the same bytes.
     """
     wide, high = WIDTH + 24, HEIGHT + 40
-    whole = f'width="{wide * len(maps)}" height="{high * len(stacks)}"'
+    whole = f'width="{wide * len(MAPS)}" height="{high * len(stacks)}"'
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" {whole} font-family="sans-serif">',
         '<rect width="100%" height="100%" fill="white"/>',
     ]
     for row, stack in enumerate(stacks):
-        for column, (key, title) in enumerate(maps.items()):
+        for column, (key, title) in enumerate(MAPS.items()):
             x, y = wide * column + 12, high * row + 24
             label = escape(f"{stack['name']}: {title}, %")
             parts.append(_text(x + LEFT + SIDE / 2, y - 6, label, 14))

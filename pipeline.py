@@ -51,7 +51,6 @@ _DEMO_K = 3
 _DEMO_PICTURES: tuple[tuple[digits.Split, int], ...] = (
     ("calibration", 500), ("validation", 1000), ("test", 1000),
 )  # fmt: skip
-_MAPS = {"cka": "linear CKA of outputs", "correlation": "correlation of aligned neurons"}
 
 
 def merge(
@@ -158,10 +157,10 @@ def similarity(
         return found, []
     stacks = [stack.to_json() for stack in found]
     if out.suffix:
-        return found, [write_whole(out, picture(stacks, _MAPS).encode())]
+        return found, [write_whole(out, picture(stacks).encode())]
     with staged(out) as target:
         for stack in stacks:
-            (target / f"{stack['name']}.svg").write_text(picture([stack], _MAPS), "utf-8")
+            (target / f"{stack['name']}.svg").write_text(picture([stack]), "utf-8")
         write_json(target / "similarity.json", {"stacks": stacks})
     return found, sorted(out.iterdir())
 

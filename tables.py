@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ffmerge.files import size_text
+from ffmerge.heatmap import MAPS
 from ffmerge.runtime_tests.words import ABSENT, layers_text
 
 if TYPE_CHECKING:
@@ -19,11 +20,13 @@ if TYPE_CHECKING:
 
 
 def _table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> Table:
+    """Return a table of plain text: names may have brackets, which are markup to rich."""
     table = Table(title=title, title_justify="left", header_style="bold")
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+    for column in columns:
+        table.add_column(Text(column), justify="right", overflow="fold")
+    table.columns[0].justify = "left"
     for row in rows:
-        table.add_row(*(str(cell) for cell in row))
+        table.add_row(*(Text(str(cell)) for cell in row))
     return table
 
 
@@ -47,12 +50,15 @@ def merge_table(merge: Any, out: Path) -> Group:
     title = f"{out}: {record.method}, {_layers(record.groups)} share"
     shown: list[Any] = [_table(title, ("", "before", "merged"), rows)]
     if merge.frontier:
-        steps = (
-            (_layers(p.groups), *[p.dtype] * bool(p.dtype), size_text(p.bytes), f"{p.value:.4f}")
-            for p in merge.frontier
-        )
-        auto = ["dtype"] * bool(merge.frontier[0].dtype)
-        shown.append(_table("Frontier", ("layers", *auto, "bytes", metric["name"]), steps))
+        columns = ["layers", "bytes", metric["name"]]
+        steps = []
+        for point in merge.frontier:
+            steps.append([_layers(point.groups), size_text(point.bytes), f"{point.value:.4f}"])
+        if merge.frontier[0].dtype:
+            columns.append("dtype")
+            for step, point in zip(steps, merge.frontier, strict=True):
+                step.append(point.dtype)
+        shown.append(_table("Frontier", columns, steps))
     if metric.get("dtype"):
         command = f"ffmerge export {out} PACKAGE --dtype {metric['dtype']}"
         shown.append(f"Next: {command}")
@@ -79,11 +85,16 @@ def package_table(package: Any) -> Table:
     rows.append(("all files", size_text(manifest.bytes_total)))
     rows.append(("distinct parameters", size_text(manifest.parameter_bytes)))
     for path, cost in package.costs.items():
-        sizes = [cost[key] for key in ("bytes", "rss_bytes", "anonymous_bytes")]
-        shown = ["not known" if size is None else size_text(size) for size in sizes]
-        text = "{} on disk, {} resident, {} anonymous".format(*shown)
-        rows.append((path, f"{text}, {cost['load_s']:.2f} s load, {cost['median_ms']:.3g} ms run"))
+        text = f"{_size(cost['bytes'])} on disk, {_size(cost['rss_bytes'])} resident"
+        text += f", {_size(cost['anonymous_bytes'])} anonymous, {cost['load_s']:.2f} s load"
+        rows.append((path, f"{text}, {cost['median_ms']:.3g} ms run"))
     return _table(f"{package.path}: {manifest.task}", ("file", "size"), rows)
+
+
+def _size(count: int | None) -> str:
+    if count is None:
+        return "not known"
+    return size_text(count)
 
 
 def share_table(result: Any, target: Path) -> Table:
@@ -91,55 +102,67 @@ def share_table(result: Any, target: Path) -> Table:
     rows = [
         ("weights before", size_text(result.bytes_before)),
         ("weights after", size_text(result.bytes_after)),
-        *((f"left alone: {skip.name}", skip.reason) for skip in result.skipped),
     ]
+    for skip in result.skipped:
+        rows.append((f"left alone: {skip.name}", skip.reason))
     return _table(str(target), ("", ""), rows)
 
 
 def audit_table(found: Any) -> Group:
     """Show an Audit: the sums, then every finding with its names."""
-    sums = _table(
-        "ok" if found.ok else "NOT ok",
-        ("weights", "bytes"),
-        (
-            (name, size_text(getattr(found, f"bytes_{name}")))
-            for name in ("total", "unique", "duplicate")
-        ),
-    )
-    findings = [
-        *((f"{d.kind}: {', '.join(d.names)}", size_text(d.bytes)) for d in found.duplicates),
-        *((f"{u.name}: {u.reason}", size_text(u.bytes)) for u in found.unshared_at_load),
-        *((f"tie {t.group}", "ok" if t.ok else t.reason) for t in found.ties),
+    sums = [
+        ("total", size_text(found.bytes_total)),
+        ("unique", size_text(found.bytes_unique)),
+        ("duplicate", size_text(found.bytes_duplicate)),
     ]
+    findings = []
+    for copies in found.duplicates:
+        findings.append((f"{copies.kind}: {', '.join(copies.names)}", size_text(copies.bytes)))
+    for weight in found.unshared_at_load:
+        findings.append((f"{weight.name}: {weight.reason}", size_text(weight.bytes)))
+    for tie in found.ties:
+        findings.append((f"tie {tie.group}", tie.reason or "ok"))
     if found.basis == "graph":
         findings.append(("at load: read from the graph", found.basis_reason))
-    findings += [
-        (f"{name}: memory added by loading", size_text(grown["rss_bytes"]))
-        for name, grown in found.memory.items()
-        if grown["rss_bytes"] is not None
-    ]
-    return Group(sums, _table("Findings", ("what", "cost or state"), findings))
+    for name, grown in found.memory.items():
+        if grown["rss_bytes"] is not None:
+            findings.append((f"{name}: memory added by loading", size_text(grown["rss_bytes"])))
+    return Group(
+        _table(_verdict(found.ok), ("weights", "bytes"), sums),
+        _table("Findings", ("what", "cost or state"), findings),
+    )
+
+
+def _verdict(ok: bool) -> str:
+    if ok:
+        return "ok"
+    return "NOT ok"
 
 
 def similarity_table(stacks: Iterable[Any]) -> Group:
     """Show Similarities as heat maps, in percent; lines wider than the terminal are cut."""
     maps = []
     for stack in stacks:
-        for what, matrix in _MAPS.items():
+        for matrix, what in MAPS.items():
             text = Text(f"{stack.name}, {stack.positions:,} positions: {what}, %\n", no_wrap=True)
             text.append("".join(f"{layer:4}" for layer in ("", *stack.layers)), "bold")
             for layer, row in zip(stack.layers, getattr(stack, matrix), strict=True):
                 text.append(f"\n{layer:4}", "bold")
                 for value in row:
-                    known = value == value  # not NaN
-                    shade = round(255 * min(max(value, 0), 1)) if known else 0
-                    style = f"{'black' if shade > 99 else 'white'} on rgb({shade},{shade},96)"
-                    text.append(f"{100 * value:4.0f}" if known else "   -", style if known else "")
+                    text.append(*_cell(value))
             maps.append(text.append("\n"))
     return Group(*maps)
 
 
-_MAPS = {"linear CKA of outputs": "cka", "correlation of aligned neurons": "correlation"}
+def _cell(value: float) -> tuple[str, str]:
+    """Return the text of a cell of a heat map, and its style."""
+    if value != value:  # NaN
+        return "   -", ""
+    shade = round(255 * min(max(value, 0), 1))
+    ink = "white"
+    if shade > 99:
+        ink = "black"
+    return f"{100 * value:4.0f}", f"{ink} on rgb({shade},{shade},96)"
 
 
 def cost_table(rows: Sequence[Row], title: str | None = None) -> Table:
@@ -166,10 +189,7 @@ def validation_table(result: Validation) -> Group:
     """Show a Validation: what each runtime computed, what it cost, and what is wrong."""
     from ffmerge.runtime_tests.report import tables
 
-    verdict = "NOT ok"
-    if result.ok:
-        verdict = "ok"
-    return Group(Text(verdict, "bold"), *(_table(*each) for each in tables(result)))
+    return Group(Text(_verdict(result.ok), "bold"), *(_table(*each) for each in tables(result)))
 
 
 _COLOURS = {"better": "green", "worse": "red"}

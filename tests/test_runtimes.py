@@ -130,12 +130,12 @@ def test_the_table_says_why_a_runtime_failed_whose_outputs_are_right(package: Pa
     (cpu,) = result.providers
     reason = "GPU ran 1 of 2 compute nodes"
     failed = replace(result, providers=(replace(cpu, stopped=reason),))
-    absent = replace(failed, not_tested={"wasm": "no browser"})
+    absent = replace(failed, not_tested={"wasm": "install ffmerge[browser]"})
     console = Console(width=200, record=True, file=StringIO())
     console.print(validation_table(absent))
     shown = console.export_text()
     assert "NOT ok" in shown and reason in shown and "Memory, of files" in shown
-    assert "not tested: no browser" in shown
+    assert "not tested: install ffmerge[browser]" in shown  # brackets are no markup
     nothing_ran = replace(failed, providers=(replace(cpu, footprint=None),))
     console.print(validation_table(nothing_ran))
     assert "Memory" not in console.export_text().split("Where it was run")[0]
