@@ -87,12 +87,12 @@ def merge(
         str | None,
         typer.Option(help="Join layers until the model is this small: 60MB, or -25%."),
     ] = None,
-    any_layers: Annotated[
-        bool, typer.Option("--any-layers", help="For --budget also layers that are no neighbours.")
+    auto_precision: Annotated[
+        bool,
+        typer.Option(
+            "--auto-precision", help="The budget is the package's: its precision is chosen too."
+        ),
     ] = False,
-    dtype: Annotated[
-        str | None, typer.Option(help="auto: --budget is the package's, its precision is chosen.")
-    ] = None,
     data: Data = None,
     validation: Annotated[
         str | None, typer.Option(help="Data that chooses the layers; else half of --data.")
@@ -146,19 +146,19 @@ def merge(
     Example: [bold]ffmerge merge gpt2 merged --k 5 --data validation.txt[/bold]
     """
     from ffmerge import pipeline
-    from ffmerge.models.record import parse_windows
-    from ffmerge.passes.weights.merge import MergeConfig
-    from ffmerge.passes.weights.recover import RecoverConfig
+    from ffmerge.config import MergeConfig, RecoverConfig, parse_windows
     from ffmerge.tables import merge_table
 
     windows, stacks = parse_windows(window or ()), tuple(stack or ())
     config = MergeConfig(
-        k, windows, stacks, sync, method, tokens, batch_size, task, budget=budget,
-        adjacent=not any_layers, dtype=dtype, criterion=criterion,
+        k=k, window=windows, stacks=stacks, sync=sync, method=method, tokens=tokens,
+        batch_size=batch_size, task=task, budget=budget, auto_precision=auto_precision,
+        criterion=criterion,
     )  # fmt: skip
     recovery = RecoverConfig(
-        recover, learning_rate, batch_size, parts=recover_parts, labels=recover_labels
-    )
+        steps=recover or 1, learning_rate=learning_rate, batch_size=batch_size,
+        parts=recover_parts, labels=recover_labels,
+    )  # fmt: skip
     result = pipeline.merge(
         model, out, config, data, validation, expanded, trust_remote_code,
         recovery if recover else None, device, offload,
@@ -189,12 +189,12 @@ def compare(
     Example: [bold]ffmerge compare gpt2 --k 5 --data validation.txt[/bold]
     """
     from ffmerge import pipeline
-    from ffmerge.passes.weights.merge import MergeConfig
+    from ffmerge.config import CompareConfig
     from ffmerge.tables import comparison_table
 
-    config = MergeConfig(
-        k, stacks=tuple(stack or ()), sync=True, method=method, tokens=tokens,
-        batch_size=batch_size, task=task,
+    config = CompareConfig(
+        k=k, stacks=tuple(stack or ()), method=method, tokens=tokens, batch_size=batch_size,
+        task=task,
     )  # fmt: skip
     result = pipeline.compare(model, config, data, validation, trust_remote_code)
     _emit(as_json, result.to_json(), comparison_table(result))
@@ -357,10 +357,10 @@ def similarity(
     Example: [bold]ffmerge similarity gpt2 --data validation.txt --out gpt2.png[/bold]
     """
     from ffmerge import pipeline
-    from ffmerge.passes.weights.similarity import SimilarityConfig
+    from ffmerge.config import SimilarityConfig
     from ffmerge.tables import similarity_table
 
-    config = SimilarityConfig(tokens, reach, batch_size, memory * 1e9)
+    config = SimilarityConfig(tokens=tokens, reach=reach, batch_size=batch_size, memory=memory)
     found, files = pipeline.similarity(model, data, config, out, trust_remote_code)
     value = {"stacks": [stack.to_json() for stack in found], "files": [str(f) for f in files]}
     _emit(as_json, value, similarity_table(found))

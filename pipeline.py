@@ -12,7 +12,13 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers.utils.logging import disable_progress_bar
 
-from ffmerge.config import ValidateConfig
+from ffmerge.config import (
+    CompareConfig,
+    MergeConfig,
+    RecoverConfig,
+    SimilarityConfig,
+    ValidateConfig,
+)
 from ffmerge.errors import InputError
 from ffmerge.exporter import package
 from ffmerge.exporter.package import ExportConfig, Package
@@ -34,12 +40,13 @@ from ffmerge.models.offload import offload_
 from ffmerge.models.source import resolve
 from ffmerge.passes.weights import compare as comparing
 from ffmerge.passes.weights import merge as merging
-from ffmerge.passes.weights import processes, search
+from ffmerge.passes.weights import processes
 from ffmerge.passes.weights.compare import Comparison
 from ffmerge.passes.weights.evaluate import score_for
-from ffmerge.passes.weights.merge import Merge, MergeConfig
-from ffmerge.passes.weights.recover import RecoverConfig, clone_sharing_parameters, recover_
-from ffmerge.passes.weights.similarity import Similarity, SimilarityConfig, similarities
+from ffmerge.passes.weights.merge import Merge
+from ffmerge.passes.weights.progress import Progress as ShowProgress
+from ffmerge.passes.weights.recover import clone_sharing_parameters, recover_
+from ffmerge.passes.weights.similarity import Similarity, similarities
 from ffmerge.runtime_tests import report
 from ffmerge.runtime_tests import validate as validation
 from ffmerge.runtime_tests.footprint import measure_footprint
@@ -115,7 +122,7 @@ def _on(device: str, model: Any, offload: bool) -> Any:
 
 def compare(
     source: str,
-    config: MergeConfig,
+    config: CompareConfig,
     data_source: str,
     validation_source: str | None = None,
     trust_remote_code: bool = False,
@@ -286,7 +293,7 @@ def demo(out: Path) -> Demo:
 
 
 @contextmanager
-def _progress() -> Iterator[search.Progress]:
+def _progress() -> Iterator[ShowProgress]:
     """Yield ``show(step, done, total)``, a bar on stderr; total 0 means: no end is known."""
     disable_progress_bar()  # transformers draws one for every file: one display is enough
     console = Console(stderr=True)

@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import combinations
 from multiprocessing import get_context
 from pathlib import Path
@@ -36,6 +36,7 @@ import transformers
 from safetensors.torch import save_file
 
 from ffmerge import pipeline
+from ffmerge.config import MergeConfig
 from ffmerge.exporter.package import ExportConfig
 from ffmerge.files import write_json
 from ffmerge.models import checkpoint
@@ -43,11 +44,10 @@ from ffmerge.models.examples import from_arrays
 from ffmerge.models.find import find
 from ffmerge.models.inspection import inspect
 from ffmerge.passes.weights import activations, cost
-from ffmerge.passes.weights.merge import MergeConfig, merge_
+from ffmerge.passes.weights.evidence import pairs_of
+from ffmerge.passes.weights.merge import merge_
 from ffmerge.passes.weights.moments import Moments
 from ffmerge.passes.weights.recover import clone_sharing_parameters
-from ffmerge.passes.weights.resume import Resumed
-from ffmerge.passes.weights.settings import Settings
 from ffmerge.runtime_tests.memory import resident
 
 SHARD = 400 << 20  # bytes of random weights that are held at a time
@@ -217,13 +217,13 @@ def _merge(
     """Merge one window and save the model beside ``source``."""
     first, last = map(int, args.window.split("-"))
     data = from_arrays(rows_for(model, args.tokens, 1))
-    wanted = Settings().pairs(find(model)[first : last + 1])
-    told = cost.cost_of(wanted)
+    wanted = pairs_of([(find(model)[first : last + 1],)])["layers"]
+    flops, size = cost.cost_of(wanted)
     with run.step("statistics"):
         found = activations.collect(model, {"layers": wanted}, data.batches(1), args.tokens)
-    count = found["layers"].count
+    count = found["layers"]["features"].count
     del found
-    floors["statistics_s"] = told.flops * count / (floors["gemm_gflops"] * 1e9)
+    floors["statistics_s"] = flops * count / (floors["gemm_gflops"] * 1e9)
     held_out = from_arrays(rows_for(model, 1, 2))
     config = MergeConfig(window=(first, last), tokens=args.tokens, method=args.method)
     with run.step("merge, statistics once more"):
@@ -232,7 +232,7 @@ def _merge(
         checkpoint.save(model, source.with_name("merged"), source)
     return {
         "window": args.window, "method": args.method, "tokens": count,
-        "pairs": told.pairs, "pairs_mb": round(told.bytes / 1e6),
+        "pairs": len(wanted), "pairs_mb": round(size / 1e6),
     }  # fmt: skip
 
 
@@ -267,12 +267,12 @@ def pairs(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     model, windows = _windows(args, folder)
     layers, side = find(model), 2048 if args.device == "cpu" else 8192
     data = from_arrays(rows_for(model, args.tokens, 1))
-    wanted = [pair for window in windows for pair in Settings().pairs(window)]
+    wanted = pairs_of([(window,) for window in windows])["layers"]
     every = [*combinations(layers, 2)]
 
     def collected() -> Moments:
         found = activations.collect(model, {"layers": wanted}, data.batches(8), args.tokens)
-        return found["layers"]
+        return found["layers"]["features"]
 
     rates = [gemm_rate(args.device, side)]
     seconds, moments = _timed(collected, args.device)
@@ -288,10 +288,10 @@ def pairs(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     rates.append(gemm_rate(args.device, side))
     found = {}
     for name, these, took in (("windows", wanted, seconds), ("plain_all_pairs", every, plainly)):
-        told = cost.cost_of(these)
-        floor = told.flops * count / max(rates)
+        flops, size = cost.cost_of(these)
+        floor = flops * count / max(rates)
         found[name] = {
-            "pairs": told.pairs, "bytes": told.bytes, "seconds": took, "floor_s": floor,
+            "pairs": len(set(these)), "bytes": size, "seconds": took, "floor_s": floor,
             "over_floor": took / floor,
         }  # fmt: skip
     return {
@@ -333,7 +333,7 @@ def plain_pairs(
 
 
 def search(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Try all windows of a ViT, as ffmerge does and every window from the input."""
+    """Try all windows of a ViT, as ffmerge does, and every window alone."""
     model, windows = _windows(args, folder)
     data, held_out = (from_arrays(rows_for(model, args.tokens, seed)) for seed in (1, 2))
     common = {"tokens": args.tokens, "method": args.method, "batch_size": 8}
@@ -346,18 +346,15 @@ def search(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         )
 
     shared, found = tried(k=args.k)
-    behind = Resumed.behind
-    setattr(Resumed, "behind", lambda self, members: nullcontext())  # noqa: B010
-    whole, wanted = tried(k=args.k)
     alone = [tried(window=(w[0].layer, w[-1].layer)) for w in windows]
-    setattr(Resumed, "behind", behind)  # noqa: B010
     values = [one.candidates[0].value for _, one in alone]
     worst = max(abs(c.value - v) for c, v in zip(found.candidates, values, strict=True))
     return {
-        **_about(args), "search_s": shared, "whole_passes_s": whole,
+        **_about(args),
+        "search_s": shared,
         "every_window_alone_s": sum(seconds for seconds, _ in alone),
-        "values_differ_by": worst, "same_as_whole": found.candidates == wanted.candidates,
-    }  # fmt: skip
+        "values_differ_by": worst,
+    }
 
 
 def _about(args: argparse.Namespace) -> dict[str, Any]:
@@ -380,7 +377,7 @@ def fit(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         model = checkpoint.load(target)
         found = find(model)
         windows = [found[i : i + 3] for i in range(layers - 2)]
-        wanted = [pair for window in windows for pair in Settings().pairs(window)]
+        wanted = pairs_of([(window,) for window in windows])["layers"]
         data = from_arrays(rows_for(model, tokens, 1))
 
         def once(model: Any = model, pairs: Any = wanted, data: Any = data) -> Any:

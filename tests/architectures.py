@@ -8,10 +8,11 @@ from typing import Any
 import torch
 import transformers
 
+from ffmerge.config import MergeConfig
 from ffmerge.exporter.package import Package, export
 from ffmerge.models.find import find
 from ffmerge.models.sublayer import stacks
-from ffmerge.passes.weights.merge import MergeConfig, merge_
+from ffmerge.passes.weights.merge import merge_
 
 S = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 V = {"vocab_size": 60, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}

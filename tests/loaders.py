@@ -16,7 +16,6 @@ from transformers import AutoModel, AutoModelForCausalLM, GPT2LMHeadModel, pipel
 
 import ffmerge
 from ffmerge.models import ties
-from ffmerge.passes.weights.settings import Settings
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -35,7 +34,7 @@ def write(root: Path) -> None:
     ffmerge.save(model, root / "shards", max_shard_size="100KB")
     ffmerge.save(model, root / "expanded", expanded=True)
     own = gpt2()
-    settings = ffmerge.MergeConfig(window=(1, 4), method="residual", settings=Settings(rank=4))
+    settings = ffmerge.MergeConfig(window=(1, 4), method="residual", rank=4)
     ffmerge.merge_(own, {"input_ids": IDS.numpy()}, settings)
     ffmerge.save(own, root / "own")
     logits = {"": model(IDS).logits.detach(), "own": own(IDS).logits.detach()}

@@ -20,11 +20,12 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from ffmerge.config import MergeConfig
 from ffmerge.errors import InputError, TieError
 from ffmerge.models import checkpoint, ties
 from ffmerge.models.find import find
 from ffmerge.models.sublayer import stacks
-from ffmerge.passes.weights.merge import MergeConfig, merge_
+from ffmerge.passes.weights.merge import merge_
 
 
 def _merged(name: str):

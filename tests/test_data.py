@@ -16,9 +16,10 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast, ViTImageProcessor
 
+from ffmerge.config import MergeConfig
 from ffmerge.errors import InputError
 from ffmerge.models import checkpoint, data
-from ffmerge.passes.weights.merge import MergeConfig, merge_
+from ffmerge.passes.weights.merge import merge_
 
 
 @pytest.fixture

@@ -17,13 +17,14 @@ import transformers
 from architectures import CASES, index_of, model_of
 from tiny import ABOVE, BELOW, FAMILIES, gpt2, vit
 
+from ffmerge.config import MergeConfig
 from ffmerge.errors import ExportError, InputError
 from ffmerge.exporter.package import ExportConfig, Package, export
 from ffmerge.models import checkpoint, tasks
 from ffmerge.models.manifest import Manifest
 from ffmerge.passes.graph.audit import audit
 from ffmerge.passes.graph.read import read_model
-from ffmerge.passes.weights.merge import MergeConfig, merge_
+from ffmerge.passes.weights.merge import merge_
 from ffmerge.runtime_tests.validate import validate
 
 
@@ -118,7 +119,8 @@ _TWICE = """
 import sys, numpy as np, tiny
 from ffmerge.exporter.package import export
 from ffmerge.models import checkpoint, tasks
-from ffmerge.passes.weights.merge import MergeConfig, merge_
+from ffmerge.config import MergeConfig
+from ffmerge.passes.weights.merge import merge_
 model = tiny.gpt2(layers=2)
 merge_(model, {"input_ids": np.arange(90).reshape(9, 10)}, MergeConfig(k=2, method="permute"))
 checkpoint.save(model, sys.argv[1] + "/checkpoint")

@@ -12,11 +12,12 @@ from tiny import vit
 from tiny_wider import seeded, t5
 from transformers import AlbertConfig, GPT2Config, MixtralConfig, ResNetConfig, ViTConfig
 
+from ffmerge.config import MergeConfig
 from ffmerge.errors import InputError
 from ffmerge.models.find import EXPERTS
 from ffmerge.models.inspection import inspect
 from ffmerge.models.prove import REJECTED
-from ffmerge.passes.weights.merge import MergeConfig, merge_
+from ffmerge.passes.weights.merge import merge_
 
 # model, parameters, {k: percent removed}: counted by hand from (k - 1)(2dh + d + h)
 PAPER = {

@@ -10,13 +10,17 @@ import torch
 from tiny import FAMILIES, bert, gpt2, vit
 from tiny_wider import GATED, SEQ2SEQ, seeded, t5
 
+from ffmerge.config import MergeConfig
 from ffmerge.errors import InputError
 from ffmerge.models import checkpoint, ties
 from ffmerge.models.find import find
 from ffmerge.models.record import Group
 from ffmerge.models.sublayer import stacks
+from ffmerge.passes.weights import methods
 from ffmerge.passes.weights.align import match
-from ffmerge.passes.weights.merge import MergeConfig, merge_
+from ffmerge.passes.weights.least_squares import Regression
+from ffmerge.passes.weights.merge import merge_
+from ffmerge.passes.weights.search import Trials
 
 
 def _data(model, rows: int = 24) -> dict[str, np.ndarray]:
@@ -219,7 +223,6 @@ def test_without_labels_the_original_is_the_judge() -> None:
         (MergeConfig(window=(3, 6)), "out of range"),
         (MergeConfig(k=7), "k = 7"),
         (MergeConfig(k=1), "k = 1"),
-        (MergeConfig(), "either"),
         (MergeConfig(k=2, method="magic"), "no method"),
         (MergeConfig(k=2, stacks=("decoder",)), "no stack"),
         (MergeConfig(window={"layers": (1, 2)}, stacks=("layers", "decoder")), "for each of"),
@@ -233,6 +236,44 @@ def test_settings_that_do_not_fit_are_refused(config: MergeConfig, message: str)
 def test_data_of_the_wrong_shape_is_refused() -> None:
     with pytest.raises(InputError, match="does not take this data"):
         merge_(vit(), {"pixel_values": np.zeros((4, 3, 8, 8), np.float32)}, MergeConfig(k=2))
+
+
+def _hooks(model: Any) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+@pytest.mark.parametrize("method", ["permute", "calibrated"])
+@pytest.mark.parametrize("fails", ["rows", "statistics", "fit", "measuring"])
+def test_a_merge_that_fails_leaves_the_model_as_it_was(
+    fails: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No hook, no tie, no other class: the next forward pass gives what it gave."""
+    model, data = vit(), _data(vit())
+    before = model(torch.from_numpy(data["pixel_values"])).logits
+    classes = [type(module) for module in model.modules()]
+    given: Any = data
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise InputError("stopped")
+
+    def progress(step: str, done: int, total: int) -> None:
+        if fails == "statistics" and step.startswith("statistics"):
+            fail()
+
+    if fails == "rows":
+        given = {"pixel_values": np.zeros((4, 3, 8, 8), np.float32)}
+    elif fails == "fit":
+        monkeypatch.setattr(Regression, "update", fail)
+        monkeypatch.setattr(methods, "mean_of", fail)
+    elif fails == "measuring":
+        monkeypatch.setattr(Trials, "rank", fail)
+    with pytest.raises(InputError) as caught:  # its traceback holds all frames
+        merge_(model, given, MergeConfig(k=2, method=method), data, progress=progress)
+    assert _hooks(model) == 0
+    assert [type(module) for module in model.modules()] == classes
+    assert not ties.ties(model)
+    assert torch.equal(model(torch.from_numpy(data["pixel_values"])).logits, before)
+    assert caught.value.args
 
 
 def test_a_merged_model_is_not_merged_again() -> None:

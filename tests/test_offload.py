@@ -23,17 +23,18 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
 from ffmerge import pipeline
+from ffmerge.config import MergeConfig, RecoverConfig
 from ffmerge.models import checkpoint, offload
 from ffmerge.models.find import find
 from ffmerge.models.inputs import example_inputs, forward
 from ffmerge.models.offload import device_of, offload_
 from ffmerge.models.prove import proven
+from ffmerge.models.ties import SharedWeights
 from ffmerge.passes.weights import calibrated, methods, recover
-from ffmerge.passes.weights.merge import MergeConfig, merge_
-from ffmerge.passes.weights.methods import Evidence
+from ffmerge.passes.weights.evidence import Evidence
+from ffmerge.passes.weights.merge import merge_
 from ffmerge.passes.weights.moments import Moments
-from ffmerge.passes.weights.recover import RecoverConfig, clone_sharing_parameters, recover_
-from ffmerge.passes.weights.settings import Settings
+from ffmerge.passes.weights.recover import clone_sharing_parameters, recover_
 
 DEVICE = torch.device("lazy:0")  # has no kernels in PyTorch's wheels, so nothing real runs there
 Lent = list[tuple[StorageWeakRef, int]]
@@ -77,7 +78,7 @@ def test_moments_there_and_weights_at_home_make_weights_at_home(name: str, metho
     """What is not real cannot be solved for: the steps before and after are run."""
     model = MODELS[name]()
     members = find(model)[:2]
-    d, f, settings = members[0].d_model, members[0].d_ff, Settings()
+    d, f = members[0].d_model, members[0].d_ff
     with FakeTensorMode(allow_non_fake_inputs=True):
         offload_(model, DEVICE)
         draw = partial(torch.ones, device=DEVICE)
@@ -86,16 +87,19 @@ def test_moments_there_and_weights_at_home_make_weights_at_home(name: str, metho
             inputs.mean[layer], inputs.cross[layer, layer] = draw(1, d).double(), draw(1, d, d)
             hidden.mean[layer], hidden.squares[layer] = draw(1, f).double(), draw(1, f).double()
         inputs.count = 7
-        moments = Moments(((0, 1),), 7, inputs=inputs, hidden=hidden)
+        evidence = Evidence(Moments(((0, 1),), 7), inputs, hidden)
         if method == "calibrated":
             order = torch.arange(f)
-            each = [calibrated._member(model, m, order, moments) for m in members]
-            drafted = calibrated._drafted(each, settings)
-            assert drafted.w_in.device == drafted.w_out.device == DEVICE
-            sharing = calibrated._sharing(model, members, drafted, settings)
+            layers = [calibrated._layer(model, m, order, evidence) for m in members]
+            means = calibrated.weighted_means(layers)
+            assert {mean.device for mean in means} == {DEVICE}
+            for layer in layers:
+                calibrated._draft_(layer, *means, rank=0)
+            weights = calibrated._shared_weights(model, members, layers, *means)
         else:
-            sharing = methods.drop_ffn(model, members, Evidence(settings, moments))
-    tensors = [*sharing.shared.values(), *(t for own in sharing.own for t in own.values())]
+            weights = methods.drop_ffn(model, members, evidence)
+            assert isinstance(weights, SharedWeights)
+    tensors = [*weights.shared.values(), *(t for own in weights.own for t in own.values())]
     assert len(tensors) > 4
     assert {t.device.type for t in tensors} == {"cpu"}
 
@@ -197,7 +201,7 @@ def test_merging_and_recovery_are_those_of_a_model_at_home(
         original = clone_sharing_parameters(model)
         config = MergeConfig(k=2, method=method, batch_size=16)
         merged = merge_(model, data, config)
-        recovered = recover_(model, original, pipeline.from_arrays(data), RecoverConfig(4))
+        recovered = recover_(model, original, pipeline.from_arrays(data), RecoverConfig(steps=4))
         assert bool(lent) == away
         found.append((merged.candidates, recovered.losses, _values(model)))
     (tried, losses, values), (tried_away, losses_away, values_away) = found
@@ -212,7 +216,7 @@ COPIED = """
 from ffmerge.models import offload
 from ffmerge.passes.weights import calibrated
 offload._there = lambda tensor, device: tensor.clone()
-del calibrated._side_by_side  # no process may need passes for a fit: each has all signals
+del calibrated.side_by_side  # no process may need passes for a fit: each has all signals
 from ffmerge.__main__ import main
 main()
 """
@@ -236,7 +240,7 @@ def test_two_processes_with_weights_on_disk_do_what_one_does_in_memory(tmp_path:
     printed = json.loads(done.stdout)
     one = pipeline.merge(
         source, tmp_path / "one", MergeConfig(k=2, batch_size=8), data,
-        recovery=RecoverConfig(6, batch_size=8),
+        recovery=RecoverConfig(steps=6, batch_size=8),
     )  # fmt: skip
     assert printed["groups"] == json.loads(json.dumps(one.to_json()["groups"]))
     values = [_values(checkpoint.load(tmp_path / name)) for name in ("one", "two")]

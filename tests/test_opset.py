@@ -10,13 +10,14 @@ from graphs import build, normal, run
 from tiny import vit
 
 import ffmerge.__main__ as command_line
+from ffmerge.config import MergeConfig
 from ffmerge.errors import InputError
 from ffmerge.exporter.package import ExportConfig, export
 from ffmerge.passes.graph import opset as converting
 from ffmerge.passes.graph.audit import audit
 from ffmerge.passes.graph.opset import to_opset
 from ffmerge.passes.graph.run import share_file
-from ffmerge.passes.weights.merge import MergeConfig, merge_
+from ffmerge.passes.weights.merge import merge_
 
 TEXT = """(float[2,64] x) => (float[2,64] y) {
     a = MatMul(x, W)  b = Relu(a)  c = MatMul(b, V)  axes = Constant<value_ints=[1]>()

@@ -19,6 +19,7 @@ from test_quantize import decoded
 from tiny import ABOVE, BELOW, gpt2, vit
 from tiny_wider import seeded
 
+from ffmerge.config import MergeConfig
 from ffmerge.exporter.graphs import graphs
 from ffmerge.exporter.torch_onnx import to_onnx
 from ffmerge.models import tasks
@@ -26,8 +27,7 @@ from ffmerge.models.find import find
 from ffmerge.passes.graph.audit import audit
 from ffmerge.passes.graph.contract import read_ties
 from ffmerge.passes.graph.run import share
-from ffmerge.passes.weights.merge import MergeConfig, merge_
-from ffmerge.passes.weights.settings import Settings
+from ffmerge.passes.weights.merge import merge_
 from ffmerge.runtime_tests.loaded import look
 
 
@@ -45,12 +45,12 @@ MODELS: dict[str, Callable[[], Any]] = {  # weights above and below 8,192 elemen
 }
 
 
-def _merged(model: Any, **settings: Any) -> Any:
+def _merged(model: Any) -> Any:
     generator = np.random.default_rng(0)
     data = {"input_ids": generator.integers(3, 61, (12, 8))}
     if model.main_input_name == "pixel_values":
         data = {"pixel_values": generator.standard_normal((12, 3, 16, 16)).astype("f")}
-    chosen = MergeConfig(window=(0, 1), method="residual", settings=Settings(rank=4, **settings))
+    chosen = MergeConfig(window=(0, 1), method="residual", rank=4)
     merge_(model, data, chosen, data)
     return model
 

@@ -14,13 +14,15 @@ from safetensors.torch import load_file, save_file
 from tiny import gpt2, vit
 from tiny_wider import GATED, SEQ2SEQ, t5
 
+import ffmerge
 import ffmerge.__main__ as command_line
+from ffmerge.config import MergeConfig
 from ffmerge.errors import InputError
 from ffmerge.models import checkpoint, ties
 from ffmerge.models.inputs import example_inputs
 from ffmerge.models.inspection import inspect
-from ffmerge.passes.weights.merge import MergeConfig, merge_
-from ffmerge.passes.weights.settings import Settings
+from ffmerge.passes.weights.merge import merge_
+from ffmerge.passes.weights.methods import METHODS
 
 OWN = "ffmerge.safetensors"
 MODELS: dict[str, Callable[[], Any]] = {
@@ -43,13 +45,34 @@ def _data(model: Any) -> dict[str, np.ndarray]:
     return {"input_ids": ids, **decoder}
 
 
-def _merged(name: str, method: str = "residual", **settings: Any) -> Any:
+def _merged(name: str, method: str = "residual") -> Any:
     """Return a model whose layers 1 and 2 of every stack share, with parts of rank 2."""
     model = MODELS[name]()
-    chosen = Settings(rank=2, **settings)
     data = _data(model)
-    merge_(model, data, MergeConfig(window=(1, 2), method=method, settings=chosen), data)
+    merge_(model, data, MergeConfig(window=(1, 2), method=method, rank=2), data)
     return model
+
+
+@ffmerge.method("residual, one bias", source="this test")
+def _one_bias(model: Any, members: Any, evidence: Any) -> ffmerge.SharedWeights:
+    """As residual, but what a plain class has is the same in all layers."""
+    found = METHODS["residual"].merge(model, members, evidence)
+    assert isinstance(found, ffmerge.SharedWeights)
+    own = [{key: x for key, x in each.items() if key[1] != "bias"} for each in found.own]
+    shared = {key: x for key, x in found.own[0].items() if key in members[0].keys}
+    return ffmerge.SharedWeights({**found.shared, **shared}, own)
+
+
+@ffmerge.method("own biases", source="this test", statistics=False)
+def _own_biases(model: Any, members: Any, evidence: Any) -> ffmerge.SharedWeights:
+    """As average, but each layer keeps its biases."""
+    shared = dict(METHODS["average"].merge(model, members, evidence).shared)
+    own = [
+        {key: model.get_parameter(w.name).detach() for key, w in zip(m.keys, m.weights, strict=True)
+         if key[1] == "bias"}
+        for m in members
+    ]  # fmt: skip
+    return ffmerge.SharedWeights({k: x for k, x in shared.items() if k[1] != "bias"}, own)
 
 
 def _logits(model: Any) -> torch.Tensor:
@@ -145,14 +168,14 @@ def test_expanded_is_refused_where_no_plain_class_has_the_biases(name: str, tmp_
         checkpoint.save(_merged(name), tmp_path / "plain", expanded=True)
     assert len(str(caught.value).splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
-    model = _merged(name, bias=False)  # scale and residual alone can be multiplied out
+    model = _merged(name, "residual, one bias")  # scale and residual alone can be multiplied out
     checkpoint.save(model, tmp_path / "plain", expanded=True)
     error = (_logits(checkpoint.load(tmp_path / "plain")) - _logits(model)).abs().max()
     assert error < 5e-6  # measured 1.1e-6
 
 
 def test_own_biases_alone_need_no_file_of_their_own(tmp_path: Path) -> None:
-    model = _merged("gpt2", "calibrated", scale="none")
+    model = _merged("gpt2", "own biases")
     for expanded in (False, True):
         folder = tmp_path / str(expanded)
         checkpoint.save(model, folder, expanded=expanded)
@@ -177,7 +200,7 @@ def _spoil(folder: Path, what: str) -> None:
         file.write_bytes(b"\xff" * 500)
     elif what == "of a model of another size":
         other = gpt2(16, 32, 4)
-        chosen = MergeConfig(window=(1, 2), method="residual", settings=Settings(rank=2))
+        chosen = MergeConfig(window=(1, 2), method="residual", rank=2)
         merge_(other, _data(other), chosen)
         checkpoint.save(other, folder.parent / "other")
         file.write_bytes((folder.parent / "other" / OWN).read_bytes())

@@ -17,7 +17,7 @@ from graphs import build, names, normal, ops, run
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
-from ffmerge.config import QuantizeConfig
+from ffmerge.config import MergeConfig, QuantizeConfig
 from ffmerge.errors import InputError
 from ffmerge.exporter.graphs import graphs
 from ffmerge.exporter.package import ExportConfig, export
@@ -28,7 +28,7 @@ from ffmerge.passes.graph.audit import audit
 from ffmerge.passes.graph.contract import check_ties, read_ties
 from ffmerge.passes.graph.quantize import PRECISIONS
 from ffmerge.passes.graph.run import share
-from ffmerge.passes.weights.merge import MergeConfig, merge_
+from ffmerge.passes.weights.merge import merge_
 from ffmerge.runtime_tests.validate import validate
 
 LOWER = [name for name in PRECISIONS if name != "fp16"]

@@ -51,7 +51,7 @@ def test_its_steps_are_the_commands(folder: Path, command: Any) -> None:
          "share --resident --opset=17 -- a b"),
         ("validate: {package: p, provider: [cpu, webgpu], all: yes}",
          "validate --provider=cpu --provider=webgpu --all -- p"),
-        ("merge: {model: m, out: o, budget: -5%, any_layers: no}", "merge --budget=-5% -- m o"),
+        ("merge: {model: m, out: o, budget: -5%, auto_precision: no}", "merge --budget=-5% -- m o"),
     ],
 )  # fmt: skip
 def test_options_are_what_would_be_typed(text: str, words: str, tmp_path: Path) -> None:

@@ -16,18 +16,14 @@ from tiny import bert, gpt2, vit
 from tiny_wider import GATED, SEQ2SEQ, seeded
 from torch import nn
 
+from ffmerge.config import MergeConfig, RecoverConfig
 from ffmerge.errors import InputError
 from ffmerge.models import checkpoint, ties
 from ffmerge.models.examples import from_arrays
 from ffmerge.models.find import find
 from ffmerge.models.record import merge_record
-from ffmerge.passes.weights.merge import MergeConfig, merge_
-from ffmerge.passes.weights.recover import (
-    RecoverConfig,
-    clone_sharing_parameters,
-    learning_rate,
-    recover_,
-)
+from ffmerge.passes.weights.merge import merge_
+from ffmerge.passes.weights.recover import clone_sharing_parameters, learning_rate, recover_
 
 Arrays = dict[str, np.ndarray]
 
@@ -281,7 +277,8 @@ import os, signal, sys
 from pathlib import Path
 from test_recover import MODELS, _data, _merged
 from ffmerge.models.examples import from_arrays
-from ffmerge.passes.weights.recover import RecoverConfig, recover_
+from ffmerge.config import RecoverConfig
+from ffmerge.passes.weights.recover import recover_
 
 def progress(step, done, total):
     if done == 5:
@@ -380,7 +377,9 @@ def test_two_processes_of_one_command_do_what_one_does(tmp_path) -> None:
     result = pipeline.merge(
         source, tmp_path / "one", MergeConfig(window=(0, 2), batch_size=5, method="permute"),
         data,
-        recovery=RecoverConfig(12, 3e-3, 5, parts="all", labels=True),
+        recovery=RecoverConfig(
+            steps=12, learning_rate=3e-3, batch_size=5, parts="all", labels=True
+        ),
     )  # fmt: skip
     one, two = (_values(checkpoint.load(tmp_path / name)) for name in ("one", "two"))
     for layer in range(3):  # a bias of keys changes no output: its gradient is rounding, which

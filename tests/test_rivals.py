@@ -15,17 +15,19 @@ from tiny_wider import GATED, SEQ2SEQ, seeded, t5
 from torch import nn
 
 import ffmerge
+from ffmerge.config import CompareConfig, MergeConfig
 from ffmerge.models.examples import from_arrays
 from ffmerge.models.find import find
 from ffmerge.models.sublayer import FeedForward, stacks
-from ffmerge.passes.weights.baselines import drop_layers, factor
 from ffmerge.passes.weights.compare import Row, compare
 from ffmerge.passes.weights.compare import _verdict as _said
 from ffmerge.passes.weights.evaluate import Score
-from ffmerge.passes.weights.merge import MergeConfig, merge_
-from ffmerge.passes.weights.settings import Settings
+from ffmerge.passes.weights.evidence import Evidence
+from ffmerge.passes.weights.merge import merge_
+from ffmerge.passes.weights.methods import METHODS, Merged, in_place, size_of
 
 Arrays = dict[str, np.ndarray]
+DROP = METHODS["drop-layer"]
 D, F = 32, 64  # of BERT, GPT-2 and ViT here
 
 
@@ -125,22 +127,23 @@ def test_dropped_layers_are_as_if_the_model_had_none(name: str) -> None:
     """Every window, in the encoder and in the decoder; and the model is whole again after it."""
     model, lists = MODELS[name](), BLOCKS[name]
     data, before = _data(model, 3), _state(model)
-    whole, size = _outputs(model, data), sum(p.numel() for p in model.parameters())
+    whole = _outputs(model, data)
     layers = min(len(model.get_submodule(path)) for path in lists)
-    one = sum(p.numel() for path in lists for p in model.get_submodule(path)[1].parameters())
-    for length, removed in ((1, one), (2, one + one // 20)):
-        rivals = drop_layers(model, _by_stack(model, name), removed)
-        windows = [(start, start + length - 1) for start in range(layers - length + 1)]
-        assert [r.what for r in rivals] == [f"{a}-{b}" for a, b in windows]
-        for rival, (start, _) in zip(rivals, windows, strict=True):
+    stacks_of = _by_stack(model, name)
+    for length in (1, 2):
+        for start in range(layers - length + 1):
+            window = slice(start, start + length)
+            changes: Merged = {
+                members[window]: DROP.merge(model, members[window], Evidence())
+                for members in stacks_of.values()
+            }
             wanted = _shorter(model, lists, start, length)
-            with rival.applied():
+            with in_place(model, changes):
                 got = _outputs(model, data)
             assert (got - _outputs(wanted, data)).abs().max() == 0
             assert (got - whole).abs().max() > 1e-3  # measured 7.4e-3 (swin) to 4.7
             if name != "t5":  # there the copy has a bias twice
-                assert rival.removed == size - sum(p.numel() for p in wanted.parameters())
-            assert rival.removed >= removed
+                assert size_of(model, changes)[0] == sum(p.numel() for p in wanted.parameters())
     assert (_outputs(model, data) - whole).abs().max() == 0
     assert _same(_state(model), before)
 
@@ -153,6 +156,28 @@ def test_layers_that_return_a_tensor_and_a_tuple_are_both_here() -> None:
         block.register_forward_hook(lambda m, a, out: kinds.add(isinstance(out, tuple)))
         _outputs(model, _data(model, 1))
     assert kinds == {True, False}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_no_fewer_layers_are_dropped_than_are_as_large_as_what_a_merge_removes(name: str) -> None:
+    model = MODELS[name]()
+    by_stack = _by_stack(model, name)
+    lists = [model.get_submodule(path) for path in BLOCKS[name]]
+    smallest = sum(min(sum(p.numel() for p in b.parameters()) for b in blocks) for blocks in lists)
+    assert DROP.choices is not None
+    for k in (2, 3):
+        removed = (k - 1) * sum(_size(model, members[0]) for members in by_stack.values())
+        choices = DROP.choices(model, by_stack, k)
+        length = len(choices[0][0])
+        assert (length - 1) * smallest < removed <= length * smallest
+        first = [choice[0][0].layer for choice in choices]
+        assert first == list(range(min(map(len, lists)) - length + 1))
+        for choice in choices:  # the same in every stack
+            assert len({tuple(m.layer for m in members) for members in choice}) == 1
+
+
+def _size(model: Any, member: FeedForward) -> int:
+    return sum(model.get_parameter(weight.name).numel() for weight in member.weights)
 
 
 # low-rank
@@ -174,11 +199,11 @@ def test_factored_maps_are_svds_of_the_whitened_and_keep_the_means(name: str) ->
     own = {path: _matrix(model.get_submodule(path)) for path in paths}
     bare = [path for path in paths if model.get_submodule(path).bias is None]
     size = sum(w.size for w in own.values())
-    asked = size // 3
-    batches = [{k: x[i : i + 15] for k, x in data.items()} for i in (0, 15, 30)]
-    (rival,) = factor(model, by_stack, asked, batches, 10_000)
+    asked = sum(_size(model, members[0]) for members in by_stack.values())  # k = 2
+    changes = _factored(model, by_stack, 2, data)
+    removed = size_of(model)[0] - size_of(model, changes)[0]
     left = 0
-    with rival.applied():
+    with in_place(model, changes):
         for path, w in own.items():
             module = model.get_submodule(path)
             thin, (x, y) = _matrix(module), seen[path]
@@ -194,8 +219,8 @@ def test_factored_maps_are_svds_of_the_whitened_and_keep_the_means(name: str) ->
             assert np.abs(put_out.mean(0) - y.mean(0)).max() < 5e-7, path  # measured 7.1e-8
         factored = _outputs(model, data)
     left += sum(len(own[path]) for path in bare)  # a bias where there was none
-    assert rival.removed == size - left
-    assert asked <= rival.removed < asked + sum(sum(w.shape) for w in own.values())
+    assert removed == size - left
+    assert asked <= removed < asked + sum(sum(w.shape) for w in own.values())
     whole = _outputs(model, data)
     assert (factored - whole).abs().max() > 1e-3  # measured 7.5e-3 to 3.5
     assert _same(_state(model), before)
@@ -206,32 +231,35 @@ def test_maps_of_full_rank_change_nothing(name: str) -> None:
     """A product as large as its matrix has less than full rank: this one is asked to be larger."""
     model = MODELS[name]()
     data, by_stack = _data(model, 40), _by_stack(model)
-    size = sum(
-        model.get_submodule(p).weight.numel() for f in by_stack.values() for m in f for p in m.maps
-    )
-    (rival,) = factor(model, by_stack, -size, [data], 10_000)
+    changes = _factored(model, by_stack, 1 - len(next(iter(by_stack.values()))), data)
     whole = _outputs(model, data)
-    with rival.applied():
+    with in_place(model, changes):
         assert (_outputs(model, data) - whole).abs().max() < 1e-6  # measured 0
+
+
+def _factored(model: Any, by_stack: dict[str, Any], k: int, data: Arrays) -> Merged:
+    batches = [{name: x[i : i + 15] for name, x in data.items()} for i in (0, 15, 30)]
+    evidence = Evidence(batches=lambda: batches, tokens=10_000, k=k)
+    low_rank = METHODS["low-rank"]
+    assert low_rank.choices is not None
+    (choice,) = low_rank.choices(model, by_stack, k)
+    assert choice == tuple(by_stack.values())
+    return {members: low_rank.merge(model, members, evidence) for members in choice}
 
 
 # drop-ffn and copy-anchor
 
 
-@pytest.mark.parametrize(
-    ("name", "anchor", "kept"),
-    [("bert", "first", 0), ("gpt2", "last", 2), ("llama", "middle", 1), ("phi3", "last", 2)],
-)
-def test_dropped_sublayers_put_out_their_mean(
-    name: str, anchor: Any, kept: int, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "phi3"])
+def test_dropped_sublayers_put_out_their_mean(name: str, tmp_path: Path) -> None:
+    kept = 0
     model = MODELS[name]()
     data, other = _data(model), _data(model, 5, seed=2)
     paths = [m.output for m in find(model)[:3]]
     with _kept(model, paths) as before:
         _outputs(model, data)
     own = [{k: v.clone() for k, v in _parts(model, m).items()} for m in find(model)]
-    config = MergeConfig(window=(0, 2), method="drop-ffn", settings=Settings(anchor=anchor))
+    config = MergeConfig(window=(0, 2), method="drop-ffn")
     merge_(model, data, config, {k: x[:1] for k, x in data.items()})
     ffmerge.save(model, tmp_path / "saved")
     for each in (model, ffmerge.load(tmp_path / "saved")):
@@ -262,12 +290,11 @@ def _parts(model: Any, member: FeedForward) -> dict[tuple[int, str], torch.Tenso
     }
 
 
-@pytest.mark.parametrize(("anchor", "place"), [("first", 1), ("middle", 2), ("last", 3)])
 @pytest.mark.parametrize("name", ["bert", "gpt2", "phi3"])
-def test_copies_of_the_anchor_are_the_anchor(name: str, anchor: Any, place: int) -> None:
-    model, settings = MODELS[name](), Settings(anchor=anchor)
-    want = _parts(model, find(model)[place])
-    merge_(model, None, MergeConfig(window=(1, 3), method="copy-anchor", settings=settings))
+def test_copies_of_the_anchor_are_the_anchor(name: str) -> None:
+    model = MODELS[name]()
+    want = _parts(model, find(model)[1])
+    merge_(model, None, MergeConfig(window=(1, 3), method="copy-anchor"))
     for layer in (1, 2, 3):
         got = _parts(model, find(model)[layer])
         assert got.keys() == want.keys()
@@ -296,7 +323,7 @@ def test_a_comparison_measures_what_it_says_and_leaves_the_model() -> None:
     before, objects = _state(model), [id(p) for p in model.parameters()]
     kinds = [type(m) for m in model.modules()]
     k, bytes_each = 2, 4
-    found = compare(model, from_arrays(data), from_arrays(held_out), MergeConfig(k))
+    found = compare(model, from_arrays(data), from_arrays(held_out), CompareConfig(k=k))
     assert _same(_state(model), before) and [id(p) for p in model.parameters()] == objects
     assert [type(m) for m in model.modules()] == kinds
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
@@ -357,7 +384,7 @@ def test_a_comparison_measures_what_it_says_and_leaves_the_model() -> None:
 
 def _verdict(model: Any, method: str, k: int = 2) -> tuple[str, dict[str, Row]]:
     data, held_out = (from_arrays(_data(model, 40, seed)) for seed in (1, 2))
-    config = MergeConfig(k, method=method, criterion="fidelity")
+    config = MergeConfig(k=k, method=method, criterion="fidelity")
     found = compare(model, data, held_out, config)
     return found.verdict, {row.name: row for row in found.rows}
 

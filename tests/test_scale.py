@@ -15,12 +15,13 @@ from test_merge import _data
 from tiny import gpt2, vit
 from tiny_wider import GATED
 
+from ffmerge.config import MergeConfig
 from ffmerge.models import codes
 from ffmerge.models.examples import from_arrays
 from ffmerge.models.find import find
-from ffmerge.passes.weights import activations, cost, merge
-from ffmerge.passes.weights.merge import MergeConfig, merge_
-from ffmerge.passes.weights.settings import Settings
+from ffmerge.passes.weights import activations, cost
+from ffmerge.passes.weights.evidence import pairs_of
+from ffmerge.passes.weights.merge import merge_
 
 LAYERS = 5
 MODELS = {"vit": partial(vit, 32, 64, LAYERS), "llama": partial(GATED["llama"], LAYERS)}
@@ -28,7 +29,7 @@ MODELS = {"vit": partial(vit, 32, 64, LAYERS), "llama": partial(GATED["llama"], 
 
 def _pairs(model: Any) -> list[Any]:
     layers = find(model)
-    return [pair for i in range(3) for pair in Settings().pairs(layers[i : i + 3])]
+    return pairs_of([(layers[i : i + 3],) for i in range(3)])["layers"]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -36,14 +37,12 @@ def test_what_statistics_cost_is_what_they_hold(name: str) -> None:
     model = MODELS[name]()
     pairs = _pairs(model)
     found = activations.collect(model, {"layers": pairs}, [_data(model)], 1000)["layers"]
-    assert found.inputs is not None
-    told = cost.cost_of([*pairs, pairs[0]])
-    assert told.pairs == len(found.cross) == 6
-    held = [*found.cross.values(), *found.inputs.cross.values()]
-    assert told.bytes == sum(tensor.nbytes for tensor in held)
+    flops, size = cost.cost_of([*pairs, pairs[0]])
+    held = [*found["features"].cross.values(), *found["inputs"].cross.values()]
+    assert size == sum(tensor.nbytes for tensor in held)
     d, f, views = {"vit": (32, 64, 1), "llama": (32, 48, 3)}[name]
-    assert told.flops == 2 * (6 * views * f * f + LAYERS * d * d)
-    assert told.text(1000, torch.device("cpu")).startswith("6 pairs, ")
+    assert flops == 2 * (6 * views * f * f + LAYERS * d * d)
+    assert cost.cost_text([*pairs, pairs[0]], 1000).startswith("6 pairs, ")
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -70,12 +69,12 @@ def test_windows_in_parts_are_the_windows_at_once(name: str, monkeypatch) -> Non
 
 def test_rows_that_go_through_at_a_time_fit_the_memory(monkeypatch) -> None:
     model = gpt2(32, 64, 4)
-    examples, config = from_arrays(_data(model)), MergeConfig(k=2, batch_size=12)
+    examples = from_arrays(_data(model))
     chosen = {"layers": find(model)}
     width = 4 * 3 * 4 * (2 * 32 + 2 * 64)  # bytes, copies, layers, numbers: of one position
     for memory, rows in ((12 * 9 * width, 12), (12 * 9 * width - 1, 11), (1, 1)):
         monkeypatch.setattr(cost, "BATCH", memory)
-        assert merge._rows(model, examples, config, chosen) == rows
+        assert cost.rows_at_a_time(model, examples, 12, chosen) == rows
 
 
 def test_a_table_is_quantized_by_rows_as_at_once(monkeypatch) -> None:
@@ -98,14 +97,13 @@ def collected(name: str, count: int, tokens: int) -> dict[str, torch.Tensor]:
     data = _data(model, 2 * count)
     batches = [{key: x[i : i + 2] for key, x in data.items()} for i in range(0, 2 * count, 2)]
     found = activations.collect(model, pairs, batches, tokens)["layers"]
-    parts = {"": found, "inputs": found.inputs, "hidden": found.hidden}
     tensors = {
         f"{part} {what} {key}": tensor
-        for part, moments in parts.items()
+        for part, moments in found.items()
         for what in ("mean", "squares", "cross")
         for key, tensor in getattr(moments, what).items()
     }
-    return {**tensors, "counts": torch.tensor([found.count, len(ran)])}
+    return {**tensors, "counts": torch.tensor([found["features"].count, len(ran)])}
 
 
 TWO = """

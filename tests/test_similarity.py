@@ -13,10 +13,11 @@ from tiny import bert, gpt2, vit
 from tiny_wider import SEQ2SEQ
 
 from ffmerge.__main__ import main
+from ffmerge.config import SimilarityConfig
 from ffmerge.models import checkpoint
 from ffmerge.models.examples import from_arrays
 from ffmerge.models.find import find
-from ffmerge.passes.weights.similarity import SimilarityConfig, _passes, similarities
+from ffmerge.passes.weights.similarity import _passes, similarities
 
 
 def _ids(rows: int = 12, length: int = 9) -> dict[str, np.ndarray]:
@@ -104,7 +105,7 @@ def test_correlation_is_that_of_numpy_on_the_best_partners() -> None:
 def test_few_bytes_mean_more_passes_and_the_same_numbers() -> None:
     model = gpt2()
     whole = similarities(model, from_arrays(_ids()))[0]
-    parts = similarities(model, from_arrays(_ids()), SimilarityConfig(memory=1))[0]
+    parts = similarities(model, from_arrays(_ids()), SimilarityConfig(memory=1e-9))[0]
     assert np.array_equal(whole.cka, parts.cka)
     assert np.array_equal(whole.correlation, parts.correlation)
     near = similarities(model, from_arrays(_ids()), SimilarityConfig(reach=1))[0]
@@ -115,7 +116,7 @@ def test_few_bytes_mean_more_passes_and_the_same_numbers() -> None:
 def test_the_matrices_of_a_pass_fit_the_memory() -> None:
     members = find(gpt2())  # 21 products of 64 x 64, 15 of 256 x 256, in float32
     memory = 3 * 4 * 256 * 256
-    passes = list(_passes({"layers": members}, SimilarityConfig(memory=memory)))
+    passes = list(_passes({"layers": members}, SimilarityConfig(memory=memory / 1e9)))
     sizes = {"outputs": 4 * 64 * 64, "features": 4 * 256 * 256}
     sums = [sum(len(found) * sizes[what] for (_, what), found in p.items()) for p in passes]
     assert max(sums) <= memory

@@ -1,5 +1,7 @@
 """Streaming moments against float64 computed from all data at once."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +11,13 @@ from tiny_wider import GATED, SEQ2SEQ, seeded, t5
 from ffmerge.errors import InputError
 from ffmerge.models.find import find
 from ffmerge.models.sublayer import stacks
-from ffmerge.passes.weights.activations import collect
+from ffmerge.passes.weights import activations
 from ffmerge.passes.weights.moments import Moments
+
+
+def collect(*given: Any) -> dict[str, Moments]:
+    """Return the moments of the features by stack."""
+    return {stack: found["features"] for stack, found in activations.collect(*given).items()}
 
 
 def _correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:

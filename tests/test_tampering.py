@@ -11,11 +11,12 @@ import tamper
 from packages import linear_package
 from tiny import vit
 
+from ffmerge.config import MergeConfig
 from ffmerge.errors import InputError
 from ffmerge.exporter.package import ExportConfig, export
 from ffmerge.models import checkpoint, data, digits
 from ffmerge.models.manifest import Manifest
-from ffmerge.passes.weights.merge import MergeConfig, merge_
+from ffmerge.passes.weights.merge import merge_
 
 Run = Callable[..., tuple[int, dict[str, Any], str]]
 DIGITS = Path(__file__).parents[1] / "models" / "digits_vit"

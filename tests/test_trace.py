@@ -9,13 +9,14 @@ import tamper
 import torch
 from tiny import gpt2, vit
 
+from ffmerge.config import MergeConfig
 from ffmerge.exporter.package import ExportConfig, export
 from ffmerge.models.data import from_arrays
 from ffmerge.models.inputs import to_tensors
 from ffmerge.models.manifest import Manifest
 from ffmerge.models.trace import sampled, traced_feeds
 from ffmerge.passes.weights import precision
-from ffmerge.passes.weights.merge import MergeConfig, merge_
+from ffmerge.passes.weights.merge import merge_
 from ffmerge.runtime_tests.locate import locate
 from ffmerge.runtime_tests.reference import read_reference
 from ffmerge.runtime_tests.runtimes.registry import find_runtime

@@ -13,6 +13,7 @@ from packages import linear_package
 from tiny import gpt2, vit
 
 import ffmerge.__main__ as command_line
+from ffmerge.config import MergeConfig
 from ffmerge.errors import ExportError, InputError, TieError
 from ffmerge.exporter import ort_format
 from ffmerge.exporter.ort_format import check_same, write_ort
@@ -23,7 +24,7 @@ from ffmerge.models.manifest import GraphRecord, Manifest, Variant
 from ffmerge.models.probe import Probe
 from ffmerge.passes.graph.audit import audit
 from ffmerge.passes.graph.write import write_models
-from ffmerge.passes.weights.merge import MergeConfig, merge_
+from ffmerge.passes.weights.merge import merge_
 from ffmerge.runtime_tests.footprint import measure_footprint
 
 

@@ -29,17 +29,14 @@ from reference.tasks import REFERENCES  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 import tables  # noqa: E402
+from ffmerge.config import MergeConfig, RecoverConfig  # noqa: E402
 from ffmerge.exporter.package import ExportConfig, export  # noqa: E402
 from ffmerge.models import checkpoint  # noqa: E402
 from ffmerge.models.examples import Examples, from_arrays  # noqa: E402
-from ffmerge.models.find import find  # noqa: E402
-from ffmerge.models.sublayer import stacks  # noqa: E402
 from ffmerge.passes.graph.audit import audit  # noqa: E402
-from ffmerge.passes.weights import baselines  # noqa: E402
-from ffmerge.passes.weights.evaluate import score_for  # noqa: E402
-from ffmerge.passes.weights.merge import MergeConfig, merge_  # noqa: E402
-from ffmerge.passes.weights.recover import RecoverConfig, clone_sharing_parameters, recover_  # noqa: E402
-from ffmerge.passes.weights.settings import Settings  # noqa: E402
+from ffmerge.passes.weights.merge import choose, merge_  # noqa: E402
+from ffmerge.passes.weights.methods import in_place, size_of  # noqa: E402
+from ffmerge.passes.weights.recover import clone_sharing_parameters, recover_  # noqa: E402
 from ffmerge.runtime_tests.loaded import look  # noqa: E402
 from ffmerge.runtime_tests.validate import validate  # noqa: E402
 
@@ -51,28 +48,9 @@ SIZES = {  # calibration, validation, test examples; 16k positions of calibratio
 }
 METHODS = ("average", "copy-anchor", "weights", "permute", "calibrated", "residual", "drop-ffn")
 RIVALS = ("drop-layer", "low-rank")
-SELECTIONS = ("budget", "budget, any layers", "budget, fidelity")
+SELECTIONS = ("budget", "budget, fidelity")
 STEPS, RATE = 300, 1e-3
-ABLATION: dict[str, dict[str, Any]] = {
-    "calibrated": {},
-    "importance 0 (plain mean)": {"importance": 0.0},
-    "importance 1": {"importance": 1.0},
-    "RegMean W_in": {"regmean": True},
-    "RegMean W_in, REPAIR scale": {"regmean": True, "scale": "repair"},
-    "REPAIR scale": {"scale": "repair"},
-    "no scale": {"scale": "none"},
-    "one bias for all layers": {"bias": False},
-    "W_out not solved for": {"least_squares": False},
-    "W_out solved 2 times": {"rounds": 2},
-    "ridge 1e-1": {"ridge": 1e-1},
-    "ridge 1e-3": {"ridge": 1e-3},
-    "aligned after the nonlinearity": {"after": True},
-    "anchor in the middle": {"anchor": "middle"},
-    "anchor last": {"anchor": "last"},
-    "aligned jointly": {"anchor": "joint"},
-    "1k tokens": {"tokens": 1024},
-    "4k tokens": {"tokens": 4096},
-}
+TOKENS = 16_384  # positions of the statistics
 
 
 def splits(name: str, seed: int) -> tuple[Examples, Examples, Examples]:
@@ -82,17 +60,16 @@ def splits(name: str, seed: int) -> tuple[Examples, Examples, Examples]:
     return tuple(from_arrays(load(split, s, count=n)) for split, s, n in drawn)
 
 
-def merged(name: str, k: int, seed: int, method: str, settings: dict[str, Any]) -> Any:
+def merged(name: str, k: int, seed: int, method: str) -> Any:
     """Return a merged model, its original and the merge."""
     calibration, validation, _ = splits(name, seed)
     model = checkpoint.load(REFERENCES[name].folder)
     original = clone_sharing_parameters(model)
-    tokens = settings.get("tokens", 16_384)
-    size = 64 if tokens > 4096 else 16  # statistics end with a whole batch
-    config = MergeConfig(
-        k=k, method=method, sync=True, tokens=tokens, batch_size=size, settings=Settings(**settings)
-    )
-    return model, original, merge_(model, calibration, config, validation)
+    return model, original, merge_(model, calibration, _config(k, method), validation)
+
+
+def _config(k: int, method: str) -> MergeConfig:
+    return MergeConfig(k=k, method=method, sync=True, tokens=TOKENS, batch_size=64)
 
 
 def run(job: tuple[str, ...]) -> dict[str, Any]:
@@ -103,7 +80,7 @@ def run(job: tuple[str, ...]) -> dict[str, Any]:
     part, name, k, seed, label = job
     start, spent = time.perf_counter(), time.process_time()
     found: dict[str, Any] = dict(part=part, task=name, k=k, seed=seed, label=label)
-    doing = {"rival": rival, "recovery": recovered, "selection": selected, "precision": precisions}
+    doing = {"recovery": recovered, "selection": selected, "precision": precisions}
     found |= doing.get(part, untuned)(name, k, seed, label)
     print(f"{time.perf_counter() - start:6.0f} s  {job}", file=sys.stderr, flush=True)
     spent = time.process_time() - spent  # of this core, whatever else the machine does
@@ -111,53 +88,27 @@ def run(job: tuple[str, ...]) -> dict[str, Any]:
 
 
 def untuned(name: str, k: int, seed: int, label: str) -> dict[str, Any]:
-    """Merge by a method, or by ``calibrated`` with a switch of the ablation."""
+    """Merge by a method, or make the model as small in another way (``rivals.py``)."""
+    model, test = checkpoint.load(REFERENCES[name].folder), splits(name, seed)[2]
+    metric = REFERENCES[name].metric
     if label == "none":
-        model = checkpoint.load(REFERENCES[name].folder)
-        value: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
-    else:
-        method, settings = (label, {}) if label in METHODS else ("calibrated", ABLATION[label])
-        model, _, merge = merged(name, k, seed, method, settings)
-        value = {
-            "parameters": merge.record.parameters_after,
-            "window": merge.record.groups[0].layers,
-            "windows": [c.value for c in merge.candidates],
-            "before": merge.record.metric["before"],
-        }
-    return {**value, "test": REFERENCES[name].metric(model, splits(name, seed)[2])}
-
-
-def rival(name: str, k: int, seed: int, label: str) -> dict[str, Any]:
-    """Make the model as small as merging does, in another way."""
-    calibration, validation, test = splits(name, seed)
-    task, model = REFERENCES[name], checkpoint.load(REFERENCES[name].folder)
-    by_stack = stacks(find(model))
-    before = sum(p.numel() for p in model.parameters())
-    score = score_for(model, task.task, validation, 64)
-    removed = (k - 1) * sum(
-        sum(model.get_parameter(w.name).numel() for w in members[0].weights)
-        for members in by_stack.values()
-    )
-    if label == "drop-layer":
-        rivals = baselines.drop_layers(model, by_stack, removed)
-    else:
-        rivals = baselines.factor(model, by_stack, removed, calibration.batches(64), 16_384)
-    values = []
-    for each in rivals:
-        with each.applied():
-            values.append(score.measure(model))
-    best = max(range(len(rivals)), key=lambda i: score.rank(values[i]))
-    with rivals[best].applied():
-        measured = task.metric(model, test)
+        return {"parameters": size_of(model)[0], "test": metric(model, test)}
+    calibration, validation, _ = splits(name, seed)
+    merge, changes = choose(model, calibration, validation, _config(k, label))
+    with in_place(model, changes):
+        measured = metric(model, test)
     return {
-        "parameters": before - rivals[best].removed, "window": rivals[best].what,
-        "windows": values, "test": measured,
-    }  # fmt: skip
+        "parameters": merge.record.parameters_after,
+        "window": merge.record.groups[0].layers,
+        "windows": [c.value for c in merge.candidates],
+        "before": merge.record.metric["before"],
+        "test": measured,
+    }
 
 
 def recovered(name: str, k: int, seed: int, label: str) -> dict[str, Any]:
     """Merge by a method, then follow the original for STEPS steps, without labels."""
-    model, original, merge = merged(name, k, seed, label, {})
+    model, original, merge = merged(name, k, seed, label)
     start = time.perf_counter()
     config = RecoverConfig(steps=STEPS, learning_rate=RATE, parts="all", seed=seed)
     recover_(model, original, splits(name, seed)[0], config)
@@ -176,11 +127,9 @@ def selected(name: str, k: int, seed: int, label: str) -> dict[str, Any]:
     """
     calibration, validation, test = splits(name, seed)
     model = checkpoint.load(REFERENCES[name].folder)
-    size = merged(name, k, seed, "calibrated", {})[2].record.bytes_after
-    config = MergeConfig(
-        budget=f"{1.01 * size:.0f}B", adjacent="any" not in label, batch_size=64,
-        criterion="fidelity" if "fidelity" in label else "metric",
-    )  # fmt: skip
+    size = merged(name, k, seed, "calibrated")[2].record.bytes_after
+    criterion = "fidelity" if "fidelity" in label else "metric"
+    config = MergeConfig(budget=f"{1.01 * size:.0f}B", batch_size=64, criterion=criterion)
     merge = merge_(model, calibration, config, validation)
     return {
         "parameters": merge.record.parameters_after,
@@ -195,7 +144,7 @@ def precisions(name: str, k: int, seed: int, label: str) -> dict[str, Any]:
     method, dtype = label.split()
     model = checkpoint.load(REFERENCES[name].folder)
     if method != "none":
-        model, _, _ = merged(name, k, seed, method, {})
+        model, _, _ = merged(name, k, seed, method)
     with TemporaryDirectory() as folder:
         config, rows = ExportConfig(dtype=dtype), splits(name, seed)[1]
         package = export(model, Path(folder) / "package", config, data=rows)
@@ -231,17 +180,13 @@ def jobs(seeds: int, only: Sequence[str]) -> Iterator[tuple[Any, ...]]:
                         yield "methods", name, k, seed, method
                     for method in RIVALS:
                         yield "rival", name, k, seed, method
-        if "ablation" in only:
-            for seed in range(seeds):
-                for label in ABLATION:
-                    yield "ablation", name, 3, seed, label
 
 
 def main() -> None:
     """Run all jobs on all cores, keep the results, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parts = ("methods", "recovery", "ablation", "selection", "precision")
+    parts = ("methods", "recovery", "selection", "precision")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--tasks", nargs="+", choices=tuple(REFERENCES), default=tuple(REFERENCES))
     parser.add_argument("--missing", action="store_true", help="only what has no result yet")

@@ -19,8 +19,9 @@ import numpy as np
 from run import REFERENCES, splits
 from scipy.stats import rankdata, spearmanr
 
+from ffmerge.config import MergeConfig
 from ffmerge.models import checkpoint
-from ffmerge.passes.weights.merge import MergeConfig, merge_
+from ffmerge.passes.weights.merge import merge_
 from ffmerge.passes.weights.similarity import Similarity, similarities
 
 COLUMNS = (

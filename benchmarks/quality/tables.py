@@ -14,13 +14,13 @@ Results = Sequence[dict[str, Any]]
 RESULTS = Path(__file__).parents[1] / "results" / "quality.json"
 METRIC = {"digits": "accuracy", "village": "perplexity", "numerals": "chrF"}
 RECOVERED = "calibrated, recovered"
-SELECTIONS = ("budget", "budget, any layers", "budget, fidelity")
+SELECTIONS = ("budget", "budget, fidelity")
 
 
 def render(results: Results) -> str:
-    """Return a table for each task, one for the ablation, one for the precisions."""
+    """Return a table for each task, one for the precisions."""
     parts = [_of_task(results, n) for n in METRIC if _pick(results, task=n, label="none")]
-    return "\n\n".join([*parts, _ablation(results), _precisions(results)])
+    return "\n\n".join([*parts, _precisions(results)])
 
 
 def _of_task(results: Results, name: str) -> str:
@@ -47,23 +47,6 @@ def _of_task(results: Results, name: str) -> str:
             ]  # fmt: skip
         if any(cells):
             lines.append(f"| {shown} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _ablation(results: Results) -> str:
-    lines = [
-        "| calibrated, k = 3, but for | "
-        + " | ".join(f"{n}: test | all windows" for n in METRIC)
-        + " |",
-        "|---" * (1 + 2 * len(METRIC)) + "|",
-    ]
-    for label in dict.fromkeys(r["label"] for r in results if r["part"] == "ablation"):
-        cells = []
-        for name in METRIC:
-            found = _pick(results, part="ablation", task=name, label=label)
-            windows = [mean(r["windows"]) - r["before"] for r in found]
-            cells += [_spread(name, found), f"{mean(windows):+.4f}"] if found else ["", ""]
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

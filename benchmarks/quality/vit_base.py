@@ -69,7 +69,7 @@ def merging(method: str) -> dict[str, Any]:
     import torch
     from transformers import ViTConfig, ViTForImageClassification
 
-    from ffmerge.passes.weights import activations, calibrated, merge, methods
+    from ffmerge.passes.weights import activations, calibrated, least_squares, merge, methods
 
     torch.manual_seed(0)
     model = ViTForImageClassification(ViTConfig(num_labels=1000)).eval()
@@ -80,8 +80,8 @@ def merging(method: str) -> dict[str, Any]:
     for name, where, function in (
         ("statistics", activations, "collect"),
         ("alignment", methods, "orders"),
-        ("calibration pass", calibrated, "_refitted"),
-        ("solve", calibrated, "ridge_solve"),
+        ("calibration pass", calibrated, "_refit_"),
+        ("solve", least_squares, "ridge_solve"),
     ):
         setattr(where, function, parts.of(name, getattr(where, function)))
     config = merge.MergeConfig(window=(3, 7), method=method, tokens=16_384)
@@ -96,7 +96,7 @@ def merging(method: str) -> dict[str, Any]:
 def solving(f: int = 3072, d: int = 768) -> dict[str, Any]:
     import torch
 
-    from ffmerge.passes.weights.calibrated import Regression
+    from ffmerge.passes.weights.least_squares import Regression
 
     def made(f: int, d: int) -> Regression:
         found = Regression(torch.zeros(f, f), torch.zeros(f, d))

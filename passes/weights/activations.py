@@ -1,14 +1,18 @@
 """What goes through sublayers while a model runs over data: kept by hooks, without padding.
 
-:func:`watch` yields it batch by batch, :func:`collect` sums it up to :class:`Moments`.
+:func:`watch` yields it batch by batch, :func:`add_up` and :func:`collect` sum it to
+:class:`~ffmerge.passes.weights.moments.Moments`. The features of a plain sublayer are the outputs
+of its map d -> f, before the nonlinearity (arXiv 2501.06126, section 3.3). A gated one has two such
+outputs for each neuron, gate and up; both count, and so does their product that the map f -> d
+takes (docs/merging.md).
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,12 +25,16 @@ from ffmerge.models.metrics import IGNORED
 from ffmerge.models.offload import device_of
 from ffmerge.models.probe import Array
 from ffmerge.models.sublayer import FeedForward
-from ffmerge.passes.weights import processes
 from ffmerge.passes.weights.moments import Moments
+from ffmerge.passes.weights.processes import rank_and_world_size
+
+Stacks = Mapping[str, Sequence[FeedForward]]
+Batches = Iterable[Mapping[str, Array]]
+Calls = dict[str, list[tuple[Tensor, Tensor]]]  # what a module took and gave, by its path
 
 
 @dataclass(frozen=True)
-class Signals:
+class Activations:
     """What goes through one sublayer at the n positions of a batch that count.
 
     ``inputs`` is (n, d), ``features`` (views, n, f), ``hidden`` (n, f) what the map f -> d takes,
@@ -39,125 +47,113 @@ class Signals:
     outputs: Tensor
 
 
-class Keeper(Protocol):
-    """What is given the signals of ``tokens`` positions, as long as it is ``open``."""
-
-    tokens: int
-
-    @property
-    def open(self) -> bool:
-        """Whether it wants more."""
-        ...
-
-    def add(self, members: Sequence[FeedForward], batch: Mapping[int, Signals]) -> None:
-        """Take a batch of the members of a stack."""
-        ...
-
-
-def members_of(
-    pairs: Mapping[str, Iterable[Sequence[FeedForward]]],
-) -> dict[str, list[FeedForward]]:
-    """Return the sublayers that stand in pairs, by stack, each once."""
-    return {n: list({s.layer: s for pair in x for s in pair}.values()) for n, x in pairs.items()}
+@contextmanager
+def hooked(model: Any, paths: Iterable[str], hook: Callable[..., Any]) -> Iterator[None]:
+    """Call ``hook(path, module, args, out)`` after the modules, for the length of the block."""
+    with ExitStack() as stack:
+        for path in paths:
+            handle = model.get_submodule(path).register_forward_hook(partial(hook, path))
+            stack.callback(handle.remove)
+        yield
 
 
 def watch(
     model: Any,
-    sublayers: Mapping[str, Sequence[FeedForward]],
-    batches: Iterable[Mapping[str, Array]],
+    sublayers: Stacks,
+    batches: Batches,
     tokens: int,
-    place: tuple[int, int] = (0, 1),
-) -> Iterator[dict[str, dict[int, Signals]]]:
+    rank: int = 0,
+    world: int = 1,
+) -> Iterator[dict[str, dict[int, Activations]]]:
     """Yield, batch by batch, what goes through the sublayers, by stack and layer.
 
     A stack counts its own positions: a decoder those of its own input, and none counts padding.
-    Stops with the batch that brings every stack to ``tokens``, or with the data. With ``place``,
-    number and count of the processes, each runs every so many-th batch; together they yield what
-    one would.
+    Stops with the batch that brings every stack to ``tokens``, or with the data. Of ``world``
+    processes each runs every so many-th batch; together they yield what one would. Hooks are in
+    the model until the generator is closed.
 
     Raises:
         InputError: a stack has no two positions that count, or the model does not take the data.
     """
     counts = dict.fromkeys(sublayers, 0)
-    watched = [s for found in sublayers.values() for s in found]
-    seen: dict[str, list[tuple[Tensor, Tensor]]] = {p: [] for s in watched for p in s.maps}
-    once = all(s.runs == 1 for s in watched)
+    watched = [member for members in sublayers.values() for member in members]
+    seen: Calls = {path: [] for member in watched for path in member.maps}
+    once = all(member.runs == 1 for member in watched)
 
     def keep(path: str, _: Any, args: tuple[Tensor, ...], out: Tensor) -> None:
         seen[path].append((args[0], out))
         if once and all(seen.values()):
             raise StopForward
 
-    with ExitStack() as stack, torch.no_grad():
-        stack.enter_context(unchunked(model))
-        for path in seen:
-            hook = partial(keep, path)
-            stack.callback(model.get_submodule(path).register_forward_hook(hook).remove)
-        for every in _rounds(batches, place[1]):
-            counted, signals = dict.fromkeys(sublayers, 0), None
-            if len(every) > place[0]:
-                signals = _through(model, sublayers, every[place[0]], seen)
-                counted = {n: len(next(iter(x.values())).inputs) for n, x in signals.items()}
-            for number, own in enumerate(gather_object([counted]) if place[1] > 1 else [counted]):
-                if all(count >= tokens for count in counts.values()):
+    with hooked(model, seen, keep), unchunked(model), torch.no_grad():
+        rest = iter(batches)
+        while min(counts.values()) < tokens and (turn := [*islice(rest, world)]):
+            own = None
+            if rank < len(turn):
+                own = _run(model, sublayers, turn[rank], seen)
+            for number, counted in enumerate(_counted_by_all(own, sublayers, world)):
+                if min(counts.values()) >= tokens:
                     break
                 for name in counts:
-                    counts[name] += own[name]
-                if signals is not None and number == place[0]:
-                    yield signals
-            if all(count >= tokens for count in counts.values()):
-                break
+                    counts[name] += counted[name]
+                if own is not None and number == rank:
+                    yield own
     for name, count in counts.items():
         if count < 2:
             raise InputError(f"the data holds fewer than two positions that count for {name!r}.")
 
 
+def add_up(
+    model: Any,
+    sublayers: Stacks,
+    moments: Mapping[str, Mapping[str, Moments]],
+    batches: Batches,
+    tokens: int,
+) -> None:
+    """Update moments with at least ``tokens`` positions of data.
+
+    ``moments`` are by stack and by what is summed up: a field of :class:`Activations`. Several
+    processes take their share of the batches each and all have the moments of the whole.
+    """
+    rank, world = rank_and_world_size()
+    with closing(watch(model, sublayers, batches, tokens, rank, world)) as watched:
+        for activations in watched:
+            for stack, what, sums in _flat(moments):
+                batch = {}
+                for layer in sums.layers or activations[stack]:
+                    values = getattr(activations[stack][layer], what)
+                    batch[layer] = values if values.ndim == 3 else values[None]
+                sums.update(batch)
+    if world > 1:
+        like = torch.empty(0, device=device_of(model))
+        for stack, what, sums in _flat(moments):
+            sums.pool_({m.layer: _size(m, what) for m in sublayers[stack]}, like)
+
+
 def collect(
     model: Any,
-    pairs: Mapping[str, Iterable[tuple[FeedForward, FeedForward]]],
-    batches: Iterable[Mapping[str, Array]],
+    pairs: Mapping[str, Iterable[Sequence[FeedForward]]],
+    batches: Batches,
     tokens: int,
-    after: bool = False,
-    keep: Keeper | None = None,
-) -> dict[str, Moments]:
-    """Return, by stack, the moments of the sublayers' features over at least ``tokens`` positions.
+) -> dict[str, dict[str, Moments]]:
+    """Return what methods read of the data, by stack and by name: features, inputs, hidden.
 
-    Several processes take their share of the batches each and all have the moments of the whole.
-    ``pairs`` are anchors and members by stack. ``after`` takes the activations after the
-    nonlinearity, which the map f -> d takes, for the features. ``keep`` is given each batch that
-    this process runs, and more of them than the moments if it is open.
+    ``pairs`` are anchors and members by stack. Features are multiplied pair by pair, the inputs of
+    each layer with themselves, of what is hidden there are means and variances only.
     """
-    found = {name: list(x) for name, x in pairs.items()}
-    members = members_of(found)
-    layers = {name: sorted({(a.layer, b.layer) for a, b in x}) for name, x in found.items()}
-    place = processes.rank_and_world_size()
-    moments, inputs, hidden = {}, {}, {}
-    for name, pairs_of in layers.items():
-        own = tuple((m.layer, m.layer) for m in members[name])
-        # small, and what is solved for goes by them: in float64 any number of processes sum alike
-        inputs[name] = Moments(own, dtype=torch.float64)
-        hidden[name] = Moments(())
-        moments[name] = Moments(tuple(pairs_of), inputs=inputs[name], hidden=hidden[name])
-    wanted = max(tokens, keep.tokens) if keep else tokens
-    for signals in watch(model, members, batches, wanted, place):
-        full = all(known.count >= tokens for known in moments.values())
-        for name, by_layer in signals.items():
-            if keep:
-                keep.add(members[name], by_layer)
-            if full:
-                continue
-            found_in = {i: s.hidden[None] if after else s.features for i, s in by_layer.items()}
-            moments[name].update(found_in)
-            inputs[name].update({i: s.inputs[None] for i, s in by_layer.items()})
-            hidden[name].update({i: s.hidden[None] for i, s in by_layer.items()})
-        if keep and not keep.open and all(m.count >= tokens for m in moments.values()):
-            break
-    like = torch.empty(0, device=device_of(model))
-    for name, of in members.items() if place[1] > 1 else ():
-        size, gated = (1, of[0].d_ff), of[0].gated and not after
-        moments[name].pooled({m.layer: (3, m.d_ff) if gated else size for m in of}, like)
-        inputs[name].pooled({m.layer: (1, m.d_model) for m in of}, like)
-        hidden[name].pooled({m.layer: size for m in of}, like)
+    sublayers: dict[str, list[FeedForward]] = {}
+    moments: dict[str, dict[str, Moments]] = {}
+    for stack, wanted in pairs.items():
+        found = [*wanted]
+        members = dict.fromkeys(member for pair in found for member in pair)
+        sublayers[stack] = [*members]
+        moments[stack] = {
+            "features": Moments(tuple(sorted({(a.layer, b.layer) for a, b in found}))),
+            # in float64 any number of processes sum alike, and no covariance is indefinite
+            "inputs": Moments(tuple((m.layer, m.layer) for m in members), dtype=torch.float64),
+            "hidden": Moments(()),
+        }
+    add_up(model, sublayers, moments, batches, tokens)
     return moments
 
 
@@ -196,61 +192,88 @@ def padding_mask(config: Any, batch: Mapping[str, Array], reads: Sequence[str]) 
     if "decoder_input_ids" in reads:
         if "decoder_attention_mask" in batch:
             return np.asarray(batch["decoder_attention_mask"] != 0)
-        own = batch.get("decoder_input_ids")
         labels = batch.get("labels")
         if labels is not None and labels.ndim == 2:
-            own = np.where(labels == IGNORED, -1, labels)
-        if own is not None:
-            pad = getattr(config, "pad_token_id", None)
-            real = (own != -1) & (own != (-1 if pad is None else pad))
-            # the token for padding may start a row as well: padding is what nothing follows
-            ended = np.logical_or.accumulate(real[:, ::-1], axis=1)[:, ::-1] & (own != -1)
-            ended[:, 0] |= labels is None
-            return ended
+            return _not_padded(config, np.where(labels == IGNORED, -1, labels), first=False)
+        if "decoder_input_ids" in batch:
+            return _not_padded(config, batch["decoder_input_ids"], first=labels is None)
     if "attention_mask" in batch and {"input_ids", "input_values", "input_features"} & set(reads):
         return np.asarray(batch["attention_mask"] != 0)
     return None
 
 
-def _rounds(batches: Iterable[Mapping[str, Array]], size: int) -> Iterator[list[Any]]:
-    rest = iter(batches)
-    while every := [*islice(rest, size)]:
-        yield every
+def _not_padded(config: Any, ids: Array, first: bool) -> Array:
+    """Return which ids are no padding: it is what only padding follows, or -1.
+
+    The token for padding may start a row as well: ``first`` counts it there.
+    """
+    pad = getattr(config, "pad_token_id", None)
+    real = ids != -1
+    if pad is not None:
+        real = real & (ids != pad)
+    followed = np.logical_or.accumulate(real[:, ::-1], axis=1)[:, ::-1] & (ids != -1)
+    followed[:, 0] |= first
+    return followed
 
 
-def _through(
-    model: Any,
-    sublayers: Mapping[str, Sequence[FeedForward]],
-    batch: Mapping[str, Array],
-    seen: Mapping[str, list[tuple[Tensor, Tensor]]],
-) -> dict[str, dict[int, Signals]]:
+def _run(
+    model: Any, sublayers: Stacks, batch: Mapping[str, Array], seen: Calls
+) -> dict[str, dict[int, Activations]]:
     """Run a batch; return what its hooks have put into ``seen``, and leave nothing there."""
     forward(model, batch)
-    signals = {}
-    for name, found in sublayers.items():
-        shape = _whole(seen, found[0].output, 1).shape[:-1]
-        counted = positions(model, batch, found[0].reads, shape)
-        signals[name] = {s.layer: _signals(s, seen, counted) for s in found}
-    for kept in seen.values():
-        kept.clear()
-    return signals
+    found = {}
+    for name, members in sublayers.items():
+        shape = _whole(seen, members[0].output, 1).shape[:-1]
+        counted = positions(model, batch, members[0].reads, shape)
+        found[name] = {member.layer: _activations(member, seen, counted) for member in members}
+    for calls in seen.values():
+        calls.clear()
+    return found
 
 
-def _whole(seen: Mapping[str, Sequence[tuple[Tensor, Tensor]]], path: str, side: int) -> Tensor:
+def _counted_by_all(
+    own: Mapping[str, Mapping[int, Activations]] | None, sublayers: Stacks, world: int
+) -> list[dict[str, int]]:
+    """Return the positions that each process has just seen, by stack; 0 without a batch."""
+    counted = dict.fromkeys(sublayers, 0)
+    for name, by_layer in (own or {}).items():
+        counted[name] = len(next(iter(by_layer.values())).inputs)
+    return [counted] if world == 1 else gather_object([counted])
+
+
+def _whole(seen: Calls, path: str, side: int) -> Tensor:
     """Return what went into a map (side 0) or came out (1): a chunked one runs part by part."""
     return torch.cat([call[side] for call in seen[path]], dim=-2)
 
 
-def _signals(sublayer: FeedForward, seen: Mapping[str, Any], counted: Tensor) -> Signals:
-    """Return a sublayer's signals; a fused map puts out gate and up side by side.
+def _activations(sublayer: FeedForward, seen: Calls, counted: Tensor) -> Activations:
+    """Return a sublayer's activations; a fused map puts out gate and up side by side.
 
     The features of a gated one are gate, up and what W_out takes.
     """
     counted = counted.to(seen[sublayer.output][0][0].device)
-    outs = [_whole(seen, path, 1)[counted] for path in sublayer.inputs]
     hidden = _whole(seen, sublayer.output, 0)[counted]
-    views = [x for out in outs for x in out.chunk(sublayer.weights[0].blocks, -1)]
-    views += [hidden] * sublayer.gated
-    inputs = _whole(seen, sublayer.inputs[0], 0)[counted]
-    outputs = _whole(seen, sublayer.output, 1)[counted]
-    return Signals(inputs, torch.stack(views), hidden, outputs)
+    views: list[Tensor] = []
+    for path in sublayer.inputs:
+        views += _whole(seen, path, 1)[counted].chunk(sublayer.weights[0].blocks, -1)
+    if sublayer.gated:
+        views.append(hidden)
+    return Activations(
+        inputs=_whole(seen, sublayer.inputs[0], 0)[counted],
+        features=torch.stack(views),
+        hidden=hidden,
+        outputs=_whole(seen, sublayer.output, 1)[counted],
+    )
+
+
+def _flat(moments: Mapping[str, Mapping[str, Moments]]) -> Iterator[tuple[str, str, Moments]]:
+    for stack, by_what in moments.items():
+        for what, each in by_what.items():
+            yield stack, what, each
+
+
+def _size(member: FeedForward, what: str) -> tuple[int, int]:
+    """Return views and width of one of a sublayer's activations."""
+    if what == "features" and member.gated:
+        return 3, member.d_ff
+    return 1, member.d_model if what in ("inputs", "outputs") else member.d_ff

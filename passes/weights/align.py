@@ -1,6 +1,6 @@
 """Which neuron of one layer belongs to which neuron of another."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,20 +24,22 @@ def match(similarity: Tensor) -> Tensor:
     return torch.as_tensor(order)
 
 
-def jointly(similarity: Mapping[tuple[int, int], Tensor], count: int) -> list[Tensor | None]:
-    """Return orders of ``count`` layers, each the best match to all others as they are ordered.
+def jointly(rows: Sequence[Tensor]) -> list[Tensor | None]:
+    """Return orders of neurons: each layer matched best to all others as they are ordered.
 
-    ``similarity[a, b]`` is (f, f) with the neurons of layer a as rows, for all a != b. Layer 0
-    keeps its order; the others start aligned to it and are matched anew, one after the other,
+    ``rows`` are (f, n) for each layer, a neuron in each row; two are alike by their product. Layer
+    0 keeps its order; the others start aligned to it and are matched anew, one after the other,
     until none changes (coordinate ascent as in Git Re-Basin, algorithm 1).
     """
-    f = len(similarity[0, 1])
-    orders = [torch.arange(f), *(match(similarity[0, b]) for b in range(1, count))]
+    orders = [torch.arange(len(rows[0])), *(match(rows[0] @ other.T) for other in rows[1:])]
     for _ in range(_SWEEPS):
         before = torch.stack(orders)
-        for b in range(1, count):
-            others = [similarity[a, b][orders[a]] for a in range(count) if a != b]
-            orders[b] = match(torch.stack(others).sum(0))
+        for layer in range(1, len(rows)):
+            others = torch.zeros_like(rows[0])
+            for other, order in enumerate(orders):
+                if other != layer:
+                    others += rows[other][order.to(others.device)]
+            orders[layer] = match(others @ rows[layer].T)
         if torch.equal(before, torch.stack(orders)):
             break
     return [None, *orders[1:]]

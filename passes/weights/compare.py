@@ -1,20 +1,28 @@
-"""Is merging the right tool? The method and its rivals at equal size, on the same examples."""
+"""Is merging the right tool? The method and its rivals at equal size, on the same examples.
+
+Every method is searched as ``merge_`` would (``merge.choose``), the rivals of ``rivals.py`` among
+them, and the model stays as it is.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ffmerge.config import CompareConfig, MergeConfig
 from ffmerge.errors import InputError
 from ffmerge.files import plain
 from ffmerge.models import tasks
 from ffmerge.models.data import Data, examples_for
-from ffmerge.passes.weights import baselines, precision
+from ffmerge.models.record import MergeRecord
+from ffmerge.passes.weights import methods, precision
 from ffmerge.passes.weights.evaluate import Score, score_for
-from ffmerge.passes.weights.merge import MergeConfig, merge_, sublayers
-from ffmerge.passes.weights.recover import clone_sharing_parameters
-from ffmerge.passes.weights.search import Progress, size_of
+from ffmerge.passes.weights.merge import choose
+from ffmerge.passes.weights.methods import Merged, in_place, size_of
+from ffmerge.passes.weights.progress import Progress, silent
 
-_OTHERS = ("residual", "calibrated", "permute", "copy-anchor", "drop-ffn")
+_OTHERS = (
+    "residual", "calibrated", "permute", "copy-anchor", "drop-ffn", "drop-layer", "low-rank",
+)  # fmt: skip
 _PRECISIONS = ("int8", "int4")
 
 
@@ -46,8 +54,8 @@ def compare(
     model: Any,
     data: Data,
     validation: Data | None,
-    config: MergeConfig,
-    progress: Progress = lambda step, done, total: None,
+    config: CompareConfig,
+    progress: Progress = silent,
 ) -> Comparison:
     """Return the metric of ``model`` merged by ``config``, and of its rivals; it stays as it is.
 
@@ -58,44 +66,34 @@ def compare(
     """
     if config.k is None:
         raise InputError("rivals are compared at one size: give the number k of layers to merge.")
+    methods.get(config.method)
+    asked = MergeConfig(**{"sync": True, **vars(config)})  # as drop-layer has to
     calibration = examples_for(model, data, config.task)
     held_out = examples_for(model, validation, config.task)
     if held_out is None:
         calibration, held_out = calibration.halves()
     task = config.task or tasks.infer(model)
-    score = score_for(model, task, held_out, config.batch_size, config.criterion)
+    score = score_for(model, task, held_out, config.batch_size, asked.criterion)
     rows = [Row("original", "", size_of(model)[1], score.measure(model))]
+    merged: dict[str, Merged] = {"original": {}}
     for name in dict.fromkeys((config.method, *_OTHERS)):
-        each = clone_sharing_parameters(model)
-        found = merge_(each, calibration, replace(config, method=name), held_out, progress)
-        layers = found.record.groups[0].layers
-        size = found.record.bytes_after
-        rows.append(Row(name, f"{layers[0]}-{layers[-1]}", size, found.record.metric["merged"]))
-        if name == config.method:
-            merged = each
-    chosen = sublayers(model, config)
-    removed = (config.k - 1) * sum(
-        sum(model.get_parameter(w.name).numel() for w in members[0].weights)
-        for members in chosen.values()
-    )
-    element = next(model.parameters()).element_size()
-    batches = calibration.batches(config.batch_size)
-    for rivals in (
-        baselines.drop_layers(model, chosen, removed),
-        baselines.factor(model, chosen, removed, batches, config.tokens),
-    ):
-        tried = []
-        for rival in rivals:
-            with rival.applied():
-                size = rows[0].bytes - rival.removed * element
-                tried.append(Row(rival.name, rival.what, size, score.measure(model)))
-        rows.append(max(tried, key=lambda row: score.rank(row.value)))
+        each = replace(asked, method=name)
+        found, merged[name] = choose(model, calibration, held_out, each, progress)
+        record = found.record
+        layers = _layers(record, config.k)
+        rows.append(Row(name, layers, record.bytes_after, record.metric["merged"]))
     for dtype in _PRECISIONS:
-        for name, each in (("original", model), (config.method, merged)):
-            with precision.rounded(each, dtype):
-                size, value = precision.bytes_of(each, dtype), score.measure(each)
+        for name in ("original", config.method):
+            with in_place(model, merged[name]), precision.rounded(model, dtype):
+                size, value = precision.bytes_of(model, dtype), score.measure(model)
             rows.append(Row(f"{name}, {dtype}", "", size, value))
     return Comparison(score.name, len(held_out), tuple(rows), _verdict(rows, score))
+
+
+def _layers(record: MergeRecord, k: int) -> str:
+    """Return the window of the first stack; nothing for a method that changes all layers."""
+    layers = record.groups[0].layers
+    return "" if len(layers) > k else f"{layers[0]}-{layers[-1]}"
 
 
 def _verdict(rows: Sequence[Row], score: Score) -> str:

@@ -1,112 +1,167 @@
-"""Merge methods: functions from the sublayers of a group to what they will share.
+"""Merge methods: functions from the sublayers of a group to what takes the place of their weights.
 
-Every method has one signature, ``(model, members, evidence) -> SharedWeights``: ``members`` are the
-sublayers of the group in layer order, ``evidence`` is what is known of the data.
+The search calls a method with the model, the sublayers of one group in layer order, the anchor
+first, and the evidence, and puts what it returns into the model to measure it:
+
+    @method("average", source="arXiv 2501.06126, 'vanilla'", statistics=False)
+    def average(model, members, evidence):
+        return SharedWeights({...})
+
+What is tried is every window of k layers of each stack, unless a method brings ``choices`` of its
+own. A method that makes a model smaller in a way that no checkpoint holds returns
+:class:`Temporary`: it can be compared with, not saved (``rivals.py``).
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ffmerge.errors import InputError
-from ffmerge.models.probe import Array
+from ffmerge.models import ties
 from ffmerge.models.sublayer import FeedForward
 from ffmerge.models.ties import SharedWeights
 from ffmerge.passes.weights import align, calibrated
-from ffmerge.passes.weights.moments import Moments
-from ffmerge.passes.weights.recorded import Recorded
-from ffmerge.passes.weights.settings import Settings
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What a method may read: moments of the stack, settings, and the data once more.
-
-    ``recorded`` is what the sublayers read and put out, if it is kept.
-    """
-
-    settings: Settings = field(default_factory=Settings)
-    moments: Moments | None = None
-    batches: Callable[[], Iterable[Mapping[str, Array]]] = tuple
-    recorded: Recorded | None = None
-
+from ffmerge.passes.weights.evidence import Evidence
+from ffmerge.passes.weights.windows import Choice, Members, Stacks
 
 _DIMENSIONS_PER_RANK = 64  # so that the residual stays under 1 % of the parameters
 
-Merger = Callable[[Any, Sequence[FeedForward], Evidence], SharedWeights]
+
+@dataclass(frozen=True)
+class Temporary:
+    """A change that stands in the model while ``applied()`` lasts, and rids it of parameters."""
+
+    removed: int
+    applied: Callable[[], AbstractContextManager[None]]
+
+
+Change = SharedWeights | Temporary
+Merged = dict[Members, Change]  # by the sublayers of a group
+Merger = Callable[[Any, Sequence[FeedForward], Evidence], Change]
+Chooser = Callable[[Any, Stacks, int], list[Choice]]
 
 
 @dataclass(frozen=True)
 class Method:
-    """A registered method: whether it reads the moments, and whether the data once more."""
+    """A registered method: see :func:`method`."""
 
     name: str
     source: str
-    needs_data: bool
-    fits: bool
     merge: Merger
+    statistics: bool
+    saved: bool
+    choices: Chooser | None
 
 
 METHODS: dict[str, Method] = {}
 
 
 def method(
-    name: str, source: str, needs_data: bool = True, fits: bool = False
+    name: str,
+    source: str,
+    statistics: bool = True,
+    saved: bool = True,
+    choices: Chooser | None = None,
 ) -> Callable[[Merger], Merger]:
-    """Register a function as the method called ``name``; ``source`` is where it comes from."""
+    """Register a function as the method called ``name``; ``source`` is where it comes from.
+
+    ``statistics``: its evidence has moments, which needs data. ``saved``: a checkpoint can hold
+    what it returns. ``choices(model, stacks, k)`` are what is tried instead of windows of k layers.
+    """
 
     def register(merge: Merger) -> Merger:
-        METHODS[name] = Method(name, source, needs_data, fits, merge)
+        METHODS[name] = Method(
+            name=name,
+            source=source,
+            merge=merge,
+            statistics=statistics,
+            saved=saved,
+            choices=choices,
+        )
         return merge
 
     return register
 
 
 def get(name: str) -> Method:
-    """Return a method by name.
+    """Return by name a method whose result can be saved.
 
     Raises:
         InputError: there is no such method.
     """
-    if name not in METHODS:
-        raise InputError(f"there is no method {name!r}: choose one of {', '.join(METHODS)}.")
+    known = [each.name for each in METHODS.values() if each.saved]
+    if name not in known:
+        raise InputError(f"there is no method {name!r}: choose one of {', '.join(known)}.")
     return METHODS[name]
 
 
-@method("average", source="arXiv 2501.06126, 'vanilla'", needs_data=False)
+@contextmanager
+def in_place(model: Any, merged: Merged) -> Iterator[None]:
+    """Let the changes stand in the model for the length of the block."""
+    with ExitStack() as stack:
+        for members, change in merged.items():
+            if isinstance(change, Temporary):
+                stack.enter_context(change.applied())
+            else:
+                stack.enter_context(ties.tied(model, [members], [change]))
+        yield
+
+
+def size_of(model: Any, merged: Mapping[Members, Change] | None = None) -> tuple[int, int]:
+    """Return parameters and bytes of a model in which ``merged`` stands, each shared one once."""
+    parameters = list(model.parameters())
+    count = sum(p.numel() for p in parameters)
+    size = sum(p.nbytes for p in parameters)
+    for change in (merged or {}).values():
+        if isinstance(change, Temporary):
+            count -= change.removed
+            size -= change.removed * parameters[0].element_size()
+    return count, size
+
+
+def own_parts(merged: Merged) -> tuple[str, ...]:
+    """Return the names of the parts that members of groups have for themselves."""
+    parts: set[str] = set()
+    for change in merged.values():
+        if isinstance(change, SharedWeights):
+            parts.update(change.parts)
+    return tuple(sorted(parts))
+
+
+@method("average", source="arXiv 2501.06126, 'vanilla'", statistics=False)
 def average(model: Any, members: Sequence[FeedForward], evidence: Evidence) -> SharedWeights:
     """Return the plain mean of the members' weights."""
     return mean_of(model, members, [None] * len(members))
 
 
-@method("copy-anchor", source="a baseline: nothing is merged", needs_data=False)
+@method("copy-anchor", source="a baseline: nothing is merged", statistics=False)
 def copy_anchor(model: Any, members: Sequence[FeedForward], evidence: Evidence) -> SharedWeights:
     """Return the weights of the anchor as they are."""
-    return mean_of(model, [members[evidence.settings.place(len(members))]], [None])
+    return mean_of(model, members[:1], [None])
 
 
 @method("drop-ffn", source="a baseline: arXiv 2405.18218 drops sublayers")
 def drop_ffn(model: Any, members: Sequence[FeedForward], evidence: Evidence) -> SharedWeights:
     """Return the anchor's weights, and for the other layers the mean of what they put out."""
-    kept = members[evidence.settings.place(len(members))]
-    hidden = _moments(evidence).hidden
-    assert hidden is not None
-    shared = mean_of(model, [kept], [None]).shared
+    anchor = members[0]
+    shared = dict(mean_of(model, [anchor], [None]).shared)
+    biases = {key: shared.pop(key) for key in [*shared] if key[1] == "bias"}
     own: list[dict[tuple[int, str], Tensor]] = []
-    for m in members:
-        number, bias = len(m.inputs), model.get_submodule(m.output).bias
-        w_out = align.neurons(model, m)[number, "weight"]
-        mean = hidden.mean[m.layer][0] @ w_out
-        keeps = float(m is kept)
+    for member in members:
+        number, bias = len(member.inputs), model.get_submodule(member.output).bias
+        w_out = align.neurons(model, member)[number, "weight"]
+        mean = evidence.hidden.mean[member.layer][0] @ w_out
+        keeps = float(member is anchor)
         old = torch.zeros_like(mean) if bias is None else bias.detach().to(mean)
         parts = {"scale": torch.full_like(mean, keeps), "bias": old + (1 - keeps) * mean}
-        like = model.get_parameter(m.weights[0].name)
-        biases = {key: b.clone() for key, b in shared.items() if key[1] == "bias"}
-        own.append(biases | {(number, part): value.to(like) for part, value in parts.items()})
-    return SharedWeights({key: value for key, value in shared.items() if key[1] != "bias"}, own)
+        like = model.get_parameter(member.weights[0].name)
+        mine = {key: tensor.clone() for key, tensor in biases.items()}
+        own.append(mine | {(number, part): value.to(like) for part, value in parts.items()})
+    return SharedWeights(shared, own)
 
 
 @method("permute", source="arXiv 2501.06126, equations (1) to (6)")
@@ -119,14 +174,24 @@ def permute(model: Any, members: Sequence[FeedForward], evidence: Evidence) -> S
     return mean_of(model, members, orders(members, evidence))
 
 
-@method("weights", source="arXiv 2209.04836, Git Re-Basin, section 3.2", needs_data=False)
+@method("weights", source="arXiv 2209.04836, Git Re-Basin, section 3.2", statistics=False)
 def weights(model: Any, members: Sequence[FeedForward], evidence: Evidence) -> SharedWeights:
     """Return the mean after aligning by the weights alone: every member to the mean of the rest."""
-    rows = [torch.cat([*align.neurons(model, m).values()], 1) for m in members]
-    similarity = {
-        (a, b): rows[a] @ rows[b].T for a in range(len(rows)) for b in range(len(rows)) if a != b
-    }
-    return mean_of(model, members, align.jointly(similarity, len(rows)))
+    rows = [torch.cat([*align.neurons(model, member).values()], 1) for member in members]
+    return mean_of(model, members, align.jointly(rows))
+
+
+@method("calibrated", source="weighted mean, scales as in REPAIR, least squares: see calibrated.py")
+def calibrate(model: Any, members: Sequence[FeedForward], evidence: Evidence) -> SharedWeights:
+    """Return weights, and of each layer scale and bias, that keep the members' outputs."""
+    return calibrated.fit(model, members, orders(members, evidence), evidence, rank=0)
+
+
+@method("residual", source="calibrated, with arXiv 2410.20672's low-rank part of each layer")
+def residual(model: Any, members: Sequence[FeedForward], evidence: Evidence) -> SharedWeights:
+    """Return what ``calibrated`` does with a residual of low rank to each map of each layer."""
+    rank = evidence.rank or max(1, members[0].d_model // _DIMENSIONS_PER_RANK)
+    return calibrated.fit(model, members, orders(members, evidence), evidence, rank)
 
 
 def orders(members: Sequence[FeedForward], evidence: Evidence) -> list[Tensor | None]:
@@ -135,17 +200,13 @@ def orders(members: Sequence[FeedForward], evidence: Evidence) -> list[Tensor | 
     Raises:
         InputError: there is no calibration data.
     """
-    moments = _moments(evidence)
-    layers = [m.layer for m in members]
-    if evidence.settings.anchor == "joint":
-        pairs = [(a, b) for a in range(len(layers)) for b in range(len(layers)) if a != b]
-        found = {(a, b): moments.correlation(layers[a], layers[b]) for a, b in pairs}
-        return align.jointly(found, len(layers))
-    anchor = layers[evidence.settings.place(len(layers))]
-    return [
-        None if layer == anchor else align.match(moments.correlation(anchor, layer))
-        for layer in layers
-    ]
+    if not evidence.features.count:
+        raise InputError("this method aligns activations: it needs calibration data.")
+    anchor, *others = members
+    found: list[Tensor | None] = [None]
+    for other in others:
+        found.append(align.match(evidence.features.correlation(anchor.layer, other.layer)))
+    return found
 
 
 def mean_of(
@@ -163,36 +224,3 @@ def mean_of(
             total += parameter if order is None else weight.reordered(parameter, order)
         shared[key] = (total / len(members)).to(parameters[0].dtype)
     return SharedWeights(shared)
-
-
-@method(
-    "calibrated",
-    source="weighted mean, scales as in REPAIR, least squares: see calibrated.py",
-    fits=True,
-)
-def calibrate(model: Any, members: Sequence[FeedForward], evidence: Evidence) -> SharedWeights:
-    """Return weights, and of each layer scale and bias, that keep the members' outputs."""
-    settings = replace(evidence.settings, rank=0)
-    return _calibrated(model, members, replace(evidence, settings=settings))
-
-
-@method(
-    "residual", source="calibrated, with arXiv 2410.20672's low-rank part of each layer", fits=True
-)
-def residual(model: Any, members: Sequence[FeedForward], evidence: Evidence) -> SharedWeights:
-    """Return what ``calibrated`` does with a residual of low rank to each map of each layer."""
-    rank = evidence.settings.rank or max(1, members[0].d_model // _DIMENSIONS_PER_RANK)
-    settings = replace(evidence.settings, rank=rank)
-    return _calibrated(model, members, replace(evidence, settings=settings))
-
-
-def _calibrated(model: Any, members: Sequence[FeedForward], evidence: Evidence) -> SharedWeights:
-    found, again, recorded = orders(members, evidence), evidence.batches, evidence.recorded
-    moments, settings = _moments(evidence), evidence.settings
-    return calibrated.fit(model, members, found, moments, again, settings, recorded)
-
-
-def _moments(evidence: Evidence) -> Moments:
-    if evidence.moments is None:
-        raise InputError("this method aligns activations: it needs calibration data.")
-    return evidence.moments

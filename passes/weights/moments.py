@@ -1,10 +1,9 @@
-"""Moments of hidden neurons, in one pass over the data.
+"""Means, variances and cross products of what layers compute, in one pass over the data.
 
-The features X of a plain sublayer are the outputs of its map d -> f, before the nonlinearity
-(arXiv 2501.06126, section 3.3). A gated one has two such outputs for each neuron, gate and up; both
-count, and so does their product that the map f -> d takes (docs/merging.md). Batches are merged by
-the update of Chan, Golub and LeVeque (1979): every batch is centred on its own mean before it is
-squared, so nothing cancels however far the mean lies from zero.
+:func:`~ffmerge.passes.weights.activations.collect` feeds batches of activations in, methods read
+correlations and covariances. Batches are merged by the update of Chan, Golub and LeVeque (1979):
+every batch is centred on its own mean before it is squared, so nothing cancels however far the mean
+lies from zero.
 """
 
 from collections.abc import Mapping
@@ -19,13 +18,12 @@ Pair = tuple[int, int]
 
 @dataclass
 class Moments:
-    """Count, means, sums of squares and of cross products of the layers' features.
+    """Count, means, sums of squares and of cross products of layers' features.
 
-    Features have v views of the same f neurons: 1, or 3 of a gated sublayer. ``cross``
-    holds, for each pair (anchor, other), the (v, f, f) sums of products of deviations, in
-    ``dtype``; means and squares are (v, f) in float64. ``inputs`` are the moments of what the
-    layers read, each paired with itself, ``hidden`` those of what the map f -> d is given,
-    unpaired.
+    Features are (v, n, f): v views of the same f neurons at n positions; v is 3 for the neurons of
+    a gated sublayer, else 1. Means and squares are (v, f) in float64. ``cross`` holds, for each of
+    the ``pairs`` of layers, the (v, f, f) sums of products of deviations, in ``dtype``: a
+    covariance that is going to be factored takes float64.
     """
 
     pairs: tuple[Pair, ...]
@@ -34,12 +32,15 @@ class Moments:
     mean: dict[int, Tensor] = field(default_factory=dict)
     squares: dict[int, Tensor] = field(default_factory=dict)
     cross: dict[Pair, Tensor] = field(default_factory=dict)
-    inputs: "Moments | None" = None
-    hidden: "Moments | None" = None
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers of all pairs."""
+        return tuple(dict.fromkeys(layer for pair in self.pairs for layer in pair))
 
     def update(self, features: Mapping[int, Tensor]) -> None:
-        """Add a batch: (v, n, f) features of every layer, the same n rows in each."""
-        views, n, _ = next(iter(features.values())).shape
+        """Add a batch: (v, n, f) features of every layer, the same n positions in each."""
+        _, n, _ = next(iter(features.values())).shape
         if n == 0:
             return
         total = self.count + n
@@ -55,19 +56,19 @@ class Moments:
             self.squares[layer] = self.squares.get(layer, 0) + squares
             self.mean[layer] = self.mean.get(layer, means[layer]) + shift[layer] * (n / total)
         for a, b in self.pairs:
+            x, y = centred[a], centred[b]
             if (a, b) not in self.cross:
-                shape = (views, means[a].shape[1], means[b].shape[1])
-                self.cross[a, b] = centred[a].new_zeros(shape, dtype=self.dtype)
-            for view, total_of in enumerate(self.cross[a, b]):
-                x, y = centred[a][view], centred[b][view]
+                shape = (len(x), x.shape[2], y.shape[2])
+                self.cross[a, b] = x.new_zeros(shape, dtype=self.dtype)
+            for view, sums in enumerate(self.cross[a, b]):
                 if self.dtype == x.dtype:
-                    total_of.addmm_(x.T, y)
+                    sums.addmm_(x[view].T, y[view])
                 else:  # products too: of those in float32 the sum may be indefinite
-                    total_of += x[:n].to(self.dtype).T @ y[:n].to(self.dtype)
-                    total_of.addr_(scale * shift[a][view], shift[b][view])
+                    sums += x[view, :n].to(self.dtype).T @ y[view, :n].to(self.dtype)
+                    sums.addr_(scale * shift[a][view], shift[b][view])
         self.count = total
 
-    def pooled(self, sizes: Mapping[int, tuple[int, int]], like: Tensor) -> None:
+    def pool_(self, sizes: Mapping[int, tuple[int, int]], like: Tensor) -> None:
         """Make these the moments of all processes together, none of which need have a batch.
 
         ``sizes`` are the (v, f) of every layer, ``like`` is a tensor of the device.
@@ -93,13 +94,18 @@ class Moments:
 
     def joined(self, other: "Moments") -> "Moments":
         """Return these moments with those of other layers and pairs at the same positions."""
-        found = Moments((*self.cross, *other.cross), self.count)
-        for name in ("mean", "squares", "cross"):
-            getattr(found, name).update(getattr(self, name) | getattr(other, name))
-        if self.inputs and other.inputs and self.hidden and other.hidden:
-            found.inputs = self.inputs.joined(other.inputs)
-            found.hidden = self.hidden.joined(other.hidden)
-        return found
+        return Moments(
+            pairs=(*self.cross, *other.cross),
+            count=self.count,
+            dtype=self.dtype,
+            mean=self.mean | other.mean,
+            squares=self.squares | other.squares,
+            cross=self.cross | other.cross,
+        )
+
+    def covariance(self, layer: int) -> Tensor:
+        """Return the (f, f) covariance of a layer that is paired with itself, in float64."""
+        return self.cross[layer, layer][0].double() / self.count
 
     def correlation(self, anchor: int, other: int) -> Tensor:
         """Return equation (1), the (f, f) Pearson correlation; rows are the anchor's neurons.

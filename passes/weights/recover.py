@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
+from ffmerge.config import MIXED_PRECISION, RecoverConfig
 from ffmerge.errors import InputError
 from ffmerge.models import tasks, ties
 from ffmerge.models.data import Data, examples_for
@@ -43,31 +44,6 @@ _RISE = 0.3  # part of the steps in which the learning rate rises
 _CLIP = 1.0  # largest norm of the gradient
 _FILE = "recover.safetensors"
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of each parameter
-
-
-@dataclass(frozen=True)
-class RecoverConfig:
-    """Settings of a recovery.
-
-    ``batch_size`` are the rows of one step over all processes, ``micro_batch`` those that one
-    process runs at a time (0: its whole share); ``parts`` is ``merged``, what the merged layers
-    share and what each of them has beside it, or ``all``. ``distill`` follows the original, with
-    ``labels`` the task's own loss is added to it; either may be had alone. ``mixed_precision`` is
-    ``no``, ``bf16``, or None for what ``accelerate launch`` was told. The learning rate rises and
-    falls in one cycle (arXiv 1708.07120); with a folder, state is saved every ``save_every`` steps.
-    """
-
-    steps: int = 300
-    learning_rate: float = 1e-3
-    batch_size: int = 32
-    micro_batch: int = 0
-    parts: str = "merged"
-    distill: bool = True
-    labels: bool = False
-    task: str | None = None
-    mixed_precision: str | None = None
-    seed: int = 0
-    save_every: int = 100
 
 
 @dataclass(frozen=True)
@@ -115,7 +91,7 @@ def recover_(
     Raises:
         InputError: the settings, the data or the saved state do not fit, or the loss diverges.
     """
-    mixed = _check(config)
+    mixed = _in_bfloat16(config)
     examples = examples_for(model, data, config.task)
     state = join()
     task = config.task or (tasks.infer(model) if config.labels else "")
@@ -167,18 +143,11 @@ def learning_rate(step: int, config: RecoverConfig) -> float:
     return config.learning_rate * (1 - math.cos(math.pi * at)) / 2
 
 
-def _check(config: RecoverConfig) -> bool:
-    """Refuse settings that mean nothing; tell whether to compute in bfloat16."""
+def _in_bfloat16(config: RecoverConfig) -> bool:
+    """Tell whether to compute in bfloat16, as is asked for or ``accelerate launch`` was told."""
     precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    for holds, what in (
-        (config.steps > 0 and config.batch_size > 0 and config.save_every > 0, "a step below 1"),
-        (config.learning_rate > 0, f"a learning rate of {config.learning_rate}"),
-        (config.parts in ("merged", "all"), f"parts {config.parts!r}, not merged or all"),
-        (config.distill or config.labels, "neither distillation nor labels"),
-        (precision in ("no", "bf16"), f"mixed precision {precision!r}, not no or bf16"),
-    ):
-        if not holds:
-            raise InputError(f"recovery is asked for {what}.")
+    if precision not in MIXED_PRECISION:
+        raise InputError(f"recovery is asked for mixed precision {precision!r}, not no or bf16.")
     return precision == "bf16"
 
 

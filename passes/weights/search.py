@@ -1,15 +1,17 @@
 """What to merge: every candidate is merged, put in place and measured, and the best is kept.
 
-The model keeps its own weights until the end: a group that grows is made anew of its members'
-originals. A candidate runs only what comes after its first merged layer (``resume.py``). Several
-processes (torchrun, ``accelerate launch``) share the candidates of a step, and before that the
-batches of the statistics.
+``merge_`` hands over the choices of a search (``windows.py``) or a budget. For each candidate the
+statistics are there already (``evidence.py``), the method makes the weights (``methods.py``), and
+the score is taken of the model in which they stand (``evaluate.py``). The model keeps its own
+weights: a group that grows is made anew of its members' originals. Several processes (torchrun,
+``accelerate launch``) share the candidates of a step, and before that the batches of the
+statistics.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import combinations, pairwise
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from accelerate.utils import gather_object
@@ -17,42 +19,25 @@ from torch import nn
 
 from ffmerge.errors import InputError
 from ffmerge.files import size_text
-from ffmerge.models import ties
-from ffmerge.models.offload import device_of
 from ffmerge.models.record import Group
-from ffmerge.models.sublayer import FeedForward
-from ffmerge.models.ties import SharedWeights
-from ffmerge.passes.weights import activations, cost, precision, processes
+from ffmerge.passes.weights import precision
+from ffmerge.passes.weights.cache import ActivationCache
 from ffmerge.passes.weights.evaluate import Score
-from ffmerge.passes.weights.methods import Evidence, Method
-from ffmerge.passes.weights.recorded import Recorded
-from ffmerge.passes.weights.resume import Resumed
+from ffmerge.passes.weights.evidence import Statistics
+from ffmerge.passes.weights.methods import Merged, Method, in_place, size_of
+from ffmerge.passes.weights.processes import join
+from ffmerge.passes.weights.progress import Progress
+from ffmerge.passes.weights.windows import Choice, Members, shape_key
 
-# The sublayers that one candidate would tie, group by group.
-Choice = tuple[tuple[FeedForward, ...], ...]
-Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class State:
-    """Groups of a model and what takes the place of their weights."""
-
-    groups: Choice = ()
-    shared: tuple[SharedWeights, ...] = ()
+Option = tuple[Choice, Merged]  # what to merge, while what stands in the model
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Groups that were tried; metric and bytes of the merged, untuned model."""
+    """Groups that were tried; metric and bytes of the merged, untuned model.
 
-    groups: tuple[Group, ...]
-    value: float
-    bytes: int
-
-
-@dataclass(frozen=True)
-class Point:
-    """A model on the size/quality frontier; ``dtype`` is that of its package, None: not rounded."""
+    On the frontier of a budget ``dtype`` is the precision of a package; None: not rounded.
+    """
 
     groups: tuple[Group, ...]
     value: float
@@ -60,250 +45,189 @@ class Point:
     dtype: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Trials:
-    """What every candidate is tried with, and in ``tried`` what came of it.
+    """Tries candidates on one model; in ``tried`` is what came of them.
 
-    ``batches`` gives the data for the statistics, whose costs it is told, ``tokens`` positions of
-    it; None: there is none. Candidates whose statistics are more than ``memory`` bytes are tried in
-    parts, each with a pass of its own. ``resumed`` runs the model behind what a candidate leaves as
-    it is; ``recorded`` is what the sublayers read and put out, for methods that fit.
+    Without a ``score`` all are equally good. The ``cache`` holds for what is tried while nothing
+    else stands in the model.
     """
 
     model: Any
-    resumed: Resumed
     method: Method
-    evidence: dict[str, Evidence]
+    statistics: Statistics
     score: Score | None
-    batches: Callable[[str], Any] | None
-    tokens: int
     progress: Progress
-    memory: float = cost.PAIRS
-    recorded: Recorded | None = None
-    tried: list[Candidate] = field(default_factory=list)
+    cache: ActivationCache | None = None
 
-    def learn(self, choices: Sequence[Choice]) -> None:
-        """Collect in one pass over the data what is not known yet, forget what is not needed."""
-        if self.batches is None or not self.method.needs_data:
-            return
-        new = {}
-        if self.recorded:
-            self.recorded.begin([m for c in choices for members in c for m in members])
-        for name, evidence in self.evidence.items():
-            groups = [members for c in choices for members in c if members[0].stack == name]
-            if not groups:
-                continue
-            pairs = [pair for members in groups for pair in evidence.settings.pairs(members)]
-            wanted = {(a.layer, b.layer): (a, b) for a, b in pairs}
-            known = evidence.moments.cross if evidence.moments else {}
-            for pair in known.keys() - wanted.keys():
-                del known[pair]
-            if missing := [wanted[pair] for pair in wanted.keys() - known.keys()]:
-                new[name] = missing
-        if not new:
-            return
-        after = next(iter(self.evidence.values())).settings.after
-        every = [pair for pairs in new.values() for pair in pairs]
-        told = cost.cost_of(every).text(self.tokens, device_of(self.model))
-        keep = self.recorded if processes.rank_and_world_size()[1] == 1 else None
-        with self.resumed.behind(sublayer for pair in every for sublayer in pair):
-            data = self.batches(told)
-            found = activations.collect(self.model, new, data, self.tokens, after, keep)
-            if self.recorded and not keep:  # a process has seen its share, and fits to all
-                self.recorded.fill(new, self.batches("recorded"))
-        for name, moments in found.items():
-            if before := self.evidence[name].moments:
-                moments = before.joined(moments)
-            self.evidence[name] = replace(self.evidence[name], moments=moments)
+    def __post_init__(self) -> None:
+        """Begin with nothing tried."""
+        self.tried: list[Candidate] = []
 
-    def attempt(self, choice: Choice, rest: State = State()) -> tuple[Candidate, State]:
-        """Return a candidate and its state: ``choice`` merged while ``rest`` is in place."""
-        changed = [sublayer for members in choice for sublayer in members]
-        with ties.tied(self.model, rest.groups, rest.shared), self.resumed.behind(changed):
-            recorded = None if rest.groups else self.recorded
-            shared = [
-                self.method.merge(
-                    self.model, members, replace(self.evidence[members[0].stack], recorded=recorded)
-                )
-                for members in choice
-            ]
-            with ties.tied(self.model, choice, shared):
+    def attempt(self, choice: Choice, standing: Merged) -> tuple[Candidate, Merged]:
+        """Return a candidate and all its groups: ``choice`` merged while ``standing`` is there."""
+        merged = dict(standing)
+        with in_place(self.model, standing):
+            cache = None if standing else self.cache
+            made: Merged = {}
+            for members in choice:
+                evidence = self.statistics.evidence(members[0].stack, cache)
+                made[members] = self.method.merge(self.model, members, evidence)
+            merged |= made
+            with in_place(self.model, made):
                 value = self.score.measure(self.model) if self.score else 0.0
-                size = size_of(self.model)[1]
-        state = State((*rest.groups, *choice), (*rest.shared, *shared))
-        return Candidate(groups_of(state.groups), value, size), state
+                size = size_of(self.model, merged)[1]
+        return Candidate(groups_of(merged), value, size), merged
 
     def best(
-        self,
-        options: Sequence[tuple[Choice, State]],
-        rank: Callable[[Candidate], float],
-        step: str = "windows",
-    ) -> tuple[Candidate, State]:
-        """Try all, every process its share; return the highest in rank, the earliest of equals.
+        self, options: Sequence[Option], worth: Callable[[Candidate], float], step: str = "windows"
+    ) -> tuple[Candidate, Merged]:
+        """Try all, every process its share; return what is worth most, the earliest of equals.
 
         All processes return the same: who has not tried the winner merges it again.
         """
         first, every = 0, 1
         if len(options) > 1:
-            joined = processes.join()
-            first, every = joined.process_index, joined.num_processes
+            state = join()
+            first, every = state.process_index, state.num_processes
         mine: dict[int, Candidate] = {}
-        kept: dict[int, State] = {}
-        parts = self._parts([choice for choice, _ in options])
+        kept: dict[int, Merged] = {}
+        parts = self.statistics.parts([choice for choice, _ in options])
         for part in parts:
             self.learn([options[number][0] for number in part])
-            for number in (n for n in part if n % every == first):
-                mine[number], state = self.attempt(*options[number])
-                if not kept or rank(mine[number]) > rank(mine[next(iter(kept))]):
-                    kept = {number: state}
+            for number in part:
+                if number % every != first:
+                    continue
+                mine[number], merged = self.attempt(*options[number])
+                if not kept or worth(mine[number]) > worth(mine[next(iter(kept))]):
+                    kept = {number: merged}
                 self.progress(step, number + 1, len(options))
-        found = dict(sorted(gather_object([*mine.items()]) if every > 1 else mine.items()))
-        self.tried.extend(found.values() if self.score else ())
-        winner = max(found, key=lambda number: rank(found[number]))
+        found = mine
+        if every > 1:
+            found = dict(sorted(gather_object([*mine.items()])))
+        if self.score:
+            self.tried.extend(found.values())
+        winner = max(found, key=lambda number: worth(found[number]))
         if every > 1 and winner not in parts[-1]:
             self.learn([options[winner][0]])
         return found[winner], kept.get(winner) or self.attempt(*options[winner])[1]
 
-    def _parts(self, choices: Sequence[Choice]) -> list[list[int]]:
-        """Return the choices, by number, in parts whose statistics fit the memory, if one does."""
-        parts: list[list[int]] = [[]]
-        pairs: list[tuple[FeedForward, FeedForward]] = []
-        for number, choice in enumerate(choices):
-            settings = self.evidence[choice[0][0].stack].settings
-            own = [pair for members in choice for pair in settings.pairs(members)]
-            if parts[-1] and cost.cost_of([*pairs, *own]).bytes > self.memory:
-                parts.append([])
-                pairs = []
-            parts[-1].append(number)
-            pairs += own
-        return parts
+    def learn(self, choices: Sequence[Choice]) -> None:
+        """Have the statistics of these choices, if the method reads any."""
+        if self.method.statistics and self.statistics.data:
+            self.statistics.learn(choices)
 
     def rank(self, value: float) -> float:
         """Return a measure so that higher is better; what is not a number is worst."""
         ranked = self.score.rank(value) if self.score else 0.0
         return -math.inf if math.isnan(ranked) else ranked
 
+    def rounded(self, now: Candidate, merged: Merged) -> list[Candidate]:
+        """Return a candidate in each precision of a package: fp32 as measured, others rounded."""
+        points = []
+        with in_place(self.model, merged):
+            for dtype in precision.DTYPES:
+                size, value = precision.bytes_of(self.model, dtype), now.value
+                if dtype != "fp32" and self.score:
+                    with precision.rounded(self.model, dtype):
+                        value = self.score.measure(self.model)
+                points.append(Candidate(now.groups, value, size, dtype))
+        return points
 
-def shrink(
-    trials: Trials,
-    units: Sequence[tuple[FeedForward, ...]],
-    now: Candidate,
-    limit: int,
-    adjacent: bool,
-    auto: bool,
-) -> tuple[State, Point, tuple[Point, ...]]:
-    """Join units step by step until the model has ``limit`` bytes; return state, point, frontier.
 
-    ``now`` is the model as it is. A step joins the two units, groups or single layers of one form,
-    that cost least in quality for each byte they save; ``adjacent``: only neighbours in their
-    stack. With ``auto`` every step is measured in each precision of a package too; the best that
-    fits wins, and the search ends when further joins could only be worse: neither joining nor
-    rounding is expected to improve a model.
+def search_budget(
+    trials: Trials, units: Sequence[Members], now: Candidate, limit: int, auto: bool
+) -> tuple[Merged, Candidate, tuple[Candidate, ...]]:
+    """Join units until the model has ``limit`` bytes; return groups, candidate and frontier.
+
+    ``units`` are groups or single layers, ``now`` is the model as it is. A step joins the two
+    neighbours of one shape that cost least in quality for each byte they save. With ``auto`` every
+    step is measured in each precision of a package too; the best that fits wins, and the search
+    ends when further joins could only be worse: neither joining nor rounding is expected to improve
+    a model.
 
     Raises:
         InputError: the limit is out of reach, or nothing need be merged for it.
     """
     if not auto:
-        if now.bytes <= limit:
-            raise InputError(f"the model has {size_text(now.bytes)}: it is within that budget.")
-        least = now.bytes - _removable(trials.model, units, adjacent)
-        if least > limit:
-            raise _out_of_reach(limit, least)
-    states, frontier = [State()], list[tuple[int, Point]]()
+        _check_reach(trials.model, units, now, limit)
+    states: list[Merged] = [{}]
+    frontier: list[tuple[int, Candidate]] = []
     while True:
-        state = states[-1]
-        points = _points(trials, state, now) if auto else [Point(**vars(now))]
+        merged = states[-1]
+        points = trials.rounded(now, merged) if auto else [now]
         frontier += [(len(states) - 1, point) for point in points]
         fitting = [at for at in frontier if at[1].bytes <= limit]
         found = max(fitting, key=lambda at: trials.rank(at[1].value), default=None)
         if found and trials.rank(found[1].value) >= trials.rank(now.value):
             break
-        options = [
-            ((joined,), _without(state, joined)) for joined in _joins(units, adjacent)
-        ]  # what grows is merged from its own weights, all other groups in place
-        if not options:
+        joins = _joins(units)
+        if not joins:
             break
-
-        def worth(candidate: Candidate, now: Candidate = now) -> float:
-            saved = now.bytes - candidate.bytes
-            lost = trials.rank(now.value) - trials.rank(candidate.value)
-            return -lost / saved if saved > 0 else -math.inf
-
-        now, state = trials.best(options, worth, f"joining: {size_text(now.bytes)}")
-        units = _joined(units, state.groups[-1])
-        states.append(state)
+        now, merged = _cheapest_join(trials, joins, now, merged)
+        units = _joined(units, [*merged][-1])
+        states.append(merged)
     if not found:
         raise _out_of_reach(limit, min(point.bytes for _, point in frontier))
     return states[found[0]], found[1], tuple(point for _, point in frontier)
 
 
-def size_of(model: nn.Module) -> tuple[int, int]:
-    """Return parameters and bytes of ``model``, every shared parameter counted once."""
-    parameters = list(model.parameters())
-    return sum(p.numel() for p in parameters), sum(p.nbytes for p in parameters)
+def groups_of(merged: Merged) -> tuple[Group, ...]:
+    """Return the groups as data."""
+    return tuple(
+        Group(members[0].stack, tuple(member.layer for member in members)) for members in merged
+    )
 
 
-def form(sublayer: FeedForward) -> tuple[Any, ...]:
-    """Return what must be equal in sublayers that are to share weights."""
-    weights = [(w.neurons, w.blocks) for w in sublayer.weights]
-    return (sublayer.d_model, sublayer.d_ff, *weights)
+def _cheapest_join(
+    trials: Trials, joins: Sequence[Members], now: Candidate, merged: Merged
+) -> tuple[Candidate, Merged]:
+    """Try all joins; return the one that costs least for each byte it saves."""
+
+    def worth(candidate: Candidate) -> float:
+        saved = now.bytes - candidate.bytes
+        lost = trials.rank(now.value) - trials.rank(candidate.value)
+        return -lost / saved if saved > 0 else -math.inf
+
+    options: list[Option] = []
+    for joined in joins:  # what grows is merged from its own weights, all other groups in place
+        others = {group: each for group, each in merged.items() if group[0] not in joined}
+        options.append(((joined,), others))
+    return trials.best(options, worth, f"joining: {size_text(now.bytes)}")
 
 
-def groups_of(choice: Choice) -> tuple[Group, ...]:
-    """Return a choice as data."""
-    return tuple(Group(m[0].stack, tuple(s.layer for s in m)) for m in choice)
-
-
-def _points(trials: Trials, state: State, now: Candidate) -> list[Point]:
-    """Return a state in each precision of a package: fp32 as measured, the others rounded."""
-    points = []
-    with ties.tied(trials.model, state.groups, state.shared):
-        for dtype in precision.DTYPES:
-            size, value = precision.bytes_of(trials.model, dtype), now.value
-            if dtype != "fp32" and trials.score:
-                with precision.rounded(trials.model, dtype):
-                    value = trials.score.measure(trials.model)
-            points.append(Point(now.groups, value, size, dtype))
-    return points
-
-
-def _joins(units: Sequence[tuple[FeedForward, ...]], adjacent: bool) -> list[tuple[Any, ...]]:
-    """Return what could be joined next, members in layer order."""
-    pairs = pairwise(units) if adjacent else combinations(units, 2)
+def _joins(units: Sequence[Members]) -> list[Members]:
+    """Return what could be joined next: neighbours of one shape in one stack."""
     return [
-        tuple(sorted(a + b, key=lambda s: s.layer))
-        for a, b in pairs
-        if a[0].stack == b[0].stack and form(a[0]) == form(b[0])
+        a + b
+        for a, b in pairwise(units)
+        if a[0].stack == b[0].stack and shape_key(a[0]) == shape_key(b[0])
     ]
 
 
-def _joined(
-    units: Sequence[tuple[FeedForward, ...]], group: tuple[FeedForward, ...]
-) -> list[tuple[FeedForward, ...]]:
+def _joined(units: Sequence[Members], group: Members) -> list[Members]:
     """Return the units with ``group`` in the place of the first of those it is made of."""
-    return [
-        group if unit[0] is group[0] else unit
-        for unit in units
-        if unit[0] is group[0] or unit[0] not in group
-    ]
+    left = []
+    for unit in units:
+        if unit[0] is group[0]:
+            left.append(group)
+        elif unit[0] not in group:
+            left.append(unit)
+    return left
 
 
-def _without(state: State, joined: tuple[FeedForward, ...]) -> State:
-    """Return the state without the groups that ``joined`` is made of."""
-    kept = [
-        (group, shared)
-        for group, shared in zip(state.groups, state.shared, strict=True)
-        if group[0] not in joined
-    ]
-    return State(tuple(group for group, _ in kept), tuple(shared for _, shared in kept))
-
-
-def _removable(model: nn.Module, units: Sequence[tuple[FeedForward, ...]], adjacent: bool) -> int:
-    """Return the bytes of all members but one of every group, with all joined that can be."""
-    while joins := _joins(units, adjacent):
+def _check_reach(model: nn.Module, units: Sequence[Members], now: Candidate, limit: int) -> None:
+    """Refuse a limit that needs no join, or that all joins together do not reach."""
+    if now.bytes <= limit:
+        raise InputError(f"the model has {size_text(now.bytes)}: it is within that budget.")
+    while joins := _joins(units):
         units = _joined(units, joins[0])
-    others = [member for _, *others in units for member in others]
-    return sum(model.get_parameter(w.name).nbytes for member in others for w in member.weights)
+    least = now.bytes
+    for _, *others in units:
+        for weight in (weight for member in others for weight in member.weights):
+            least -= model.get_parameter(weight.name).nbytes
+    if least > limit:
+        raise _out_of_reach(limit, least)
 
 
 def _out_of_reach(limit: int, least: int) -> InputError:

@@ -7,7 +7,7 @@ Moments adds up batch by batch. Hidden neurons are compared by the mean of their
 after alignment.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, combinations_with_replacement
 from typing import Any
@@ -16,37 +16,21 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ffmerge.config import SimilarityConfig
 from ffmerge.errors import InputError
 from ffmerge.files import plain
 from ffmerge.models.data import Data, examples_for
-from ffmerge.models.examples import Examples
-from ffmerge.models.probe import Array
 from ffmerge.models.prove import proven
 from ffmerge.models.sublayer import FeedForward, stacks
-from ffmerge.passes.weights.activations import watch
+from ffmerge.passes.weights.activations import Batches, add_up
 from ffmerge.passes.weights.align import match
 from ffmerge.passes.weights.moments import Moments
+from ffmerge.passes.weights.progress import Progress, shown_batches, silent
 
 Matrix = npt.NDArray[np.float64]
 Stacks = Mapping[str, tuple[FeedForward, ...]]
 Pairs = dict[tuple[str, str], list[tuple[int, int]]]  # layers, by stack and what is compared
-Progress = Callable[[str, int, int], None]
-_OUTPUTS, _FEATURES = "outputs", "features"  # of Signals
-
-
-@dataclass(frozen=True)
-class SimilarityConfig:
-    """Settings of a comparison.
-
-    Each stack is compared on ``tokens`` positions. Neurons are aligned for layers at most
-    ``reach`` apart (None: all, 0: none). The matrices of one pass over the data take ``memory``
-    bytes, or those of one pair if that is more: less memory is more passes.
-    """
-
-    tokens: int = 10_000
-    reach: int | None = None
-    batch_size: int = 32
-    memory: float = 2e9
+_OUTPUTS, _FEATURES = "outputs", "features"  # of Activations
 
 
 @dataclass(frozen=True)
@@ -74,16 +58,14 @@ def similarities(
     model: Any,
     data: Data,
     config: SimilarityConfig = SimilarityConfig(),
-    progress: Progress = lambda step, done, total: None,
+    progress: Progress = silent,
 ) -> tuple[Similarity, ...]:
     """Return how alike the sublayers are, for every stack that has at least two.
 
     Raises:
-        InputError: no stack has two, a setting is out of range, the model does not take the data,
-            or what it computes is not finite.
+        InputError: no stack has two, the model does not take the data, or what it computes is not
+            finite.
     """
-    if config.tokens < 2 or config.batch_size < 1 or (config.reach or 0) < 0:
-        raise InputError("tokens must be 2 or more, batch_size 1 or more, reach 0 or more.")
     examples = examples_for(model, data)
     found = {name: members for name, members in stacks(proven(model)[0]).items() if members[1:]}
     if not found:
@@ -93,7 +75,8 @@ def similarities(
     passes = list(_passes(found, config))
     for number, pairs in enumerate(passes, 1):
         step = f"pass {number}/{len(passes)}"
-        seen = _collected(model, found, examples, pairs, config, progress, step)
+        batches = shown_batches(examples, config.batch_size, progress, step)
+        seen = _collected(model, found, pairs, batches, config.tokens)
         for (name, what), moments in seen.items():
             counts[name] = moments.count
             for done, (a, b) in enumerate(moments.pairs, 1):
@@ -122,41 +105,32 @@ def _passes(found: Stacks, config: SimilarityConfig) -> Iterator[Pairs]:
             if near and (a.d_ff, a.gated) == (b.d_ff, b.gated):
                 size = 4 * (3 if a.gated else 1) * a.d_ff * b.d_ff  # float32, 3 views if gated
                 wanted.append(((name, _FEATURES), (a.layer, b.layer), size))
-    pairs, left = Pairs(), config.memory
+    pairs, left = Pairs(), config.memory * 1e9
     for key, pair, size in wanted:
         if pairs and size > left:
             yield pairs
-            pairs, left = Pairs(), config.memory
+            pairs, left = Pairs(), config.memory * 1e9
         pairs.setdefault(key, []).append(pair)
         left -= size
     yield pairs
 
 
 def _collected(
-    model: Any,
-    found: Stacks,
-    examples: Examples,
-    pairs: Pairs,
-    config: SimilarityConfig,
-    progress: Progress,
-    step: str,
+    model: Any, found: Stacks, pairs: Pairs, batches: Batches, tokens: int
 ) -> dict[tuple[str, str], Moments]:
     """Return the moments of one pass, by stack and by what is compared."""
-    moments = {key: Moments(tuple(each)) for key, each in pairs.items()}
-    members = {name: found[name] for name, _ in pairs}
-    batches = _watched(examples, config.batch_size, progress, step)
-    for signals in watch(model, members, batches, config.tokens):
-        for (name, what), each in moments.items():
-            layers = dict.fromkeys(layer for pair in each.pairs for layer in pair)
-            seen = {layer: getattr(signals[name][layer], what) for layer in layers}
-            each.update({k: x if what == _FEATURES else x[None] for k, x in seen.items()})
-    for (name, _), each in moments.items():
-        for layer, squares in each.squares.items():
+    moments: dict[str, dict[str, Moments]] = {}
+    for (name, what), each in pairs.items():
+        moments.setdefault(name, {})[what] = Moments(tuple(each))
+    add_up(model, {name: found[name] for name in moments}, moments, batches, tokens)
+    flat = {(name, what): moments[name][what] for name, what in pairs}
+    for (name, _), sums in flat.items():
+        for layer, squares in sums.squares.items():
             if not torch.isfinite(squares).all():
                 raise InputError(
                     f"layer {layer} of {name!r} gives NaN or infinite values on this data."
                 )
-    return moments
+    return flat
 
 
 def _cross_norm(moments: Moments, a: int, b: int) -> float:
@@ -179,11 +153,3 @@ def _matrix(
     unknown = float("nan")
     ordered = [[(*key, min(i, j), max(i, j)) for j in layers] for i in layers]
     return np.array([[values.get(place, unknown) for place in row] for row in ordered])
-
-
-def _watched(
-    examples: Examples, size: int, progress: Progress, step: str
-) -> Iterator[dict[str, Array]]:
-    for done, batch in enumerate(examples.batches(size), 1):
-        yield batch
-        progress(step, min(done * size, len(examples)), len(examples))
