@@ -1,6 +1,12 @@
-"""No Transpose, Identity, Cast or Reshape stands between an initializer and its consumers."""
+"""No Transpose, Identity, Cast or Reshape stands between an initializer and its consumers.
+
+Exporters put such nodes there; ONNX Runtime folds each of them into a copy of the weight when it
+loads the model, and quantizers do not see the weight behind them. The pass takes one weight after
+the other, and of it one node after the other.
+"""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,6 +16,9 @@ from ffmerge.models.manifest import Skip
 from ffmerge.passes.graph.tensors import Array, is_op, rewritten, shape_of
 from ffmerge.passes.graph.transposed import obstacle, read_transposed
 
+Effects = dict[ir.Node, Any]  # what each node does to the weight that it reads
+
+_TURNED = (1, 0)  # the effect of the transpose of a matrix
 _VIEWS = ("Transpose", "Cast", "Identity", "Reshape", "DequantizeLinear")
 _D = ir.DataType
 _INTEGERS = {_D.INT8, _D.INT16, _D.INT32, _D.INT64, _D.UINT8, _D.UINT16, _D.UINT32, _D.UINT64}
@@ -46,73 +55,119 @@ class UntanglePass(ir.passes.InPlacePass):
         self.skipped = []
         modified = False
         for weight in tuple(model.graph.initializers.values()):
-            while (left := _step(weight, model)) is None:
+            while _simplify(weight, model):
                 modified = True
-            self.skipped += left
+            self.skipped += _remaining(weight, model)
         if modified:
             model.graph.sort()
         return ir.passes.PassResult(model, modified)
 
 
-def _step(weight: ir.Value, model: ir.Model) -> list[Skip] | None:
-    """Do the first thing that can be done (None), or return why nothing is left to do."""
-    views = [node for node, index in weight.uses() if index == 0 and is_op(node, *_VIEWS)]
-    if not views or weight.const_value is None:
-        return []
-    name = weight.name or ""
-    if weight.is_graph_input() or weight.is_graph_output():
-        what = "input: a caller may replace it" if weight.is_graph_input() else "output"
-        return [Skip(name, f"{_says(views[0])} reads it, but it is a graph {what}")]
-    free = [node for node in views if not node.outputs[0].is_graph_output()]
-    kept = [
-        Skip(name, f"{_says(n)} gives graph output {n.outputs[0].name}")
-        for n in views
-        if n not in free
-    ]
+def _simplify(weight: ir.Value, model: ir.Model) -> bool:
+    """Do the first of the cases 1 to 4 that can be done; say whether there was one."""
+    tensor = weight.const_value
+    if tensor is None or weight.is_graph_input() or weight.is_graph_output():
+        return False
+    effects: Effects = {}
+    for node in _views(weight):
+        if not node.outputs[0].is_graph_output():
+            effects[node] = _effect(node, tensor)
+    return (
+        _bypass_without_effect(effects, weight)
+        or _store_result(effects, weight)
+        or _read_by_flag(effects, weight, model)
+        or _merge_equal(effects, model.graph)
+    )
 
-    effects, results = [], []
-    for node in free:
-        effect, result = _change(node, weight.const_value)
-        if effect is None:  # case 1
+
+def _views(weight: ir.Value) -> list[ir.Node]:
+    return [node for node, index in weight.uses() if index == 0 and is_op(node, *_VIEWS)]
+
+
+def _bypass_without_effect(effects: Effects, weight: ir.Value) -> bool:
+    """Case 1."""
+    for node, effect in effects.items():
+        if effect is None:
             _bypass(node, weight)
-            return None
-        effects.append(effect)
-        results.append(result)
+            return True
+    return False
 
-    # Case 2
-    alone = len(free) == len(weight.uses()) and len(set(effects)) == 1
-    if alone and not isinstance(folded := results[0], str):
-        weight.const_value, weight.dtype, weight.shape = folded, folded.dtype, folded.shape
-        for node in free:
-            _bypass(node, weight)
-        return None
 
-    # Case 3
+def _store_result(effects: Effects, weight: ir.Value) -> bool:
+    """Case 2."""
+    if len(effects) < len(weight.uses()) or len(set(effects.values())) != 1:
+        return False
+    assert weight.const_value is not None
+    folded = _result(next(iter(effects)), weight.const_value)
+    if isinstance(folded, str):
+        return False
+    weight.const_value, weight.dtype, weight.shape = folded, folded.dtype, folded.shape
+    for node in effects:
+        _bypass(node, weight)
+    return True
+
+
+def _read_by_flag(effects: Effects, weight: ir.Value, model: ir.Model) -> bool:
+    """Case 3, for one use."""
+    assert weight.const_value is not None
     opset, dtype = model.opset_imports.get("", 0), weight.const_value.dtype
-    for node, effect in zip(free, effects, strict=True):
-        if effect == (1, 0):
-            for use in tuple(node.outputs[0].uses()):
-                if obstacle(*use, dtype, opset) is None:
-                    read_transposed(*use, weight, model.graph)
-                    _drop_unused(node)
-                    return None
-
-    # Case 4
-    for index, node in enumerate(free):
-        for first, effect in zip(free[:index], effects, strict=False):
-            if effect == effects[index] and _reaches(first, node, model.graph):
-                _bypass(node, first.outputs[0])
-                return None
-
-    for node, effect, result in zip(free, effects, results, strict=True):
-        if node.op_type == "DequantizeLinear":  # the way quantized weights are read
+    for node, effect in effects.items():
+        if effect != _TURNED:
             continue
-        uses = node.outputs[0].uses() if effect == (1, 0) else ()
-        reasons = [result, *(obstacle(*use, dtype, opset) for use in uses)]
-        reasons.append("the weight is also read otherwise")
-        why = next(reason for reason in reasons if isinstance(reason, str))
-        kept.append(Skip(name, f"{_says(node)} stays: {why}"))
-    return kept
+        for use in tuple(node.outputs[0].uses()):
+            if obstacle(*use, dtype, opset) is None:
+                read_transposed(*use, weight, model.graph)
+                _drop_unused(node)
+                return True
+    return False
+
+
+def _merge_equal(effects: Effects, main: ir.Graph) -> bool:
+    """Case 4, for one pair."""
+    first_with: dict[Any, list[ir.Node]] = {}
+    for node, effect in effects.items():
+        for first in first_with.setdefault(effect, []):
+            if _reaches(first, node, main):
+                _bypass(node, first.outputs[0])
+                return True
+        first_with[effect].append(node)
+    return False
+
+
+def _remaining(weight: ir.Value, model: ir.Model) -> Iterator[Skip]:
+    """Yield why nodes are left between a weight and its consumers."""
+    tensor, views, name = weight.const_value, _views(weight), weight.name or ""
+    if tensor is None or not views:
+        return
+    if weight.is_graph_input():
+        yield Skip(
+            name, f"{_says(views[0])} reads it, but it is a graph input: a caller may replace it"
+        )
+        return
+    if weight.is_graph_output():
+        yield Skip(name, f"{_says(views[0])} reads it, but it is a graph output")
+        return
+    inside = []
+    for node in views:
+        output = node.outputs[0]
+        if output.is_graph_output():
+            yield Skip(name, f"{_says(node)} gives graph output {output.name}")
+        elif node.op_type != "DequantizeLinear":  # the way quantized weights are read
+            inside.append(node)
+    opset = model.opset_imports.get("", 0)
+    for node in inside:
+        yield Skip(name, f"{_says(node)} stays: {_why_left(node, tensor, opset)}")
+
+
+def _why_left(node: ir.Node, tensor: ir.TensorProtocol, opset: int) -> str:
+    result = _result(node, tensor)
+    if isinstance(result, str):
+        return result
+    if _effect(node, tensor) == _TURNED:
+        for use in node.outputs[0].uses():
+            if reason := obstacle(*use, tensor.dtype, opset):
+                return reason
+    return "the weight is also read otherwise"
 
 
 def _says(node: ir.Node) -> str:
@@ -121,51 +176,79 @@ def _says(node: ir.Node) -> str:
 
 def _reaches(first: ir.Node, node: ir.Node, main: ir.Graph) -> bool:
     """Say whether ``node`` can read what ``first`` gives, moved to the main graph if need be."""
-    if first.graph not in (node.graph, main):
-        if not all(
-            value and value.graph is main and value.is_initializer() for value in first.inputs
-        ):
+    if first.graph in (node.graph, main):
+        return True
+    for value in first.inputs:
+        if value is None or value.graph is not main or not value.is_initializer():
             return False
-        assert first.graph is not None
-        first.graph.remove(first)
-        main.insert_before(main[0], first)
+    assert first.graph is not None
+    first.graph.remove(first)
+    main.insert_before(main[0], first)
     return True
 
 
-def _change(node: ir.Node, tensor: ir.TensorProtocol) -> tuple[Any, ir.LazyTensor | str]:
-    """Return what a node does to a tensor and its result, or why that is not stored instead.
-
-    The first is equal for nodes that do the same, and None if they change nothing.
-    """
-    effect: Any
-    shape, dtype = shape_of(tensor), tensor.dtype
+def _effect(node: ir.Node, tensor: ir.TensorProtocol) -> Any:
+    """Return what a node does to a tensor: equal for nodes that do the same, None for nothing."""
+    shape = shape_of(tensor)
     if node.op_type == "DequantizeLinear":
         settings = sorted((name, attribute.value) for name, attribute in node.attributes.items())
-        return (node.op_type, node.inputs[1:], tuple(settings)), "quantized weights stay quantized"
+        return node.op_type, node.inputs[1:], tuple(settings)
     if node.op_type == "Transpose":
-        order = tuple(node.attributes.get_ints("perm") or range(len(shape))[::-1])
-        effect = None if order == tuple(range(len(shape))) else order
-        turned = [shape[axis] for axis in order]
-        result = rewritten(tensor, lambda values: np.transpose(values, order), dtype, turned)
-    elif node.op_type == "Reshape":
+        order = _order(node, shape)
+        return None if order == tuple(range(len(shape))) else order
+    if node.op_type == "Reshape":
         dims = _target(node, tensor)
         if dims is None:
-            return ("Reshape", node.inputs[1]), "its shape is not known here"
-        effect = None if dims == shape else ("Reshape", dims)
-        result = rewritten(tensor, lambda values: values.reshape(dims), dtype, dims)
-    elif node.op_type == "Cast":
-        target = ir.DataType(node.attributes["to"].as_int())
-        effect = None if target == dtype else target
-        if (dtype, target) not in _EXACT:
-            return effect, f"{dtype} to {target} may round differently in the runtime"
-        if target.itemsize > dtype.itemsize:
-            grown = int((target.itemsize - dtype.itemsize) * tensor.size)
-            return effect, f"as {target} the weight would take {grown} bytes more"
-        result = rewritten(tensor, lambda values: _rounded(values, target), target, shape)
-    else:
-        return None, ""
-    packed = dtype == ir.DataType.STRING or dtype.bitwidth < 8
-    return effect, f"{dtype} is not stored element by element" if packed else result
+            return node.op_type, node.inputs[1]
+        return None if dims == shape else (node.op_type, dims)
+    if node.op_type == "Cast":
+        target = _cast_to(node)
+        return None if target == tensor.dtype else target
+    return None
+
+
+def _result(node: ir.Node, tensor: ir.TensorProtocol) -> ir.LazyTensor | str:
+    """Return what a node of an effect gives of a tensor, or why that is not stored instead."""
+    shape, dtype = shape_of(tensor), tensor.dtype
+    if node.op_type == "DequantizeLinear":
+        return "quantized weights stay quantized"
+    if node.op_type == "Cast" and (reason := _cast_obstacle(tensor, _cast_to(node))):
+        return reason
+    dims = shape
+    if node.op_type == "Reshape":
+        target = _target(node, tensor)
+        if target is None:
+            return "its shape is not known here"
+        dims = target
+    if dtype == ir.DataType.STRING or dtype.bitwidth < 8:
+        return f"{dtype} is not stored element by element"
+    if node.op_type == "Cast":
+        to = _cast_to(node)
+        return rewritten(tensor, lambda values: _rounded(values, to), to, shape)
+    if node.op_type == "Reshape":
+        return rewritten(tensor, lambda values: values.reshape(dims), dtype, dims)
+    order = _order(node, shape)
+    turned = [shape[axis] for axis in order]
+    return rewritten(tensor, lambda values: np.transpose(values, order), dtype, turned)
+
+
+def _order(node: ir.Node, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the axes in the order in which a Transpose puts them."""
+    return tuple(node.attributes.get_ints("perm") or range(len(shape))[::-1])
+
+
+def _cast_to(node: ir.Node) -> ir.DataType:
+    return ir.DataType(node.attributes["to"].as_int())
+
+
+def _cast_obstacle(tensor: ir.TensorProtocol, target: ir.DataType) -> str | None:
+    dtype = tensor.dtype
+    if (dtype, target) not in _EXACT:
+        return f"{dtype} to {target} may round differently in the runtime"
+    if target.itemsize > dtype.itemsize:
+        grown = int((target.itemsize - dtype.itemsize) * tensor.size)
+        return f"as {target} the weight would take {grown} bytes more"
+    return None
 
 
 def _rounded(values: Array, target: ir.DataType) -> Array:
