@@ -244,7 +244,8 @@ def share(
     source: Annotated[Path, typer.Argument(help="An ONNX file from any exporter.")],
     target: Annotated[Path, typer.Argument(help="New ONNX file.")],
     dtype: Annotated[
-        str | None, typer.Option(help="fp16, int8 or int4; as it is if not given.")
+        str | None,
+        typer.Option(help="fp16, int8, int8-static, int8-weights or int4; as it is if not given."),
     ] = None,
     resident: Annotated[
         bool,
@@ -256,16 +257,22 @@ def share(
     opset: Annotated[
         int | None, typer.Option(help="ONNX operator set; the file's if not given.")
     ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Inputs of the graph as .npz, for int8-static.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Store equal weights of any ONNX file once, in the form that stays shared when loaded.
 
     Example: [bold]ffmerge share model.onnx shared.onnx[/bold]
     """
+    from ffmerge.config import ShareConfig
     from ffmerge.passes.graph.run import share_file
     from ffmerge.tables import share_table
 
-    result = share_file(source, target, dtype, resident, opset)
+    result = share_file(
+        source, target, ShareConfig(dtype=dtype, resident=resident, opset=opset, data=data)
+    )
     _emit(as_json, result.to_json(), share_table(result, target))
 
 

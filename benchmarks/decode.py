@@ -79,6 +79,7 @@ def build(name: str, folder: Path) -> None:
     import torch
 
     import ffmerge
+    from ffmerge.config import ShareConfig
     from ffmerge.passes.graph.run import share_file
 
     for window in dict.fromkeys((None, *MODELS[name].windows)):
@@ -98,7 +99,7 @@ def build(name: str, folder: Path) -> None:
         for dtype in DTYPES[1:]:
             target = graph(path, dtype)
             if not target.exists():
-                share_file(graph(path, "fp32"), target, dtype)
+                share_file(graph(path, "fp32"), target, ShareConfig(dtype=dtype))
 
 
 def package(folder: Path, name: str, window: tuple[int, int] | None) -> Path:

@@ -44,6 +44,7 @@ from transformers import (
 )
 
 import ffmerge
+from ffmerge.config import ShareConfig
 from ffmerge.exporter.graphs import Graph, graphs
 from ffmerge.exporter.package import ExportConfig, Package
 from ffmerge.files import size_text
@@ -148,7 +149,7 @@ def ir_dedup(source: Path, target: Path) -> None:
 
 def ffmerge_share(dtype: str | None) -> Callable[[Path, Path], None]:
     def share(source: Path, target: Path) -> None:
-        share_file(source, target, dtype)
+        share_file(source, target, ShareConfig(dtype=dtype))
 
     return share
 
@@ -281,7 +282,7 @@ def int8_by_shape(seconds: float = 5.0) -> list[dict[str, Any]]:
             path.parent.mkdir()
         torch_export(*graphs(model, "text-classification"), paths[0], dynamo=True)
         ort_int8_without_shapes(paths[0], paths[1])
-        share_file(paths[0], paths[2], "int8")
+        share_file(paths[0], paths[2], ShareConfig(dtype="int8"))
         for threads in (1, 2):
             options = ort.SessionOptions()
             options.intra_op_num_threads = threads

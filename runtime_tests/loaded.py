@@ -16,7 +16,7 @@ import onnxruntime as ort
 from ffmerge.errors import InputError, RuntimeCheckError
 from ffmerge.passes.graph.audit import NOTABLE, Loaded, Unshared
 from ffmerge.passes.graph.read import read_model
-from ffmerge.passes.graph.resident import FLOOR
+from ffmerge.passes.graph.resident import LARGE
 from ffmerge.passes.graph.tensors import Stored, find_copies, graphs, is_op, stored
 from ffmerge.runtime_tests.footprint import TRIVIAL, answer, in_fresh_process
 from ffmerge.runtime_tests.memory import growth, resident
@@ -120,7 +120,7 @@ def _packed(after: ir.Model, grown: int | None) -> Sequence[Unshared]:
     for item in items:
         once += item.tensor.nbytes
         plain = item.tensor.dtype == ir.DataType.FLOAT and len(item.tensor.shape) == 2
-        if not plain or item.tensor.nbytes < FLOOR:
+        if not plain or item.tensor.nbytes < LARGE:
             continue
         uses = item.value.uses()
         right = [u.node for u in uses if u.idx == 1 and is_op(u.node, "MatMul", "Gemm")]

@@ -10,7 +10,7 @@ from graphs import build, normal, run
 from tiny import vit
 
 import ffmerge.__main__ as command_line
-from ffmerge.config import MergeConfig
+from ffmerge.config import MergeConfig, ShareConfig
 from ffmerge.errors import InputError
 from ffmerge.exporter.package import ExportConfig, export
 from ffmerge.passes.graph import opset as converting
@@ -31,7 +31,7 @@ def test_a_file_goes_to_another_opset(tmp_path, target):
     model = build(TEXT, W=w, V=w)
     model.metadata_props["labels"] = "kept"
     ir.save(model, tmp_path / "in.onnx", external_data="d")
-    share_file(tmp_path / "in.onnx", tmp_path / "out.onnx", opset=target)
+    share_file(tmp_path / "in.onnx", tmp_path / "out.onnx", ShareConfig(opset=target))
     after = onnx.load(tmp_path / "out.onnx")
     assert [o.version for o in after.opset_import] == [target]
     assert {p.key: p.value for p in after.metadata_props} == {"labels": "kept"}
@@ -69,7 +69,7 @@ def test_what_cannot_be_converted_is_refused(tmp_path, text, target, reason):
     weights = {n: normal(64, 64) for n in "WV" if n in text}
     ir.save(build(text, **weights), tmp_path / "in.onnx")
     with pytest.raises(InputError, match=reason) as caught:
-        share_file(tmp_path / "in.onnx", tmp_path / "out.onnx", opset=target)
+        share_file(tmp_path / "in.onnx", tmp_path / "out.onnx", ShareConfig(opset=target))
     assert "\n" not in str(caught.value)
     assert [p.name for p in tmp_path.iterdir()] == ["in.onnx"]
 

@@ -10,6 +10,7 @@ import pytest
 from graphs import build, names, normal, ops, run
 from onnxruntime.quantization import quantize_dynamic
 
+from ffmerge.config import ShareConfig
 from ffmerge.passes.graph.run import share, share_file
 
 # MatMul(W, x^T) against Gemm(x, W^T): sums of 64 products of N(0, 1), seen 0.0 to 1e-5
@@ -90,7 +91,7 @@ def test_a_quantizer_finds_the_weight_on_the_right_only(tmp_path, resident):
     """On the left the weight is stored as int8, but the product stays one of floats."""
     ir.save(tied(), tmp_path / "m.onnx")
     share_file(tmp_path / "m.onnx", tmp_path / "left.onnx")
-    share_file(tmp_path / "left.onnx", tmp_path / "s.onnx", resident=resident)
+    share_file(tmp_path / "left.onnx", tmp_path / "s.onnx", ShareConfig(resident=resident))
     quantize_dynamic(tmp_path / "s.onnx", tmp_path / "q.onnx")
     quantized = ops(ir.load(tmp_path / "q.onnx"))
     assert (quantized["MatMul"], quantized["MatMulInteger"]) == ((1, 0) if resident else (0, 1))

@@ -1,7 +1,11 @@
-"""What a model stores more than once, and what a runtime or a tool would un-share."""
+"""What a model stores more than once, whether its ties hold, and what loading it un-shares.
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+The first two are read from the files. What a load does is seen by loading:
+``runtime_tests/loaded.py`` does that, and is handed in as ``look``, since graph passes know no
+runtime.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +35,7 @@ class Duplicate:
 
 @dataclass(frozen=True)
 class Unshared:
-    """A tensor that ONNX Runtime copies on loading, or by the graph alone would copy.
+    """A tensor that ONNX Runtime copies on loading.
 
     ``copies`` tensors stand in its place, ``bytes`` more than the one, by way of ``nodes``.
     """
@@ -72,9 +76,9 @@ class Audit:
 
     Bytes that several files read at one place count once.
 
-    ``basis`` of ``unshared_at_load`` is "loaded" if every file was, else "graph": then
-    ``basis_reason`` says why, and the findings of the files not loaded are what constant
-    folding would do to the graph. ``memory`` is what each load took, by file.
+    ``basis`` is "loaded" if every file was, else "graph": then ``basis_reason`` says why, and
+    ``unshared_at_load`` has only what the files that were loaded show. ``memory`` is what each
+    load took, by file.
     """
 
     files: tuple[str, ...]
@@ -109,67 +113,97 @@ def audit(path: str | Path, look: Callable[[Path], Loaded] | None = None) -> Aud
     Ties are those of the ``ffmerge.json`` in the folder (for a file: its folder), else those each
     file records itself. A tie must hold in every file that has one of its names, and in at least
     one. ``look`` loads a file on a runtime; where it is not given, or raises RuntimeCheckError,
-    the graph is read instead.
+    nothing is said of what a load copies.
 
     Raises:
         InputError: there is no ONNX file, or one cannot be read.
     """
     path = Path(path)
     folder = path if path.is_dir() else path.parent
-    files = [path]
-    if path.is_dir():
-        files = sorted([*folder.glob("*.onnx"), *folder.glob("onnx/**/*.onnx")])
-    if not files:
-        raise InputError(f"{path} holds no .onnx file.")
+    files = _onnx_files(path)
     promised = manifest.Manifest.read(folder).ties if (folder / manifest.NAME).exists() else None
-    total, counted = 0, set[object]()
+    sizes: dict[object, int] = {}  # by location: bytes that several files read count once
     duplicates: list[Duplicate] = []
-    unshared: list[Unshared] = []
     hidden: list[Hidden] = []
-    together: dict[str, list[Stored]] = {}
-    memory: dict[str, dict[str, int | None]] = {}
-    reasons = [] if look else ["not loaded"]
     checks: dict[str, list[TieCheck]] = {tie.name: [] for tie in promised or ()}
-    for file in files:
-        model, label = read_model(file), file.relative_to(folder).as_posix()
-        prefix = f"{label}:" if len(files) > 1 else ""
+    together: dict[str, list[Stored]] = {}
+    for file, label in files.items():
+        model = read_model(file)
         items = stored(model)
-        total += sum(
-            item.tensor.nbytes for item in items if location_of(item.tensor) not in counted
-        )
-        counted |= {location_of(item.tensor) for item in items}
+        prefix = f"{label}:" if len(files) > 1 else ""
+        for item in items:
+            sizes[location_of(item.tensor)] = item.tensor.nbytes
         duplicates += _duplicates(items, prefix)
-        beside = [other.stem for other in files if other.parent == folder == file.parent]
-        if beside and not any(file.stem.startswith(f"{other}_") for other in beside):
+        hidden += _hidden(items, prefix)
+        if _used_with_others(file, folder, files):
             together[prefix] = items
-        found = [finding for item in items if (finding := _at_load(item, prefix))]
-        hidden += [finding for finding in found if isinstance(finding, Hidden)]
-        copied = [finding for finding in found if isinstance(finding, Unshared)]
-        try:
-            if look:
-                loaded = look(file)
-                copied = [replace(each, name=prefix + each.name) for each in loaded.unshared]
-                memory[label] = {key: n for key, n in vars(loaded).items() if key != "unshared"}
-        except RuntimeCheckError as error:
-            reasons.append(str(error))
-        unshared += copied
         for check in check_ties(model, _ties_for(model, promised), file.name):
             checks.setdefault(check.group, []).append(check)
     duplicates += _across(together)
+    loads, reasons = _load(files, look)
+    total = sum(sizes.values())
     twice = sum(duplicate.bytes for duplicate in duplicates)
     return Audit(
-        files=tuple(file.relative_to(folder).as_posix() for file in files),
+        files=tuple(files.values()),
         bytes_total=total,
         bytes_unique=total - twice,
         bytes_duplicate=twice,
         duplicates=tuple(duplicates),
-        unshared_at_load=tuple(unshared),
+        unshared_at_load=tuple(_unshared(loads, len(files) > 1)),
         hidden=tuple(hidden),
         ties=tuple(_verdict(name, found) for name, found in checks.items()),
         basis="graph" if reasons else "loaded",
         basis_reason="; ".join(reasons),
-        memory=memory,
+        memory={label: _memory(loaded) for label, loaded in loads.items()},
     )
+
+
+def _onnx_files(path: Path) -> dict[Path, str]:
+    """Return each file with its label, its path in the folder."""
+    if not path.is_dir():
+        return {path: path.name}
+    files = sorted([*path.glob("*.onnx"), *path.glob("onnx/**/*.onnx")])
+    if not files:
+        raise InputError(f"{path} holds no .onnx file.")
+    return {file: file.relative_to(path).as_posix() for file in files}
+
+
+def _used_with_others(file: Path, folder: Path, files: Iterable[Path]) -> bool:
+    """Say whether a file is used together with those beside it, and no alternative to one."""
+    if file.parent != folder:
+        return False
+    beside = [other for other in files if other.parent == folder]
+    return not any(file.stem.startswith(f"{other.stem}_") for other in beside)
+
+
+def _load(
+    files: Mapping[Path, str], look: Callable[[Path], Loaded] | None
+) -> tuple[dict[str, Loaded], list[str]]:
+    """Return what loading each file did, by label, and why files were not loaded."""
+    if look is None:
+        return {}, ["not loaded"]
+    loads, reasons = {}, []
+    for file, label in files.items():
+        try:
+            loads[label] = look(file)
+        except RuntimeCheckError as error:
+            reasons.append(str(error))
+    return loads, reasons
+
+
+def _unshared(loads: Mapping[str, Loaded], prefixed: bool) -> Iterator[Unshared]:
+    for label, loaded in loads.items():
+        for each in loaded.unshared:
+            name = f"{label}:{each.name}" if prefixed else each.name
+            yield replace(each, name=name)
+
+
+def _memory(loaded: Loaded) -> dict[str, int | None]:
+    return {
+        "rss_bytes": loaded.rss_bytes,
+        "anonymous_bytes": loaded.anonymous_bytes,
+        "freed_bytes": loaded.freed_bytes,
+    }
 
 
 def _ties_for(model: ir.Model, promised: Sequence[Tie] | None) -> Sequence[Tie]:
@@ -210,57 +244,12 @@ def _across(files: Mapping[str, Sequence[Stored]]) -> Iterator[Duplicate]:
             yield Duplicate(names, extra * items[copies.first][1].tensor.nbytes, "across files")
 
 
-def _at_load(item: Stored, prefix: str) -> Unshared | Hidden | None:
-    """Return what becomes of a tensor when every node that reads only constants is folded."""
-    ends: dict[ir.Node | None, tuple[ir.DataType, int]] = {}
-    for node, dtype in _uses_when_folded(item.value, item.tensor.dtype):
-        ends[node] = (dtype, ends.get(node, (dtype, 0))[1] + 1)
-    nodes = [node for node in ends if node is not None]
-    if len(ends) > 1:
-        size = sum(dtype.itemsize for dtype, _ in ends.values()) * item.tensor.size
-        extra = int(size) - item.tensor.nbytes
-        if extra < NOTABLE:
-            return None
-        kinds = Counter(node.op_type for node in nodes)
-        reason = " and ".join(f"{count} {kind} nodes" for kind, count in kinds.items())
-        reason += " would each be folded into a tensor of their own"
-        reason += ", and it is also used directly" if None in ends else ""
-        folding = tuple(node.name or "" for node in nodes)
-        return Unshared(prefix + item.name, extra, len(ends), folding, reason)
-    views = [node for node in item.value.consumers() if is_op(node, *VIEWS)]
-    uses = sum(count for _, count in ends.values())
-    if len(views) == 1 and len(item.value.uses()) == 1 and uses > 1:
-        return Hidden(prefix + item.name, views[0].name or "", uses)
-    return None
-
-
-def _uses_when_folded(
-    value: ir.Value, dtype: ir.DataType, node: ir.Node | None = None
-) -> Iterator[tuple[ir.Node | None, ir.DataType]]:
-    """Yield for each use that is left the node whose result it reads (None: the tensor), and type.
-
-    ONNX Runtime removes an Identity, and a Cast to the same type, without a copy (seen in
-    1.31); a Reshape folds when its shape is constant.
-    """
-    if value.is_graph_output():
-        yield node, dtype
-    for use in value.uses():
-        after = use.node.outputs[0]
-        if use.idx:  # as the shape of a Reshape it passes nothing on
-            yield node, dtype
-        elif is_op(use.node, "Transpose") or _reshapes(use.node):
-            yield from _uses_when_folded(after, dtype, use.node)
-        elif is_op(use.node, "Cast"):
-            target = ir.DataType(use.node.attributes["to"].as_int())
-            last = node if target == dtype else use.node
-            yield from _uses_when_folded(after, target, last)
-        elif is_op(use.node, "Identity"):
-            yield from _uses_when_folded(after, dtype, node)
-        else:
-            yield node, dtype
-
-
-def _reshapes(node: ir.Node) -> bool:
-    """Say whether a node is a Reshape to constants; before opset 5 they are an attribute."""
-    const = ir.convenience.get_const_tensor
-    return is_op(node, "Reshape") and all(shape and const(shape) for shape in node.inputs[1:])
+def _hidden(items: Iterable[Stored], prefix: str) -> Iterator[Hidden]:
+    """Yield the tensors whose one reader is a node of ``VIEWS`` with several uses."""
+    for item in items:
+        uses = tuple(item.value.uses())
+        if len(uses) != 1 or not is_op(uses[0].node, *VIEWS):
+            continue
+        after = uses[0].node.outputs[0].uses()
+        if len(after) > 1:
+            yield Hidden(prefix + item.name, uses[0].node.name or "", len(after))

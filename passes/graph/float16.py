@@ -1,6 +1,10 @@
-"""Weights and arithmetic in float16; inputs, outputs and what float16 cannot hold in float32."""
+"""Weights and arithmetic in float16; inputs, outputs and what float16 cannot hold in float32.
 
-from collections.abc import Iterator, Mapping, Sequence
+First the nodes that stay float32 are found (:func:`_wide`); then weights become float16 where all
+their readers do, the other nodes compute in it, and casts are put where the two meet.
+"""
+
+from collections.abc import Container, Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -34,37 +38,56 @@ def to_float16(model: ir.Model) -> Iterator[Skip]:
     """
     main = model.graph
     nodes = list(ir.traversal.RecursiveGraphIterator(main))
-    weights: _Weights = {
-        item.value: item.tensor
-        for item in stored(model)
-        if item.tensor.dtype == _FLOAT and item.value.is_initializer()
-    }
+    weights: dict[ir.Value, ir.TensorProtocol] = {}
+    for item in stored(model):
+        if item.tensor.dtype == _FLOAT and item.value.is_initializer():
+            weights[item.value] = item.tensor
     wide = _wide(main, nodes, weights)
+    halves: set[ir.Value] = set()  # values that are float16 now
     for weight, tensor in weights.items():
         blocked = [node for node in weight.consumers() if node in wide]
         if not blocked and weight.graph is main and not _seen_outside(weight):
             weight.const_value = rewritten(tensor, _halved, _HALF, shape_of(tensor))
+            halves.add(weight)
         elif tensor.nbytes > SMALL:
-            causes = [node for node in blocked if _blocked(node, weights)] or blocked
-            why = f"{causes[0].op_type} node {causes[0].name}" if causes else "the caller"
-            yield Skip(weight.name or "", f"FLOAT: {why} reads it in float32")
-    halves = {weight for weight in weights if _type(weight) == _HALF}
+            yield Skip(weight.name or "", f"FLOAT: {_reader(blocked, weights)} reads it in float32")
     for node in nodes:
         if node not in wide:
             halves |= _halve(node)
-    casts: dict[ir.Value, ir.Value] = {}
+    casts = _cast_outputs(main, halves)
+    for node in nodes:
+        if node in wide:
+            _cast_inputs(node, halves, _FLOAT, casts)
+        else:
+            _cast_inputs(node, [v for v in node.inputs if v and _type(v) == _FLOAT], _HALF, casts)
+
+
+def _reader(blocked: Sequence[ir.Node], weights: _Weights) -> str:
+    """Say which node keeps a weight in float32: one that must itself, before one beside it."""
+    for node in (*(node for node in blocked if _blocked(node, weights)), *blocked):
+        return f"{node.op_type} node {node.name}"
+    return "the caller"
+
+
+def _cast_outputs(main: ir.Graph, halves: Container[ir.Value]) -> dict[ir.Value, ir.Value]:
+    """Let the graph's outputs be float32 under their names; return the casts by what they read."""
+    casts = {}
     for index, output in enumerate(main.outputs):
         if output in halves:
             main.outputs[index] = casts[output] = _cast(output, _FLOAT)
             casts[output].name, output.name = output.name, f"{output.name}/float16"
-    for node in nodes:
-        for index, value in enumerate(node.inputs):
-            if value is None or _type(value) not in (_FLOAT, _HALF):
-                continue
-            if value in halves if node in wide else _type(value) == _FLOAT:
-                if value not in casts:
-                    casts[value] = _cast(value, _FLOAT if node in wide else _HALF)
-                node.replace_input_with(index, casts[value])
+    return casts
+
+
+def _cast_inputs(
+    node: ir.Node, values: Container[ir.Value], to: ir.DataType, casts: dict[ir.Value, ir.Value]
+) -> None:
+    """Let a node read those of its inputs that are ``values`` through a cast, made if need be."""
+    for index, value in enumerate(node.inputs):
+        if value is not None and value in values:
+            if value not in casts:
+                casts[value] = _cast(value, to)
+            node.replace_input_with(index, casts[value])
 
 
 def _wide(main: ir.Graph, nodes: Sequence[ir.Node], weights: _Weights) -> set[ir.Node]:
@@ -76,17 +99,28 @@ def _wide(main: ir.Graph, nodes: Sequence[ir.Node], weights: _Weights) -> set[ir
         for weight, tensor in weights.items():
             if tensor.nbytes > SMALL and not wide.isdisjoint(weight.consumers()):
                 wide.update(weight.consumers())
-        after, ahead = set(wide), set(wide)
-        for node in nodes:
-            floats = [v for v in node.inputs if v and _type(v) == _FLOAT and v not in weights]
-            if floats and all(v.producer() in after for v in floats):
-                after.add(node)
-        for node in reversed(nodes):
-            uses = [use.node for out in node.outputs for use in out.uses()]
-            if uses and ahead.issuperset(uses) and not any(map(_seen_outside, node.outputs)):
-                ahead.add(node)
-        wide |= after & ahead
+        wide |= _fed_by(wide, nodes, weights) & _read_by(wide, nodes)
     return wide
+
+
+def _fed_by(wide: set[ir.Node], nodes: Sequence[ir.Node], weights: _Weights) -> set[ir.Node]:
+    """Return the nodes all of whose float32 values come from ``wide`` ones, and those."""
+    found = set(wide)
+    for node in nodes:
+        floats = [v for v in node.inputs if v and _type(v) == _FLOAT and v not in weights]
+        if floats and all(value.producer() in found for value in floats):
+            found.add(node)
+    return found
+
+
+def _read_by(wide: set[ir.Node], nodes: Sequence[ir.Node]) -> set[ir.Node]:
+    """Return the nodes that only ``wide`` ones read, and those."""
+    found = set(wide)
+    for node in reversed(nodes):
+        uses = [use.node for out in node.outputs for use in out.uses()]
+        if uses and found.issuperset(uses) and not any(map(_seen_outside, node.outputs)):
+            found.add(node)
+    return found
 
 
 def _blocked(node: ir.Node, weights: _Weights) -> bool:

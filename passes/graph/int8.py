@@ -9,9 +9,7 @@ codes and one scale for each output feature, and all its products and lookups ar
 * :func:`read_dequantized` is for weights that some node reads in another way than these.
 """
 
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -19,12 +17,12 @@ import onnx_ir as ir
 from ffmerge.config import QuantizeConfig
 from ffmerge.models.codes import int8_codes, range_scale
 from ffmerge.models.manifest import Skip
+from ffmerge.passes.graph.calibration import measure_ranges
 from ffmerge.passes.graph.matrix import Matrix, as_matmuls
 from ffmerge.passes.graph.rewrite import Rewrite, replace_tensor, store
-from ffmerge.passes.graph.tensors import Array, is_op, shape_of, values_of
+from ffmerge.passes.graph.tensors import is_op, shape_of, values_of
 
 _FLOAT = ir.DataType.FLOAT
-Range = tuple[float, float]
 
 
 def to_dynamic(model: ir.Model, matrices: Sequence[Matrix], config: QuantizeConfig) -> None:
@@ -69,7 +67,8 @@ def to_static(
         matmuls.append(as_matmuls(matrix, model.graph))
     model.graph.sort()
     inputs, outputs = _around_products(model.graph)
-    ranges = _ranges(model, list(dict.fromkeys([*inputs, *outputs])), config.calibration)
+    measured = list(dict.fromkeys([*inputs, *outputs]))
+    ranges = measure_ranges(model, measured, config.calibration)
     for matrix in matmuls:
         scale = _store_codes(matrix, model.graph, config)
         floats = _after("DequantizeLinear", [matrix.weight, scale], model, axis=1)
@@ -96,30 +95,6 @@ def _around_products(graph: ir.Graph) -> tuple[list[ir.Value], list[ir.Value]]:
                 if value is not None and value.const_value is None:
                     inputs.append(value)
     return inputs, outputs
-
-
-def _ranges(
-    model: ir.Model, values: Sequence[ir.Value], batches: Iterable[Mapping[str, Array]]
-) -> dict[ir.Value, Range]:
-    """Return the smallest and largest of each value over all batches, zero included."""
-    import onnxruntime
-
-    found = {value: (0.0, 0.0) for value in values}
-    if not found:
-        return found
-    outputs = list(model.graph.outputs)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        model.graph.outputs.extend(v for v in values if not v.is_graph_output())
-        ir.save(model, path, external_data="data")
-        model.graph.outputs[:] = outputs
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    for batch in batches:
-        seen = session.run([value.name for value in values], dict(batch))
-        for value, array in zip(values, seen, strict=True):
-            low, high = found[value]
-            found[value] = min(low, float(array.min())), max(high, float(array.max()))
-    return found
 
 
 def read_dequantized(weight: ir.Value, model: ir.Model) -> None:

@@ -2,8 +2,9 @@
 
 ONNX Runtime's CPU provider packs a float32 weight on the right of a MatMul or Gemm into a copy of
 its own when it loads the model, and keeps the original for a Gather. It packs no left operand, so
-``x @ W^T`` is written ``(W @ x^T)^T``. A Gemm would not do: ONNX Runtime's own optimizer turns
-``Transpose(Gemm(W, x))`` back.
+``x @ W^T`` is written ``(W @ x^T)^T`` by :func:`weights_to_left`, the last step of sharing;
+:func:`weights_to_right`, its first, takes that back. A Gemm would not do: ONNX Runtime's own
+optimizer turns ``Transpose(Gemm(W, x))`` back.
 """
 
 import onnx_ir as ir
@@ -12,72 +13,68 @@ from ffmerge.models.manifest import Skip
 from ffmerge.passes.graph.rewrite import become, insert
 from ffmerge.passes.graph.tensors import is_op, shape_of
 
-FLOOR = 1_000_000  # bytes of a weight; smaller ones are not worth two transposes of activations
+# Bytes from which a weight is worth two transposes of activations.
+LARGE = 1_000_000
 
 
-class ResidentPass(ir.passes.InPlacePass):
-    """No float32 weight of ``FLOOR`` bytes is both packed and read raw, or ``skipped`` says why."""
+def weights_to_left(model: ir.Model) -> list[Skip]:
+    """Move each large float32 weight that is packed and read raw to the left of its products.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.skipped: list[Skip] = []
-
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Move each such weight from the right to the left of its products."""
-        self.skipped = []
-        modified = False
-        for weight in model.graph.initializers.values():
-            tensor = weight.const_value
-            if tensor is None or tensor.dtype != ir.DataType.FLOAT or len(tensor.shape) != 2:
-                continue
-            if tensor.nbytes < FLOOR or weight.is_graph_input():  # what may change is not packed
-                continue
-            right = [node for node, i in weight.uses() if i == 1 and is_op(node, "MatMul", "Gemm")]
-            forms = {_plain(node, "transB") for node in right}
-            raw = len(right) < len(weight.uses()) or weight.is_graph_output()
-            if len(forms) + raw < 2:
-                continue
-            reasons = [_obstacle(node) for node in right]
-            movable = [node for node, reason in zip(right, reasons, strict=True) if not reason]
-            if not raw and len(movable) < len(right):
-                movable = []  # it would be packed all the same
+    Return those that still are both, and why.
+    """
+    skipped = []
+    for weight in model.graph.initializers.values():
+        if not _may_be_packed(weight):
+            continue
+        products = [node for node, i in weight.uses() if i == 1 and is_op(node, "MatMul", "Gemm")]
+        raw = len(products) < len(weight.uses()) or weight.is_graph_output()
+        forms = {node.attributes.get_int("transB", 0) for node in products}
+        if len(forms) + raw < 2:
+            continue
+        movable, reasons = [], []
+        for node in products:
+            if reason := _obstacle(node):
+                reasons.append(reason)
+            else:
+                movable.append(node)
+        if raw or not reasons:  # else it would be packed all the same
             for node in movable:
                 _to_left(node, weight)
-            modified |= bool(movable)
-            blocked = [reason for reason in reasons if reason]
-            if blocked:
-                self.skipped.append(
-                    Skip(weight.name or "", f"may be in memory twice once loaded: {blocked[0]}")
-                )
-        return ir.passes.PassResult(model, modified)
+        if reasons:
+            why = f"may be in memory twice once loaded: {reasons[0]}"
+            skipped.append(Skip(weight.name or "", why))
+    return skipped
 
 
-class RightPass(ir.passes.InPlacePass):
-    """``(W @ x^T)^T`` is ``Gemm(x, W, transB=1)`` again, where quantizers look for weights."""
+def _may_be_packed(weight: ir.Value) -> bool:
+    tensor = weight.const_value
+    if tensor is None or weight.is_graph_input():  # what may change is not packed
+        return False
+    is_matrix = tensor.dtype == ir.DataType.FLOAT and len(tensor.shape) == 2
+    return is_matrix and tensor.nbytes >= LARGE
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Undo what :class:`ResidentPass` did; what it inserted is no longer used."""
-        modified = False
-        for weight in model.graph.initializers.values():
-            for product, index in tuple(weight.uses()):
-                right = product.inputs[1] if is_op(product, "MatMul") and index == 0 else None
-                turned = right.producer() if right else None
-                after = tuple(product.outputs[0].uses())
-                if turned and _turns(turned) and len(after) == 1 and _turns(after[0].node):
-                    if product.outputs[0].is_graph_output():
-                        continue
-                    become(after[0].node, "Gemm", [turned.inputs[0], weight], transB=1)
-                    modified = True
-        return ir.passes.PassResult(model, modified)
+
+def weights_to_right(model: ir.Model) -> None:
+    """Make ``(W @ x^T)^T`` a ``Gemm(x, W, transB=1)`` again, where quantizers look for weights.
+
+    What :func:`weights_to_left` had inserted is no longer used afterwards.
+    """
+    for weight in model.graph.initializers.values():
+        for product, index in tuple(weight.uses()):
+            if not is_op(product, "MatMul") or index != 0:
+                continue
+            right, uses = product.inputs[1], tuple(product.outputs[0].uses())
+            before = right.producer() if right else None
+            if len(uses) != 1 or product.outputs[0].is_graph_output():
+                continue
+            after = uses[0].node
+            if before and _turns(before) and _turns(after):
+                become(after, "Gemm", [before.inputs[0], weight], transB=1)
 
 
 def _turns(node: ir.Node) -> bool:
     perm = node.attributes.get_ints("perm") if is_op(node, "Transpose") else None
     return perm is not None and tuple(perm) == (1, 0)
-
-
-def _plain(node: ir.Node, flag: str) -> int:
-    return node.attributes.get_int(flag, 0) or 0
 
 
 def _obstacle(node: ir.Node) -> str | None:

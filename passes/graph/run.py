@@ -1,6 +1,12 @@
-"""The graph passes in their order, on a model in memory and on a file."""
+"""The graph passes in their order, on a model in memory (:func:`share`) and on a file.
 
-from collections.abc import Sequence
+The exporter calls :func:`share` on every graph it makes, ``ffmerge share`` calls
+:func:`share_file`. What comes out stores each weight once, in the form that runtimes load as one
+and quantizers see; with a ``dtype`` it then goes through
+:func:`ffmerge.passes.graph.quantize.quantize`, and is shared again.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,20 +21,21 @@ from onnx_ir.passes.common import (
     TopologicalSortPass,
 )
 
-from ffmerge.config import QuantizeConfig
+from ffmerge.config import QuantizeConfig, ShareConfig
 from ffmerge.errors import InputError, TieError
 from ffmerge.files import refuse_existing
 from ffmerge.models.manifest import Skip
 from ffmerge.models.record import Tie
+from ffmerge.passes.graph.calibration import read_calibration
 from ffmerge.passes.graph.contract import check_ties, read_ties, write_ties
 from ffmerge.passes.graph.opset import to_opset
-from ffmerge.passes.graph.prepare import ReachPass, infer_ranks
+from ffmerge.passes.graph.prepare import infer_ranks, make_liftable
 from ffmerge.passes.graph.quantize import quantize
 from ffmerge.passes.graph.read import read_model
-from ffmerge.passes.graph.resident import ResidentPass, RightPass
+from ffmerge.passes.graph.resident import weights_to_left, weights_to_right
 from ffmerge.passes.graph.share import SharePass
-from ffmerge.passes.graph.strip import StripPass
-from ffmerge.passes.graph.tensors import bytes_stored, stored
+from ffmerge.passes.graph.strip import strip
+from ffmerge.passes.graph.tensors import Array, bytes_stored, stored
 from ffmerge.passes.graph.untangle import UntanglePass
 from ffmerge.passes.graph.write import write_models
 
@@ -99,59 +106,64 @@ def share(
 def _share(model: ir.Model, ties: Sequence[Tie], resident: bool) -> ShareResult:
     before = bytes_stored(model)
     untangling, sharing = UntanglePass(), SharePass([*ties, *read_ties(model)])
-    last = [ResidentPass()] if resident else []
-    ir.passes.Sequential(
-        RemoveUnusedNodesPass(),
-        ReachPass(),
-        LiftConstantsToInitializersPass(size_limit=0),
-        LiftSubgraphInitializersToMainGraphPass(),
-        RightPass(),
-        RemoveUnusedNodesPass(),
-    )(model)
+
+    # all tensors to the main graph, as initializers
+    RemoveUnusedNodesPass()(model)
+    make_liftable(model)
+    LiftConstantsToInitializersPass(size_limit=0)(model)
+    LiftSubgraphInitializersToMainGraphPass()(model)
+    weights_to_right(model)
+    RemoveUnusedNodesPass()(model)
+
+    # each once, and read directly
     forget_ranks = infer_ranks(model)
-    ir.passes.Sequential(
-        ir.passes.PassManager([untangling, sharing], steps=ROUNDS),
-        *last,
-        RemoveUnusedNodesPass(),
-        TopologicalSortPass(),
-        NameFixPass(),
-        StripPass(),
-    )(model)
+    ir.passes.PassManager([untangling, sharing], steps=ROUNDS)(model)
+    skipped = [*untangling.skipped, *sharing.skipped]
+
+    # the form that stays shared when it is loaded
+    if resident:
+        skipped += weights_to_left(model)
+    RemoveUnusedNodesPass()(model)
+    TopologicalSortPass()(model)
+    NameFixPass()(model)
+    strip(model)
     forget_ranks()
+
     write_ties(model, sharing.ties)
     broken = [check for check in check_ties(model, sharing.ties) if not check.ok]
     if broken:
         raise TieError("; ".join(f"tie {check.group}: {check.reason}" for check in broken) + ".")
-    skipped = (*untangling.skipped, *sharing.skipped, *(s for p in last for s in p.skipped))
-    return ShareResult(model, skipped, before, bytes_stored(model), sharing.ties)
+    return ShareResult(model, tuple(skipped), before, bytes_stored(model), sharing.ties)
 
 
-def share_file(
-    source: Path,
-    target: Path,
-    dtype: str | None = None,
-    resident: bool = True,
-    opset: int | None = None,
-) -> ShareResult:
+def share_file(source: Path, target: Path, config: ShareConfig = ShareConfig()) -> ShareResult:
     """Share the weights of the ONNX file ``source`` and write it to ``target``.
-
-    ``dtype`` and ``resident`` are those of :func:`share`; ``opset`` None keeps the file's.
 
     Tensors go to ``target`` + ``_data`` beside it if they take more than 1 MB or were external,
     else into the one file. Both are written in a folder beside and renamed; on an error nothing
     is left.
 
     Raises:
-        InputError: ``source`` cannot be read or be of that opset, or ``target`` exists or
-            cannot be written.
+        InputError: ``source`` cannot be read or be of that opset or precision, or ``target``
+            exists or cannot be written.
         TieError: a recorded tie does not hold in the result.
     """
     source, target = Path(source), Path(target)
     data = target.with_name(target.name + "_data")
     refuse_existing(target, data)
+    if config.dtype == "int8-static" and config.data is None:
+        raise InputError("int8-static takes its ranges from inputs of the graph: give --data.")
     model = read_model(source)
     external = any(isinstance(item.tensor, ir.ExternalTensor) for item in stored(model))
-    converted = model if opset is None else to_opset(model, opset)
-    result = share(converted, dtype=dtype, resident=resident)
-    external = external or result.bytes_after > EMBEDDED
-    return replace(result, files=write_models({target: result.model}, data if external else None))
+    calibration: Sequence[Mapping[str, Array]] = ()
+    if config.data is not None:
+        calibration = read_calibration(model, config.data)
+    if config.opset is not None:
+        model = to_opset(model, config.opset)
+    settings = QuantizeConfig(calibration=calibration)
+    result = share(model, (), config.dtype, settings, config.resident)
+    if external or result.bytes_after > EMBEDDED:
+        written = write_models({target: result.model}, data)
+    else:
+        written = write_models({target: result.model})
+    return replace(result, files=written)

@@ -1,0 +1,81 @@
+"""Ranges of activations for static int8: rows of a graph's inputs in, smallest and largest out.
+
+``share_file`` reads the rows from an ``.npz`` (:func:`read_calibration`), an exporter takes them
+from its examples; ``int8.py`` asks for the ranges (:func:`measure_ranges`).
+"""
+
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import onnx_ir as ir
+
+from ffmerge.errors import InputError
+from ffmerge.models.data import read
+from ffmerge.passes.graph.tensors import Array
+
+ROWS = 8  # of one run: all values that are measured are in memory at once
+
+
+def read_calibration(model: ir.Model, path: Path) -> list[dict[str, Array]]:
+    """Return the rows of an ``.npz`` of graph inputs, as many at a time as the graph takes.
+
+    Those are ``ROWS`` where the first axis of the inputs has no fixed length; where it has, rows
+    that do not fill a last batch are left out.
+
+    Raises:
+        InputError: the file cannot be read, lacks an input of the graph, or has too few rows.
+    """
+    if path.suffix != ".npz":
+        raise InputError(f"{path} is not an .npz of the graph's inputs.")
+    examples = read(str(path), None, None)
+    names, rows, fixed = [], ROWS, False
+    for value in model.graph.inputs:
+        if value.is_initializer():
+            continue
+        names.append(str(value.name))
+        if value.shape and isinstance(value.shape[0], int):
+            rows, fixed = value.shape[0], True
+    batches = []
+    for batch in examples.batches(rows):
+        missing = [name for name in names if name not in batch]
+        if missing:
+            raise InputError(f"{path} has no input {missing[0]!r} of the graph.")
+        inputs = {name: batch[name] for name in names}
+        if not fixed or all(len(array) == rows for array in inputs.values()):
+            batches.append(inputs)
+    if not batches:
+        raise InputError(f"{path} has {len(examples)} rows, the graph takes {rows} at a time.")
+    return batches
+
+
+def measure_ranges(
+    model: ir.Model, values: Sequence[ir.Value], batches: Iterable[Mapping[str, Array]]
+) -> dict[ir.Value, tuple[float, float]]:
+    """Return the smallest and largest of each value over all batches, zero included.
+
+    Raises:
+        InputError: a batch is not what the model takes.
+    """
+    import onnxruntime
+
+    found = {value: (0.0, 0.0) for value in values}
+    if not found:
+        return found
+    outputs = list(model.graph.outputs)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        model.graph.outputs.extend(v for v in values if not v.is_graph_output())
+        ir.save(model, path, external_data="data")
+        model.graph.outputs[:] = outputs
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for batch in batches:
+        try:
+            seen = session.run([value.name for value in values], dict(batch))
+        except Exception as error:  # ONNX Runtime's errors have no common class of their own
+            reason = str(error).splitlines()[0]
+            raise InputError(f"the calibration data does not fit the model: {reason}") from error
+        for value, array in zip(values, seen, strict=True):
+            low, high = found[value]
+            found[value] = min(low, float(array.min())), max(high, float(array.max()))
+    return found
