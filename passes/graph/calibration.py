@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from ffmerge.errors import InputError
 from ffmerge.models.data import read
+from ffmerge.models.examples import Examples
 from ffmerge.passes.graph.tensors import Array
 
 ROWS = 8  # of one run: all values that are measured are in memory at once
@@ -29,23 +30,22 @@ def read_calibration(model: ir.Model, path: Path) -> list[dict[str, Array]]:
     if path.suffix != ".npz":
         raise InputError(f"{path} is not an .npz of the graph's inputs.")
     examples = read(str(path), None, None)
-    names, rows, fixed = [], ROWS, False
-    for value in model.graph.inputs:
-        if value.is_initializer():
-            continue
-        names.append(str(value.name))
+    inputs = [value for value in model.graph.inputs if not value.is_initializer()]
+    given = examples.take(examples.rows[:1])
+    for value in inputs:
+        if value.name not in given:
+            raise InputError(f"{path} has no input {value.name!r} of the graph.")
+    rows, used = ROWS, len(examples)
+    for value in inputs:
         if value.shape and isinstance(value.shape[0], int):
-            rows, fixed = value.shape[0], True
-    batches = []
-    for batch in examples.batches(rows):
-        missing = [name for name in names if name not in batch]
-        if missing:
-            raise InputError(f"{path} has no input {missing[0]!r} of the graph.")
-        inputs = {name: batch[name] for name in names}
-        if not fixed or all(len(array) == rows for array in inputs.values()):
-            batches.append(inputs)
-    if not batches:
+            rows = value.shape[0]
+            used -= len(examples) % rows
+            break
+    if not used:
         raise InputError(f"{path} has {len(examples)} rows, the graph takes {rows} at a time.")
+    batches = []
+    for batch in Examples(examples.rows[:used], examples.take).batches(rows):
+        batches.append({str(value.name): batch[str(value.name)] for value in inputs})
     return batches
 
 

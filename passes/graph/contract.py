@@ -53,16 +53,24 @@ def join_ties(ties: Iterable[Tie]) -> tuple[Tie, ...]:
     """Return ties no two of which have a member in common; the first one's name stays."""
     joined: list[Tie] = []
     for tie in ties:
-        touching = [other for other in joined if set(other.members) & set(tie.members)]
-        members = dict.fromkeys(m for t in (*touching, tie) for m in t.members)
-        name = touching[0].name if touching else tie.name
-        at = joined.index(touching[0]) if touching else len(joined)
-        joined = [other for other in joined if other not in touching]
-        places: Counter[str] = Counter()
-        for each in (*touching, tie):
-            places.update(each.places)
-        joined.insert(at, Tie(name, tuple(members), dict(places)))
+        touching, apart = [], []
+        for other in joined:
+            if set(other.members) & set(tie.members):
+                touching.append(other)
+            else:
+                apart.append(other)
+        index = joined.index(touching[0]) if touching else len(joined)
+        apart.insert(index, _joined([*touching, tie]))
+        joined = apart
     return tuple(joined)
+
+
+def _joined(ties: Sequence[Tie]) -> Tie:
+    members = dict.fromkeys(member for tie in ties for member in tie.members)
+    places: Counter[str] = Counter()
+    for tie in ties:
+        places.update(tie.places)
+    return Tie(ties[0].name, tuple(members), dict(places))
 
 
 def check_ties(model: ir.Model, ties: Sequence[Tie], file: str = "") -> list[TieCheck]:
@@ -83,34 +91,51 @@ def check_ties(model: ir.Model, ties: Sequence[Tie], file: str = "") -> list[Tie
 def _check(
     tie: Tie, wanted: int, model: ir.Model, items: Sequence[Stored], copies: Sequence[Copies]
 ) -> TieCheck:
-    def broken(reason: str) -> TieCheck:
-        return TieCheck(tie.name, False, reason)
-
     holders = [name for name in tie.members if name in model.graph.initializers]
     if not holders:
-        return broken(f"none of its {len(tie.members)} names is an initializer")
+        reason = f"none of its {len(tie.members)} names is an initializer"
+        return TieCheck(tie.name, False, reason)
     if len(holders) > 1:
-        return broken(f"stored {len(holders)} times: initializers {', '.join(holders)}")
+        reason = f"stored {len(holders)} times: initializers {', '.join(holders)}"
+        return TieCheck(tie.name, False, reason)
     weight = model.graph.initializers[holders[0]]
-    for group in copies:
-        alike = [group.first, *group.identical, *group.transposed]
-        if any(items[index].value is weight for index in alike):
-            others = [items[index].name for index in alike if items[index].value is not weight]
-            return broken(
-                f"{weight.name} is stored again, as it is or transposed, as {', '.join(others)}"
-            )
-    hiding = [node for node in weight.consumers() if is_op(node, *VIEWS)]
-    if hiding:
-        first = f"{hiding[0].op_type} node {hiding[0].name}"
-        more = f" and {len(hiding) - 1} more" if len(hiding) > 1 else ""
-        return broken(f"{weight.name} is hidden behind {first}{more}; quantizers do not see it")
-    uses = [use for value in (weight, *_dequantized(weight)) for use in value.uses()]
-    uses = [use for use in uses if not is_op(use.node, "DequantizeLinear")]
-    if len(uses) < wanted:
-        nodes = ", ".join(str(use.node.name) for use in uses) or "none"
-        places = f"stands for {wanted} places"
-        return broken(f"{weight.name} {places} but is used {len(uses)} times: {nodes}")
+    for broken in (_stored_again(weight, items, copies), _hidden(weight), _unused(weight, wanted)):
+        if broken:
+            return TieCheck(tie.name, False, f"{weight.name} {broken}")
     return TieCheck(tie.name, True)
+
+
+def _stored_again(
+    weight: ir.Value, items: Sequence[Stored], copies: Sequence[Copies]
+) -> str | None:
+    for group in copies:
+        alike = [items[i] for i in (group.first, *group.identical, *group.transposed)]
+        others = [item.name for item in alike if item.value is not weight]
+        if len(others) < len(alike):
+            return f"is stored again, as it is or transposed, as {', '.join(others)}"
+    return None
+
+
+def _hidden(weight: ir.Value) -> str | None:
+    hiding = [node for node in weight.consumers() if is_op(node, *VIEWS)]
+    if not hiding:
+        return None
+    where = f"{hiding[0].op_type} node {hiding[0].name}"
+    if len(hiding) > 1:
+        where += f" and {len(hiding) - 1} more"
+    return f"is hidden behind {where}; quantizers do not see it"
+
+
+def _unused(weight: ir.Value, wanted: int) -> str | None:
+    nodes = []
+    for value in (weight, *_dequantized(weight)):
+        for use in value.uses():
+            if not is_op(use.node, "DequantizeLinear"):
+                nodes.append(str(use.node.name))
+    if len(nodes) >= wanted:
+        return None
+    listed = ", ".join(nodes) or "none"
+    return f"stands for {wanted} places but is used {len(nodes)} times: {listed}"
 
 
 def _dequantized(weight: ir.Value) -> Iterator[ir.Value]:

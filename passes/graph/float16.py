@@ -38,10 +38,7 @@ def to_float16(model: ir.Model) -> Iterator[Skip]:
     """
     main = model.graph
     nodes = list(ir.traversal.RecursiveGraphIterator(main))
-    weights: dict[ir.Value, ir.TensorProtocol] = {}
-    for item in stored(model):
-        if item.tensor.dtype == _FLOAT and item.value.is_initializer():
-            weights[item.value] = item.tensor
+    weights = _float_weights(model)
     wide = _wide(main, nodes, weights)
     halves: set[ir.Value] = set()  # values that are float16 now
     for weight, tensor in weights.items():
@@ -59,7 +56,16 @@ def to_float16(model: ir.Model) -> Iterator[Skip]:
         if node in wide:
             _cast_inputs(node, halves, _FLOAT, casts)
         else:
-            _cast_inputs(node, [v for v in node.inputs if v and _type(v) == _FLOAT], _HALF, casts)
+            floats = [value for value in node.inputs if value and _type(value) == _FLOAT]
+            _cast_inputs(node, floats, _HALF, casts)
+
+
+def _float_weights(model: ir.Model) -> _Weights:
+    weights = {}
+    for item in stored(model):
+        if item.tensor.dtype == _FLOAT and item.value.is_initializer():
+            weights[item.value] = item.tensor
+    return weights
 
 
 def _reader(blocked: Sequence[ir.Node], weights: _Weights) -> str:

@@ -1,4 +1,11 @@
-"""Another version of the standard operators, where ONNX's converter knows the way."""
+"""Another version of the standard operators, where ONNX's converter knows the way.
+
+``onnxscript.version_converter`` wraps the same converter, but where that fails it leaves the model
+as it is and only logs why; here the reason is the error's text.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import onnx
 import onnx.version_converter
@@ -30,25 +37,14 @@ def to_opset(model: ir.Model, target: int) -> ir.Model:
     # The converter finds the axes of a reduction in an initializer, not in every Constant.
     lift = LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)
     model = ir.passes.Sequential(InlinePass(), lift)(model).model
-    heavy = {}
-    for name, value in model.graph.initializers.items():
-        tensor = value.const_value
-        if tensor is not None and tensor.nbytes >= HEAVY:
-            heavy[name] = tensor
-            shape = ir.Shape(shape_of(tensor))
-            value.const_value = ir.ExternalTensor(
-                "weights", 0, tensor.nbytes, tensor.dtype, shape=shape, name=name
-            )
-    try:
-        proto = onnx.version_converter.convert_version(ir.to_proto(model), target)
-        converted = ir.from_proto(proto)
-    except Exception as error:  # the converter raises whatever its C++ asserts
-        reason = str(error).splitlines()[0].split("failed: ")[-1].rstrip(".").replace("$", "")
-        raise InputError(f"{refusal}: {reason}.") from error
-    finally:
-        for name, tensor in heavy.items():
-            model.graph.initializers[name].const_value = tensor
-    for name, tensor in heavy.items():
+    with _weights_taken_out(model) as weights:
+        try:
+            proto = onnx.version_converter.convert_version(ir.to_proto(model), target)
+            converted = ir.from_proto(proto)
+        except Exception as error:  # the converter raises whatever its C++ asserts
+            reason = str(error).splitlines()[0].split("failed: ")[-1].rstrip(".").replace("$", "")
+            raise InputError(f"{refusal}: {reason}.") from error
+    for name, tensor in weights.items():
         if name in converted.graph.initializers:
             converted.graph.initializers[name].const_value = tensor
     for node in ir.traversal.RecursiveGraphIterator(converted.graph):
@@ -58,6 +54,25 @@ def to_opset(model: ir.Model, target: int) -> ir.Model:
     needed = onnx.helper.find_min_ir_version_for(proto.opset_import)
     converted.ir_version = max(model.ir_version, needed)
     return converted
+
+
+@contextmanager
+def _weights_taken_out(model: ir.Model) -> Iterator[dict[str, ir.TensorProtocol]]:
+    """Yield the large tensors of a model by name; meanwhile data that is not there stands in."""
+    weights = {}
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is not None and tensor.nbytes >= HEAVY:
+            weights[name] = tensor
+            shape = ir.Shape(shape_of(tensor))
+            value.const_value = ir.ExternalTensor(
+                "weights", 0, tensor.nbytes, tensor.dtype, shape=shape, name=name
+            )
+    try:
+        yield weights
+    finally:
+        for name, tensor in weights.items():
+            model.graph.initializers[name].const_value = tensor
 
 
 def _unknown(node: ir.Node, opset: int) -> str | None:

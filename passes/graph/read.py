@@ -96,6 +96,23 @@ def read_model(path: Path) -> ir.Model:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path} {'is not a file' if path.exists() else 'does not exist'}.")
+    model = _parsed(path)
+    _check_outputs(path, model)
+    files: dict[str, DataFile] = {}
+    for graph in graphs(model):
+        try:
+            graph.sort()
+        except ValueError as error:
+            raise InputError(f"{path} is not valid ONNX: its nodes form a cycle.") from error
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                value.const_value = _checked(path, value.const_value, files)
+        for node in graph:
+            _check_attributes(path, node, files)
+    return model
+
+
+def _parsed(path: Path) -> ir.Model:
     try:
         proto = onnx.load(path, format="protobuf", load_external_data=False)
         _check_names(path, proto.graph)
@@ -108,35 +125,32 @@ def read_model(path: Path) -> ir.Model:
         raise InputError(f"{path} is truncated or not ONNX: no version, opset or output in it.")
     if proto.graph.sparse_initializer:
         raise InputError(f"{path} has sparse initializers, which ffmerge does not read.")
+    return model
+
+
+def _check_outputs(path: Path, model: ir.Model) -> None:
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         if not node.outputs:
             what = f"{node.op_type} {node.name!r}"
             raise InputError(f"{path} is not valid ONNX: {what} has no output.")
-    files: dict[str, DataFile] = {}
-    for graph in graphs(model):
-        try:
-            graph.sort()
-        except ValueError as error:
-            raise InputError(f"{path} is not valid ONNX: its nodes form a cycle.") from error
-        for value in graph.initializers.values():
-            if value.const_value is not None:
-                value.const_value = _checked(path, value.const_value, files)
-        for node in graph:
-            for attribute in tuple(node.attributes.values()):
-                if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref():
-                    tensor = _checked(path, attribute.as_tensor(), files)
-                    node.attributes.add(ir.AttrTensor(attribute.name, tensor))
-    return model
+
+
+def _check_attributes(path: Path, node: ir.Node, files: dict[str, DataFile]) -> None:
+    """Put checked tensors in the place of those in a node's attributes."""
+    for attribute in tuple(node.attributes.values()):
+        if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref():
+            tensor = _checked(path, attribute.as_tensor(), files)
+            node.attributes.add(ir.AttrTensor(attribute.name, tensor))
 
 
 def _check_names(path: Path, graph: onnx.GraphProto) -> None:
     """Nothing in a graph is given twice: which of two would count depends on the reader."""
-    names = [tensor.name for tensor in graph.initializer]
-    given = [name for node in graph.node for name in node.output if name]
-    produced = set(given) & {*names, *(value.name for value in graph.input)}
-    twice = [name for each in (names, given) for name, n in Counter(each).items() if n > 1]
-    for name in (*twice, *produced):
-        raise InputError(f"{path} is not valid ONNX: {name!r} is defined twice.")
+    stored = Counter(tensor.name for tensor in graph.initializer)
+    computed = Counter(name for node in graph.node for name in node.output if name)
+    given = {*stored, *(value.name for value in graph.input)}
+    for name in (*stored, *computed):
+        if stored[name] > 1 or computed[name] > 1 or (name in computed and name in given):
+            raise InputError(f"{path} is not valid ONNX: {name!r} is defined twice.")
     for node in graph.node:
         for attribute in node.attribute:
             for subgraph in (attribute.g, *attribute.graphs):

@@ -35,23 +35,26 @@ class SharePass(ir.passes.InPlacePass):
         for copies in find_copies([item.tensor for item in items]):
             same = [items[index].value for index in (copies.first, *copies.identical)]
             turned = [items[index].value for index in copies.transposed]
-            for value in same + turned:
-                if reason := _fixed(value, model.graph):
-                    twin = next(v for v in same + turned if v is not value)
-                    self.skipped.append(
-                        Skip(value.name or "", f"equal to {twin.name}, but {reason}")
-                    )
-            free = [[v for v in side if not _fixed(v, model.graph)] for side in (same, turned)]
-            kept = [self._merge(values) for values in free if values]
-            if len(kept) == 2:
-                self._merge_transposed(kept[0], kept[1], model)
+            self._skip_fixed(same + turned, model.graph)
+            one, other = self._merge(same, model.graph), self._merge(turned, model.graph)
+            if one and other:
+                self._merge_transposed(one, other, model)
         modified = self._rename(model.graph) or len(model.graph.initializers) < before
         return ir.passes.PassResult(model, modified)
 
-    def _merge(self, values: Sequence[ir.Value]) -> ir.Value:
-        """Leave one of some identical initializers, and return it."""
-        keep = min(values, key=self._rank)
+    def _skip_fixed(self, values: Sequence[ir.Value], main: ir.Graph) -> None:
         for value in values:
+            if reason := _fixed(value, main):
+                other = values[1] if value is values[0] else values[0]
+                self.skipped.append(Skip(value.name or "", f"equal to {other.name}, but {reason}"))
+
+    def _merge(self, values: Sequence[ir.Value], main: ir.Graph) -> ir.Value | None:
+        """Leave one of those identical initializers that may go, and return it."""
+        free = [value for value in values if not _fixed(value, main)]
+        if not free:
+            return None
+        keep = min(free, key=self._rank)
+        for value in free:
             if value is not keep:
                 value.replace_all_uses_with(keep)
                 self._forget(value, keep)
@@ -73,9 +76,14 @@ class SharePass(ir.passes.InPlacePass):
         self._forget(lose, keep)
 
     def _rank(self, value: ir.Value) -> int:
-        if any(value.name == tie.name for tie in self.ties):
-            return 0
-        return 1 if any(value.name in tie.members for tie in self.ties) else 2
+        """Return 0 for the name of a tie, 1 for another of its names, 2 for all else."""
+        rank = 2
+        for tie in self.ties:
+            if value.name == tie.name:
+                return 0
+            if value.name in tie.members:
+                rank = 1
+        return rank
 
     def _forget(self, value: ir.Value, keep: ir.Value) -> None:
         assert value.graph is not None and value.name is not None
@@ -113,5 +121,7 @@ def _fixed(value: ir.Value, main: ir.Graph) -> str | None:
 
 def _first_obstacle(weight: ir.Value, opset: int) -> str | None:
     assert weight.const_value is not None
-    dtype = weight.const_value.dtype
-    return next((r for use in weight.uses() if (r := obstacle(*use, dtype, opset))), None)
+    for use in weight.uses():
+        if reason := obstacle(*use, weight.const_value.dtype, opset):
+            return reason
+    return None

@@ -132,35 +132,35 @@ def find_copies(tensors: Sequence[ir.TensorProtocol]) -> list[Copies]:
     byte with the first of each set, up to where they differ. Tensors without elements are
     ignored. Two tensors are read at a time, and nothing to the end that has no candidate.
     """
-    buckets: dict[Any, list[int]] = {}
+    buckets: dict[Any, list[Copies]] = {}
     for index, tensor in enumerate(tensors):
-        if tensor.size:
-            shape = shape_of(tensor)
-            form = tuple(sorted(shape)) if _turnable(shape) else shape
-            key = (tensor.dtype, form, _sample(tensor))
-            buckets.setdefault(key, []).append(index)
+        if not tensor.size:
+            continue
+        shape = shape_of(tensor)
+        if _turnable(shape):
+            shape = min(shape), max(shape)
+        sets = buckets.setdefault((tensor.dtype, shape, _sample(tensor)), [])
+        if not any(_joins(index, copies, tensors) for copies in sets):
+            sets.append(Copies(index))
     found = []
-    for bucket in buckets.values():
-        groups: list[Copies] = []
-        for index in bucket:
-            for copies in groups:
-                turned = _relation(tensors[copies.first], tensors[index])
-                if turned is not None:
-                    (copies.transposed if turned else copies.identical).append(index)
-                    break
-            else:
-                groups.append(Copies(index))
-        found += [copies for copies in groups if copies.identical or copies.transposed]
+    for sets in buckets.values():
+        for copies in sets:
+            if copies.identical or copies.transposed:
+                found.append(copies)
     return sorted(found, key=lambda copies: copies.first)
 
 
-def _relation(one: ir.TensorProtocol, other: ir.TensorProtocol) -> bool | None:
-    """Return False if two tensors are equal, True if one is the other's transpose, else None."""
-    first, second = _comparable(one), _comparable(other)
-    if first.shape == second.shape and _equal(first, second):
-        return False
-    turned = _turnable(shape_of(one)) and first.T.shape == second.shape
-    return True if turned and _equal(first.T, second) else None
+def _joins(index: int, copies: Copies, tensors: Sequence[ir.TensorProtocol]) -> bool:
+    """Add a tensor to a set of copies if it is one of them; say whether it is."""
+    first, other = tensors[copies.first], tensors[index]
+    one, two = _comparable(first), _comparable(other)
+    if one.shape == two.shape and _equal(one, two):
+        copies.identical.append(index)
+        return True
+    if _turnable(shape_of(first)) and one.T.shape == two.shape and _equal(one.T, two):
+        copies.transposed.append(index)
+        return True
+    return False
 
 
 def _turnable(shape: tuple[int, ...]) -> bool:
@@ -180,19 +180,22 @@ def _comparable(tensor: ir.TensorProtocol) -> Array:
 
 def _sample(tensor: ir.TensorProtocol) -> bytes:
     """Return some elements, the same ones of a matrix and of its transpose."""
-    cached = tensor.meta.get(_SAMPLE) if isinstance(tensor, ir.LazyTensor) else None
-    if cached is None:
-        array = _comparable(tensor)
-        if _turnable(array.shape):
-            steps = np.linspace(0, min(array.shape) - 1, SAMPLES).astype(np.intp)
-            where = tuple(np.append(steps, length - 1) for length in array.shape)
-        else:
-            steps = np.linspace(0, array.size - 1, SAMPLES).astype(np.intp)
-            where = np.unravel_index(steps, array.shape)
-        cached = array[where].tobytes()
-        if isinstance(tensor, ir.LazyTensor):  # computing it may be long
-            tensor.meta[_SAMPLE] = cached
-    return cached
+    if isinstance(tensor, ir.LazyTensor):  # computing it may be long
+        if _SAMPLE not in tensor.meta:
+            tensor.meta[_SAMPLE] = _sample_of(_comparable(tensor))
+        known: bytes = tensor.meta[_SAMPLE]
+        return known
+    return _sample_of(_comparable(tensor))
+
+
+def _sample_of(array: Array) -> bytes:
+    if _turnable(array.shape):
+        steps = np.linspace(0, min(array.shape) - 1, SAMPLES).astype(np.intp)
+        where = tuple(np.append(steps, length - 1) for length in array.shape)
+    else:
+        steps = np.linspace(0, array.size - 1, SAMPLES).astype(np.intp)
+        where = np.unravel_index(steps, array.shape)
+    return array[where].tobytes()
 
 
 def blocks(array: Array) -> Iterator[npt.NDArray[np.uint8]]:
@@ -226,13 +229,14 @@ def _contiguous(array: Array) -> Array:
 
 def _equal(one: Array, other: Array) -> bool:
     rows = max(1, CHUNK * len(one) // one.nbytes)
-    return all(
-        same_bytes(*(_contiguous(array[start : start + rows]) for array in (one, other)))
-        for start in range(0, len(one), rows)
-    )
+    for start in range(0, len(one), rows):
+        some = slice(start, start + rows)
+        if not _same_bytes(_contiguous(one[some]), _contiguous(other[some])):
+            return False
+    return True
 
 
-def same_bytes(one: Array, other: Array) -> bool:
+def _same_bytes(one: Array, other: Array) -> bool:
     """Say whether two C-contiguous arrays of the same number of bytes hold the same bytes."""
     words = np.uint64 if one.nbytes % 8 == 0 else np.uint8  # a word at a time is twice as fast
     return np.array_equal(one.reshape(-1).view(words), other.reshape(-1).view(words))

@@ -66,7 +66,7 @@ class UntanglePass(ir.passes.InPlacePass):
 def _simplify(weight: ir.Value, model: ir.Model) -> bool:
     """Do the first of the cases 1 to 4 that can be done; say whether there was one."""
     tensor = weight.const_value
-    if tensor is None or weight.is_graph_input() or weight.is_graph_output():
+    if tensor is None or _seen_outside(weight):
         return False
     effects: Effects = {}
     for node in _views(weight):
@@ -139,13 +139,8 @@ def _remaining(weight: ir.Value, model: ir.Model) -> Iterator[Skip]:
     tensor, views, name = weight.const_value, _views(weight), weight.name or ""
     if tensor is None or not views:
         return
-    if weight.is_graph_input():
-        yield Skip(
-            name, f"{_says(views[0])} reads it, but it is a graph input: a caller may replace it"
-        )
-        return
-    if weight.is_graph_output():
-        yield Skip(name, f"{_says(views[0])} reads it, but it is a graph output")
+    if reason := _seen_outside(weight):
+        yield Skip(name, f"{_says(views[0])} reads it, but it is {reason}")
         return
     inside = []
     for node in views:
@@ -157,6 +152,14 @@ def _remaining(weight: ir.Value, model: ir.Model) -> Iterator[Skip]:
     opset = model.opset_imports.get("", 0)
     for node in inside:
         yield Skip(name, f"{_says(node)} stays: {_why_left(node, tensor, opset)}")
+
+
+def _seen_outside(weight: ir.Value) -> str | None:
+    if weight.is_graph_input():
+        return "a graph input: a caller may replace it"
+    if weight.is_graph_output():
+        return "a graph output"
+    return None
 
 
 def _why_left(node: ir.Node, tensor: ir.TensorProtocol, opset: int) -> str:
@@ -195,15 +198,16 @@ def _effect(node: ir.Node, tensor: ir.TensorProtocol) -> Any:
         return node.op_type, node.inputs[1:], tuple(settings)
     if node.op_type == "Transpose":
         order = _order(node, shape)
-        return None if order == tuple(range(len(shape))) else order
+        if order != tuple(range(len(shape))):
+            return order
     if node.op_type == "Reshape":
         dims = _target(node, tensor)
         if dims is None:
-            return node.op_type, node.inputs[1]
-        return None if dims == shape else (node.op_type, dims)
-    if node.op_type == "Cast":
-        target = _cast_to(node)
-        return None if target == tensor.dtype else target
+            return node.op_type, node.inputs[1:]
+        if dims != shape:
+            return node.op_type, dims
+    if node.op_type == "Cast" and _cast_to(node) != tensor.dtype:
+        return _cast_to(node)
     return None
 
 
@@ -258,19 +262,21 @@ def _rounded(values: Array, target: ir.DataType) -> Array:
 
 def _target(node: ir.Node, tensor: ir.TensorProtocol) -> tuple[int, ...] | None:
     """Return the shape a Reshape gives, or None if that is not known here."""
-    if len(node.inputs) < 2:  # before opset 5
-        dims = list(node.attributes.get_ints("shape") or ())
-    else:
-        shape = node.inputs[1] and ir.convenience.get_const_tensor(node.inputs[1])
-        if not shape:
-            return None
-        dims = shape.numpy().tolist()
     if not tensor.size or node.attributes.get_int("allowzero"):
         return None
-    old = shape_of(tensor)
-    dims = [old[axis] if size == 0 else size for axis, size in enumerate(dims)]
-    known = math.prod(size for size in dims if size != -1)
-    return tuple(tensor.size // known if size == -1 else size for size in dims)
+    if len(node.inputs) < 2:  # before opset 5
+        dims = list(node.attributes.get_ints("shape") or ())
+    elif node.inputs[1] and (given := ir.convenience.get_const_tensor(node.inputs[1])):
+        dims = given.numpy().tolist()
+    else:
+        return None
+    for axis, size in enumerate(dims):
+        if size == 0:
+            dims[axis] = shape_of(tensor)[axis]
+    if -1 in dims:
+        others = -math.prod(dims)
+        dims[dims.index(-1)] = tensor.size // others
+    return tuple(dims)
 
 
 def _bypass(node: ir.Node, value: ir.Value) -> None:

@@ -1,8 +1,7 @@
 """Writing graphs whose weights lie in one data file, equal bytes once."""
 
 import os
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -44,30 +43,21 @@ def write_models(models: Mapping[Path, ir.Model], data: Path | None = None) -> t
         InputError: a path exists, cannot be written or is not beside the data, or a graph would
             be larger than the 2 GB that one file of protobuf can be.
     """
-    targets = (*models, *((data,) if data else ()))
-    refuse_existing(*targets)
-    parent = targets[0].parent
-    if any(path.parent != parent for path in targets):
-        raise InputError(f"{', '.join(map(str, targets))} are not in one folder.")
-    for path, model in models.items():
-        if data is None and bytes_stored(model) > PROTOBUF_LIMIT:
-            raise InputError(
-                f"{path} would be larger than 2 GB, which one ONNX file cannot be: keep its "
-                "weights in a data file."
-            )
+    targets = tuple(models)
+    if data:
+        targets += (data,)
+    _refuse(targets, models, data)
     done: list[Path] = []
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        name = f".{targets[0].name}.partial-"
-        with TemporaryDirectory(prefix=name, dir=parent, ignore_cleanup_errors=True) as temporary:
-            folder = Path(temporary)
-            # unbuffered is 4 x faster
-            with open(folder / data.name, "w+b", 0) if data else nullcontext() as file:
-                place = _Store(file, data.name).place if file and data else _embedded
-                for path, model in models.items():
-                    _write(model, folder / path.name, place)
+        targets[0].parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(
+            prefix=f".{targets[0].name}.partial-",
+            dir=targets[0].parent,
+            ignore_cleanup_errors=True,
+        ) as folder:
+            _write_into(Path(folder), models, data)
             for path in reversed(targets):  # a graph never stands without its data
-                os.replace(folder / path.name, path)
+                os.replace(Path(folder) / path.name, path)
                 done.append(path)
     except OSError as error:
         for path in done:
@@ -76,15 +66,38 @@ def write_models(models: Mapping[Path, ir.Model], data: Path | None = None) -> t
     return targets
 
 
+def _refuse(targets: Sequence[Path], models: Mapping[Path, ir.Model], data: Path | None) -> None:
+    refuse_existing(*targets)
+    if len({path.parent for path in targets}) > 1:
+        raise InputError(f"{', '.join(map(str, targets))} are not in one folder.")
+    for path, model in models.items():
+        if data is None and bytes_stored(model) > PROTOBUF_LIMIT:
+            raise InputError(
+                f"{path} would be larger than 2 GB, which one ONNX file cannot be: keep its "
+                "weights in a data file."
+            )
+
+
+def _write_into(folder: Path, models: Mapping[Path, ir.Model], data: Path | None) -> None:
+    if data is None:
+        for path, model in models.items():
+            _write(model, folder / path.name, _embedded)
+        return
+    with open(folder / data.name, "w+b", 0) as file:  # unbuffered is 4 x faster
+        store = _Store(file, data.name)
+        for path, model in models.items():
+            _write(model, folder / path.name, store.add)
+
+
 def _write(
-    model: ir.Model, path: Path, place: Callable[[ir.TensorProtocol], ir.TensorProtocol]
+    model: ir.Model, path: Path, written: Callable[[ir.TensorProtocol], ir.TensorProtocol]
 ) -> None:
-    """Serialize a graph with its tensors placed, and put the model back as it was."""
+    """Serialize a graph with its tensors as ``written`` gives them; leave the model as it was."""
     items = stored(model)
     try:
         for item in items:
             if item.value.is_initializer():
-                tensor = place(item.tensor)
+                tensor = written(item.tensor)
                 tensor.name = item.name
                 _set(item.value, tensor)
             else:
@@ -114,7 +127,9 @@ class _Store:
     """A data file in which no bytes are twice.
 
     Tensors are candidates by their length and a sample of their bytes, then compared byte by
-    byte; nothing is read back that has no candidate.
+    byte; nothing is read back that has no candidate. This is not ``find_copies``: equal bytes of
+    any type and shape are one here, and a tensor that is computed when it is read is computed
+    once, for which what is compared with is read from the file.
     """
 
     def __init__(self, file: FileIO, name: str) -> None:
@@ -122,24 +137,26 @@ class _Store:
         self.end = 0
         self.offsets: dict[bytes, list[int]] = {}
 
-    def place(self, tensor: ir.TensorProtocol) -> ir.TensorProtocol:
-        """Return the tensor as a place in the file, where its bytes now are."""
+    def add(self, tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+        """Return the tensor as external data, at the offset in the file where its bytes now are."""
         if tensor.nbytes < EMBEDDED_TENSOR or tensor.dtype == ir.DataType.STRING:
             return _embedded(tensor)
         array = _stored_values(tensor)
-        candidates = self.offsets.setdefault(_sample(array), [])
-        offset = next((place for place in candidates if self._holds(place, array)), None)
+        offset = self._find(array)
         if offset is None:
             offset = self._append(array, tensor)
-            candidates.append(offset)
+            self.offsets.setdefault(_sample(array), []).append(offset)
         return ir.ExternalTensor(
             self.name, offset, array.nbytes, tensor.dtype,
             shape=ir.Shape(shape_of(tensor)), name=tensor.name or "",
         )  # fmt: skip
 
-    def _holds(self, offset: int, array: Array) -> bool:
-        self.file.seek(offset)
-        return all(self.file.read(len(block)) == block.data for block in blocks(array))
+    def _find(self, array: Array) -> int | None:
+        for offset in self.offsets.get(_sample(array), ()):
+            self.file.seek(offset)
+            if all(self.file.read(len(block)) == block.data for block in blocks(array)):
+                return offset
+        return None
 
     def _append(self, array: Array, tensor: ir.TensorProtocol) -> int:
         step = PAGE if array.nbytes > LARGE else ALIGNMENT
