@@ -302,6 +302,13 @@ def test_float64_weights_stay():
     assert skip.reason == "DOUBLE: only float32 is quantized"
 
 
+def test_fp32_is_no_quantization():
+    plain, named = (
+        share(build(GEMMS, W=normal(64, 64), c=normal(64)), dtype=d) for d in (None, "fp32")
+    )
+    assert ir.to_proto(plain.model) == ir.to_proto(named.model)
+
+
 def test_bad_requests_say_what_to_do():
     with pytest.raises(InputError, match="there is fp32, fp16, int8"):
         share(build(TWO, W=normal(64, 64)), dtype="int3")

@@ -141,6 +141,9 @@ def audit(path: str | Path, look: Callable[[Path], Loaded] | None = None) -> Aud
             checks.setdefault(check.group, []).append(check)
     duplicates += _across(together)
     loads, reasons = _load(files, look)
+    memory = {}
+    for label, loaded in loads.items():
+        memory[label] = {key: size for key, size in vars(loaded).items() if key != "unshared"}
     total = sum(sizes.values())
     twice = sum(duplicate.bytes for duplicate in duplicates)
     return Audit(
@@ -154,7 +157,7 @@ def audit(path: str | Path, look: Callable[[Path], Loaded] | None = None) -> Aud
         ties=tuple(_verdict(name, found) for name, found in checks.items()),
         basis="graph" if reasons else "loaded",
         basis_reason="; ".join(reasons),
-        memory={label: _memory(loaded) for label, loaded in loads.items()},
+        memory=memory,
     )
 
 
@@ -196,14 +199,6 @@ def _unshared(loads: Mapping[str, Loaded], prefixed: bool) -> Iterator[Unshared]
         for each in loaded.unshared:
             name = f"{label}:{each.name}" if prefixed else each.name
             yield replace(each, name=name)
-
-
-def _memory(loaded: Loaded) -> dict[str, int | None]:
-    return {
-        "rss_bytes": loaded.rss_bytes,
-        "anonymous_bytes": loaded.anonymous_bytes,
-        "freed_bytes": loaded.freed_bytes,
-    }
 
 
 def _ties_for(model: ir.Model, promised: Sequence[Tie] | None) -> Sequence[Tie]:

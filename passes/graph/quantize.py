@@ -11,7 +11,7 @@ from dataclasses import replace
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
-from ffmerge.config import QuantizeConfig
+from ffmerge.config import DTYPES, QuantizeConfig
 from ffmerge.errors import InputError
 from ffmerge.models.codes import FLOOR
 from ffmerge.models.manifest import Skip
@@ -20,9 +20,8 @@ from ffmerge.passes.graph.float16 import MASK, to_float16
 from ffmerge.passes.graph.matrix import Matrix, matrix_of
 from ffmerge.passes.graph.tensors import Stored, is_op, shape_of, stored, values_of
 
-# Name of a precision -> bits of a weight's code; those in BLOCKS have a scale for each block.
-PRECISIONS = {"fp16": 16, "int8": 8, "int8-static": 8, "int8-weights": 8, "int4": 4}
-BLOCKS = ("int8-weights", "int4")
+PRECISIONS = DTYPES[1:]  # all but fp32, which is not quantized
+BITS = {"int8-weights": 8, "int4": 4}  # of those stored in blocks
 OPSET = 13  # from which DequantizeLinear has a scale per channel
 
 
@@ -37,30 +36,25 @@ def quantize(
     Raises:
         InputError: there is no such precision, or it needs a later opset or calibration data.
     """
-    _check(model, precision, config)
+    if precision not in PRECISIONS:
+        raise InputError(f"no dtype {precision!r}: there is {', '.join(DTYPES)}.")
+    opset = model.opset_imports.get("", 0)
+    if opset < OPSET:
+        raise InputError(f"{precision} needs opset {OPSET}, the model has {opset}: export again.")
+    if precision == "int8-static" and not config.calibration:
+        raise InputError("int8-static needs calibration batches: name -> array of every input.")
     ShapeInferencePass(check_type=False, strict_mode=False)(model)
     if precision == "fp16":
         return tuple(to_float16(model))
-    block = config.block if precision in BLOCKS else 1
-    matrices, skipped = _matrices(model, config, block)
+    matrices, skipped = _matrices(model, config, config.block if precision in BITS else 1)
     if precision == "int8":
         int8.to_dynamic(model, matrices, config)
     elif precision == "int8-static":
         skipped += int8.to_static(model, matrices, config)
     else:
         for matrix in matrices:
-            int4.to_blocks(model, matrix, PRECISIONS[precision], config)
+            int4.to_blocks(model, matrix, BITS[precision], config)
     return tuple(skipped)
-
-
-def _check(model: ir.Model, precision: str, config: QuantizeConfig) -> None:
-    if precision not in PRECISIONS:
-        raise InputError(f"no dtype {precision!r}: there is fp32, {', '.join(PRECISIONS)}.")
-    opset = model.opset_imports.get("", 0)
-    if opset < OPSET:
-        raise InputError(f"{precision} needs opset {OPSET}, the model has {opset}: export again.")
-    if precision == "int8-static" and not config.calibration:
-        raise InputError("int8-static needs calibration batches: name -> array of every input.")
 
 
 def _matrices(

@@ -82,8 +82,8 @@ def share(
 
     Constant nodes become initializers whatever their size, so that equal scalars are one; ONNX
     Runtime does the same when it loads a model. Ties recorded in the model are kept. With a
-    ``dtype`` of :data:`ffmerge.passes.graph.quantize.PRECISIONS` the shared weights are then
-    brought to it, each once. With ``resident`` a tied float embedding is in memory once, too;
+    ``dtype`` of :data:`ffmerge.config.DTYPES` the shared weights are then brought to it, each
+    once. With ``resident`` a tied float embedding is in memory once, too;
     without, every weight stands on the right of its products, where quantizers look for it.
 
     Raises:
@@ -94,9 +94,9 @@ def share(
     opset, known = model.opset_imports.get("", 0), onnx.defs.onnx_opset_version()
     if opset > known:
         raise InputError(f"opset {opset} is newer than {known}, the last that this onnx knows.")
-    first = _share(model, ties, resident and dtype is None)
-    if dtype is None:
-        return first
+    if dtype is None or dtype == "fp32":
+        return _share(model, ties, resident)
+    first = _share(model, ties, resident=False)
     skipped = quantize(model, dtype, config)
     last = _share(model, (), resident)
     reasons = dict.fromkeys((*first.skipped, *skipped, *last.skipped))
