@@ -56,7 +56,7 @@ def named(caches: Mapping[str, Sequence[tuple[T, T]]]) -> dict[str, T]:
 
     ``caches`` has the pairs of all layers by side; that of a decoder alone is "".
     """
-    tensors = {}
+    tensors: dict[str, T] = {}
     for layer in range(max(map(len, caches.values()))):
         for side, pairs in caches.items():
             if pairs:

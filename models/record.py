@@ -5,15 +5,12 @@ loading reads it to tie again, and a package in its manifest. A :class:`Tie` nam
 tensor: ``models/ties.py`` lists those of a model, the graph passes keep them, audits check them.
 """
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from ffmerge.errors import InputError
 from ffmerge.files import plain, restored
-
-Window = tuple[int, int]  # first and last layer, inclusive
 
 
 @dataclass(frozen=True)
@@ -87,48 +84,3 @@ class Tie:
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
         return {key: value for key, value in plain(self).items() if value}
-
-
-def parse_windows(texts: Sequence[str]) -> Window | dict[str, Window] | None:
-    """Return the window written ``A-B``, or by stack those written ``STACK:A-B``; None: no text.
-
-    Raises:
-        InputError: a text has neither form, a window has fewer than two layers, or the texts name
-            a stack twice, or none although there are several.
-    """
-    windows: dict[str, Window] = {}
-    for text in texts:
-        match = re.fullmatch(r"(?:(.+):)?(\d+)-(\d+)", text)
-        if not match:
-            raise InputError(f"window {text!r} is not of the form FIRST-LAST, for example 3-7.")
-        name, first, last = match[1] or "", int(match[2]), int(match[3])
-        if last <= first:
-            raise InputError(
-                f"window {text} has fewer than two layers: merging needs at least two."
-            )
-        if name in windows or (windows and "" in (name, *windows)):
-            raise InputError(f"window {text}: give one window, or STACK:FIRST-LAST once per stack.")
-        windows[name] = (first, last)
-    return windows.get("", windows or None)
-
-
-def parse_budget(text: str, whole: int) -> int:
-    """Return the bytes of a budget for a model of ``whole`` bytes.
-
-    ``60MB`` is a size (kB, MB, GB are decimal, KiB, MiB, GiB binary), ``-25%`` a quarter less than
-    the model has, ``75%`` three quarters of it.
-
-    Raises:
-        InputError: the text has no such form.
-    """
-    number = r"(\d+(?:\.\d+)?)"
-    if match := re.fullmatch(rf"(-?){number}%", text):
-        percent = float(match[2])
-        size = whole * (100 - percent if match[1] else percent) / 100
-    elif match := re.fullmatch(rf"{number} ?(?:([kKMGT])(i?))?B", text):
-        size = float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(
-            (match[2] or " ").upper()
-        )
-    else:
-        raise InputError(f"budget {text!r} is not of the form 60MB, -25% or 75%.")
-    return int(size)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from tiny_wider import seeded
 
+from ffmerge.config import parse_windows
 from ffmerge.errors import InputError
 from ffmerge.models import checkpoint
-from ffmerge.models.record import parse_windows
 
 
 @pytest.fixture

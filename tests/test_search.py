@@ -18,7 +18,7 @@ from test_merge import _data, _pairs_of_texts, _permute_neurons
 from tiny import gpt2, vit
 from tiny_wider import SEQ2SEQ, t5
 
-from ffmerge.config import MergeConfig
+from ffmerge.config import MergeConfig, parse_budget
 from ffmerge.errors import InputError
 from ffmerge.exporter import package
 from ffmerge.exporter.package import ExportConfig
@@ -26,7 +26,7 @@ from ffmerge.models import checkpoint
 from ffmerge.models.codes import block_codes, block_values, int8_codes
 from ffmerge.models.examples import from_arrays
 from ffmerge.models.find import find
-from ffmerge.models.record import Group, parse_budget
+from ffmerge.models.record import Group
 from ffmerge.models.sublayer import stacks
 from ffmerge.passes.weights import activations, precision
 from ffmerge.passes.weights.evaluate import score_for
