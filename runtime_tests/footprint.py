@@ -109,8 +109,8 @@ def _measure_here(folder: Path, kind: str, provider: str, threads: int) -> Footp
     for given, *ms in zip(feeds, *times[1:], strict=True):
         if tokens_per_s is None and any(is_past(name) for name in given):
             tokens_per_s = 1e3 / statistics.median(ms)
-    placed = [
-        runtime.place(folder / path, graph.outputs, given)
+    profiles = [
+        runtime.profile(folder / path, graph.outputs, given)
         for (path, graph), given in zip(served.items(), feeds, strict=True)
     ]
     return Footprint(
@@ -125,7 +125,7 @@ def _measure_here(folder: Path, kind: str, provider: str, threads: int) -> Footp
         runs=len(warm),
         threads=threads,
         device=sessions[0].device,
-        placement=Placement.total(placed),
+        placement=Placement.total(profiles),
     )
 
 

@@ -144,7 +144,7 @@ def test_tokens_per_second_are_those_of_the_graph_with_a_cache(
 
     monkeypatch.setattr(Session, "run", run)
     monkeypatch.setattr(footprint, "time", SimpleNamespace(perf_counter=lambda: now))
-    monkeypatch.setitem(RUNTIMES, "cpu", replace(find_runtime("cpu"), place=lambda *of: None))
+    monkeypatch.setitem(RUNTIMES, "cpu", replace(find_runtime("cpu"), profile=lambda *of: None))
     weights = np.eye(4, dtype=np.float32), np.zeros(4, np.float32)
     manifest = linear_package(tmp_path / "one", *weights)
     assert footprint._measure_here(tmp_path / "one", "onnx", "cpu", 1).tokens_per_s is None

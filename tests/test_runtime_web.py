@@ -65,7 +65,7 @@ def test_a_run_that_leaves_the_gpu_idle_is_refused(
     monkeypatch.setattr(web, "_opened", lambda *_: (page, "0", {}))
     expected = pytest.raises(RuntimeCheckError, match="not used") if refused else nullcontext()
     with expected:
-        assert find_runtime("web-webgpu").place(Path("model.onnx"), ["y"], {}) is None
+        assert find_runtime("web-webgpu").profile(Path("model.onnx"), ["y"], {}) is None
 
 
 @pytest.mark.web

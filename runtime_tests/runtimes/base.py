@@ -94,7 +94,7 @@ class Runtime:
 
     It is checked at each of its ``levels`` of graph optimization, the last of which it serves
     with. ``arithmetic`` is the precision of its float32 products, a row of the tolerance table.
-    ``place`` runs a model once and returns where its nodes ran, None if the engine does not tell;
+    ``profile`` runs a model once and returns where its nodes ran, None if the engine does not tell;
     ``resident`` reads the memory of the process that holds the model.
     """
 
@@ -103,7 +103,7 @@ class Runtime:
     start: Callable[[Path | bytes, str, int], Session] = field(repr=False)
     levels: tuple[str, ...] = (LEVEL,)
     arithmetic: str = "fp32"
-    place: Callable[..., Placement | None] = field(default=_silent, repr=False)
+    profile: Callable[..., Placement | None] = field(default=_silent, repr=False)
     resident: Callable[[], Resident | None] = field(default=resident, repr=False)
 
     def open(self, model: Path | bytes, level: str = LEVEL, threads: int = 0) -> Session:

@@ -89,7 +89,7 @@ def _device(used: str, device: str) -> str:
     return device
 
 
-def _place(
+def _profile(
     create: Create, model: Path, names: Sequence[str], feeds: Mapping[str, Array]
 ) -> Placement:
     """Return where the nodes of a model ran, from ONNX Runtime's own profile of one run."""
@@ -166,8 +166,8 @@ def _runtime(
     if provider == CPU:
         levels = tuple(_LEVELS)
     create = partial(_create, provider, install, settings)
-    start, place = partial(_start, create, device), partial(_place, create)
-    return Runtime(name, provider, start, levels, arithmetic, place)
+    start, profile = partial(_start, create, device), partial(_profile, create)
+    return Runtime(name, provider, start, levels, arithmetic, profile)
 
 
 _GPU = "onnxruntime-gpu[cuda,cudnn] in place of onnxruntime, on a machine with an NVIDIA GPU"

@@ -259,6 +259,6 @@ RUNTIMES = (
     Runtime("wasm", "wasm", partial(_start, "wasm"), resident=partial(_held, "wasm")),
     Runtime(
         "web-webgpu", "webgpu", partial(_start, "webgpu"),
-        place=_dispatched, resident=partial(_held, "webgpu"),
+        profile=_dispatched, resident=partial(_held, "webgpu"),
     ),
 )  # fmt: skip
