@@ -24,7 +24,8 @@ from transformers import ViTConfig, ViTForImageClassification
 
 import ffmerge
 from ffmerge.exporter.package import ExportConfig, Package
-from ffmerge.runtime_tests.footprint import Footprint, measure_footprint
+from ffmerge.runtime_tests.footprint import measure_footprint
+from ffmerge.runtime_tests.results import Footprint
 from ffmerge.runtime_tests.runtimes.registry import find_runtime
 
 DTYPES = ("fp32", "int8", "int4")

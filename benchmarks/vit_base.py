@@ -8,6 +8,7 @@ and 2 GB of disk.
 
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,8 +16,8 @@ from rich.console import Console
 from transformers import ViTConfig, ViTForImageClassification
 
 import ffmerge
-from ffmerge.models.manifest import Manifest
-from ffmerge.runtime_tests import report
+from ffmerge.runtime_tests.report import rows
+from ffmerge.tables import cost_table
 
 
 def main() -> None:
@@ -26,7 +27,7 @@ def main() -> None:
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter += torch.randn(parameter.shape) * 0.02
-    summaries = []
+    validations = []
     with tempfile.TemporaryDirectory() as folder:
         for label in ("untied", "tied"):
             if label == "tied":
@@ -40,12 +41,12 @@ def main() -> None:
             print(
                 f"{label}: exported in {seconds:.1f} s, package / distinct parameters {ratio:.4f}"
             )
-            validation = ffmerge.validate(package.path)
-            summaries.append(report.summarize(label, Manifest.read(package.path), validation))
-    before, after = summaries
-    Console().print(report.terminal_table(report.rows(before, after)))
-    removed = 4 * (before.parameters - after.parameters)
-    print(f"memory saved / bytes removed: {(before.rss_bytes - after.rss_bytes) / removed:.3f}")
+            validations.append(replace(ffmerge.validate(package.path), label=label))
+    before, after = validations
+    Console().print(cost_table(rows(before, after)))
+    removed = 4 * (before.manifest.parameters - after.manifest.parameters)
+    saved = before.footprint.rss_bytes - after.footprint.rss_bytes
+    print(f"memory saved / bytes removed: {saved / removed:.3f}")
     print(f"largest difference from PyTorch: {max(before.max_abs, after.max_abs):.2g}")
 
 
