@@ -137,8 +137,7 @@ def _judged(
         return found(problem)
     tolerance = tolerance.for_size(_rms(samples))
     cases = tuple(_compare(name, sample, tolerance) for sample in samples)
-    real = tuple(case for case in cases if case.real and case.worst) or cases
-    judged = cases
+    judged, real = cases, _real(cases)
     if tolerance.real:
         judged = real
     worst = _worst(judged, cases, tolerance)
@@ -156,6 +155,12 @@ def _judged(
         reason = _unlike(alike, scored, quality, tolerance, trusted)
     largest = max(case.max_rel or 0 for case in judged)
     return found(reason, float(difference.max()), largest, alike, quality)
+
+
+def _real(cases: tuple[CaseParity, ...]) -> tuple[CaseParity, ...]:
+    """Return the cases whose inputs came with data; all if none has any element of this output."""
+    real = tuple(case for case in cases if case.real and case.worst)
+    return real or cases
 
 
 def _unlike(
