@@ -1,6 +1,7 @@
 """A model of 16 bits as one of 32, whose weights are pages of files and not memory.
 
-``ffmerge export`` computes in float32 whatever a checkpoint holds.
+``ffmerge export`` computes in float32 whatever a checkpoint holds. All weights are widened before:
+T5 looks at the type of a weight that it is not running, so a block's cannot be when it runs.
 """
 
 from collections.abc import Iterable, Iterator

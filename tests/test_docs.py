@@ -53,7 +53,7 @@ def names_in(path: Path) -> set[str]:
 def missing(word: str) -> str | None:
     """Say what of a word in backquotes is not there; None if nothing is missing or meant."""
     word = word.strip("`(),;:").removesuffix("()")
-    if re.fullmatch(r"(?:[\w.-]+/)+[\w.-]*", word):
+    if re.fullmatch(r"(?!\.venv)(?:[\w.-]+/)+[\w.-]*", word):
         return None if (ROOT / word).exists() else f"{word} does not exist"
     match = re.fullmatch(r"(\w+)\.(\w+(?:\.\w+)*)", word)
     if not match or match[1] in FOREIGN or re.search(rf"\.({KINDS})$", word):
