@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 
 # public name -> where it lives
 _HOMES = {
-    "ExportConfig": "exporter.package",
+    "ExportConfig": "config",
     "FfmergeError": "errors",
     "MergeConfig": "config",
     "RecoverConfig": "config",

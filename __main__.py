@@ -231,10 +231,12 @@ def export(
     Example: [bold]ffmerge export merged package[/bold]
     """
     from ffmerge import pipeline
-    from ffmerge.exporter.package import ExportConfig
+    from ffmerge.config import ExportConfig
     from ffmerge.tables import package_table
 
-    config = ExportConfig(task, opset, dtype, ort, prepack, layout)
+    config = ExportConfig(
+        task=task, opset=opset, dtype=dtype, ort=ort, prepack=prepack, layout=layout
+    )
     package = pipeline.export(model, out, config, data, trust_remote_code)
     _emit(as_json, package.to_json(), package_table(package))
 

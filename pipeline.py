@@ -14,6 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from ffmerge.config import (
     CompareConfig,
+    ExportConfig,
     MergeConfig,
     RecoverConfig,
     SimilarityConfig,
@@ -21,7 +22,8 @@ from ffmerge.config import (
 )
 from ffmerge.errors import InputError
 from ffmerge.exporter import package
-from ffmerge.exporter.package import ExportConfig, Package
+from ffmerge.exporter.package import Package
+from ffmerge.exporter.write import WEIGHTS
 from ffmerge.files import (
     FIRST_PROCESS,
     plain,
@@ -187,10 +189,8 @@ def export(
         folder = resolve(source, code=trust_remote_code)
         model = checkpoint.load(folder, trust_remote_code)
         float32_(model, wide)
-        task = tasks.fit(config.task, model)
-        examples = data.read(data_source, folder, task) if data_source else None
         show("tracing and writing", 0, 0)
-        result = package.export(model, out, config, folder, examples)
+        result = package.export(model, out, config, folder, data_source)
         show("measuring", 0, 0)
         return replace(result, costs=_costs(result.manifest, out) if config.prepack else {})
 
@@ -200,7 +200,7 @@ def _costs(manifest: Manifest, folder: Path) -> dict[str, Any]:
     costs = {}
     for kind in dict.fromkeys(("onnx", *(variant.kind for variant in manifest.variants))):
         opened = {*manifest.served(kind), *(f"{path}_data" for path in manifest.served(kind))}
-        opened |= {package.WEIGHTS} if kind == "onnx" else set()
+        opened |= {WEIGHTS} if kind == "onnx" else set()
         size = sum(file.bytes for file in manifest.files if file.path in opened)
         costs[kind] = {"bytes": size, **asdict(measure_footprint(folder, kind=kind))}
     return costs

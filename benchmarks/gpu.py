@@ -25,8 +25,7 @@ from typing import Any
 import numpy as np
 
 import ffmerge
-from ffmerge.config import ValidateConfig
-from ffmerge.exporter.package import ExportConfig
+from ffmerge.config import ExportConfig, ValidateConfig
 from ffmerge.files import write_json
 from ffmerge.models.manifest import Manifest
 from ffmerge.runtime_tests.footprint import TRIVIAL
@@ -84,7 +83,9 @@ def build(name: str, tied: bool, folder: Path) -> None:
             for parameter in model.parameters():
                 if parameter.ndim == 1:
                     parameter += torch.randn(parameter.shape) * 0.02
-        ffmerge.export(model, place(folder, name, tied, dtype), ExportConfig(task, dtype=dtype))
+        ffmerge.export(
+            model, place(folder, name, tied, dtype), ExportConfig(task=task, dtype=dtype)
+        )
 
 
 def place(folder: Path, name: str, tied: bool, dtype: str) -> Path:

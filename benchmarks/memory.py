@@ -23,7 +23,8 @@ import torch
 from transformers import ViTConfig, ViTForImageClassification
 
 import ffmerge
-from ffmerge.exporter.package import ExportConfig, Package
+from ffmerge.config import ExportConfig
+from ffmerge.exporter.package import Package
 from ffmerge.runtime_tests.footprint import measure_footprint
 from ffmerge.runtime_tests.results import Footprint
 from ffmerge.runtime_tests.runtimes.registry import find_runtime

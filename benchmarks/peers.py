@@ -44,9 +44,9 @@ from transformers import (
 )
 
 import ffmerge
-from ffmerge.config import ShareConfig
+from ffmerge.config import ExportConfig, ShareConfig
 from ffmerge.exporter.graphs import Graph, graphs
-from ffmerge.exporter.package import ExportConfig, Package
+from ffmerge.exporter.package import Package
 from ffmerge.files import size_text
 from ffmerge.models import tasks
 from ffmerge.models.inputs import to_tensors

@@ -36,8 +36,7 @@ import transformers
 from safetensors.torch import save_file
 
 from ffmerge import pipeline
-from ffmerge.config import MergeConfig
-from ffmerge.exporter.package import ExportConfig
+from ffmerge.config import ExportConfig, MergeConfig
 from ffmerge.files import write_json
 from ffmerge.models import checkpoint
 from ffmerge.models.examples import from_arrays
@@ -207,7 +206,7 @@ def _export(source: Path, target: Path, task: str, dtype: str) -> list[dict[str,
     """Export in a process of its own, as the command does."""
     run = Steps()
     with run.step(f"export {dtype}"):
-        pipeline.export(str(source), target, ExportConfig(task, dtype=dtype))
+        pipeline.export(str(source), target, ExportConfig(task=task, dtype=dtype))
     return run.found
 
 

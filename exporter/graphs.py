@@ -1,12 +1,18 @@
 """The graphs of a package: for each a PyTorch module, its inputs and its outputs by name.
 
+``exporter/plan.py`` asks :func:`graphs` what to export of a model: one graph for most tasks, a
+step with a cache for a decoder, and of an encoder and decoder an encoder, a first step, a later
+one, and both steps in one. A graph's module takes a dictionary ``{input name: tensor}`` and gives a
+tuple of tensors, which is what ``torch.export`` traces and what the package is compared with.
+
 Files, inputs and outputs have optimum's names. Shapes of keys, values and hidden states are read
 from one run of the model, so nothing here knows an architecture.
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,15 +22,29 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from ffmerge.errors import InputError
 from ffmerge.models import kv_cache, tasks
-from ffmerge.models.inputs import example_inputs, input_specs, probe
+from ffmerge.models.inputs import example_inputs, input_specs, probe, to_tensors
 from ffmerge.models.kv_cache import DECODER, ENCODER, FLAG
-from ffmerge.models.probe import InputSpec, Probe
+from ffmerge.models.probe import Array, InputSpec, Probe
 
+STATES = "encoder_hidden_states"  # what a decoder reads of its encoder
 # Batch, length and past of the steps that are compared: one token more, a prompt, several tokens
 # more. The first is timed; the last is traced, so no size of it is 1 or like another.
 _STEPS = ((1, 1, 6), (3, 7, 0), (2, 4, 3))
 
 Inputs = Mapping[str, Tensor]
+Outputs = tuple[Tensor, ...]
+
+
+class GraphModule(nn.Module):
+    """A transformers model, called as a graph is: all inputs by name, outputs in their order."""
+
+    def __init__(self, model: Any, call: Callable[[Any, Inputs], Outputs]) -> None:
+        super().__init__()
+        self.model, self.call = model, call
+
+    def forward(self, inputs: Inputs) -> Outputs:
+        """Return the outputs of the graph."""
+        return self.call(self.model, inputs)
 
 
 @dataclass(frozen=True)
@@ -32,7 +52,8 @@ class Graph:
     """One graph of a package.
 
     ``module`` maps a dictionary of the probe's inputs to the ``outputs``, in order. With
-    ``parts``, the graph is made of two others: the first step and the later ones.
+    ``parts``, the graph is made of two others: the first step and the later ones. What the later
+    ones do not put out of its outputs has no elements then, and the shape that is in ``empty``.
     """
 
     name: str
@@ -40,6 +61,15 @@ class Graph:
     probe: Probe
     outputs: tuple[str, ...]
     parts: tuple[str, ...] = ()
+    empty: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Return the outputs that PyTorch gives for the inputs ``feeds``."""
+        module = self.module.eval()
+        with torch.no_grad():
+            outputs = module(to_tensors(feeds, module))
+        arrays = [tensor.cpu().numpy() for tensor in outputs]
+        return dict(zip(self.outputs, arrays, strict=True))
 
 
 def graphs(model: Any, task: str) -> tuple[Graph, ...]:
@@ -53,177 +83,171 @@ def graphs(model: Any, task: str) -> tuple[Graph, ...]:
         return (_decoder_only(model, task),)
     if kind in tasks.GENERATE and model.config.is_encoder_decoder:
         return _encoder_decoder(model, task)
-    outputs = tasks.OUTPUTS[kind]
-    recipe = _two_batches(probe(model)) if kind.startswith("zero-shot") else probe(model)
-    return (Graph("model", _Forward(model, outputs), recipe, outputs),)
+    recipe = probe(model)
+    if kind.startswith("zero-shot"):
+        recipe = _two_batches(recipe)
+    return (_whole(model, recipe, tasks.OUTPUTS[kind]),)
 
 
-class _Forward(nn.Module):
-    """One forward pass of the whole model."""
+def _whole(model: Any, recipe: Probe, outputs: tuple[str, ...]) -> Graph:
+    """Return the graph of one forward pass of the whole model."""
+    settings = {}
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        settings = {"use_cache": False}
 
-    def __init__(self, model: Any, outputs: Sequence[str]) -> None:
-        super().__init__()
-        self.model, self.outputs = model, outputs
-        accepted = inspect.signature(model.forward).parameters
-        self.settings = {"use_cache": False} if "use_cache" in accepted else {}
+    def call(model: Any, inputs: Inputs) -> Outputs:
+        out = model(**inputs, **settings, return_dict=True)
+        return tuple(out[name] for name in outputs)
 
-    def forward(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        out = self.model(**inputs, **self.settings, return_dict=True)
-        return tuple(out[name] for name in self.outputs)
-
-
-class _Step(nn.Module):
-    """A step of a decoder-only model: prefill where the past is empty, else decoding."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        own = {name: x for name, x in inputs.items() if not kv_cache.is_past(name)}
-        cache = DynamicCache(kv_cache.pairs(inputs))
-        out = self.model(**own, past_key_values=cache, use_cache=True, return_dict=True)
-        return (out.logits, *_cached(out.past_key_values).values())
-
-
-class _Encoder(nn.Module):
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        return (self.model.get_encoder()(**inputs).last_hidden_state,)
-
-
-class _Decoder(nn.Module):
-    """A step of an encoder-decoder: the first, or with a past in its inputs a later one."""
-
-    def __init__(self, model: Any, outputs: Sequence[str]) -> None:
-        super().__init__()
-        self.model, self.outputs = model, outputs
-
-    def forward(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        crossed = kv_cache.pairs(inputs, ENCODER)
-        cache, states = None, inputs.get("encoder_hidden_states")
-        if states is None:  # nothing is read of them but their shape
-            cache = EncoderDecoderCache(
-                DynamicCache(kv_cache.pairs(inputs, DECODER)), DynamicCache(crossed)
-            )
-            batch, _, length, _ = crossed[0][0].shape
-            states = crossed[0][0].new_zeros(batch, length, 1)
-        out = self.model(
-            attention_mask=inputs.get("encoder_attention_mask"),
-            decoder_input_ids=inputs["input_ids"],
-            encoder_outputs=BaseModelOutput(last_hidden_state=states),
-            past_key_values=cache, use_cache=len(self.outputs) > 1, return_dict=True,
-        )  # fmt: skip
-        named = {"logits": out.logits}
-        if len(self.outputs) > 1:
-            for name, tensor in _cached(out.past_key_values).items():
-                named[kv_cache.present_of(name)] = tensor
-        return tuple(named[name] for name in self.outputs)
-
-
-class _Either(nn.Module):
-    """The first step or a later one, as the flag says; a later one leaves the encoder's out."""
-
-    def __init__(self, first: _Decoder, later: _Decoder, empty: Mapping[str, Any]) -> None:
-        super().__init__()
-        self.first, self.later, self.empty = first, later, empty
-
-    def forward(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        if not inputs[FLAG].item():
-            return self.first({k: x for k, x in inputs.items() if not kv_cache.is_past(k)})
-        rest = {k: x for k, x in inputs.items() if k != "encoder_hidden_states"}
-        named = dict(zip(self.later.outputs, self.later(rest), strict=True))
-        shapes = self.empty
-        return tuple(
-            named[name] if name in named else torch.zeros(shapes[name])
-            for name in self.first.outputs
-        )
+    return Graph("model", GraphModule(model, call), recipe, outputs)
 
 
 def _decoder_only(model: Any, task: str) -> Graph:
-    specs = input_specs(model)
+    """Return the graph of a step: a prefill where the past is empty, else decoding."""
+    specs = list(input_specs(model))
     if "position_ids" in inspect.signature(model.forward).parameters:
         shape = ("batch_size", "sequence_length")
-        specs = (*specs, InputSpec("position_ids", "int64", shape, "position"))
+        specs.append(InputSpec("position_ids", "int64", shape, "position"))
     if not task.endswith(tasks.PAST):
-        recipe = replace(probe(model), inputs=specs)
-        return Graph("model", _Forward(model, ("logits",)), recipe, ("logits",))
-    total = ("batch_size", "total_sequence_length")
-    specs = tuple(replace(s, shape=total) if s.kind == "mask" else s for s in specs)
-    past = _past(_run(model), {"": "past_sequence_length"})
-    cases = tuple(
-        {"batch_size": b, "sequence_length": s, "past_sequence_length": p,
-         "total_sequence_length": p + s} for b, s, p in _STEPS
-    )  # fmt: skip
-    outputs = ("logits", *(kv_cache.present_of(spec.name) for spec in past))
-    return Graph("model", _Step(model), Probe((*specs, *past), cases), outputs)
+        return _whole(model, replace(probe(model), inputs=tuple(specs)), ("logits",))
+    for i, spec in enumerate(specs):
+        if spec.kind == "mask":
+            specs[i] = replace(spec, shape=("batch_size", "total_sequence_length"))
+    past = _past(_example_outputs(model), {"": "past_sequence_length"})
+    cases = []
+    for batch, length, before in _STEPS:
+        sizes = {"batch_size": batch, "sequence_length": length, "past_sequence_length": before}
+        cases.append({**sizes, "total_sequence_length": before + length})
+    recipe = Probe((*specs, *past), tuple(cases))
+    return Graph("model", GraphModule(model, _step), recipe, ("logits", *_presents(past)))
+
+
+def _step(model: Any, inputs: Inputs) -> Outputs:
+    given = {name: x for name, x in inputs.items() if not kv_cache.is_past(name)}
+    cache = DynamicCache(kv_cache.pairs(inputs))
+    out = model(**given, past_key_values=cache, use_cache=True, return_dict=True)
+    return (out.logits, *_cached(out.past_key_values).values())
 
 
 def _encoder_decoder(model: Any, task: str) -> tuple[Graph, ...]:
+    """Return the encoder and the decoder; with a cache its first step, the later ones, and both."""
     length = "encoder_sequence_length"
-    specs = {
-        s.name: replace(s, shape=_renamed(s.shape, {"sequence_length": length}))
-        for s in input_specs(model)
-    }
+    specs = {}
+    for spec in input_specs(model):
+        specs[spec.name] = replace(spec, shape=_renamed(spec.shape, {"sequence_length": length}))
     ids = replace(specs.pop("decoder_input_ids"), name="input_ids")
-    masks = [replace(s, name=f"encoder_{s.name}") for s in specs.values() if s.kind == "mask"]
-    out = _run(model)
+    masks = []
+    for spec in specs.values():
+        if spec.kind == "mask":
+            masks.append(replace(spec, name=f"encoder_{spec.name}"))
+    cases = []
+    for batch, steps, before in _STEPS:
+        sizes = {"batch_size": batch, length: steps + 1, "decoder_sequence_length": steps}
+        cases.append({**sizes, "past_decoder_sequence_length": before + 2})
+    out = _example_outputs(model)
     width = int(out["encoder_last_hidden_state"].shape[-1])
-    states = InputSpec("encoder_hidden_states", "float32", ("batch_size", length, width))
-    cases = tuple(
-        {"batch_size": b, length: s + 1, "decoder_sequence_length": s,
-         "past_decoder_sequence_length": p + 2} for b, s, p in _STEPS
-    )  # fmt: skip
+    states = InputSpec(STATES, "float32", ("batch_size", length, width))
+
     encoder = Graph(
-        "encoder_model", _Encoder(model), Probe(tuple(specs.values()), cases),
+        "encoder_model", GraphModule(model, _encode), Probe(tuple(specs.values()), tuple(cases)),
         ("last_hidden_state",),
     )  # fmt: skip
-    recipe = Probe((*masks, ids, states), cases)
+    recipe = Probe((*masks, ids, states), tuple(cases))
     if not task.endswith(tasks.PAST):
-        outputs: tuple[str, ...] = ("logits",)
-        return encoder, Graph("decoder_model", _Decoder(model, outputs), recipe, outputs)
-    lengths = {DECODER: "past_decoder_sequence_length", ENCODER: length}
-    past = _past(out, lengths)
-    outputs = ("logits", *(kv_cache.present_of(spec.name) for spec in past))
+        whole = GraphModule(model, partial(_decode, outputs=("logits",)))
+        return encoder, Graph("decoder_model", whole, recipe, ("logits",))
+    past = _past(out, {DECODER: "past_decoder_sequence_length", ENCODER: length})
+    outputs = ("logits", *_presents(past))
     later = tuple(name for name in outputs if kv_cache.side_of(name) != ENCODER)
-    first = Graph("decoder_model", _Decoder(model, outputs), recipe, outputs)
-    with_past = Graph(
-        "decoder_with_past_model", _Decoder(model, later), Probe((*masks, ids, *past), cases), later
+    first = Graph(
+        "decoder_model", GraphModule(model, partial(_decode, outputs=outputs)), recipe, outputs
     )
-    empty = {kv_cache.present_of(s.name): (0, s.shape[1], 1, s.shape[3]) for s in past}
-    merged = Graph(
-        "decoder_model_merged", _Either(first.module, with_past.module, empty),
-        Probe(
-            (*masks, ids, states, *past, InputSpec(FLAG, "bool", (1,), "flag")),
-            tuple({**case, FLAG: flag} for case in cases for flag in (1, 0)),
-        ),
-        outputs, parts=(first.name, with_past.name),
+    with_past = Graph(
+        "decoder_with_past_model", GraphModule(model, partial(_decode, outputs=later)),
+        Probe((*masks, ids, *past), tuple(cases)), later,
     )  # fmt: skip
-    return encoder, first, with_past, merged
+    return encoder, first, with_past, _both_steps(model, first, with_past)
+
+
+def _encode(model: Any, inputs: Inputs) -> Outputs:
+    return (model.get_encoder()(**inputs).last_hidden_state,)
+
+
+def _decode(model: Any, inputs: Inputs, outputs: Sequence[str]) -> Outputs:
+    """Run a step of an encoder-decoder: the first, or with a past in its inputs a later one."""
+    crossed = kv_cache.pairs(inputs, ENCODER)
+    cache, states = None, inputs.get(STATES)
+    if states is None:  # nothing is read of them but their shape
+        own = kv_cache.pairs(inputs, DECODER)
+        cache = EncoderDecoderCache(DynamicCache(own), DynamicCache(crossed))
+        batch, _, length, _ = crossed[0][0].shape
+        states = crossed[0][0].new_zeros(batch, length, 1)
+    keeps = kv_cache.keeps_cache(outputs)
+    out = model(
+        attention_mask=inputs.get("encoder_attention_mask"),
+        decoder_input_ids=inputs["input_ids"],
+        encoder_outputs=BaseModelOutput(last_hidden_state=states),
+        past_key_values=cache, use_cache=keeps, return_dict=True,
+    )  # fmt: skip
+    named = {"logits": out.logits}
+    if keeps:
+        for name, tensor in _cached(out.past_key_values).items():
+            named[kv_cache.present_of(name)] = tensor
+    return tuple(named[name] for name in outputs)
+
+
+def _both_steps(model: Any, first: Graph, later: Graph) -> Graph:
+    """Return the graph that does what ``later`` does where the flag is set, else ``first``."""
+    empty = {}
+    for spec in later.probe.inputs:
+        if kv_cache.is_past(spec.name):
+            _, heads, _, size = spec.shape
+            empty[kv_cache.present_of(spec.name)] = (0, int(heads), 1, int(size))
+
+    def call(model: Any, inputs: Inputs) -> Outputs:
+        if not inputs[FLAG].item():
+            return first.module({k: x for k, x in inputs.items() if not kv_cache.is_past(k)})
+        rest = {name: x for name, x in inputs.items() if name != STATES}
+        named = dict(zip(later.outputs, later.module(rest), strict=True))
+        for name in first.outputs:
+            named.setdefault(name, torch.zeros(empty.get(name, 0)))
+        return tuple(named[name] for name in first.outputs)
+
+    past = [spec for spec in later.probe.inputs if kv_cache.is_past(spec.name)]
+    cases = []
+    for case in first.probe.cases:
+        cases += [{**case, FLAG: 1}, {**case, FLAG: 0}]
+    recipe = Probe(
+        (*first.probe.inputs, *past, InputSpec(FLAG, "bool", (1,), "flag")), tuple(cases)
+    )
+    return Graph(
+        "decoder_model_merged", GraphModule(model, call), recipe, first.outputs,
+        (first.name, later.name), empty,
+    )  # fmt: skip
 
 
 def _two_batches(recipe: Probe) -> Probe:
     """Return the probe of a model that compares any number of images with any number of texts."""
-    inputs = [
-        replace(s, shape=_renamed(s.shape, {"batch_size": f"{kind}_batch_size"}))
-        for s in recipe.inputs
-        for kind in ("image" if s.name == "pixel_values" else "text",)
-    ]
-    cases = (
-        {"image_batch_size": c["batch_size"], "text_batch_size": c["batch_size"] + 1,
-         "sequence_length": c["sequence_length"]} for c in recipe.cases
-    )  # fmt: skip
+    inputs = []
+    for spec in recipe.inputs:
+        batch = "text_batch_size"
+        if spec.name == "pixel_values":
+            batch = "image_batch_size"
+        inputs.append(replace(spec, shape=_renamed(spec.shape, {"batch_size": batch})))
+    cases = []
+    for case in recipe.cases:
+        images = case["batch_size"]
+        sizes = {"image_batch_size": images, "text_batch_size": images + 1}
+        cases.append({**sizes, "sequence_length": case["sequence_length"]})
     return Probe(tuple(inputs), tuple(cases))
 
 
 def _renamed(shape: Sequence[int | str], names: Mapping[str, str]) -> tuple[int | str, ...]:
-    return tuple(names.get(d, d) if isinstance(d, str) else d for d in shape)
+    return tuple(names.get(str(size), size) for size in shape)
 
 
-def _run(model: Any) -> Any:
+def _example_outputs(model: Any) -> Any:
+    """Run the model once, for the shapes of what it keeps."""
     with torch.no_grad():
         out = model(**example_inputs(model), use_cache=True, return_dict=True)
     if not _cached(out.get("past_key_values")):
@@ -255,3 +279,7 @@ def _past(out: Any, lengths: Mapping[str, int | str]) -> tuple[InputSpec, ...]:
         shape = ("batch_size", int(tensor.shape[1]), length, int(tensor.shape[3]))
         specs.append(InputSpec(name, "float32", shape))
     return tuple(specs)
+
+
+def _presents(past: Sequence[InputSpec]) -> tuple[str, ...]:
+    return tuple(kv_cache.present_of(spec.name) for spec in past)

@@ -1,17 +1,19 @@
 """The first step and the later ones of a decoder as one graph, so that weights are loaded once."""
 
+from collections.abc import Iterable, Mapping, Sequence
+
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import NameFixPass
 
 from ffmerge.exporter.graphs import Graph
-from ffmerge.exporter.torch_onnx import placed
+from ffmerge.exporter.torch_onnx import count_tie_uses
 from ffmerge.models.kv_cache import FLAG
 from ffmerge.passes.graph.contract import read_ties
 from ffmerge.passes.graph.run import ShareResult, share
 
 
-def either(first: ir.Model, later: ir.Model, graph: Graph) -> ShareResult:
+def merge_decoders(first: ir.Model, later: ir.Model, graph: Graph) -> ShareResult:
     """Return one model: ``later`` where the input ``use_cache_branch`` is true, else ``first``.
 
     It has the inputs of both and the outputs of ``first``; those that ``later`` lacks, keys and
@@ -19,45 +21,71 @@ def either(first: ir.Model, later: ir.Model, graph: Graph) -> ShareResult:
     What both store is stored once. The two models are left as they are.
     """
     branches = {"first": first.clone().graph, "later": later.clone().graph}
-    values = {v.name: v for branch in branches.values() for v in branch.inputs}
-    flag = ir.Value(name=FLAG, type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([1]))
-    inputs = [values.get(s.name, flag) for s in graph.probe.inputs]
-    inputs = [ir.Value(name=v.name, type=v.type, shape=v.shape) for v in inputs]
-    outer_inputs = {v.name: v for v in inputs}
-    outputs = [ir.Value(name=v.name, type=v.type, shape=v.shape) for v in branches["first"].outputs]
-    outer = ir.Graph(inputs, (), nodes=(), opset_imports=dict(first.opset_imports))
+    inputs = _inputs(branches.values(), graph)
+    outputs = [_like(value) for value in branches["first"].outputs]
+    outer = ir.Graph(
+        list(inputs.values()), (), nodes=(), opset_imports=dict(first.opset_imports),
+        name=graph.name,
+    )  # fmt: skip
     for label, branch in branches.items():
-        for value in branch.inputs:
-            value.replace_all_uses_with(outer_inputs[value.name])
-        branch.inputs.clear()
-        given = {v.name: v for v in branch.outputs}
-        branch.outputs[:] = [
-            given[v.name] if v.name in given else _empty(branch, v, graph) for v in outputs
-        ]
-        for value in list(branch.initializers.values()):
-            branch.initializers.pop(str(value.name))
-            value.name = f"{value.name}.{label}" * (value.name in outer.initializers) or value.name
-            outer.initializers.add(value)
-        for value in branch.outputs:
-            value.name = f"{value.name}.{label}"
+        _read_outer_inputs(branch, inputs)
+        _put_out(branch, outputs, graph, label)
+        _lift_initializers(branch, outer, label)
         branch.name = label
     bodies = {"then_branch": branches["later"], "else_branch": branches["first"]}
-    outer.append(ir.node("If", [outer_inputs[FLAG]], bodies, outputs=outputs, name=graph.name))
+    outer.append(ir.node("If", [inputs[FLAG]], bodies, outputs=outputs, name=graph.name))
     outer.outputs.extend(outputs)
-    outer.name = graph.name
     model = ir.Model(outer, ir_version=first.ir_version)
     NameFixPass()(model)
     shared = share(model, (*read_ties(first), *read_ties(later)))
-    return placed(shared, f"{graph.name}.onnx")
+    return count_tie_uses(shared, f"{graph.name}.onnx")
+
+
+def _inputs(branches: Iterable[ir.Graph], graph: Graph) -> dict[str, ir.Value]:
+    """Return new inputs for those of all branches, and the flag."""
+    flag = ir.Value(name=FLAG, type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([1]))
+    values = {FLAG: flag}
+    for branch in branches:
+        values |= {str(value.name): value for value in branch.inputs}
+    return {spec.name: _like(values[spec.name]) for spec in graph.probe.inputs}
+
+
+def _like(value: ir.Value) -> ir.Value:
+    return ir.Value(name=value.name, type=value.type, shape=value.shape)
+
+
+def _read_outer_inputs(branch: ir.Graph, inputs: Mapping[str, ir.Value]) -> None:
+    for value in branch.inputs:
+        value.replace_all_uses_with(inputs[str(value.name)])
+    branch.inputs.clear()
+
+
+def _put_out(branch: ir.Graph, outputs: Sequence[ir.Value], graph: Graph, label: str) -> None:
+    """Let a branch put out all ``outputs``, under names of its own."""
+    computed = {value.name: value for value in branch.outputs}
+    branch.outputs.clear()
+    for value in outputs:
+        branch.outputs.append(computed.get(value.name) or _empty(branch, value, graph))
+    for value in branch.outputs:
+        value.name = f"{value.name}.{label}"
+
+
+def _lift_initializers(branch: ir.Graph, outer: ir.Graph, label: str) -> None:
+    """Move a branch's tensors to the outer graph, where names are those of both branches."""
+    for value in list(branch.initializers.values()):
+        branch.initializers.pop(str(value.name))
+        if value.name in outer.initializers:
+            value.name = f"{value.name}.{label}"
+        outer.initializers.add(value)
 
 
 def _empty(branch: ir.Graph, like: ir.Value, graph: Graph) -> ir.Value:
     """Return a new value of ``branch`` with no elements, for an output it does not compute."""
-    shape = ir.Value(
-        name=f"{like.name}.shape", const_value=ir.tensor(graph.module.empty[like.name])
-    )
+    sizes = np.array(graph.empty[str(like.name)], np.int64)
+    shape = ir.Value(name=f"{like.name}.shape", const_value=ir.tensor(sizes))
     branch.initializers.add(shape)
-    zero = ir.tensor(np.zeros(1, like.dtype.numpy() if like.dtype else np.float32))
+    dtype = like.dtype or ir.DataType.FLOAT
+    zero = ir.tensor(np.zeros(1, dtype.numpy()))
     node = ir.node("ConstantOfShape", [shape], {"value": zero}, name=f"{like.name}.empty")
     node.outputs[0].name = str(like.name)
     branch.append(node)

@@ -1,5 +1,9 @@
 """PyTorch to ONNX: names and ties of the model kept in the graph.
 
+``exporter/convert.py`` calls :func:`to_onnx` for every graph of a package that is not made of two
+others. PyTorch translates it, initializers get the names of the parameters, the optimizer of
+onnxscript simplifies it, and every weight is stored once.
+
 The exporter's own optimizer is left off: it folds transposed weights one consumer at a time,
 renames them, and copies shared ones of at most 8,192 elements. The graph passes do that work
 with the ties in hand.
@@ -9,7 +13,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,26 +31,36 @@ from ffmerge.passes.graph.contract import read_ties, write_ties
 from ffmerge.passes.graph.run import ShareResult, share
 
 
-def to_onnx(graph: Graph, opset: int) -> tuple[ShareResult, Any]:
+def to_onnx(graph: Graph, opset: int, resident: bool = True) -> tuple[ShareResult, Any]:
     """Return ``graph`` as ONNX, its initializers called by parameter name, and its program.
 
-    The ``torch.export`` program calls its nodes as the ONNX graph calls their outputs.
-
-    A tied parameter is one initializer under the name :func:`ffmerge.models.ties.ties` gives;
-    parameters that happen to be equal are one under the first's.
+    The ``torch.export`` program calls its nodes as the ONNX graph calls their outputs. A tied
+    parameter is one initializer under the name :func:`ffmerge.models.ties.ties` gives; parameters
+    that happen to be equal are one under the first's. ``resident`` is that of
+    :func:`ffmerge.passes.graph.run.share`.
 
     Raises:
         ExportError: PyTorch cannot trace or translate the model, or it is not float32.
         TieError: a tied parameter would be stored twice.
     """
-    model, recipe = graph.module.model, graph.probe
+    model = graph.module.model
     if any(p.dtype != torch.float32 for p in model.parameters()):
         raise ExportError("only float32 models are exported: call model.float() first.")
+    program = _translated(graph, opset)
+    known = ties.ties(model)
+    _rename(program.model, known)
+    _optimize(program.model, graph, known)
+    shared = share(program.model, resident=resident)
+    return count_tie_uses(shared, f"{graph.name}.onnx"), program.exported_program
+
+
+def _translated(graph: Graph, opset: int) -> Any:
+    """Return what PyTorch's exporter makes of a graph, on the last of its drawn cases."""
+    model, recipe = graph.module.model, graph.probe
     example = to_tensors(recipe.draw(len(recipe.cases) - 1), model)
-    axes = {
-        spec.name: {i: d for i, d in enumerate(spec.shape) if isinstance(d, str)}
-        for spec in recipe.inputs
-    }
+    axes = {}
+    for spec in recipe.inputs:
+        axes[spec.name] = {i: size for i, size in enumerate(spec.shape) if isinstance(size, str)}
     try:
         with _quiet(), _traceable(model):
             program = torch.onnx.export(
@@ -56,40 +70,44 @@ def to_onnx(graph: Graph, opset: int) -> tuple[ShareResult, Any]:
             )  # fmt: skip
     except Exception as error:  # torch.export and torch.onnx raise errors of many kinds
         cause = error.__cause__ or error  # torch.onnx says how to report it, its cause says what
-        reason = next(
-            (line for line in str(cause).splitlines() if line.strip()), type(cause).__name__
-        )
+        lines = [line for line in str(cause).splitlines() if line.strip()]
+        reason = [*lines, type(cause).__name__][0]
         raise ExportError(f"{type(model).__name__} cannot be exported: {reason}") from error
     if program is None:
         raise ExportError(f"{type(model).__name__} cannot be exported.")
-    graph_model = program.model
-    known = ties.ties(model)
-    _rename(graph_model, known)
-    held = graph_model.graph.initializers
-    known = tuple(replace(tie, places={graph.name: 1}) for tie in known if tie.name in held)
-    # Share before the optimizer, whose own deduplication does not know the ties, and after it,
-    # for the constants it folds.
-    share(graph_model, known, resident=False)
-    onnxscript.optimizer.optimize_ir(graph_model)
+    return program
+
+
+def _optimize(onnx_graph: ir.Model, graph: Graph, known: Sequence[Tie]) -> None:
+    """Simplify a translated graph, with its ties recorded in it.
+
+    It is shared before, as the optimizer's own deduplication does not know the ties.
+    """
+    held = onnx_graph.graph.initializers
+    recorded = [replace(tie, places={graph.name: 1}) for tie in known if tie.name in held]
+    share(onnx_graph, recorded, resident=False)
+    onnxscript.optimizer.optimize_ir(onnx_graph)
     onnxscript.rewriter.rewrite(_trivial())  # its rules hold the last graph they saw
     # It leaves out biases that are zero, tied or not. Any other tie that is gone is an error.
-    known = read_ties(graph_model)
-    write_ties(
-        graph_model, [t for t in known if t.name in held or model.get_parameter(t.name).any()]
-    )
-    return placed(share(graph_model), f"{graph.name}.onnx"), program.exported_program
+    left = []
+    for tie in read_ties(onnx_graph):
+        if tie.name in held or graph.module.model.get_parameter(tie.name).any():
+            left.append(tie)
+    write_ties(onnx_graph, left)
 
 
-def placed(shared: ShareResult, file: str) -> ShareResult:
-    """Return the result with its ties' places counted: how many nodes of ``file`` read each.
+def count_tie_uses(shared: ShareResult, file: str) -> ShareResult:
+    """Return the result with its ties saying how many nodes of ``file`` read each.
 
     At most one per member, as a graph of two branches reads each in both.
     """
     held = shared.model.graph.initializers
-    counts = {t.name: min(len(held[t.name].uses()), len(t.members)) for t in shared.ties}
-    counted = tuple(replace(tie, places={file: counts[tie.name]}) for tie in shared.ties)
+    counted = []
+    for tie in shared.ties:
+        uses = min(len(held[tie.name].uses()), len(tie.members))
+        counted.append(replace(tie, places={file: uses}))
     write_ties(shared.model, counted)
-    return replace(shared, ties=counted)
+    return replace(shared, ties=tuple(counted))
 
 
 def _trivial() -> ir.Model:

@@ -11,8 +11,9 @@ import pytest
 import tiny
 from architectures import merge_all
 
+from ffmerge.config import ExportConfig
 from ffmerge.errors import NotInstalled, RuntimeCheckError
-from ffmerge.exporter.package import ExportConfig, export
+from ffmerge.exporter.package import export
 from ffmerge.models.manifest import Manifest
 from ffmerge.runtime_tests.footprint import TRIVIAL
 from ffmerge.runtime_tests.parity import check_parity

@@ -17,9 +17,9 @@ import transformers
 from architectures import CASES, index_of, model_of
 from tiny import ABOVE, BELOW, FAMILIES, gpt2, vit
 
-from ffmerge.config import MergeConfig
+from ffmerge.config import ExportConfig, MergeConfig
 from ffmerge.errors import ExportError, InputError
-from ffmerge.exporter.package import ExportConfig, Package, export
+from ffmerge.exporter.package import Package, export
 from ffmerge.models import checkpoint, tasks
 from ffmerge.models.manifest import Manifest
 from ffmerge.passes.graph.audit import audit

@@ -8,8 +8,8 @@ import torch
 from tiny import gpt2, vit
 
 from ffmerge import pipeline
+from ffmerge.config import ExportConfig
 from ffmerge.errors import InputError
-from ffmerge.exporter.package import ExportConfig
 from ffmerge.models import checkpoint, float32
 from ffmerge.models.float32 import float32_
 from ffmerge.runtime_tests.validate import validate

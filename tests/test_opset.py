@@ -10,9 +10,9 @@ from graphs import build, normal, run
 from tiny import vit
 
 import ffmerge.__main__ as command_line
-from ffmerge.config import MergeConfig, ShareConfig
+from ffmerge.config import ExportConfig, MergeConfig, ShareConfig
 from ffmerge.errors import InputError
-from ffmerge.exporter.package import ExportConfig, export
+from ffmerge.exporter.package import export
 from ffmerge.passes.graph import opset as converting
 from ffmerge.passes.graph.audit import audit
 from ffmerge.passes.graph.opset import to_opset

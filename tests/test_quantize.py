@@ -17,10 +17,10 @@ from graphs import build, names, normal, ops, run
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
-from ffmerge.config import MergeConfig, QuantizeConfig, ShareConfig
+from ffmerge.config import ExportConfig, MergeConfig, QuantizeConfig, ShareConfig
 from ffmerge.errors import InputError
 from ffmerge.exporter.graphs import graphs
-from ffmerge.exporter.package import ExportConfig, export
+from ffmerge.exporter.package import export
 from ffmerge.exporter.torch_onnx import to_onnx
 from ffmerge.models import tasks
 from ffmerge.models.record import Tie

@@ -13,14 +13,8 @@ from scipy.special import rel_entr, softmax
 
 from ffmerge.errors import InputError
 from ffmerge.exporter.graphs import Graph, graphs
-from ffmerge.exporter.reference import (
-    LENGTH,
-    ROWS,
-    _run,
-    greedy,
-    real_inputs,
-    real_rows,
-)
+from ffmerge.exporter.greedy import greedy
+from ffmerge.exporter.rows import LENGTH, ROWS, check_rows, real_rows
 from ffmerge.models import checkpoint, data, tasks
 from ffmerge.models.examples import from_arrays
 from ffmerge.models.manifest import GraphRecord
@@ -127,7 +121,7 @@ def test_data_of_another_kind_is_refused() -> None:
     model = checkpoint.load(REFERENCES["digits"].folder)
     plan = graphs(model, "image-classification")
     with pytest.raises(InputError, match="the data has no pixel_values"):
-        real_inputs(plan, {"input_ids": np.zeros((2, 3), np.int64)})
+        check_rows(plan[0], {"input_ids": np.zeros((2, 3), np.int64)})
 
 
 def test_greedy_ids_are_those_of_generate(
@@ -166,7 +160,7 @@ class TorchSession:
             for name, array in feeds.items():
                 if name.startswith("past_") and "encoder" not in name:
                     array[:, :, :1] = 0
-        outputs = _run(self.graph, feeds)
+        outputs = self.graph.run(feeds)
         return {name: outputs[name] for name in names}
 
 

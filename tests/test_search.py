@@ -18,10 +18,9 @@ from test_merge import _data, _pairs_of_texts, _permute_neurons
 from tiny import gpt2, vit
 from tiny_wider import SEQ2SEQ, t5
 
-from ffmerge.config import MergeConfig, parse_budget
+from ffmerge.config import ExportConfig, MergeConfig, parse_budget
 from ffmerge.errors import InputError
 from ffmerge.exporter import package
-from ffmerge.exporter.package import ExportConfig
 from ffmerge.models import checkpoint
 from ffmerge.models.codes import block_codes, block_values, int8_codes
 from ffmerge.models.examples import from_arrays
@@ -330,7 +329,7 @@ def test_rounding_is_what_a_package_does(make, dtype, tmp_path) -> None:
     model = make()
     inputs = {name: array for name, array in _data(model, 8).items() if name != "labels"}
     task = "text-generation" if "input_ids" in inputs else None
-    made = package.export(model, tmp_path / "p", ExportConfig(task, dtype=dtype)).manifest
+    made = package.export(model, tmp_path / "p", ExportConfig(task=task, dtype=dtype)).manifest
     session = onnxruntime.InferenceSession(tmp_path / "p" / made.graphs[0].path)
     fed = dict(inputs)
     for name in {i.name for i in session.get_inputs()} - {*fed}:

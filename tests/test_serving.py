@@ -12,8 +12,9 @@ from architectures import CASES, GENERATE, exported, index_of, model_of
 from tiny import gpt2, vit
 
 import ffmerge
+from ffmerge.config import ExportConfig
 from ffmerge.errors import InputError, RuntimeCheckError
-from ffmerge.exporter.package import ExportConfig, export
+from ffmerge.exporter.package import export
 from ffmerge.models.examples import from_arrays
 from ffmerge.models.manifest import Manifest
 from ffmerge.passes.graph.audit import audit
@@ -258,7 +259,7 @@ def test_the_layout_of_transformers_js(tmp_path: Path) -> None:
 def test_transformers_js_is_told_of_data_beside_a_graph(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ffmerge.exporter.package.PROTOBUF_LIMIT", 1000)  # really 2 GB
+    monkeypatch.setattr("ffmerge.exporter.write.PROTOBUF_LIMIT", 1000)  # really 2 GB
     package = export(vit(layers=2), tmp_path / "package", ExportConfig(layout="transformers.js"))
     assert (package.path / "onnx" / "model.onnx_data").stat().st_size > 100_000
     config = json.loads((package.path / "config.json").read_text())
@@ -284,7 +285,7 @@ def test_what_cannot_be_loaded(tmp_path: Path) -> None:
 def test_all_graphs_agree_on_the_form_of_a_quantized_weight(tmp_path: Path) -> None:
     """The table the encoder looks up is the matrix the decoder multiplies by: stored once."""
     model = _tiny("MarianMTModel", vocab_size=900, decoder_vocab_size=900)
-    config = ExportConfig("text2text-generation", dtype="int8")
+    config = ExportConfig(task="text2text-generation", dtype="int8")
     export(model, tmp_path / "package", config)
     places = {}
     for path in (tmp_path / "package").glob("*.onnx"):

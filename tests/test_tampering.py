@@ -11,9 +11,9 @@ import tamper
 from packages import linear_package
 from tiny import vit
 
-from ffmerge.config import MergeConfig
+from ffmerge.config import ExportConfig, MergeConfig
 from ffmerge.errors import InputError
-from ffmerge.exporter.package import ExportConfig, export
+from ffmerge.exporter.package import export
 from ffmerge.models import checkpoint, data, digits
 from ffmerge.models.manifest import Manifest
 from ffmerge.passes.weights.merge import merge_

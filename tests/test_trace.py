@@ -9,8 +9,8 @@ import tamper
 import torch
 from tiny import gpt2, vit
 
-from ffmerge.config import MergeConfig
-from ffmerge.exporter.package import ExportConfig, export
+from ffmerge.config import ExportConfig, MergeConfig
+from ffmerge.exporter.package import export
 from ffmerge.models.data import from_arrays
 from ffmerge.models.inputs import to_tensors
 from ffmerge.models.manifest import Manifest

@@ -10,7 +10,8 @@ import sacrebleu
 import torch
 from reference.tasks import REFERENCES, numeral_pairs, tokenizer
 
-from ffmerge.exporter.package import ExportConfig, export
+from ffmerge.config import ExportConfig
+from ffmerge.exporter.package import export
 from ffmerge.models import checkpoint
 from ffmerge.models.examples import Examples, from_arrays
 from ffmerge.models.manifest import Manifest
@@ -30,7 +31,9 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     numerals = REFERENCES["numerals"]
     folder = tmp_path_factory.mktemp("numerals") / "package"
     examples = from_arrays(numerals.load("validation", count=ROWS))
-    config = ExportConfig("text2text-generation")  # two graphs: no cache, tests/test_serving.py has
+    config = ExportConfig(
+        task="text2text-generation"
+    )  # two graphs: no cache, tests/test_serving.py has
     export(checkpoint.load(numerals.folder), folder, config, numerals.folder, examples)
     return folder
 

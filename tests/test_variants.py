@@ -13,11 +13,11 @@ from packages import linear_package
 from tiny import gpt2, vit
 
 import ffmerge.__main__ as command_line
-from ffmerge.config import MergeConfig
+from ffmerge.config import ExportConfig, MergeConfig
 from ffmerge.errors import ExportError, InputError, TieError
 from ffmerge.exporter import ort_format
 from ffmerge.exporter.ort_format import check_same, write_ort
-from ffmerge.exporter.package import ExportConfig, Package, export
+from ffmerge.exporter.package import Package, export
 from ffmerge.exporter.prepack import write_prepacked
 from ffmerge.models import checkpoint
 from ffmerge.models.manifest import GraphRecord, Manifest, Variant

@@ -19,8 +19,9 @@ import tiny
 from architectures import CASES, index_of, merge_all, model_of
 from packages import linear_package
 
+from ffmerge.config import ExportConfig
 from ffmerge.errors import NotInstalled
-from ffmerge.exporter.package import ExportConfig, export
+from ffmerge.exporter.package import export
 from ffmerge.runtime_tests.runtimes.ort import ALLOWED, WEBGPU, _plugged_in
 
 pytestmark = pytest.mark.webgpu

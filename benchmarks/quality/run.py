@@ -29,8 +29,8 @@ from reference.tasks import REFERENCES  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 import tables  # noqa: E402
-from ffmerge.config import MergeConfig, RecoverConfig  # noqa: E402
-from ffmerge.exporter.package import ExportConfig, export  # noqa: E402
+from ffmerge.config import ExportConfig, MergeConfig, RecoverConfig  # noqa: E402
+from ffmerge.exporter.package import export  # noqa: E402
 from ffmerge.models import checkpoint  # noqa: E402
 from ffmerge.models.examples import Examples, from_arrays  # noqa: E402
 from ffmerge.passes.graph.audit import audit  # noqa: E402

@@ -1,0 +1,83 @@
+"""The graphs of a plan as ONNX, in the opset and precision that were asked for.
+
+The second step of :func:`ffmerge.exporter.package.export`. Each graph is translated by itself; all
+agree on the form in which a weight is stored, so that ``exporter/write.py`` can store it once.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from ffmerge.config import QuantizeConfig
+from ffmerge.exporter.merged import merge_decoders
+from ffmerge.exporter.plan import Plan
+from ffmerge.exporter.torch_onnx import to_onnx
+from ffmerge.exporter.trace import record_trace
+from ffmerge.models.trace import Trace
+from ffmerge.passes.graph.opset import to_opset
+from ffmerge.passes.graph.quantize import quantize
+from ffmerge.passes.graph.run import ShareResult, share
+from ffmerge.passes.graph.tensors import is_op
+
+DIRECT = 18  # the first opset that PyTorch's exporter writes by itself; older ones are converted
+
+
+def convert(plan: Plan) -> tuple[dict[str, ShareResult], dict[str, Trace]]:
+    """Return every graph of the plan by name, and of those PyTorch translated what it computes.
+
+    Raises:
+        ExportError: a graph cannot be translated.
+        TieError: a shared weight would be stored twice.
+        InputError: a graph cannot be of the opset or the precision.
+    """
+    results: dict[str, ShareResult] = {}
+    programs: dict[str, Any] = {}
+    quantized = plan.config.dtype != "fp32"
+    for graph in plan.graphs:
+        if not graph.parts:
+            results[graph.name], programs[graph.name] = to_onnx(
+                graph, max(plan.config.opset, DIRECT), resident=not quantized
+            )
+    if plan.config.opset < DIRECT:
+        for name, result in results.items():
+            older = to_opset(result.model, plan.config.opset)
+            results[name] = share(older, resident=not quantized)
+    if quantized:
+        results = _quantized(results, plan)
+    traces = {}
+    for graph in plan.graphs:
+        if graph.parts:
+            first, later = (results[part].model for part in graph.parts)
+            results[graph.name] = merge_decoders(first, later, graph)
+        else:
+            program, real = programs[graph.name], plan.real.get(graph.name, {})
+            traces[graph.name] = record_trace(graph, program, results[graph.name].model, real)
+    return results, traces
+
+
+def _quantized(results: Mapping[str, ShareResult], plan: Plan) -> dict[str, ShareResult]:
+    """Return shared graphs in the plan's precision, shared again."""
+    common = QuantizeConfig(
+        multiplied=_multiplied(results.values()),
+        plain_lookups=plan.config.layout == "transformers.js",
+    )
+    done = {}
+    for name, before in results.items():
+        config = common
+        if name in plan.calibration:
+            config = replace(common, calibration=[plan.calibration[name]])
+        skipped = quantize(before.model, plan.config.dtype, config)
+        after = share(before.model)
+        reasons = dict.fromkeys((*before.skipped, *skipped, *after.skipped))
+        done[name] = replace(after, skipped=tuple(reasons), bytes_before=before.bytes_before)
+    return done
+
+
+def _multiplied(results: Iterable[ShareResult]) -> frozenset[str]:
+    """Return the names of the weights that a graph of the package multiplies by."""
+    names = set()
+    for result in results:
+        for value in result.model.graph.initializers.values():
+            if any(is_op(node, "MatMul", "Gemm") for node in value.consumers()):
+                names.add(str(value.name))
+    return frozenset(names)

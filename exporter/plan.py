@@ -1,0 +1,100 @@
+"""What an export is made of: graphs, and inputs on which they are compared with PyTorch.
+
+The first step of :func:`ffmerge.exporter.package.export`. Options and data are checked here, before
+anything is traced; all later steps read the :class:`Plan`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ffmerge.config import ExportConfig
+from ffmerge.errors import InputError
+from ffmerge.exporter.graphs import Graph, graphs
+from ffmerge.exporter.greedy import generates, greedy
+from ffmerge.exporter.rows import calibration_feeds, check_rows, real_inputs, real_rows
+from ffmerge.models import tasks
+from ffmerge.models.data import Data, as_examples
+from ffmerge.models.examples import Examples
+from ffmerge.models.probe import Array
+from ffmerge.models.processing import like_the_task
+
+Feeds = Mapping[str, Array]  # inputs by name
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is exported, in the order in which the graphs run.
+
+    ``rows`` are a few rows of the data as the model takes them, with labels where they are known;
+    ``real`` is what each graph is given of them. ``greedy`` are prompts and PyTorch's ids. From
+    ``calibration``, inputs by graph, int8-static takes its ranges. ``source`` is the folder of the
+    checkpoint, if there is one.
+    """
+
+    model: Any
+    task: str
+    config: ExportConfig
+    source: Path | None
+    graphs: tuple[Graph, ...]
+    rows: Feeds = field(default_factory=dict)
+    real: Mapping[str, Feeds] = field(default_factory=dict)
+    greedy: Feeds = field(default_factory=dict)
+    calibration: Mapping[str, Feeds] = field(default_factory=dict)
+
+
+def make_plan(model: Any, config: ExportConfig, source: Path | None, data: Data | None) -> Plan:
+    """Return the plan of an export, with the inputs drawn as the checkpoint in ``source`` says.
+
+    Raises:
+        InputError: the task is not served, or the data lacks what the model takes.
+    """
+    task = tasks.fit(config.task, model)
+    if config.dtype == "int8-static" and data is None:
+        raise InputError("int8-static takes its ranges from data: give --data.")
+    source = source or _folder_of(model)
+    planned = graphs(model, task)
+    probes = like_the_task([graph.probe for graph in planned], source, model.config)
+    drawn = tuple(replace(g, probe=probe) for g, probe in zip(planned, probes, strict=True))
+    plan = Plan(model, task, config, source, drawn)
+    if data is not None:
+        return _with_rows(plan, as_examples(data, source or model.name_or_path, task))
+    last = len(drawn[0].probe.cases) - 1
+    return replace(plan, greedy=_greedy(plan, drawn[0].probe.draw(last)))
+
+
+def _with_rows(plan: Plan, examples: Examples) -> Plan:
+    """Return the plan with rows of the data to compare on, and others for int8-static's ranges."""
+    compared, calibrating = examples, None
+    if plan.config.dtype == "int8-static":
+        compared, calibrating = examples.halves()
+    rows = real_rows(compared, plan.model, plan.task)
+    check_rows(plan.graphs[0], rows)
+    written = _greedy(plan, rows)
+    real = real_inputs(plan.graphs, rows, written)
+    probed = []
+    for graph in plan.graphs:
+        probed.append(replace(graph, probe=replace(graph.probe, real=int(graph.name in real))))
+    calibration = {}
+    if calibrating is not None:
+        others = real_rows(calibrating, plan.model, plan.task)
+        given = real_inputs(plan.graphs, others, _greedy(plan, others))
+        calibration = calibration_feeds(plan.graphs, given)
+    return replace(
+        plan, graphs=tuple(probed), rows=rows, real=real, greedy=written, calibration=calibration
+    )
+
+
+def _greedy(plan: Plan, rows: Feeds) -> Feeds:
+    if generates(plan.graphs, plan.task):
+        return greedy(plan.graphs, rows, plan.model)
+    return {}
+
+
+def _folder_of(model: Any) -> Path | None:
+    """Return the folder that a model was loaded from, if it was loaded from one."""
+    name = getattr(model, "name_or_path", "")
+    if name and Path(name).is_dir():
+        return Path(name)
+    return None

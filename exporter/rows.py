@@ -1,0 +1,136 @@
+"""A few rows of the data as inputs of every graph: to compare on, and to calibrate with.
+
+``exporter/plan.py`` takes rows from all over the data, few enough to be stored, and asks here what
+each graph of the package reads of them.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ffmerge.errors import InputError
+from ffmerge.exporter.graphs import STATES, Graph
+from ffmerge.models import kv_cache, tasks
+from ffmerge.models.examples import Examples
+from ffmerge.models.probe import Array
+
+ROWS, LENGTH = 32, 64  # of the real case, and tokens of each
+BYTES, SCORES = 1 << 22, 1 << 24  # of its inputs, and elements of its logits, at most
+_NEEDED = ("normal", "picture", "integer")  # kinds of inputs that nothing stands in for
+
+
+def real_rows(examples: Examples, model: Any, task: str) -> dict[str, Array]:
+    """Return a few examples as model inputs, from all over the data, and few enough to be stored.
+
+    Text is cut to ``LENGTH`` tokens, at the end that has the padding.
+    """
+    first = _cut(examples.take(examples.rows[:1]))
+    size = sum(array.nbytes for name, array in first.items() if name != "labels")
+    scores = 1
+    if tasks.base(task) in (*tasks.GENERATE, "fill-mask"):
+        scores = LENGTH * model.config.get_text_config().vocab_size
+    count = max(min(ROWS, BYTES // max(size, 1), SCORES // scores, len(examples)), 1)
+    chosen = np.linspace(0, len(examples) - 1, count).astype(int)
+    return _cut(examples.take([examples.rows[i] for i in chosen]))
+
+
+def check_rows(graph: Graph, rows: Mapping[str, Array]) -> None:
+    """Raise InputError unless rows have what the first graph of a package reads."""
+    missing = []
+    for spec in graph.probe.inputs:
+        needed = spec.kind in _NEEDED and spec.name != "token_type_ids"
+        if needed and spec.name not in rows and not kv_cache.is_past(spec.name):
+            missing.append(spec.name)
+    if missing:
+        raise InputError(f"the data has no {', '.join(missing)}, which the model reads.")
+
+
+def real_inputs(
+    graphs: Sequence[Graph], rows: Mapping[str, Array], greedy: Mapping[str, Array]
+) -> dict[str, dict[str, Array]]:
+    """Return of the rows what each graph is given, by graph; nothing for one that needs a past.
+
+    The decoder of a pair reads what PyTorch's encoder gives, and the target of the data, else
+    what the model itself writes: the ids of ``greedy``.
+    """
+    found = {}
+    given = dict(rows)
+    for graph in graphs:
+        names = [spec.name for spec in graph.probe.inputs]
+        if needs_past(graph):
+            continue
+        if STATES in names:
+            given = _for_decoder(graphs[0], rows, greedy)
+        found[graph.name] = {
+            name: np.ascontiguousarray(given[name]) for name in names if name in given
+        }
+    return found
+
+
+def needs_past(graph: Graph) -> bool:
+    """Say whether a graph is only for later steps: of a pair, and it reads no encoder's output."""
+    names = [spec.name for spec in graph.probe.inputs]
+    return STATES not in names and any(kv_cache.side_of(name) for name in names)
+
+
+def calibration_feeds(
+    graphs: Sequence[Graph], real: Mapping[str, Mapping[str, Array]]
+) -> dict[str, dict[str, Array]]:
+    """Return all inputs of every graph that is traced, made of what each is given of the rows.
+
+    One that needs a past is given what the first step leaves of all ids but the last.
+    """
+    feeds: dict[str, dict[str, Array]] = {}
+    before = graphs[0]
+    for graph in graphs:
+        if graph.parts:
+            continue
+        if needs_past(graph):
+            first = dict(feeds[before.name])
+            ids = first["input_ids"]
+            outputs = before.run({**first, "input_ids": ids[:, :-1]})
+            later = {**first, "input_ids": ids[:, -1:]}
+            for name, array in outputs.items():
+                if kv_cache.is_present(name):
+                    later[kv_cache.past_of(name)] = array
+            feeds[graph.name] = {s.name: later[s.name] for s in graph.probe.inputs}
+        else:
+            feeds[graph.name] = graph.probe.complete(real[graph.name])
+        before = graph
+    return feeds
+
+
+def encoded(encoder: Graph, rows: Mapping[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Return what the encoder of a pair is given for rows, and what a decoder reads of it."""
+    feeds = encoder.probe.complete({name: x for name, x in rows.items() if name != "labels"})
+    states = encoder.run(feeds)["last_hidden_state"]
+    mask = feeds.get("attention_mask", np.ones(states.shape[:2], np.int64))
+    return feeds, {STATES: states, "encoder_attention_mask": mask}
+
+
+def _for_decoder(
+    encoder: Graph, rows: Mapping[str, Array], greedy: Mapping[str, Array]
+) -> dict[str, Array]:
+    ids = rows.get("decoder_input_ids")
+    if ids is None:
+        ids = np.concatenate([greedy["start"], greedy["tokens"][:, :-1]], 1)
+    _, read = encoded(encoder, {name: array[: len(ids)] for name, array in rows.items()})
+    return {"input_ids": ids, **read}
+
+
+def _cut(batch: Mapping[str, Array]) -> dict[str, Array]:
+    """Return a batch of at most ``LENGTH`` tokens, and no column that is all padding."""
+    arrays = {name: np.asarray(array) for name, array in batch.items()}
+    mask = arrays.get("attention_mask")
+    if mask is None or mask.ndim != 2:
+        return arrays
+    columns = np.flatnonzero(mask.any(0))[:LENGTH]
+    if not mask[:, 0].all() and mask[:, -1].all():  # padding is on the left
+        columns = np.flatnonzero(mask.any(0))[-LENGTH:]
+    for name, array in arrays.items():
+        if array.shape == mask.shape:
+            arrays[name] = array[:, columns]
+        elif array.ndim == 2:
+            arrays[name] = array[:, :LENGTH]
+    return arrays

@@ -1,0 +1,114 @@
+"""The files of a package: graphs and weights, variants, reference, configuration, card.
+
+The third step of :func:`ffmerge.exporter.package.export`: everything but the manifest, which
+describes what is written here.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ffmerge.exporter.card import card
+from ffmerge.exporter.graphs import Graph
+from ffmerge.exporter.ort_format import write_ort
+from ffmerge.exporter.plan import Plan
+from ffmerge.exporter.prepack import write_prepacked
+from ffmerge.exporter.reference import write_reference
+from ffmerge.files import read_json, write_json
+from ffmerge.models.manifest import REFERENCE, GraphRecord, Variant
+from ffmerge.models.source import copy_companions
+from ffmerge.models.trace import Trace
+from ffmerge.passes.graph.run import ShareResult
+from ffmerge.passes.graph.tensors import bytes_stored
+from ffmerge.passes.graph.write import PROTOBUF_LIMIT, write_models
+
+WEIGHTS = "model.onnx_data"  # of all graphs, each weight once
+# layout -> folder of the graphs, suffix of their names by dtype
+LAYOUTS: dict[str, tuple[str, Mapping[str, str]]] = {
+    "optimum": ("", {}),
+    "transformers.js": ("onnx/", {"fp16": "_fp16", "int8": "_quantized", "int4": "_q4"}),
+}
+
+
+def write_files(
+    folder: Path, plan: Plan, results: Mapping[str, ShareResult], traces: Mapping[str, Trace]
+) -> tuple[tuple[GraphRecord, ...], tuple[Variant, ...]]:
+    """Write a package without its manifest; return its graphs and their variants.
+
+    Raises:
+        TieError: a weight would be stored twice.
+        ExportError: ONNX Runtime cannot write a variant, or it computes something else.
+    """
+    if plan.config.layout == "transformers.js":
+        plan = replace(plan, graphs=_without_parts(plan.graphs))
+    records = _write_graphs(folder, plan, results)
+    variants = _write_variants(folder, plan, records)
+    write_reference(folder / REFERENCE, plan, [record.path for record in records], traces)
+    _write_config(folder, plan.model)
+    if plan.source:
+        copy_companions(plan.source, folder)
+    text = card(plan.model, plan.task, [record.path for record in records])
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    return records, variants
+
+
+def _without_parts(graphs: Sequence[Graph]) -> tuple[Graph, ...]:
+    """Return the graphs without those that another one is made of: transformers.js opens none."""
+    parts: set[str] = set()
+    for graph in graphs:
+        parts |= set(graph.parts)
+    return tuple(replace(graph, parts=()) for graph in graphs if graph.name not in parts)
+
+
+def _write_graphs(
+    folder: Path, plan: Plan, results: Mapping[str, ShareResult]
+) -> tuple[GraphRecord, ...]:
+    """Write graphs where the layout has them, with one data file for all or one for each."""
+    prefix, suffixes = LAYOUTS[plan.config.layout]
+    suffix = suffixes.get(plan.config.dtype, "")
+    paths = {graph.name: f"{prefix}{graph.name}{suffix}.onnx" for graph in plan.graphs}
+    models = {folder / path: results[name].model for name, path in paths.items()}
+    if plan.config.layout == "optimum":
+        write_models(models, folder / WEIGHTS)
+    else:
+        for path, model in models.items():
+            data = None
+            if bytes_stored(model) > PROTOBUF_LIMIT:
+                data = path.with_name(f"{path.name}_data")
+            write_models({path: model}, data)
+    records = []
+    for graph in plan.graphs:
+        parts = tuple(paths[part] for part in graph.parts)
+        records.append(GraphRecord(paths[graph.name], graph.outputs, graph.probe, parts))
+    return tuple(records)
+
+
+def _write_variants(
+    folder: Path, plan: Plan, records: Sequence[GraphRecord]
+) -> tuple[Variant, ...]:
+    """Write the graphs that are opened in the other forms that were asked for."""
+    parts: set[str] = set()
+    for record in records:
+        parts |= set(record.parts)
+    opened = [record for record in records if record.path not in parts]
+    variants = []
+    if plan.config.ort:
+        variants += write_ort(folder, opened)
+    if plan.config.prepack:
+        variants += write_prepacked(folder, opened)
+    return tuple(variants)
+
+
+def _write_config(folder: Path, model: Any) -> None:
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    path = folder / "config.json"
+    config = read_json(path)
+    config.pop("auto_map", None)  # its code ties PyTorch weights, of which there are none
+    beside = {f"{data.stem}.onnx": True for data in sorted(folder.glob("onnx/*.onnx_data"))}
+    if beside:  # transformers.js looks for data beside a graph only where it is told so
+        config["transformers.js_config"] = {"use_external_data_format": beside}
+    write_json(path, config)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
