@@ -121,16 +121,17 @@ def audit(path: str | Path, look: Callable[[Path], Loaded] | None = None) -> Aud
     path = Path(path)
     folder = path if path.is_dir() else path.parent
     files = _onnx_files(path)
-    promised = manifest.Manifest.read(folder).ties if (folder / manifest.NAME).exists() else None
+    promised = None
+    if (folder / manifest.NAME).exists():
+        promised = manifest.Manifest.read(folder).ties
     sizes: dict[object, int] = {}  # by location: bytes that several files read count once
     duplicates: list[Duplicate] = []
     hidden: list[Hidden] = []
     checks: dict[str, list[TieCheck]] = {tie.name: [] for tie in promised or ()}
     together: dict[str, list[Stored]] = {}
-    for file, label in files.items():
+    for file, prefix in files.items():
         model = read_model(file)
         items = stored(model)
-        prefix = f"{label}:" if len(files) > 1 else ""
         for item in items:
             sizes[location_of(item.tensor)] = item.tensor.nbytes
         duplicates += _duplicates(items, prefix)
@@ -140,65 +141,64 @@ def audit(path: str | Path, look: Callable[[Path], Loaded] | None = None) -> Aud
         for check in check_ties(model, _ties_for(model, promised), file.name):
             checks.setdefault(check.group, []).append(check)
     duplicates += _across(together)
-    loads, reasons = _load(files, look)
-    memory = {}
-    for label, loaded in loads.items():
-        memory[label] = {key: size for key, size in vars(loaded).items() if key != "unshared"}
+    unshared, memory, reasons = _load(files, look)
     total = sum(sizes.values())
     twice = sum(duplicate.bytes for duplicate in duplicates)
+    labels = {file: file.relative_to(folder).as_posix() for file in files}
     return Audit(
-        files=tuple(files.values()),
+        files=tuple(labels.values()),
         bytes_total=total,
         bytes_unique=total - twice,
         bytes_duplicate=twice,
         duplicates=tuple(duplicates),
-        unshared_at_load=tuple(_unshared(loads, len(files) > 1)),
+        unshared_at_load=tuple(unshared),
         hidden=tuple(hidden),
         ties=tuple(_verdict(name, found) for name, found in checks.items()),
         basis="graph" if reasons else "loaded",
         basis_reason="; ".join(reasons),
-        memory=memory,
+        memory={labels[file]: grown for file, grown in memory.items()},
     )
 
 
 def _onnx_files(path: Path) -> dict[Path, str]:
-    """Return each file with its label, its path in the folder."""
+    """Return each file with what its names begin with in a finding: its path, if several."""
     if not path.is_dir():
-        return {path: path.name}
+        return {path: ""}
     files = sorted([*path.glob("*.onnx"), *path.glob("onnx/**/*.onnx")])
     if not files:
         raise InputError(f"{path} holds no .onnx file.")
-    return {file: file.relative_to(path).as_posix() for file in files}
+    if len(files) == 1:
+        return {files[0]: ""}
+    return {file: f"{file.relative_to(path).as_posix()}:" for file in files}
 
 
 def _used_with_others(file: Path, folder: Path, files: Iterable[Path]) -> bool:
     """Say whether a file is used together with those beside it, and no alternative to one."""
     if file.parent != folder:
         return False
-    beside = [other for other in files if other.parent == folder]
-    return not any(file.stem.startswith(f"{other.stem}_") for other in beside)
+    for other in files:
+        if other.parent == folder and file.stem.startswith(f"{other.stem}_"):
+            return False
+    return True
 
 
 def _load(
     files: Mapping[Path, str], look: Callable[[Path], Loaded] | None
-) -> tuple[dict[str, Loaded], list[str]]:
-    """Return what loading each file did, by label, and why files were not loaded."""
+) -> tuple[list[Unshared], dict[Path, dict[str, int | None]], list[str]]:
+    """Return what loads copied and took of memory, and why files were not loaded."""
     if look is None:
-        return {}, ["not loaded"]
-    loads, reasons = {}, []
-    for file, label in files.items():
+        return [], {}, ["not loaded"]
+    unshared, memory, reasons = [], {}, []
+    for file, prefix in files.items():
         try:
-            loads[label] = look(file)
+            loaded = look(file)
         except RuntimeCheckError as error:
             reasons.append(str(error))
-    return loads, reasons
-
-
-def _unshared(loads: Mapping[str, Loaded], prefixed: bool) -> Iterator[Unshared]:
-    for label, loaded in loads.items():
-        for each in loaded.unshared:
-            name = f"{label}:{each.name}" if prefixed else each.name
-            yield replace(each, name=name)
+            continue
+        unshared += [replace(each, name=prefix + each.name) for each in loaded.unshared]
+        memory[file] = dict(vars(loaded))
+        del memory[file]["unshared"]
+    return unshared, memory, reasons
 
 
 def _ties_for(model: ir.Model, promised: Sequence[Tie] | None) -> Sequence[Tie]:
@@ -210,24 +210,28 @@ def _ties_for(model: ir.Model, promised: Sequence[Tie] | None) -> Sequence[Tie]:
 def _verdict(name: str, found: Sequence[TieCheck]) -> TieCheck:
     if not found:
         return TieCheck(name, False, "none of its names is an initializer")
-    return next((check for check in found if not check.ok), found[0])
+    for check in found:
+        if not check.ok:
+            return check
+    return found[0]
 
 
 def _duplicates(items: Sequence[Stored], prefix: str) -> Iterator[Duplicate]:
     for copies in find_copies([item.tensor for item in items]):
-        first = items[copies.first]
-        for kind in ("identical", "transposed"):
-            others = [items[index] for index in getattr(copies, kind)]
+        size = items[copies.first].tensor.nbytes
+        for kind, others in (("identical", copies.identical), ("transposed", copies.transposed)):
             if others:
-                names = tuple(prefix + item.name for item in (first, *others))
-                yield Duplicate(names, len(others) * first.tensor.nbytes, kind)
+                names = tuple(prefix + items[index].name for index in (copies.first, *others))
+                yield Duplicate(names, len(others) * size, kind)
 
 
 def _across(files: Mapping[str, Sequence[Stored]]) -> Iterator[Duplicate]:
     """Yield what several files hold and none of them could take from another's data file."""
-    items = [
-        (p, item) for p, each in files.items() for item in each if item.tensor.nbytes >= NOTABLE
-    ]
+    items: list[tuple[str, Stored]] = []
+    for prefix, stored_in_file in files.items():
+        for item in stored_in_file:
+            if item.tensor.nbytes >= NOTABLE:
+                items.append((prefix, item))
     for copies in find_copies([item.tensor for _, item in items]):
         first_of: dict[str, tuple[str, object]] = {}
         for index in sorted([copies.first, *copies.identical, *copies.transposed]):

@@ -19,7 +19,7 @@ from ffmerge.models.codes import int8_codes, range_scale
 from ffmerge.models.manifest import Skip
 from ffmerge.passes.graph.calibration import measure_ranges
 from ffmerge.passes.graph.matrix import Matrix, as_matmuls
-from ffmerge.passes.graph.rewrite import Rewrite, replace_tensor, store
+from ffmerge.passes.graph.rewrite import Rewrite, bias_of, replace_tensor, store
 from ffmerge.passes.graph.tensors import is_op, shape_of, values_of
 
 _FLOAT = ir.DataType.FLOAT
@@ -62,7 +62,7 @@ def to_static(
     matmuls = []
     for matrix in matrices:
         for node in matrix.products:
-            if node.op_type == "Gemm" and len(node.inputs) > 2 and (bias := node.inputs[2]):
+            if bias := bias_of(node):
                 yield Skip(bias.name or "", f"float32: the bias of Gemm node {node.name}")
         matmuls.append(as_matmuls(matrix, model.graph))
     model.graph.sort()

@@ -146,15 +146,16 @@ def _check_attributes(path: Path, node: ir.Node, files: dict[str, DataFile]) -> 
 def _check_names(path: Path, graph: onnx.GraphProto) -> None:
     """Nothing in a graph is given twice: which of two would count depends on the reader."""
     stored = Counter(tensor.name for tensor in graph.initializer)
-    computed = Counter(name for node in graph.node for name in node.output if name)
-    given = {*stored, *(value.name for value in graph.input)}
-    for name in (*stored, *computed):
-        if stored[name] > 1 or computed[name] > 1 or (name in computed and name in given):
-            raise InputError(f"{path} is not valid ONNX: {name!r} is defined twice.")
+    computed: Counter[str] = Counter()
     for node in graph.node:
+        computed.update(filter(None, node.output))
         for attribute in node.attribute:
             for subgraph in (attribute.g, *attribute.graphs):
                 _check_names(path, subgraph)
+    given = stored.keys() | {value.name for value in graph.input}
+    for name in (*stored, *computed):
+        if max(stored[name], computed[name]) > 1 or (name in computed and name in given):
+            raise InputError(f"{path} is not valid ONNX: {name!r} is defined twice.")
 
 
 def _checked(

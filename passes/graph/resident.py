@@ -24,26 +24,30 @@ def weights_to_left(model: ir.Model) -> list[Skip]:
     """
     skipped = []
     for weight in model.graph.initializers.values():
-        if not _may_be_packed(weight):
-            continue
-        products = [node for node, i in weight.uses() if i == 1 and is_op(node, "MatMul", "Gemm")]
-        raw = len(products) < len(weight.uses()) or weight.is_graph_output()
-        forms = {node.attributes.get_int("transB", 0) for node in products}
-        if len(forms) + raw < 2:
-            continue
-        movable, reasons = [], []
-        for node in products:
-            if reason := _obstacle(node):
-                reasons.append(reason)
-            else:
-                movable.append(node)
-        if raw or not reasons:  # else it would be packed all the same
-            for node in movable:
-                _to_left(node, weight)
-        if reasons:
-            why = f"may be in memory twice once loaded: {reasons[0]}"
+        if _may_be_packed(weight) and (reason := _move(weight)):
+            why = f"may be in memory twice once loaded: {reason}"
             skipped.append(Skip(weight.name or "", why))
     return skipped
+
+
+def _move(weight: ir.Value) -> str | None:
+    """Move a weight in more than one form to the left; return why some product stays, or None."""
+    products = [node for node, i in weight.uses() if i == 1 and is_op(node, "MatMul", "Gemm")]
+    raw = len(products) < len(weight.uses()) or weight.is_graph_output()
+    forms = {node.attributes.get_int("transB", 0) for node in products}
+    if len(forms) + raw < 2:
+        return None
+    movable, reasons = [], []
+    for node in products:
+        if reason := _obstacle(node):
+            reasons.append(reason)
+        else:
+            movable.append(node)
+    if reasons and not raw:  # it would be packed all the same
+        return reasons[0]
+    for node in movable:
+        _to_left(node, weight)
+    return reasons[0] if reasons else None
 
 
 def _may_be_packed(weight: ir.Value) -> bool:
@@ -73,8 +77,7 @@ def weights_to_right(model: ir.Model) -> None:
 
 
 def _turns(node: ir.Node) -> bool:
-    perm = node.attributes.get_ints("perm") if is_op(node, "Transpose") else None
-    return perm is not None and tuple(perm) == (1, 0)
+    return is_op(node, "Transpose") and tuple(node.attributes.get_ints("perm") or ()) == (1, 0)
 
 
 def _obstacle(node: ir.Node) -> str | None:

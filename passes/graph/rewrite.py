@@ -72,12 +72,19 @@ class Rewrite:
 
     def take_place(self, result: ir.Value) -> None:
         """Let ``result``, with the bias of a Gemm added, be what the node's output was."""
-        if is_op(self.node, "Gemm") and len(self.node.inputs) > 2 and self.node.inputs[2]:
-            result = self.op("Add", result, self.node.inputs[2])
+        if bias := bias_of(self.node):
+            result = self.op("Add", result, bias)
         assert self.node.graph is not None
         ir.convenience.replace_nodes_and_values(
             self.node.graph, self.node, [self.node], self.nodes, [self.node.outputs[0]], [result]
         )
+
+
+def bias_of(node: ir.Node) -> ir.Value | None:
+    """Return what a Gemm adds, None where a node is no Gemm or adds nothing."""
+    if is_op(node, "Gemm") and len(node.inputs) > 2:
+        return node.inputs[2]
+    return None
 
 
 def store(main: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:

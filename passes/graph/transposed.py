@@ -9,12 +9,8 @@ from ffmerge.passes.graph.rewrite import become, insert, store
 from ffmerge.passes.graph.tensors import is_op, shape_of
 
 # Where ONNX gives Gemm (since 13) and MatMul the same meaning, and runtimes have both.
-FLOATS = {
-    ir.DataType.FLOAT,
-    ir.DataType.DOUBLE,
-    ir.DataType.FLOAT16,
-    ir.DataType.BFLOAT16,
-}
+_D = ir.DataType
+FLOATS = (_D.FLOAT, _D.DOUBLE, _D.FLOAT16, _D.BFLOAT16)
 INDEX = ir.DataType.INT64
 OPTIONAL_C = 11  # the opset in which Gemm's third input became optional
 
