@@ -2,11 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PARALLEL = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadgroup
-PYTEST = FFMERGE_OPTIMUM=required FFMERGE_OPENVINO=required $(PARALLEL)
+PYTEST = FFMERGE_OPTIMUM=required FFMERGE_DEVICE=required FFMERGE_OPENVINO=required $(PARALLEL)
 
 NODE_MODULES := examples/web/node_modules/.package-lock.json
 
-.PHONY: install install-optimum demo web test test-fast test-web test-webgpu slow check lint types wheel clean
+.PHONY: install install-optimum install-device demo web test test-fast test-web test-webgpu slow check lint types wheel clean
 
 install: .venv/installed
 
@@ -15,7 +15,7 @@ install: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q --upgrade pip -c constraints.txt
 	$(BIN)/pip install -q torch==2.13.0
-	$(BIN)/pip install -q -c constraints.txt -e '.[webgpu,openvino]' --group dev
+	$(BIN)/pip install -q -c constraints.txt -e '.[torch,webgpu,openvino]' --group dev
 	touch $@
 
 # The second environment: optimum-onnx and transformers 4.57, for the tests that go through it.
@@ -26,6 +26,15 @@ install-optimum: .venv-optimum/installed
 	.venv-optimum/bin/pip install -q --upgrade pip -c constraints.txt
 	.venv-optimum/bin/pip install -q torch==2.13.0
 	.venv-optimum/bin/pip install -q -c constraints-optimum.txt -e '.[optimum-onnx]' pytest hypothesis
+	touch $@
+
+# The third one: what a device has, no torch.
+install-device: .venv-device/installed
+
+.venv-device/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-device
+	.venv-device/bin/pip install -q --upgrade pip -c constraints.txt
+	.venv-device/bin/pip install -q -c constraints.txt -e .
 	touch $@
 
 demo: install
@@ -42,7 +51,7 @@ $(NODE_MODULES): examples/web/package-lock.json
 	cd examples/web && npm ci --ignore-scripts
 	touch $@
 
-test: install install-optimum
+test: install install-optimum install-device
 	$(PYTEST) -m "not slow and not web and not webgpu"
 
 # At most 2 minutes on two cores, and only the first environment: what tests/conftest.py does not
@@ -59,7 +68,7 @@ test-web: install
 test-webgpu: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m webgpu
 
-slow: install install-optimum
+slow: install install-optimum install-device
 	$(PYTEST) -m slow
 
 check: lint types wheel
@@ -81,4 +90,4 @@ wheel: install
 	$(BIN)/check-wheel-contents dist/*.whl
 
 clean:
-	rm -rf .venv .venv-optimum .built build dist *.egg-info
+	rm -rf .venv .venv-optimum .venv-device .built build dist *.egg-info

@@ -1,4 +1,8 @@
-"""A recipe: commands and their options in a YAML file, checked whole before the first one runs."""
+"""A recipe: commands and their options in a YAML file, checked whole before the first one runs.
+
+``ffmerge run`` reads one. The file is a list of ``command: {option: value}``, options named as on
+the command line, arguments too; a list gives an option several times.
+"""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,8 +19,7 @@ _USAGE_ERROR: Any = typer.BadParameter.__base__  # of what the parser finds wron
 def steps(path: Path, commands: Mapping[str, Any]) -> list[list[str]]:
     """Return the words of every step, the command first, as they would be typed.
 
-    The file is a list of ``command: {option: value}``, options named as on the command line,
-    arguments too; a list gives an option several times. ``commands`` are Typer's by name.
+    ``commands`` are Typer's by name.
 
     Raises:
         InputError: the file is no such list, or a command would not take its options.
@@ -26,23 +29,33 @@ def steps(path: Path, commands: Mapping[str, Any]) -> list[list[str]]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"the recipe {path} cannot be read: {reason}.") from error
-    steps = []
-    for number, step in enumerate(found if isinstance(found, list) else [found], 1):
-        where = f"{path}, step {number}"
-        if not isinstance(step, dict) or len(step) != 1:
-            raise InputError(f"{where}: write `- COMMAND: {{option: value}}`, one command a step.")
-        ((name, options),) = step.items()
-        if name not in commands:
-            raise InputError(f"{where}: no command {name!r}, choose from {', '.join(commands)}.")
-        if not isinstance(options, dict | None):
-            raise InputError(f"{where}: {name} takes its options as `option: value`.")
-        words = [*_words(where, commands[name], options or {})]
-        try:
-            commands[name].make_context(name, [*words])
-        except _USAGE_ERROR as error:
-            raise InputError(f"{where}: {error.format_message()}") from error
-        steps.append([name, *words])
-    return steps
+    if not isinstance(found, list):
+        found = [found]
+    checked = []
+    for number, step in enumerate(found, 1):
+        checked.append(_step(f"{path}, step {number}", step, commands))
+    return checked
+
+
+def _step(where: str, step: Any, commands: Mapping[str, Any]) -> list[str]:
+    """Return the words of one step, which its command would take."""
+    if not isinstance(step, dict) or len(step) != 1:
+        raise InputError(f"{where}: write `- COMMAND: {{option: value}}`, one command a step.")
+    ((name, options),) = step.items()
+    if name not in commands:
+        raise InputError(f"{where}: no command {name!r}, choose from {', '.join(commands)}.")
+    if not isinstance(options, dict | None):
+        raise InputError(f"{where}: {name} takes its options as `option: value`.")
+    command = commands[name]
+    words = [*_words(where, command, options or {})]
+    try:
+        typed = command.make_context(name, [*words]).params
+        command.callback.configured(typed)
+    except _USAGE_ERROR as error:
+        raise InputError(f"{where}: {error.format_message()}") from error
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+    return [name, *words]
 
 
 def _words(where: str, command: Any, options: Mapping[str, Any]) -> Iterator[str]:
@@ -55,15 +68,22 @@ def _words(where: str, command: Any, options: Mapping[str, Any]) -> Iterator[str
     arguments = []
     for name, parameter in known.items():
         value = given.get(name)
+        if value is None:
+            continue
         if parameter.param_type_name == "argument":
-            arguments += [] if value is None else [str(value)]
+            arguments.append(str(value))
         elif isinstance(value, bool):
             if not parameter.is_flag:
                 raise InputError(f"{where}: {name} takes a value, not {value}.")
-            yield from parameter.opts if value else parameter.secondary_opts
+            if value:
+                yield from parameter.opts
+            else:
+                yield from parameter.secondary_opts
+        elif isinstance(value, list):
+            for each in value:
+                yield f"{parameter.opts[0]}={each}"
         else:
-            values = value if isinstance(value, list) else [] if value is None else [value]
-            yield from (f"{parameter.opts[0]}={each}" for each in values)
+            yield f"{parameter.opts[0]}={value}"
     yield from ("--", *arguments)
 
 

@@ -60,8 +60,7 @@ def merge_table(merge: Any, out: Path) -> Group:
                 step.append(point.dtype)
         shown.append(_table("Frontier", columns, steps))
     if metric.get("dtype"):
-        command = f"ffmerge export {out} PACKAGE --dtype {metric['dtype']}"
-        shown.append(f"Next: {command}")
+        shown.append(f"Next: ffmerge export {out} PACKAGE --dtype {metric['dtype']}")
     return Group(*shown)
 
 

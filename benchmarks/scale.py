@@ -35,8 +35,8 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from ffmerge import pipeline
-from ffmerge.config import ExportConfig, MergeConfig
+from ffmerge import commands
+from ffmerge.config import ExportConfig, LoadConfig, MergeConfig
 from ffmerge.files import write_json
 from ffmerge.models import checkpoint
 from ffmerge.models.examples import from_arrays
@@ -206,7 +206,7 @@ def _export(source: Path, target: Path, task: str, dtype: str) -> list[dict[str,
     """Export in a process of its own, as the command does."""
     run = Steps()
     with run.step(f"export {dtype}"):
-        pipeline.export(str(source), target, ExportConfig(task=task, dtype=dtype))
+        commands.export(str(source), target, ExportConfig(task=task, dtype=dtype), LoadConfig())
     return run.found
 
 

@@ -14,7 +14,8 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from ffmerge.errors import InputError, RuntimeCheckError
-from ffmerge.passes.graph.audit import NOTABLE, Loaded, Unshared
+from ffmerge.passes.graph.audit import NOTABLE, Audit, Loaded, Unshared
+from ffmerge.passes.graph.audit import audit as audit_files
 from ffmerge.passes.graph.read import read_model
 from ffmerge.passes.graph.resident import LARGE
 from ffmerge.passes.graph.tensors import Stored, find_copies, graphs, is_op, stored
@@ -23,6 +24,20 @@ from ffmerge.runtime_tests.memory import growth, resident
 from ffmerge.runtime_tests.runtimes.registry import find_runtime
 
 NAME = "loaded.onnx"
+
+
+def audit(path: str | Path, load: bool = True) -> Audit:
+    """Return what a file or package stores twice, what is tied, and what a runtime un-shares.
+
+    As the command: with ``load`` each file is loaded by ONNX Runtime in a fresh process, and what
+    it made of the weights is looked at; see :func:`ffmerge.passes.graph.audit.audit`.
+
+    Raises:
+        InputError: there is no ONNX file, or one cannot be read.
+    """
+    if load:
+        return audit_files(path, look)
+    return audit_files(path)
 
 
 def look(path: Path) -> Loaded:

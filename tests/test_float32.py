@@ -7,8 +7,8 @@ import pytest
 import torch
 from tiny import gpt2, vit
 
-from ffmerge import pipeline
-from ffmerge.config import ExportConfig
+from ffmerge import commands
+from ffmerge.config import ExportConfig, LoadConfig
 from ffmerge.errors import InputError
 from ffmerge.models import checkpoint, float32
 from ffmerge.models.float32 import float32_
@@ -24,7 +24,7 @@ def test_the_package_is_that_of_the_widened_model(dtype: torch.dtype, tmp_path: 
     model.save_pretrained(tmp_path / "narrow")
     model.float().save_pretrained(tmp_path / "wide")
     for name in ("narrow", "wide"):
-        pipeline.export(str(tmp_path / name), tmp_path / "out" / name, ExportConfig())
+        commands.export(str(tmp_path / name), tmp_path / "out" / name, ExportConfig(), LoadConfig())
     data = [
         (tmp_path / "out" / name / "model.onnx_data").read_bytes() for name in ("narrow", "wide")
     ]
@@ -72,7 +72,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(float32, "save_file", full)
     with pytest.raises(InputError, match=r"float32 weights cannot be written: .*No space left"):
-        pipeline.export(str(tmp_path / "model"), tmp_path / "out", ExportConfig())
+        commands.export(str(tmp_path / "model"), tmp_path / "out", ExportConfig(), LoadConfig())
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
     assert checkpoint.load(tmp_path / "model").dtype == torch.bfloat16
 
@@ -85,7 +85,9 @@ def test_data_that_cannot_be_read_is_not_an_output_that_cannot_be_written(
     def broken(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(pipeline.data, "read", broken)
+    monkeypatch.setattr(commands.data, "read", broken)
     with pytest.raises(PermissionError):
-        pipeline.export(str(tmp_path / "model"), tmp_path / "out", ExportConfig(), "data.txt")
+        commands.export(
+            str(tmp_path / "model"), tmp_path / "out", ExportConfig(), LoadConfig(), "data.txt"
+        )
     assert [p.name for p in tmp_path.iterdir()] == ["model"]

@@ -22,8 +22,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
-from ffmerge import pipeline
-from ffmerge.config import MergeConfig, RecoverConfig
+from ffmerge import commands
+from ffmerge.config import CheckpointConfig, DataConfig, MergeConfig, RecoverConfig
 from ffmerge.models import checkpoint, offload
 from ffmerge.models.find import find
 from ffmerge.models.inputs import example_inputs, forward
@@ -201,7 +201,7 @@ def test_merging_and_recovery_are_those_of_a_model_at_home(
         original = clone_sharing_parameters(model)
         config = MergeConfig(k=2, method=method, batch_size=16)
         merged = merge_(model, data, config)
-        recovered = recover_(model, original, pipeline.from_arrays(data), RecoverConfig(steps=4))
+        recovered = recover_(model, original, data, RecoverConfig(steps=4))
         assert bool(lent) == away
         found.append((merged.candidates, recovered.losses, _values(model)))
     (tried, losses, values), (tried_away, losses_away, values_away) = found
@@ -238,9 +238,9 @@ def test_two_processes_with_weights_on_disk_do_what_one_does_in_memory(tmp_path:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     printed = json.loads(done.stdout)
-    one = pipeline.merge(
-        source, tmp_path / "one", MergeConfig(k=2, batch_size=8), data,
-        recovery=RecoverConfig(steps=6, batch_size=8),
+    one = commands.merge(
+        source, tmp_path / "one", MergeConfig(k=2, batch_size=8), DataConfig(data=data),
+        RecoverConfig(steps=6), CheckpointConfig(),
     )  # fmt: skip
     assert printed["groups"] == json.loads(json.dumps(one.to_json()["groups"]))
     values = [_values(checkpoint.load(tmp_path / name)) for name in ("one", "two")]

@@ -16,7 +16,7 @@ from tiny import bert, gpt2, vit
 from tiny_wider import GATED, SEQ2SEQ, seeded
 from torch import nn
 
-from ffmerge.config import MergeConfig, RecoverConfig
+from ffmerge.config import CheckpointConfig, DataConfig, MergeConfig, RecoverConfig
 from ffmerge.errors import InputError
 from ffmerge.models import checkpoint, ties
 from ffmerge.models.examples import from_arrays
@@ -360,7 +360,7 @@ def test_what_cannot_be_done_is_said(settings: dict[str, Any], message: str) -> 
 
 def test_two_processes_of_one_command_do_what_one_does(tmp_path) -> None:
     """Batches of 5 rows of unequal lengths, shared by two; the last process has fewer."""
-    from ffmerge import pipeline
+    from ffmerge import commands
 
     model = MODELS["gpt2"]()
     model.save_pretrained(tmp_path / "gpt2")
@@ -374,12 +374,11 @@ def test_two_processes_of_one_command_do_what_one_does(tmp_path) -> None:
     ])  # fmt: skip
     assert done.returncode == 0, done.stderr
     metric = json.loads(done.stdout)["metric"]  # printed once
-    result = pipeline.merge(
+    result = commands.merge(
         source, tmp_path / "one", MergeConfig(window=(0, 2), batch_size=5, method="permute"),
-        data,
-        recovery=RecoverConfig(
-            steps=12, learning_rate=3e-3, batch_size=5, parts="all", labels=True
-        ),
+        DataConfig(data=data),
+        RecoverConfig(steps=12, learning_rate=3e-3, parts="all", labels=True),
+        CheckpointConfig(),
     )  # fmt: skip
     one, two = (_values(checkpoint.load(tmp_path / name)) for name in ("one", "two"))
     for layer in range(3):  # a bias of keys changes no output: its gradient is rounding, which

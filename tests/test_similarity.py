@@ -17,7 +17,7 @@ from ffmerge.config import SimilarityConfig
 from ffmerge.models import checkpoint
 from ffmerge.models.examples import from_arrays
 from ffmerge.models.find import find
-from ffmerge.passes.weights.similarity import _passes, similarities
+from ffmerge.passes.weights.similarity import _passes, similarity
 
 
 def _ids(rows: int = 12, length: int = 9) -> dict[str, np.ndarray]:
@@ -55,7 +55,7 @@ def test_cka_is_that_of_the_gram_matrices(make: Any) -> None:
     if model.main_input_name == "pixel_values":
         pixels = np.random.default_rng(1).standard_normal((6, 3, 16, 16)).astype(np.float32)
         arrays = {"pixel_values": pixels}
-    (found,) = similarities(model, from_arrays(arrays), SimilarityConfig(batch_size=5))
+    (found,) = similarity(model, from_arrays(arrays), SimilarityConfig(batch_size=5))
     outputs = [out for out, _ in _seen(model, arrays)]
     wanted = [[_hsic_cka(x, y) for y in outputs] for x in outputs]
     assert found.positions == len(outputs[0])
@@ -81,7 +81,7 @@ def test_cka_does_not_see_a_rotation_and_correlation_not_the_order_of_neurons() 
         parameter.data *= 1e-6  # the first adds next to nothing to it
     turn = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(4)))[0]
     block[2].mlp.c_proj.weight.data = block[2].mlp.c_proj.weight.data @ turn * 3e-3
-    (found,) = similarities(model, from_arrays(_ids()))
+    (found,) = similarity(model, from_arrays(_ids()))
     assert found.cka[1, 2] == pytest.approx(1, abs=2e-7)  # measured 1.6e-8
     assert found.correlation[1, 2] == pytest.approx(1, abs=2e-7)  # measured 0
     assert found.cka[0, 1] < 0.9
@@ -93,7 +93,7 @@ def test_correlation_is_that_of_numpy_on_the_best_partners() -> None:
 
     model = bert()
     arrays = {**_ids(), "attention_mask": np.ones((12, 9), np.int64)}
-    (found,) = similarities(model, from_arrays(arrays))
+    (found,) = similarity(model, from_arrays(arrays))
     pre = [p for _, p in _seen(model, arrays)]
     f = pre[0].shape[1]
     matrix = np.corrcoef(pre[1].T, pre[4].T)[:f, f:]
@@ -104,11 +104,11 @@ def test_correlation_is_that_of_numpy_on_the_best_partners() -> None:
 
 def test_few_bytes_mean_more_passes_and_the_same_numbers() -> None:
     model = gpt2()
-    whole = similarities(model, from_arrays(_ids()))[0]
-    parts = similarities(model, from_arrays(_ids()), SimilarityConfig(memory=1e-9))[0]
+    whole = similarity(model, from_arrays(_ids()))[0]
+    parts = similarity(model, from_arrays(_ids()), SimilarityConfig(memory=1e-9))[0]
     assert np.array_equal(whole.cka, parts.cka)
     assert np.array_equal(whole.correlation, parts.correlation)
-    near = similarities(model, from_arrays(_ids()), SimilarityConfig(reach=1))[0]
+    near = similarity(model, from_arrays(_ids()), SimilarityConfig(reach=1))[0]
     assert np.isnan(near.correlation[0, 2])
     assert near.correlation[0, 1] == whole.correlation[0, 1]
 
@@ -129,9 +129,9 @@ def test_padding_and_the_other_stack_do_not_count() -> None:
     mask = np.ones((6, 9), np.int64)
     mask[:, 6:] = 0
     arrays = {**_ids(6), "attention_mask": mask, "decoder_input_ids": _ids(6, 4)["input_ids"]}
-    before = similarities(model, from_arrays(arrays))
+    before = similarity(model, from_arrays(arrays))
     changed = {**arrays, "input_ids": np.where(mask == 1, arrays["input_ids"], 5)}
-    after = similarities(model, from_arrays(changed))
+    after = similarity(model, from_arrays(changed))
     assert [s.name for s in before] == ["encoder", "decoder"]
     assert [s.positions for s in before] == [36, 24]
     for a, b in zip(before, after, strict=True):

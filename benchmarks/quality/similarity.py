@@ -22,7 +22,7 @@ from scipy.stats import rankdata, spearmanr
 from ffmerge.config import MergeConfig
 from ffmerge.models import checkpoint
 from ffmerge.passes.weights.merge import merge_
-from ffmerge.passes.weights.similarity import Similarity, similarities
+from ffmerge.passes.weights.similarity import Similarity, similarity
 
 COLUMNS = (
     "model", "stack", "k", "windows", "rho CKA", "rho correlation", "best", "by CKA",
@@ -35,7 +35,7 @@ def report(name: str, method: str) -> None:
     """Print a row for each stack and k of a reference model, and one for all k of a stack."""
     calibration, validation, _ = splits(name, 0)
     lower = REFERENCES[name].task.startswith("text")  # perplexity
-    for found in similarities(checkpoint.load(REFERENCES[name].folder), calibration):
+    for found in similarity(checkpoint.load(REFERENCES[name].folder), calibration):
         pooled: list[Point] = []
         for k in range(2, len(found.layers)):
             config = MergeConfig(k=k, stacks=(found.name,), method=method, batch_size=64)

@@ -18,7 +18,7 @@ from ffmerge.passes.weights import methods, precision
 from ffmerge.passes.weights.evaluate import Score, score_for
 from ffmerge.passes.weights.merge import choose
 from ffmerge.passes.weights.methods import Merged, in_place, size_of
-from ffmerge.passes.weights.progress import Progress, silent
+from ffmerge.progress import Progress, silent
 
 _OTHERS = (
     "residual", "calibrated", "permute", "copy-anchor", "drop-ffn", "drop-layer", "low-rank",

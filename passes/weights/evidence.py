@@ -17,8 +17,9 @@ from ffmerge.passes.weights import activations, cost
 from ffmerge.passes.weights.activations import Batches
 from ffmerge.passes.weights.cache import ActivationCache
 from ffmerge.passes.weights.moments import Moments
-from ffmerge.passes.weights.progress import Progress, shown_batches
+from ffmerge.passes.weights.progress import shown_batches
 from ffmerge.passes.weights.windows import Choice, Stacks
+from ffmerge.progress import Progress
 
 Pairs = dict[str, list[tuple[FeedForward, FeedForward]]]  # by stack
 

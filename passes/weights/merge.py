@@ -26,9 +26,9 @@ from ffmerge.passes.weights.calibrated import TOKENS
 from ffmerge.passes.weights.evaluate import score_for
 from ffmerge.passes.weights.evidence import Statistics
 from ffmerge.passes.weights.methods import METHODS, Merged, Method, in_place, size_of
-from ffmerge.passes.weights.progress import Progress, silent
 from ffmerge.passes.weights.search import Candidate, Trials, groups_of, search_budget
 from ffmerge.passes.weights.windows import Choice, Members, Stacks, find_stacks, windows
+from ffmerge.progress import Progress, silent
 
 __all__ = ["Merge", "choose", "merge_", "rivals"]  # rivals are registered by being imported
 

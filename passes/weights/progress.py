@@ -1,15 +1,10 @@
-"""How far a long step is: what every ``progress`` argument is called with, and batches that do."""
+"""Batches that show how far they are."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from ffmerge.models.examples import Examples
 from ffmerge.models.probe import Array
-
-Progress = Callable[[str, int, int], None]  # step, how much is done, of how much (0: not known)
-
-
-def silent(step: str, done: int, total: int) -> None:
-    """Show nothing."""
+from ffmerge.progress import Progress
 
 
 def shown_batches(

@@ -10,7 +10,7 @@ import copy
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import count, islice
@@ -38,6 +38,7 @@ from ffmerge.models.probe import Array
 from ffmerge.models.record import merge_record
 from ffmerge.passes.weights.activations import padding_mask, positions
 from ffmerge.passes.weights.processes import join
+from ffmerge.progress import Progress, silent
 
 _STATES = ("hidden_states", "encoder_hidden_states", "decoder_hidden_states")
 _RISE = 0.3  # part of the steps in which the learning rate rises
@@ -76,7 +77,7 @@ def recover_(
     original: Any,
     data: Data,
     config: RecoverConfig = RecoverConfig(),
-    progress: Callable[[str, int, int], None] = lambda step, done, total: None,
+    progress: Progress = silent,
     folder: Path | None = None,
 ) -> Recovery:
     """Train ``model`` in place towards ``original``; ties hold, every dtype stays.

@@ -26,8 +26,8 @@ from ffmerge.passes.weights.evaluate import Score
 from ffmerge.passes.weights.evidence import Statistics
 from ffmerge.passes.weights.methods import Merged, Method, in_place, size_of
 from ffmerge.passes.weights.processes import join
-from ffmerge.passes.weights.progress import Progress
 from ffmerge.passes.weights.windows import Choice, Members, shape_key
+from ffmerge.progress import Progress
 
 Option = tuple[Choice, Merged]  # what to merge, while what stands in the model
 

@@ -25,7 +25,8 @@ from ffmerge.models.sublayer import FeedForward, stacks
 from ffmerge.passes.weights.activations import Batches, add_up
 from ffmerge.passes.weights.align import match
 from ffmerge.passes.weights.moments import Moments
-from ffmerge.passes.weights.progress import Progress, shown_batches, silent
+from ffmerge.passes.weights.progress import shown_batches
+from ffmerge.progress import Progress, silent
 
 Matrix = npt.NDArray[np.float64]
 Stacks = Mapping[str, tuple[FeedForward, ...]]
@@ -54,7 +55,7 @@ class Similarity:
         return plain({**vars(self), **matrices})
 
 
-def similarities(
+def similarity(
     model: Any,
     data: Data,
     config: SimilarityConfig = SimilarityConfig(),

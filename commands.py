@@ -1,0 +1,213 @@
+"""What each command of the command line does that needs torch: from paths to results.
+
+``__main__`` calls these; in Python one calls what they call. A command opens the checkpoint, reads
+the data as inputs of its model, does the work with progress on stderr, and writes the result whole
+or not at all. What a device needs (share, audit, validate) is in the rooms themselves.
+"""
+
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+from ffmerge import heatmap, progress
+from ffmerge.config import (
+    CheckpointConfig,
+    CompareConfig,
+    DataConfig,
+    DeviceConfig,
+    ExportConfig,
+    LoadConfig,
+    MergeConfig,
+    RecoverConfig,
+    SimilarityConfig,
+)
+from ffmerge.errors import InputError
+from ffmerge.exporter import package
+from ffmerge.exporter.package import Package
+from ffmerge.exporter.write import WEIGHTS
+from ffmerge.files import FIRST_PROCESS, refuse_existing, scratch, staged, write_json, write_whole
+from ffmerge.models import checkpoint, data, tasks
+from ffmerge.models.examples import Examples
+from ffmerge.models.float32 import float32_
+from ffmerge.models.manifest import Manifest
+from ffmerge.models.offload import offload_
+from ffmerge.models.source import resolve
+from ffmerge.passes.weights import compare as comparing
+from ffmerge.passes.weights import merge as merging
+from ffmerge.passes.weights import methods, processes
+from ffmerge.passes.weights import similarity as layers
+from ffmerge.passes.weights.compare import Comparison
+from ffmerge.passes.weights.evaluate import score_for
+from ffmerge.passes.weights.merge import Merge
+from ffmerge.passes.weights.recover import clone_sharing_parameters, recover_
+from ffmerge.passes.weights.similarity import Similarity
+from ffmerge.runtime_tests.footprint import measure_footprint
+
+
+def merge(
+    source: str,
+    out: Path,
+    config: MergeConfig,
+    paths: DataConfig,
+    recovery: RecoverConfig | None,
+    options: CheckpointConfig,
+) -> Merge:
+    """Merge the checkpoint ``source`` and save it as the new folder ``out``.
+
+    With ``recovery`` the merged model is then trained towards the original. Its state is kept in
+    a hidden folder beside ``out`` until the end: the same call goes on after a kill. Under
+    torchrun every process calls this, and the first one writes.
+    """
+    refuse_existing(out)
+    methods.get(config.method)
+    if recovery and not paths.data:
+        raise InputError("recovery follows the original on data: give --data.")
+    with progress.shown() as show:
+        folder, model = _open(source, options)
+        _place(model, options)
+        task = _task(config.task, model)
+        calibration, held_out = _examples(paths, folder, task)
+        original = None
+        if recovery:
+            original = clone_sharing_parameters(model)
+        result = merging.merge_(model, calibration, config, held_out, show)
+        state = out.with_name(f".{out.name}.recovery")
+        if recovery and calibration and held_out:
+            recovery = replace(recovery, task=task, batch_size=config.batch_size)
+            recover_(model, original, calibration, recovery, show, state)
+            show("measuring", 0, 0)
+            score = score_for(original, task, held_out, config.batch_size, config.criterion)
+            metric = {**result.record.metric, "recovered": score.measure(model)}
+            result = replace(result, record=replace(result.record, metric=metric))
+            model.config.ffmerge = result.record.to_json()
+        if FIRST_PROCESS:
+            checkpoint.save(model, out, folder, expanded=options.expanded)
+            shutil.rmtree(state, ignore_errors=True)
+    return result
+
+
+def compare(
+    source: str, config: CompareConfig, paths: DataConfig, options: DeviceConfig
+) -> Comparison:
+    """Compare merging of the checkpoint ``source`` with its rivals; nothing is written."""
+    if not paths.data:
+        raise InputError("rivals are compared on data: give --data.")
+    methods.get(config.method)
+    with progress.shown() as show:
+        folder, model = _open(source, options)
+        _place(model, options)
+        task = _task(config.task, model)
+        calibration, held_out = _examples(paths, folder, task)
+        return comparing.compare(model, calibration, held_out, replace(config, task=task), show)
+
+
+def similarity(
+    source: str, data_source: str, config: SimilarityConfig, out: Path | None, options: DeviceConfig
+) -> tuple[tuple[Similarity, ...], list[Path]]:
+    """Return how alike the sublayers of the checkpoint ``source`` are, and the files written.
+
+    ``out`` is a picture of all stacks, or else a folder: a picture for each, and the numbers.
+
+    Raises:
+        InputError: ``out`` exists, is a file of another kind, or cannot be written.
+    """
+    if out:
+        refuse_existing(out)
+        if out.suffix not in ("", ".svg"):
+            raise InputError(f"{out} is no .svg: end in that, or in no suffix for a folder.")
+    with progress.shown() as show:
+        folder, model = _open(source, options)
+        _place(model, options)
+        examples = data.read(data_source, folder, tasks.infer(model))
+        found = layers.similarity(model, examples, config, show)
+    if out is None:
+        return found, []
+    stacks = [stack.to_json() for stack in found]
+    if out.suffix:
+        return found, [write_whole(out, heatmap.picture(stacks).encode())]
+    with staged(out) as target:
+        for stack in stacks:
+            (target / f"{stack['name']}.svg").write_text(heatmap.picture([stack]), "utf-8")
+        write_json(target / "similarity.json", {"stacks": stacks})
+    return found, sorted(out.iterdir())
+
+
+def export(
+    source: str,
+    out: Path,
+    config: ExportConfig,
+    options: LoadConfig,
+    data_source: str | None = None,
+) -> Package:
+    """Export the checkpoint ``source`` as the new package ``out``, with a few rows of the data.
+
+    One of 16 bits is computed with in float32, whose weights are on disk beside ``out`` meanwhile.
+    """
+    with progress.shown() as show, scratch(out) as wide:
+        folder, model = _open(source, options)
+        float32_(model, wide)
+        show("tracing and writing", 0, 0)
+        result = package.export(model, out, config, folder, data_source)
+        if not config.prepack:
+            return result
+        show("measuring", 0, 0)
+        return replace(result, costs=_costs(result.manifest, out))
+
+
+def _open(source: str, options: LoadConfig) -> tuple[Path, Any]:
+    """Return the folder of a checkpoint and its model."""
+    disable_progress_bar()  # transformers draws one for every file: one display is enough
+    folder = resolve(source, code=options.trust_remote_code)
+    return folder, checkpoint.load(folder, options.trust_remote_code)
+
+
+def _place(model: Any, options: DeviceConfig) -> None:
+    """Let the model compute on the device, in place."""
+    processes.rank_and_world_size()  # gives each of several processes a GPU of its own
+    device = options.device
+    try:
+        torch.empty(0, device=device)
+        if options.offload:
+            offload_(model, device)
+        else:
+            model.to(device)
+    except (RuntimeError, AssertionError) as error:  # the latter where PyTorch has no CUDA
+        first = str(error).splitlines()[0]
+        raise InputError(f"the model cannot be put on --device {device!r}: {first}") from error
+
+
+def _task(named: str | None, model: Any) -> str:
+    if named:
+        return tasks.check(named)
+    return tasks.infer(model)
+
+
+def _examples(
+    paths: DataConfig, folder: Path, task: str
+) -> tuple[Examples | None, Examples | None]:
+    """Return the calibration data and the data that chooses, half of the former if not given."""
+    calibration = held_out = None
+    if paths.data:
+        calibration = data.read(paths.data, folder, task)
+    if paths.validation:
+        held_out = data.read(paths.validation, folder, task)
+    elif calibration:
+        calibration, held_out = calibration.halves()
+    return calibration, held_out
+
+
+def _costs(manifest: Manifest, folder: Path) -> dict[str, Any]:
+    """Return bytes and footprint of the graphs and of their variants, by kind."""
+    costs = {}
+    for kind in dict.fromkeys(("onnx", *(variant.kind for variant in manifest.variants))):
+        opened = set(manifest.served(kind))
+        opened |= {f"{path}_data" for path in opened}
+        if kind == "onnx":
+            opened.add(WEIGHTS)
+        size = sum(file.bytes for file in manifest.files if file.path in opened)
+        costs[kind] = {"bytes": size, **asdict(measure_footprint(folder, kind=kind))}
+    return costs

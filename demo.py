@@ -1,0 +1,109 @@
+"""``ffmerge demo``: the whole pipeline on a model and pictures that ffmerge ships."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ffmerge import progress
+from ffmerge.config import MergeConfig
+from ffmerge.exporter.package import export
+from ffmerge.files import plain, staged
+from ffmerge.models import checkpoint, digits
+from ffmerge.models.examples import Examples, from_arrays
+from ffmerge.models.manifest import MetricResult
+from ffmerge.passes.weights.evaluate import score_for
+from ffmerge.passes.weights.merge import Merge, merge_
+from ffmerge.passes.weights.similarity import similarity
+from ffmerge.runtime_tests import report
+from ffmerge.runtime_tests import validate as validation
+from ffmerge.runtime_tests.results import MetricRow, Validation, metric_row
+from ffmerge.tables import cost_table
+
+MODEL = Path(__file__).parent / "models" / "digits_vit"
+K = 3
+TEST = "test pictures"
+
+
+@dataclass(frozen=True)
+class Demo:
+    """The demo's packages before and after, and the metric in three ``stages``.
+
+    ``ok`` is true when both packages compute what PyTorch computes.
+    """
+
+    before: Validation
+    after: Validation
+    stages: tuple[MetricRow, ...]
+    merge: Merge
+
+    @property
+    def ok(self) -> bool:
+        """Tell whether both packages hold."""
+        return self.before.ok and self.after.ok
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values; the method's and the export's losses are kept apart."""
+        return plain(
+            {
+                "ok": self.ok,
+                "before": report.summary(self.before),
+                "after": report.summary(self.after),
+                "losses": report.losses(self.stages, self.after.max_abs),
+                "merge": self.merge.to_json(),
+            }
+        )
+
+    def table(self) -> Any:
+        """Return the before/after table for a terminal."""
+        record, first = self.merge.record, self.stages[0]
+        title = (
+            f"ViT on digits: layers {report.layers_text(record.groups[0])} of 6 share one "
+            f"feed-forward sublayer ({record.method}, untuned; {first.examples} test pictures)"
+        )
+        return cost_table(report.rows(self.before, self.after, self.stages), title)
+
+
+def demo(out: Path) -> Demo:
+    """Merge, export, validate and report the embedded model on the embedded data.
+
+    Leaves ``original`` and ``merged`` packages, the merged ``checkpoint`` and ``report.html``
+    in the new folder ``out``. Calibration pictures give the statistics, validation pictures
+    choose the window, test pictures are only reported.
+    """
+    calibration = from_arrays(digits.load("calibration", count=500))
+    held_out = from_arrays(digits.load("validation", count=1000))
+    test = from_arrays(digits.load("test", count=1000))
+    with staged(out) as folder, progress.shown() as show:
+        original = checkpoint.load(MODEL)
+        score = score_for(original, "image-classification", test, 100)
+        first = export(original, folder / "original", source=MODEL, data=held_out)
+        show("merging", 0, 0)
+        merged = checkpoint.load(MODEL)
+        result = merge_(merged, calibration, MergeConfig(k=K), held_out, show)
+        checkpoint.save(merged, folder / "checkpoint")
+        second = export(merged, folder / "merged", source=folder / "checkpoint", data=held_out)
+        show("validating", 0, 0)
+        before, after = _validated(
+            {first.path: "The original ViT", second.path: "The merged ViT"}, test
+        )
+        stages = []
+        for stage, model in (("original", original), ("merged", merged)):
+            metric = MetricResult(score.name, score.measure(model), len(test))
+            stages.append(metric_row(stage, "PyTorch", TEST, metric))
+        if after.metric:
+            stages.append(metric_row("served", "cpu", TEST, after.metric))
+        alike = [stack.to_json() for stack in similarity(original, calibration)]
+        report.write_report(folder, after, before, stages, ["ffmerge demo"], alike)
+    return Demo(before, after, tuple(stages), result)
+
+
+def _validated(labels: dict[Path, str], test: Examples) -> list[Validation]:
+    """Return what was found of each package, whose costs are measured twice, some time apart."""
+    found = []
+    for path, label in labels.items():
+        found.append(replace(validation.check(path, examples=test), label=label))
+    again = []
+    for path, once in zip(labels, found, strict=True):
+        again.append(validation.measured_again(path, once))
+        validation.write_validation(path, again[-1])
+    return again

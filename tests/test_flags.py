@@ -1,0 +1,119 @@
+"""Options stand once: what config.py says is what the command line, recipes and Python take."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+import ffmerge.__main__ as command_line
+from ffmerge import config, flags
+from ffmerge.config import MergeConfig, RecoverConfig
+from ffmerge.errors import InputError
+from ffmerge.flags import Result
+
+# a command, a misspelt value and the word that the refusal has; the checkpoint does not exist
+MISSPELT = [
+    (("merge", "gone", "out", "--k", "2", "--recover", "3", "--recover-parts", "foo"), "'foo'"),
+    (("merge", "gone", "out", "--k", "2", "--recover-parts", "foo"), "'foo'"),
+    (("merge", "gone", "out", "--k", "2", "--criterion", "foo"), "'foo'"),
+    (("merge", "gone", "out", "--k", "2", "--method", "foo"), "'foo'"),
+    (("merge", "gone", "out", "--budget", "foo"), "'foo'"),
+    (("merge", "gone", "out", "--window", "3"), "'3'"),
+    (("merge", "gone", "out", "--window", "1-3", "--k", "3"), "either a window"),
+    (("merge", "gone", "out"), "either a window"),
+    (("merge", "gone", "out", "--k", "2", "--auto-precision"), "budget"),
+    (("merge", "gone", "out", "--k", "2", "--recover", "0"), "step below 1"),
+    (("merge", "gone", "out", "--k", "2", "--recover", "3", "--learning-rate", "0"), "rate of 0"),
+    (("merge", "gone", "out", "--k", "2", "--batch-size", "0"), "batch_size"),
+    (("compare", "gone", "--k", "2", "--data", "x.npz", "--method", "foo"), "'foo'"),
+    (("export", "gone", "out", "--dtype", "foo"), "'foo'"),
+    (("export", "gone", "out", "--layout", "foo"), "'foo'"),
+    (("export", "gone", "out", "--opset", "99"), "99"),
+    (("share", "gone.onnx", "out.onnx", "--dtype", "foo"), "'foo'"),
+    (("similarity", "gone", "--data", "x.npz", "--reach", "-1"), "reach"),
+]
+
+
+@pytest.mark.parametrize(("words", "says"), MISSPELT, ids=lambda x: " ".join(x[3:]) or None)
+def test_a_misspelt_value_fails_before_anything_is_opened(
+    command: Any, words: tuple[str, ...], says: str
+) -> None:
+    code, out, err = command(*words)
+    assert (code, out) == (2, "")
+    assert says in err and "gone" not in err and len(err.splitlines()) == 1
+
+
+def test_a_recipe_is_checked_whole_before_its_first_step(command: Any, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"- demo: {{out: {tmp_path / 'demo'}}}\n- export: {{model: a, out: b, dtype: foo}}\n"
+    )
+    code, _, err = command("run", recipe)
+    assert code == 2 and "step 2: no dtype 'foo'" in err
+    assert not (tmp_path / "demo").exists()
+
+
+@pytest.fixture
+def merged() -> dict[str, Any]:
+    """What a command of some configurations was called with."""
+    return {}
+
+
+@pytest.fixture
+def app(merged: dict[str, Any]) -> typer.Typer:
+    def work(model: str, config: MergeConfig, recovery: RecoverConfig | None) -> Result:
+        """Do some work."""
+        merged.update(model=model, config=config, recovery=recovery)
+        return Result({"model": model}, "a table", ok=model != "bad")
+
+    made = typer.Typer()
+    made.callback()(lambda: None)
+    flags.command(made, work)
+    return made
+
+
+def test_flags_become_the_configuration_again(app: typer.Typer, merged: dict[str, Any]) -> None:
+    words = ["work", "m", "--window", "encoder:1-3", "--stack", "encoder"]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    assert merged["config"] == MergeConfig(window={"encoder": (1, 3)}, stacks=("encoder",))
+    assert merged["recovery"] is None
+    words = ["work", "m", "--k", "3", "--recover", "7", "--recover-labels"]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    assert merged["config"] == MergeConfig(k=3)
+    assert merged["recovery"] == RecoverConfig(steps=7, labels=True)
+
+
+def test_what_failed_is_printed_and_exits_with_1(app: typer.Typer) -> None:
+    done = CliRunner().invoke(app, ["work", "bad", "--k", "3", "--json"])
+    assert (done.exit_code, done.output) == (1, '{\n  "model": "bad"\n}\n')
+
+
+def test_every_option_has_a_flag_with_its_help() -> None:
+    """Of the configurations that commands have: none is lost between the two."""
+    app: Any = typer.main.get_command(command_line.app)
+    helps = {p.help for command in app.commands.values() for p in command.params if p.opts}
+    for name, kind in vars(config).items():
+        if name.endswith("Config"):
+            for each in fields(kind):
+                if "help" in each.metadata:
+                    assert each.metadata["help"] in helps, (name, each.name)
+
+
+def test_another_missing_module_is_no_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what the extra brings is named; a fault of ours stays a traceback."""
+
+    def work() -> Result:
+        raise ModuleNotFoundError("no", name="ffmerge.nothing")
+
+    app = typer.Typer()
+    app.callback()(lambda: None)
+    flags.command(app, work)
+    done = CliRunner().invoke(app, ["work"])
+    assert isinstance(done.exception, ModuleNotFoundError)
+    monkeypatch.setattr(flags, "TORCH_SIDE", ("ffmerge",))
+    done = CliRunner().invoke(app, ["work"])
+    assert isinstance(done.exception, InputError)
+    assert "pip install 'ffmerge[torch]'" in str(done.exception)
