@@ -17,7 +17,7 @@ from graphs import build, names, normal, ops, run
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
-from ffmerge.config import ExportConfig, MergeConfig, QuantizeConfig, ShareConfig
+from ffmerge.config import DTYPES, ExportConfig, MergeConfig, QuantizeConfig, ShareConfig
 from ffmerge.errors import InputError
 from ffmerge.exporter.graphs import graphs
 from ffmerge.exporter.package import export
@@ -26,12 +26,11 @@ from ffmerge.models import tasks
 from ffmerge.models.record import Tie
 from ffmerge.passes.graph.audit import audit
 from ffmerge.passes.graph.contract import check_ties, read_ties
-from ffmerge.passes.graph.quantize import PRECISIONS
 from ffmerge.passes.graph.run import share, share_file
 from ffmerge.passes.weights.merge import merge_
 from ffmerge.runtime_tests.validate import validate
 
-LOWER = [name for name in PRECISIONS if name != "fp16"]
+LOWER = [name for name in DTYPES if name not in ("fp32", "fp16")]
 TWO = "(float[n,64] x) => (float[n,64] y) { h = MatMul(x, W) t = Relu(h) y = MatMul(t, W) }"
 GEMMS = """(float[n,64] x) => (float[n,64] y) {
     h = Gemm<transB=1>(x, W, c) t = Relu(h) y = Gemm<transB=1>(t, W, c) }"""

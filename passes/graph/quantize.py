@@ -20,7 +20,6 @@ from ffmerge.passes.graph.float16 import MASK, to_float16
 from ffmerge.passes.graph.matrix import Matrix, matrix_of
 from ffmerge.passes.graph.tensors import Stored, is_op, shape_of, stored, values_of
 
-PRECISIONS = DTYPES[1:]  # all but fp32, which is not quantized
 BITS = {"int8-weights": 8, "int4": 4}  # of those stored in blocks
 OPSET = 13  # from which DequantizeLinear has a scale per channel
 
@@ -28,7 +27,9 @@ OPSET = 13  # from which DequantizeLinear has a scale per channel
 def quantize(
     model: ir.Model, precision: str, config: QuantizeConfig = QuantizeConfig()
 ) -> tuple[Skip, ...]:
-    """Bring a shared model to one of ``PRECISIONS`` in place; return what is stored in more bits.
+    """Bring a shared model to a precision other than fp32, in place.
+
+    Return what is stored in more bits, and why.
 
     Nodes are left out of order and scales possibly equal: the model is to be shared again, as
     :func:`ffmerge.passes.graph.run.share` does.
@@ -36,7 +37,7 @@ def quantize(
     Raises:
         InputError: there is no such precision, or it needs a later opset or calibration data.
     """
-    if precision not in PRECISIONS:
+    if precision == "fp32" or precision not in DTYPES:
         raise InputError(f"no dtype {precision!r}: there is {', '.join(DTYPES)}.")
     opset = model.opset_imports.get("", 0)
     if opset < OPSET:
