@@ -9,7 +9,7 @@ import pytest
 from conftest import HEAVY
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("docs/decisions.md", "CONTRIBUTING.md")
+PAGES = ("docs/architecture.md", "docs/decisions.md", "CONTRIBUTING.md")
 # Files that ffmerge writes or reads: their names are no paths of this repository.
 _KINDS = "json onnx onnx_data ort config safetensors md html svg npz yaml toml txt"
 KINDS = "|".join(_KINDS.split())
