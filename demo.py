@@ -17,6 +17,7 @@ from ffmerge.passes.weights.similarity import similarity
 from ffmerge.runtime_tests import report
 from ffmerge.runtime_tests import validate as validation
 from ffmerge.runtime_tests.results import MetricRow, Validation, metric_row
+from ffmerge.runtime_tests.words import layers_text
 from ffmerge.tables import cost_table
 
 MODEL = Path(__file__).parent / "models" / "digits_vit"
@@ -57,7 +58,7 @@ class Demo:
         """Return the before/after table for a terminal."""
         record, first = self.merge.record, self.stages[0]
         title = (
-            f"ViT on digits: layers {report.layers_text(record.groups[0])} of 6 share one "
+            f"ViT on digits: layers {layers_text(record.groups[0])} of 6 share one "
             f"feed-forward sublayer ({record.method}, untuned; {first.examples} test pictures)"
         )
         return cost_table(report.rows(self.before, self.after, self.stages), title)
