@@ -16,7 +16,7 @@ from ffmerge.exporter.trace import record_trace
 from ffmerge.models.trace import Trace
 from ffmerge.passes.graph.opset import to_opset
 from ffmerge.passes.graph.quantize import quantize
-from ffmerge.passes.graph.run import ShareResult, share
+from ffmerge.passes.graph.run import ShareResult, share_model
 from ffmerge.passes.graph.tensors import is_op
 
 DIRECT = 18  # the first opset that PyTorch's exporter writes by itself; older ones are converted
@@ -41,7 +41,7 @@ def convert(plan: Plan) -> tuple[dict[str, ShareResult], dict[str, Trace]]:
     if plan.config.opset < DIRECT:
         for name, result in results.items():
             older = to_opset(result.model, plan.config.opset)
-            results[name] = share(older, resident=not quantized)
+            results[name] = share_model(older, resident=not quantized)
     if quantized:
         results = _quantized(results, plan)
     traces = {}
@@ -67,7 +67,7 @@ def _quantized(results: Mapping[str, ShareResult], plan: Plan) -> dict[str, Shar
         if name in plan.calibration:
             config = replace(common, calibration=[plan.calibration[name]])
         skipped = quantize(before.model, plan.config.dtype, config)
-        after = share(before.model)
+        after = share_model(before.model)
         reasons = dict.fromkeys((*before.skipped, *skipped, *after.skipped))
         done[name] = replace(after, skipped=tuple(reasons), bytes_before=before.bytes_before)
     return done

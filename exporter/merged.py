@@ -10,7 +10,7 @@ from ffmerge.exporter.graphs import Graph
 from ffmerge.exporter.torch_onnx import count_tie_uses
 from ffmerge.models.kv_cache import FLAG
 from ffmerge.passes.graph.contract import read_ties
-from ffmerge.passes.graph.run import ShareResult, share
+from ffmerge.passes.graph.run import ShareResult, share_model
 
 
 def merge_decoders(first: ir.Model, later: ir.Model, graph: Graph) -> ShareResult:
@@ -37,7 +37,7 @@ def merge_decoders(first: ir.Model, later: ir.Model, graph: Graph) -> ShareResul
     outer.outputs.extend(outputs)
     model = ir.Model(outer, ir_version=first.ir_version)
     NameFixPass()(model)
-    shared = share(model, (*read_ties(first), *read_ties(later)))
+    shared = share_model(model, (*read_ties(first), *read_ties(later)))
     return count_tie_uses(shared, f"{graph.name}.onnx")
 
 

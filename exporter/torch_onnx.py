@@ -28,7 +28,7 @@ from ffmerge.models import ties
 from ffmerge.models.inputs import to_tensors
 from ffmerge.models.record import Tie
 from ffmerge.passes.graph.contract import read_ties, write_ties
-from ffmerge.passes.graph.run import ShareResult, share
+from ffmerge.passes.graph.run import ShareResult, share_model
 
 
 def to_onnx(graph: Graph, opset: int, resident: bool = True) -> tuple[ShareResult, Any]:
@@ -50,7 +50,7 @@ def to_onnx(graph: Graph, opset: int, resident: bool = True) -> tuple[ShareResul
     known = ties.ties(model)
     _rename(program.model, known)
     _optimize(program.model, graph, known)
-    shared = share(program.model, resident=resident)
+    shared = share_model(program.model, resident=resident)
     return count_tie_uses(shared, f"{graph.name}.onnx"), program.exported_program
 
 
@@ -85,7 +85,7 @@ def _optimize(onnx_graph: ir.Model, graph: Graph, known: Sequence[Tie]) -> None:
     """
     held = onnx_graph.graph.initializers
     recorded = [replace(tie, places={graph.name: 1}) for tie in known if tie.name in held]
-    share(onnx_graph, recorded, resident=False)
+    share_model(onnx_graph, recorded, resident=False)
     onnxscript.optimizer.optimize_ir(onnx_graph)
     onnxscript.rewriter.rewrite(_trivial())  # its rules hold the last graph they saw
     # It leaves out biases that are zero, tied or not. Any other tie that is gone is an error.

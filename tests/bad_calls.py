@@ -284,7 +284,9 @@ PYTHON: dict[str, Callable[[Path, Path], Any]] = {
     "save a broken tie": _untied,
     "load nothing": lambda base, out: ffmerge.load(base / "nothing"),
     "export float16": lambda base, out: ffmerge.export(vit(32, 64, 2).half(), out / "new"),
-    "share int3": lambda base, out: ffmerge.share(build(_TEXT, W=normal(4), V=normal(4)), (), "i3"),
+    "share int3": lambda base, out: ffmerge.share(
+        build(_TEXT, W=normal(4), V=normal(4)), config=ffmerge.ShareConfig(dtype="i3")
+    ),
     "load_package nothing": lambda base, out: ffmerge.load_package(base / "empty"),
     "load_package changed": lambda base, out: ffmerge.load_package(base / "changed"),
     "validate tpu": lambda base, out: ffmerge.validate(

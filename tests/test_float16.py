@@ -9,13 +9,13 @@ from graphs import build, normal, ops, run
 from ffmerge.models.record import Tie
 from ffmerge.passes.graph.audit import audit
 from ffmerge.passes.graph.contract import check_ties
-from ffmerge.passes.graph.run import share
+from ffmerge.passes.graph.run import share_model
 
 F16 = ir.DataType.FLOAT16
 
 
 def half(text, opset=20, ties=(), **weights):
-    return share(build(text, opset, **weights), ties, "fp16")
+    return share_model(build(text, opset, **weights), ties, "fp16")
 
 
 def dtype(result, name):

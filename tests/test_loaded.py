@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from ffmerge.__main__ import app
 from ffmerge.passes.graph.audit import audit
-from ffmerge.passes.graph.run import share, share_file
+from ffmerge.passes.graph.run import share_file, share_model
 from ffmerge.runtime_tests.loaded import look
 
 
@@ -83,7 +83,7 @@ def test_copies_the_file_itself_has_are_not_the_runtimes(tmp_path):
 
 def test_a_weight_packed_and_kept_shows_in_memory(tmp_path):
     model = tied().clone()
-    share(model, resident=False)
+    share_model(model, resident=False)
     weight = model.graph.initializers["W"]
     weight.const_value = ir.tensor(normal(100_000, 64), name="W")  # 25.6 MB
     weight.shape = weight.const_value.shape

@@ -26,7 +26,7 @@ from ffmerge.models import tasks
 from ffmerge.models.find import find
 from ffmerge.passes.graph.audit import audit
 from ffmerge.passes.graph.contract import read_ties
-from ffmerge.passes.graph.run import share
+from ffmerge.passes.graph.run import share_model
 from ffmerge.passes.weights.merge import merge_
 from ffmerge.runtime_tests.loaded import look
 
@@ -84,7 +84,7 @@ def test_shared_once_whole_and_close(name: str, precision: str, tmp_path: Path) 
     before = read_ties(graph)
     assert {tie.name for tie in before} >= set(_shared(model))
     if precision != "fp32":
-        result = share(graph, dtype=precision)
+        result = share_model(graph, dtype=precision)
         assert result.ties == before
         graph = result.model
     stored = graph.graph.initializers

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from ffmerge.passes.graph.audit import audit
-from ffmerge.passes.graph.run import share
+from ffmerge.passes.graph.run import share_model
 
 D, SEEDS = 8, 3
 # Gemm against MatMul: up to 12 products of width 8, each within 1 by Tanh; seen 0.0
@@ -139,7 +139,7 @@ def feeds():
 @given(st.lists(STEP, min_size=2, max_size=12))
 def test_sharing_keeps_results_and_leaves_one_of_each(tmp_path_factory, steps):
     before = [run(built(steps), **feed)[0] for feed in feeds()]
-    result = share(built(steps))
+    result = share_model(built(steps))
     gemm = any(node.op_type == "Gemm" for node in result.model.graph)
     for one, feed in zip(before, feeds(), strict=True):
         after = run(result.model, **feed)[0]
@@ -154,7 +154,9 @@ def test_sharing_keeps_results_and_leaves_one_of_each(tmp_path_factory, steps):
     told = {skip.name for skip in result.skipped}
     assert all(told & set(duplicate.names) for duplicate in found.duplicates), found.duplicates
     assert not found.duplicates or all(d.kind == "transposed" for d in found.duplicates)
-    assert ir.to_proto(share(ir.from_proto(onnx.load(path))).model).SerializeToString() == once
+    assert (
+        ir.to_proto(share_model(ir.from_proto(onnx.load(path))).model).SerializeToString() == once
+    )
 
 
 HASHED = [
@@ -166,7 +168,7 @@ HASHED = [
 
 def digests():
     return [
-        hashlib.sha256(ir.to_proto(share(built(s)).model).SerializeToString()).hexdigest()
+        hashlib.sha256(ir.to_proto(share_model(built(s)).model).SerializeToString()).hexdigest()
         for s in HASHED
     ]
 

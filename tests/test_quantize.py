@@ -26,7 +26,7 @@ from ffmerge.models import tasks
 from ffmerge.models.record import Tie
 from ffmerge.passes.graph.audit import audit
 from ffmerge.passes.graph.contract import check_ties, read_ties
-from ffmerge.passes.graph.run import share, share_file
+from ffmerge.passes.graph.run import share_file, share_model
 from ffmerge.passes.weights.merge import merge_
 from ffmerge.runtime_tests.validate import validate
 
@@ -46,7 +46,7 @@ def relative(got, expected):
 def lower(model, precision, feeds=None, **settings):
     if precision == "int8-static":
         settings["calibration"] = [feeds]
-    return share(model, dtype=precision, config=QuantizeConfig(**settings))
+    return share_model(model, dtype=precision, config=QuantizeConfig(**settings))
 
 
 def array(model, name):
@@ -65,7 +65,7 @@ def test_two_gemms_of_one_square_weight_where_quantize_dynamic_is_wrong(tmp_path
     quantize_dynamic(tmp_path / "in.onnx", tmp_path / "ort.onnx", weight_type=QuantType.QInt8)
     expected = np.maximum(x @ weights["W"].T + weights["c"], 0) @ weights["W"].T + weights["c"]
     assert relative(run(str(tmp_path / "ort.onnx"), x=x)[0], expected) > 0.5  # measured 1.05
-    result = share(build(GEMMS, **weights), dtype="int8")
+    result = share_model(build(GEMMS, **weights), dtype="int8")
     assert relative(run(result.model, x=x)[0], expected) < 0.02  # measured 0.0097
     assert ops(result.model)["MatMulInteger"] == 2
     assert array(result.model, "W").dtype == np.int8
@@ -77,7 +77,7 @@ def test_gpt2_whose_gemms_the_int4_quantizer_leaves_in_float():
     theirs = MatMulNBitsQuantizer(ir.to_proto(model), block_size=32, is_symmetric=True)
     theirs.process()
     assert ops(ir.from_proto(theirs.model.model))["Gemm"] >= gemms - 1
-    result = share(model, dtype="int4")
+    result = share_model(model, dtype="int4")
     assert (ops(result.model)["Gemm"], ops(result.model)["MatMulNBits"]) == (0, gemms)
 
 
@@ -90,7 +90,7 @@ def test_stock_export_that_quantize_dynamic_cannot_read(tmp_path):
         quantize_dynamic(tmp_path / "stock.onnx", tmp_path / "ort.onnx")
     x = normal(1, 3, 16, 16)
     expected = run(str(tmp_path / "stock.onnx"), pixel_values=x)[0]
-    result = share(ir.load(tmp_path / "stock.onnx"), dtype="int8")
+    result = share_model(ir.load(tmp_path / "stock.onnx"), dtype="int8")
     assert relative(run(result.model, pixel_values=x)[0], expected) < 0.05  # measured 0.0093
 
 
@@ -125,7 +125,7 @@ def test_int8_products_do_not_saturate_on_any_processor(rows):
     weight = np.linspace(0.5, 1, 256, dtype="f") * np.ones((rows, 1), "f")
     model = build(f"(float[n,{rows}] x) => (float[n,256] y) {{ y = MatMul(x, W) }}", W=weight)
     x = np.ones((3, rows), "f")
-    result = share(model, dtype="int8")
+    result = share_model(model, dtype="int8")
     assert relative(run(result.model, x=x)[0], x @ weight) < 0.01  # measured 0.008; was 0.49
     codes = array(result.model, "W").astype(int)
     assert np.abs(codes[:-1:2] + codes[1::2]).max() <= 128
@@ -195,14 +195,14 @@ def test_int4_table_alone():
 def test_an_input_of_several_weights_is_quantized_once():
     text = "(float[n,64] x) => (float[n,64] y) { p = MatMul(x, W) q = MatMul(x, V) y = Add(p, q) }"
     model = build(text, W=normal(64, 64), V=normal(64, 64, seed=1))
-    assert ops(share(model, dtype="int8").model)["DynamicQuantizeLinear"] == 1
+    assert ops(share_model(model, dtype="int8").model)["DynamicQuantizeLinear"] == 1
 
 
 @pytest.mark.parametrize("precision", LOWER)
 def test_tied_table_and_head_are_one_tensor(precision, tmp_path):
     table, x = normal(97, 64), normal(2, 3, 64, seed=1)
     tie = Tie("W", ("W", "head"))
-    first = share(build(TIED, W=table), [tie])
+    first = share_model(build(TIED, W=table), [tie])
     result = lower(first.model, precision, {"i": IDS, "x": x})
     bits, scales = (4 if precision == "int4" else 8), {"int4": 97 * 2, "int8-weights": 97 * 2}
     assert array(result.model, "W").nbytes == 97 * 64 * bits // 8
@@ -224,7 +224,7 @@ def test_one_weight_for_all_and_the_tie_holds(text, precision, tmp_path):
     if text == GEMMS:
         weights["c"] = normal(64, seed=1)
     (expected,) = run(build(text, **weights), x=x)
-    first = share(build(text, **weights), [Tie("a", ("a", "W"))])
+    first = share_model(build(text, **weights), [Tie("a", ("a", "W"))])
     result = lower(first.model, precision, {"x": x})
     assert result.ties == (Tie("a", ("a", "W")),)
     assert check_ties(result.model, result.ties)[0].ok
@@ -239,7 +239,7 @@ def test_one_weight_for_all_and_the_tie_holds(text, precision, tmp_path):
 
 
 def test_a_broken_tie_is_seen_behind_dequantize_linear():
-    first = share(build(TWO, W=normal(64, 64)), [Tie("W", ("W", "V"))])
+    first = share_model(build(TWO, W=normal(64, 64)), [Tie("W", ("W", "V"))])
     model = lower(first.model, "int8-static", {"x": normal(5, 64)}).model
     last = [node for node in model.graph if node.op_type == "MatMul"][-1]
     last.replace_input_with(1, last.inputs[0])
@@ -251,7 +251,7 @@ def test_static_ranges_are_those_of_the_calibration_batches():
     weight = normal(64, 64)
     batches = [{"x": normal(5, 64, seed=s)} for s in (1, 2)]
     config = QuantizeConfig(calibration=batches)
-    result = share(build(GEMMS, W=weight, c=normal(64, seed=1)), (), "int8-static", config)
+    result = share_model(build(GEMMS, W=weight, c=normal(64, seed=1)), (), "int8-static", config)
     every = np.stack([batch["x"] for batch in batches])
     step = (every.max() - every.min()) / 255
     assert np.isclose(array(result.model, "x/scale"), step, rtol=1e-6)
@@ -260,7 +260,7 @@ def test_static_ranges_are_those_of_the_calibration_batches():
     assert reads.count("W") == 1 and len(reads) == 5  # W, and in and out of two products
     assert [skip.name for skip in result.skipped] == ["c", "c"]
     with pytest.raises(InputError, match="calibration"):
-        share(build(TWO, W=weight), dtype="int8-static")
+        share_model(build(TWO, W=weight), dtype="int8-static")
 
 
 CASES = {
@@ -297,22 +297,22 @@ def test_what_stays_in_more_bits_is_listed_with_the_reason(case, precision):
 def test_float64_weights_stay():
     text = "(double[n,64] x) => (double[n,64] y) { y = MatMul(x, W) }"
     model = build(text, W=normal(64, 64, dtype="d"))
-    (skip,) = share(model, dtype="int8").skipped
+    (skip,) = share_model(model, dtype="int8").skipped
     assert skip.reason == "DOUBLE: only float32 is quantized"
 
 
 def test_fp32_is_no_quantization():
     plain, named = (
-        share(build(GEMMS, W=normal(64, 64), c=normal(64)), dtype=d) for d in (None, "fp32")
+        share_model(build(GEMMS, W=normal(64, 64), c=normal(64)), dtype=d) for d in (None, "fp32")
     )
     assert ir.to_proto(plain.model) == ir.to_proto(named.model)
 
 
 def test_bad_requests_say_what_to_do():
     with pytest.raises(InputError, match="there is fp32, fp16, int8"):
-        share(build(TWO, W=normal(64, 64)), dtype="int3")
+        share_model(build(TWO, W=normal(64, 64)), dtype="int3")
     with pytest.raises(InputError, match="needs opset 13, the model has 12"):
-        share(build(TWO, 12, W=normal(64, 64)), dtype="int8")
+        share_model(build(TWO, 12, W=normal(64, 64)), dtype="int8")
     with pytest.raises(InputError, match="power of two"):
         lower(build(TWO, W=normal(64, 64)), "int4", block=24)
 

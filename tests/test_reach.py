@@ -9,7 +9,7 @@ from graphs import build, names, normal, ops, run
 from test_share import GEMM
 
 from ffmerge.passes.graph.audit import audit
-from ffmerge.passes.graph.run import share
+from ffmerge.passes.graph.run import share_model
 
 
 def same(before, after, atol=0.0):
@@ -28,7 +28,7 @@ def test_equal_reshapes_are_stored(allow):
         W=normal(6, 2, 2), S=np.array([6, 4]), T=np.array([0, 4]), U=np.array([0, -1]),
     )  # fmt: skip
     before = run(model, x=normal(2, 6, seed=1))
-    assert share(model).skipped == ()
+    assert share_model(model).skipped == ()
     assert names(model) == ["W"] and "Reshape" not in ops(model)
     same(before, run(model, x=normal(2, 6, seed=1)))
 
@@ -39,7 +39,7 @@ def test_equal_reshapes_of_a_weight_used_otherwise_are_one(tmp_path):
         b = MatMul(p, s)  c = Neg(W)}"""
     model = build(text, W=normal(6, 2, 2), S=np.array([6, 4]), T=np.array([6, -1]))
     before = run(model, x=normal(2, 6, seed=1))
-    (skip,) = share(model).skipped
+    (skip,) = share_model(model).skipped
     assert ops(model)["Reshape"] == 1 and "used" not in skip.reason and "stays" in skip.reason
     same(before, run(model, x=normal(2, 6, seed=1)))
 
@@ -49,13 +49,13 @@ def test_a_reshape_to_a_computed_shape_stays():
         "(float[3,4] x) => (float[3,4] y) {s = Shape(x)  r = Reshape(W, s)  y = Add(x, r)}",
         W=normal(4, 3),
     )
-    (skip,) = share(model).skipped
+    (skip,) = share_model(model).skipped
     assert "its shape is not known here" in skip.reason and ops(model)["Reshape"] == 1
     empty = build(
         "(float[2,0] x) => (float[2,0] y) {r = Reshape<allowzero=1>(W, S)  y = Add(x, r)}",
         W=np.zeros((0, 2), np.float32), S=np.array([2, 0]),
     )  # fmt: skip
-    share(empty)
+    share_model(empty)
     assert run(empty, x=np.zeros((2, 0), np.float32))[0].shape == (2, 0)
 
 
@@ -70,7 +70,7 @@ def test_equal_dequantizations_are_one():
         c = DequantizeLinear<axis=0>(W, s, z)  y = MatMul(q, c)}""",
         W=quantized, V=quantized, s=scale, t=scale, z=np.zeros(32, np.int8),
     )  # fmt: skip
-    assert share(model).skipped == ()  # the way quantized weights are read
+    assert share_model(model).skipped == ()  # the way quantized weights are read
     assert ops(model) == {"DequantizeLinear": 2, "MatMul": 3} and names(model) == ["W", "s", "z"]
     x, wide = normal(2, 32, seed=1), scale.astype(np.float64)
     exact = x @ (quantized * wide) @ (quantized * wide) @ (quantized * wide[:, None])
@@ -101,7 +101,7 @@ def test_branches_two_deep_and_what_they_return():
         for c in (True, False) for d in (True, False)
     ]  # fmt: skip
     before = [run(model, **feed) for feed in feeds]
-    result = share(model)
+    result = share_model(model)
     assert result.bytes_after == w.nbytes + sum(
         v.const_value.nbytes for v in model.graph.initializers.values() if v.name != "W"
     )
@@ -110,7 +110,7 @@ def test_branches_two_deep_and_what_they_return():
     for feed, one in zip(feeds, before, strict=True):
         same(one, run(model, **feed), GEMM)
     once = ir.to_proto(model).SerializeToString()
-    assert ir.to_proto(share(model).model).SerializeToString() == once
+    assert ir.to_proto(share_model(model).model).SerializeToString() == once
 
 
 def build_unchecked(text, **weights):
@@ -133,7 +133,7 @@ def test_equal_nodes_of_two_branches_become_one_of_the_main_graph():
     )
     feeds = [{"c": np.array(c), "x": normal(2, 64, seed=1)} for c in (True, False)]
     before = [run(model, **f) for f in feeds]
-    share(model)
+    share_model(model)
     assert ops(model)["Cast"] == 1 and [n.op_type for n in model.graph] == ["Cast", "If"]
     for feed, one in zip(feeds, before, strict=True):
         same(one, run(model, **feed))
@@ -147,7 +147,7 @@ def test_different_reshapes_stay_apart():
     )  # fmt: skip
     feeds = {"x": normal(6, 6, seed=1), "z": normal(4, 4, seed=2)}
     before = run(model, **feeds)
-    share(model)
+    share_model(model)
     assert ops(model)["Reshape"] == 2
     same(before, run(model, **feeds))
 
@@ -170,7 +170,7 @@ def test_equal_nodes_stay_where_what_they_read_is_known():
         for c in (True, False) for d in (True, False)
     ]  # fmt: skip
     before = [run(model, **feed) for feed in feeds]
-    share(model)
+    share_model(model)
     assert ops(model)["Reshape"] == 2
     for feed, one in zip(feeds, before, strict=True):
         same(one, run(model, **feed))
@@ -189,7 +189,7 @@ def test_functions_that_hold_tensors_are_inlined_and_others_stay():
     proto.graph.initializer.append(onnx.numpy_helper.from_array(np.float32([1, 2, 3]), "B"))
     model = ir.from_proto(proto)
     before = run(model, x=normal(2, 3))
-    share(model)
+    share_model(model)
     assert names(model) == ["B"] and len(model.graph.initializers["B"].uses()) == 3
     assert [key[1] for key in model.functions] == ["plain"]
     same(before, run(model, x=normal(2, 3)))
@@ -204,7 +204,7 @@ def test_a_rank_that_is_not_recorded_is_inferred_and_not_kept(tmp_path):
     )
     feeds = {"x": normal(2, 3, 64), "i": np.array([1, 2])}
     before = run(model, **feeds)
-    assert share(model).skipped == () and ops(model)["Gemm"] == 1
+    assert share_model(model).skipped == () and ops(model)["Gemm"] == 1
     assert model.graph.node("n2").outputs[0].shape is None
     same(before, run(model, **feeds), GEMM)
     ir.save(model, tmp_path / "m.onnx")
@@ -217,5 +217,5 @@ def test_a_custom_operator_hides_the_rank():
         e = Gather(W, i)  t = Transpose(W)  z = custom.Unknown(x)  y = MatMul(z, t)}"""
     proto = onnx.parser.parse_model(text)
     proto.graph.initializer.append(onnx.numpy_helper.from_array(normal(100, 64), "W"))
-    (skip,) = share(ir.from_proto(proto)).skipped
+    (skip,) = share_model(ir.from_proto(proto)).skipped
     assert "it is not known" in skip.reason

@@ -11,7 +11,7 @@ from graphs import build, names, normal, ops, run
 from onnxruntime.quantization import quantize_dynamic
 
 from ffmerge.config import ShareConfig
-from ffmerge.passes.graph.run import share, share_file
+from ffmerge.passes.graph.run import share_file, share_model
 
 # MatMul(W, x^T) against Gemm(x, W^T): sums of 64 products of N(0, 1), seen 0.0 to 1e-5
 SUMS = 3e-5
@@ -30,15 +30,15 @@ def test_the_tied_weight_is_the_left_operand(shape):
     model = tied(shape)
     ids = np.random.default_rng(0).integers(0, 5000, [int(s) for s in shape.split(",")])
     before = run(model, ids=ids)
-    result = share(model)
+    result = share_model(model)
     assert result.skipped == () and {"MatMul": 1, "Transpose": 2}.items() <= set(ops(model).items())
     assert sorted(use.idx for use in model.graph.initializers["W"].uses()) == [0, 0]
     after = run(model, ids=ids)
     np.testing.assert_allclose(after[0], before[0], rtol=0, atol=SUMS)
     once = ir.to_proto(model).SerializeToString()
-    assert ir.to_proto(share(model).model).SerializeToString() == once
+    assert ir.to_proto(share_model(model).model).SerializeToString() == once
 
-    share(model, resident=False)  # where a quantizer is to see it
+    share_model(model, resident=False)  # where a quantizer is to see it
     assert "MatMul" not in ops(model) and ops(model)["Gemm"] == 1
     assert [use.idx for use in model.graph.initializers["W"].uses()] == [0, 1]
     np.testing.assert_allclose(run(model, ids=ids)[0], before[0], rtol=0, atol=SUMS)
@@ -59,7 +59,7 @@ def test_what_stays_on_the_right_has_a_reason(nodes, reason):
         W=normal(512, 512),
         b=normal(512),
     )
-    (skip,) = share(model).skipped
+    (skip,) = share_model(model).skipped
     assert skip.name == "W" and skip.reason == f"may be in memory twice once loaded: {reason}"
 
 
@@ -67,12 +67,12 @@ def test_small_and_untied_weights_stay_on_the_right():
     small = TIED.format(shape="2,3").replace("5000", "1000")
     model = build(small, W=normal(1000, 64))
     model.graph.node("n1").outputs[0].shape = ir.Shape([2, 3, 64])
-    assert share(model).skipped == () and ops(model)["Gemm"] == 1
+    assert share_model(model).skipped == () and ops(model)["Gemm"] == 1
     untied = build(
         "(float[2,512] x) => (float[2,512] z) {y = Gemm<transB=1>(x, W) z = Gemm<transB=1>(y, W)}",
         W=normal(512, 512),
     )
-    share(untied)
+    share_model(untied)
     assert ops(untied) == {"Gemm": 2} and names(untied) == ["W"]
 
 
@@ -82,7 +82,7 @@ def test_a_product_that_is_also_an_output_stays_on_the_left():
         t = Transpose<perm=[1,0]>(x)  p = MatMul(W, t)  y = Transpose<perm=[1,0]>(p)}""",
         W=normal(512, 512),
     )
-    share(model)
+    share_model(model)
     assert ops(model) == {"Transpose": 2, "MatMul": 1}
 
 
@@ -115,7 +115,7 @@ def test_a_fresh_session_holds_the_tied_weight_once(tmp_path):
     for resident in (False, True):
         model = build(TIED.format(shape="2,3").replace("5000", "20000"), W=normal(20000, 512))
         model.graph.node("n1").outputs[0].shape = ir.Shape([2, 3, 512])
-        share(model, resident=resident)
+        share_model(model, resident=resident)
         folder = tmp_path / str(resident)
         folder.mkdir()
         ir.save(model, folder / "m.onnx", external_data="m.onnx_data")

@@ -17,7 +17,7 @@ import ffmerge
 from ffmerge.errors import InputError, TieError
 from ffmerge.models.record import Tie
 from ffmerge.passes.graph.contract import check_ties, join_ties, read_ties, write_ties
-from ffmerge.passes.graph.run import share, share_file
+from ffmerge.passes.graph.run import share_file, share_model
 from ffmerge.passes.graph.tensors import find_copies
 
 # Gemm against MatMul on the same numbers, sums of 64 products of N(0, 1)
@@ -62,7 +62,7 @@ def test_identical_tensors_become_the_first(case):
     runs = case not in ("bfloat16", "string", "int4")  # those ONNX Runtime's If gives numpy
     before = run(model, c=np.array(True)) if runs else []
     content = model.graph.initializers["A"].const_value.numpy().copy()
-    result = share(model)
+    result = share_model(model)
     assert names(model) == ["A"]
     assert np.array_equal(model.graph.initializers["A"].const_value.numpy(), content)
     assert all("Identity" in skip.reason for skip in result.skipped)  # those of the branches
@@ -105,7 +105,7 @@ def test_different_tensors_stay(one, other):
     axis = onnx.numpy_helper.from_array(np.array([0]), "axis")
     graph = helper.make_graph(nodes, "g", [], outputs, [a, b, axis])
     model = ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]))
-    share(model)
+    share_model(model)
     assert names(model) == ["A", "B", "axis"]
 
 
@@ -118,7 +118,7 @@ def test_weights_and_biases_of_two_layers():
     model = build(TWO_LAYERS, W1=w, B1=b, W2=w.copy(), B2=b.copy())
     feed = normal(2, 64, seed=2)
     before = run(model, x=feed)
-    result = share(model)
+    result = share_model(model)
     assert names(model) == ["W1", "B1"]
     assert (result.bytes_before, result.bytes_after) == (2 * (64 * 64 + 64) * 4, (64 * 64 + 64) * 4)
     assert np.array_equal(before, run(model, x=feed))
@@ -128,16 +128,16 @@ def test_the_ties_name_wins_and_is_recorded():
     w, b = normal(64, 64), normal(64, seed=1)
     model = build(TWO_LAYERS, W1=w, B1=b, W2=w, B2=b)
     ties = [Tie("W2", ("W1", "W2")), Tie("layer.bias", ("layer.bias", "B2"))]
-    result = share(model, ties)
+    result = share_model(model, ties)
     assert set(names(model)) == {"layer.bias", "W2"}
     assert read_ties(model) == result.ties == tuple(ties)
-    assert share(model).ties == tuple(ties)  # kept without being given again
+    assert share_model(model).ties == tuple(ties)  # kept without being given again
 
 
 def test_two_ties_of_equal_tensors_become_one():
     zero = np.zeros(64, np.float32)
     model = build(TWO_LAYERS, W1=normal(64, 64), B1=zero, W2=normal(64, 64, seed=1), B2=zero)
-    result = share(model, [Tie("B2", ("B2",)), Tie("B1", ("B1",))])
+    result = share_model(model, [Tie("B2", ("B2",)), Tie("B1", ("B1",))])
     assert len(result.ties) == 1 and set(result.ties[0].members) == {"B1", "B2"}
     assert result.ties[0].name in names(model) and len(names(model)) == 3
 
@@ -153,7 +153,7 @@ def test_a_tie_of_different_tensors_is_an_error():
         TWO_LAYERS, W1=normal(64, 64), B1=normal(64), W2=normal(64, 64, seed=1), B2=normal(64)
     )
     with pytest.raises(TieError, match="tie W1: stored 2 times: initializers W1, W2"):
-        share(model, [Tie("W1", ("W1", "W2"))])
+        share_model(model, [Tie("W1", ("W1", "W2"))])
 
 
 def test_a_transposed_copy_is_read_by_gemm():
@@ -166,7 +166,7 @@ def test_a_transposed_copy_is_read_by_gemm():
     )
     feed = normal(2, 3, 64, seed=1)
     before = run(model, x=feed)
-    result = share(model)
+    result = share_model(model)
     assert "V" not in names(model) and ops(model)["Gemm"] == 1 and result.skipped == ()
     after = run(model, x=feed)
     np.testing.assert_allclose(after[0], before[0], rtol=0, atol=GEMM)  # seen: 0.0
@@ -180,17 +180,17 @@ def test_of_a_transposed_pair_the_one_that_can_go_goes():
     text = """(float[2,32] x) => (float[2,64] y, float[64,32] s) {y = MatMul(x, W)  s = Relu(V)}"""
     model = build(text, W=w, V=np.ascontiguousarray(w.T))
     before = run(model, x=normal(2, 32, seed=1))
-    result = share(model)
+    result = share_model(model)
     assert names(model) == ["V"] and result.skipped == ()
     after = run(model, x=normal(2, 32, seed=1))
     np.testing.assert_allclose(after[0], before[0], rtol=0, atol=GEMM)  # seen: 0.0
     both = "(float[2,32] x) => (float[2,32] y) {h = MatMul(x, W)  y = MatMul(h, V)}"
     model = build(both, W=w, V=np.ascontiguousarray(w.T))
-    share(model, [Tie("V", ("V",))])
+    share_model(model, [Tie("V", ("V",))])
     assert names(model) == ["V"]  # the contract's name, though W comes first
     tied = build(text, W=w, V=np.ascontiguousarray(w.T))
     with pytest.raises(TieError, match="W is stored again, as it is or transposed, as V"):
-        share(tied, [Tie("W", ("W",))])  # the contract's name is not given up for this
+        share_model(tied, [Tie("W", ("W",))])  # the contract's name is not given up for this
 
 
 def test_a_transposed_pair_no_one_can_read_stays_with_a_reason():
@@ -198,7 +198,7 @@ def test_a_transposed_pair_no_one_can_read_stays_with_a_reason():
     model = build(
         "() => (float[32,64] y, float[64,32] s) {y = Relu(W)  s = Relu(V)}", W=w, V=w.T.copy()
     )
-    result = share(model)
+    result = share_model(model)
     assert names(model) == ["W", "V"]
     assert [s.name for s in result.skipped] == ["V"]
     assert "the transpose of W, but Relu node n1" in result.skipped[0].reason
@@ -225,7 +225,7 @@ def test_copies_inside_branches_and_constants_are_found():
     inner[1].replace_input_with(1, constant.outputs[0])
     feeds = [{"c": np.array(c), "x": normal(2, 64, seed=1)} for c in (True, False)]
     before = [run(model, **f) for f in feeds]
-    result = share(model)
+    result = share_model(model)
     assert names(model) == ["W"] and ops(model)["Constant"] == 0
     assert (result.bytes_before, result.bytes_after) == (3 * w.nbytes, w.nbytes)
     assert len(model.graph.initializers["W"].uses()) == 3
@@ -243,7 +243,7 @@ def test_a_lifted_name_that_a_branch_uses_itself():
           else_branch = no () => (float[3] b) {v = Neg(x)  b = Add(x, v)}>}"""
     )
     feeds = [{"c": np.array(c), "x": np.float32([5, 6, 7])} for c in (True, False)]
-    share(model)
+    share_model(model)
     onnx.checker.check_model(ir.to_proto(model))
     assert [run(model, **f)[0].tolist() for f in feeds] == [[6, 8, 10], [0, 0, 0]]
 
@@ -254,7 +254,7 @@ def test_graph_inputs_and_outputs_stay():
         a = MatMul(x, IN)  b = MatMul(a, OUT)  c = MatMul(b, W)  y = MatMul(c, V)}"""
     model = build(text, IN=w, OUT=w, W=w, V=w)
     before = run(model, x=normal(2, 64, seed=1))
-    result = share(model)
+    result = share_model(model)
     assert names(model) == ["IN", "OUT", "W"]
     assert {(s.name, s.reason.split(", but ")[1]) for s in result.skipped} == {
         ("IN", "a graph input: a caller may replace it"),
@@ -275,7 +275,7 @@ def test_sharing_lets_more_be_untangled():
         A=half,
         B=half,
     )
-    share(model)
+    share_model(model)
     assert names(model) == ["A"] and ops(model) == {"Cast": 1, "MatMul": 2}
 
 
@@ -286,12 +286,12 @@ def test_sharing_twice_changes_nothing():
     model = build(text, W=w, V=w.T.copy(), U=w)
     product = model.graph.node("n3").inputs[0]
     product.shape, product.dtype = ir.Shape([2, 3, 64]), ir.DataType.FLOAT
-    first = share(model)
+    first = share_model(model)
     once = ir.to_proto(model).SerializeToString()
-    again = share(ir.from_proto(onnx.load_from_string(once)))
+    again = share_model(ir.from_proto(onnx.load_from_string(once)))
     assert ir.to_proto(again.model).SerializeToString() == once
     assert again.bytes_before == again.bytes_after == first.bytes_after
-    assert ir.to_proto(share(first.model).model).SerializeToString() == once
+    assert ir.to_proto(share_model(first.model).model).SerializeToString() == once
 
 
 def test_large_tensors_are_compared_in_blocks(monkeypatch):
@@ -302,7 +302,7 @@ def test_large_tensors_are_compared_in_blocks(monkeypatch):
     text = """() => (float[64,64] a, float[64,64] b, float[64,64] c) {
         a = Relu(A)  b = Relu(B)  c = Relu(C)}"""
     model = build(text, A=w, B=late, C=w)
-    share(model)
+    share_model(model)
     assert names(model) == ["A", "B"]
 
 
@@ -312,7 +312,7 @@ def test_a_collision_of_samples_is_not_an_equality(monkeypatch):
     text = "() => (float[3] a, float[3] b, float[3] c, float[3] d, float[3] e) {"
     text += " ".join(f"{name.lower()} = Relu({name})" for name in "ABCDE") + "}"
     model = build(text, **dict(zip("ABCDE", weights, strict=True)))
-    share(model)
+    share_model(model)
     assert names(model) == ["A", "B", "C"]
 
 
@@ -496,3 +496,19 @@ def test_the_same_bytes_under_any_hash_seed(tmp_path):
     for name in ("m.onnx", "m.onnx_data"):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
     assert (tmp_path / "1" / "m.onnx_data").stat().st_size == w.nbytes
+
+
+def test_the_public_verb_takes_files_and_models(tmp_path: Path) -> None:
+    """``ffmerge.share`` is the command's: a file to a file, or a model where it is."""
+    weight = normal(40, 40)
+    text = "(float[2,40] x) => (float[2,40] y) { z = MatMul(x, W) y = MatMul(z, V) }"
+    model = build(text, W=weight, V=weight)
+    ir.save(model, tmp_path / "in.onnx")
+    found = ffmerge.share(model)
+    assert (found.bytes_before, found.bytes_after) == (2 * weight.nbytes, weight.nbytes)
+    made = ffmerge.share(tmp_path / "in.onnx", tmp_path / "out.onnx", ffmerge.ShareConfig())
+    assert made.bytes_after == weight.nbytes and made.files == (tmp_path / "out.onnx",)
+    with pytest.raises(InputError, match="name it"):
+        ffmerge.share(tmp_path / "in.onnx")
+    with pytest.raises(InputError, match="keeps its opset"):
+        ffmerge.share(model, config=ffmerge.ShareConfig(opset=17))

@@ -6,7 +6,7 @@ from graphs import build, normal, run
 from onnx import load_from_string
 from onnxruntime.quantization import quantize_dynamic
 
-from ffmerge.passes.graph.run import share, share_file
+from ffmerge.passes.graph.run import share_file, share_model
 from ffmerge.passes.graph.strip import strip
 
 SECRET = "/home/someone/model.py"
@@ -51,7 +51,7 @@ def test_initializers_have_no_value_info_but_outputs_keep_their_types():
         W=normal(4, 4),
         V=normal(4, 4, seed=1),
     )
-    share(model)
+    share_model(model)
     proto = load_from_string(ir.to_proto(model).SerializeToString())
     assert "W" not in [info.name for info in proto.graph.value_info]
     assert [d.dim_value for d in proto.graph.output[1].type.tensor_type.shape.dim] == [4, 4]

@@ -72,6 +72,28 @@ class ShareResult:
 
 
 def share(
+    source: ir.Model | str | Path,
+    target: str | Path | None = None,
+    config: ShareConfig = ShareConfig(),
+) -> ShareResult:
+    """Store equal weights once: of an ONNX file in a new one, or of a model in place.
+
+    What ``ffmerge share`` does; see :func:`share_file` and :func:`share_model`.
+
+    Raises:
+        InputError: as of the two, or a file has no ``target``.
+        TieError: a recorded tie does not hold in the result.
+    """
+    if not isinstance(source, ir.Model):
+        if target is None:
+            raise InputError(f"{source} is shared into a new file: name it.")
+        return share_file(Path(source), Path(target), config)
+    if config.opset is not None or config.data is not None:
+        raise InputError("a model in memory keeps its opset, and is calibrated as a file only.")
+    return share_model(source, dtype=config.dtype, resident=config.resident)
+
+
+def share_model(
     model: ir.Model,
     ties: Sequence[Tie] = (),
     dtype: str | None = None,
@@ -161,7 +183,7 @@ def share_file(source: Path, target: Path, config: ShareConfig = ShareConfig()) 
     if config.opset is not None:
         model = to_opset(model, config.opset)
     settings = QuantizeConfig(calibration=calibration)
-    result = share(model, (), config.dtype, settings, config.resident)
+    result = share_model(model, (), config.dtype, settings, config.resident)
     if external or result.bytes_after > EMBEDDED:
         written = write_models({target: result.model}, data)
     else:
