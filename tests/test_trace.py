@@ -89,5 +89,5 @@ def test_a_weight_is_rounded_by_parts_as_at_once(
 ) -> None:
     weight = torch.randn(70, 90, generator=torch.Generator().manual_seed(0))
     whole = precision.to_dtype(weight, dtype)
-    monkeypatch.setattr(precision, "_AT_ONCE", 200)  # two rows
+    monkeypatch.setattr(precision, "AT_ONCE", 200)  # two rows
     assert torch.equal(precision.to_dtype(weight, dtype), whole)

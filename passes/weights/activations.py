@@ -91,13 +91,9 @@ def watch(
             own = None
             if rank < len(turn):
                 own = _run(model, sublayers, turn[rank], seen)
-            for number, counted in enumerate(_counted_by_all(own, sublayers, world)):
-                if min(counts.values()) >= tokens:
-                    break
-                for name in counts:
-                    counts[name] += counted[name]
-                if own is not None and number == rank:
-                    yield own
+            seen_by_all = _counted_by_all(own, sublayers, world)
+            if _count_turn(counts, seen_by_all, tokens, rank) and own is not None:
+                yield own
     for name, count in counts.items():
         if count < 2:
             raise InputError(f"the data holds fewer than two positions that count for {name!r}.")
@@ -239,6 +235,18 @@ def _counted_by_all(
     for name, by_layer in (own or {}).items():
         counted[name] = len(next(iter(by_layer.values())).inputs)
     return [counted] if world == 1 else gather_object([counted])
+
+
+def _count_turn(
+    counts: dict[str, int], seen_by_all: list[dict[str, int]], tokens: int, rank: int
+) -> bool:
+    """Add what processes have seen, one after the other until it is enough; was ``rank`` one?"""
+    for number, counted in enumerate(seen_by_all):
+        if min(counts.values()) >= tokens:
+            return rank < number
+        for name in counts:
+            counts[name] += counted[name]
+    return True
 
 
 def _whole(seen: Calls, path: str, side: int) -> Tensor:

@@ -19,6 +19,7 @@ from ffmerge.models import tasks, ties
 from ffmerge.models.data import Data, examples_for
 from ffmerge.models.examples import Examples
 from ffmerge.models.record import MergeRecord
+from ffmerge.models.sublayer import FeedForward
 from ffmerge.models.ties import SharedWeights
 from ffmerge.passes.weights import methods, rivals
 from ffmerge.passes.weights.cache import ActivationCache
@@ -27,7 +28,7 @@ from ffmerge.passes.weights.evaluate import score_for
 from ffmerge.passes.weights.evidence import Statistics
 from ffmerge.passes.weights.methods import METHODS, Merged, Method, in_place, size_of
 from ffmerge.passes.weights.search import Candidate, Trials, groups_of, search_budget
-from ffmerge.passes.weights.windows import Choice, Members, Stacks, find_stacks, windows
+from ffmerge.passes.weights.windows import Choice, Stacks, find_stacks, windows
 from ffmerge.progress import Progress, silent
 
 __all__ = ["Merge", "choose", "merge_", "rivals"]  # rivals are registered by being imported
@@ -93,40 +94,51 @@ def choose(
     """
     method, stacks = METHODS[config.method], find_stacks(model, config)
     searches = _searches(model, stacks, method, config)
-    tried = [choice for choices in searches for choice in choices]
     if calibration is not None and held_out is None:
         calibration, held_out = calibration.halves()
-    if calibration is None and (method.statistics or len(tried) > len(searches)):
-        raise InputError(f"method {method.name!r} with {len(tried)} windows to try needs data.")
-    if held_out is None and config.budget:
-        raise InputError("a budget is met by measuring what is lost: it needs data.")
+    if calibration is None:
+        _check_needs_no_data(method, searches)
     score = None
     if held_out is not None:
         task = config.task or tasks.infer(model)
         score = score_for(model, task, held_out, config.batch_size, config.criterion)
+    elif config.budget:
+        raise InputError("a budget is met by measuring what is lost: it needs data.")
     statistics = Statistics(model, calibration, stacks, config, progress)
     trials = Trials(model, method, statistics, score, progress)
-    parameters, size = size_of(model)
-    before = now = Candidate((), score.measure(model) if score else 0.0, size)
-    metric: dict[str, Any] = {"before": None, "merged": None, "recovered": None, "name": None}
+    before = trials.measured({})
     frontier: tuple[Candidate, ...] = ()
+    chosen: dict[str, Any] = {}
     if config.budget:
         units = [(member,) for members in stacks.values() for member in members]
-        limit = parse_budget(config.budget, size)
+        limit = parse_budget(config.budget, before.bytes)
         merged, now, frontier = search_budget(trials, units, before, limit, config.auto_precision)
         if config.auto_precision:
-            metric |= {"dtype": now.dtype, "rounded": now.value}
+            chosen = {"dtype": now.dtype, "rounded": now.value}
         now = next(point for point in frontier if point.groups == now.groups)  # not rounded
     else:
-        if len(tried) > 1 and len(searches) == 1:
-            trials.cache = _cache(model, tried, statistics)
         now, merged = _search_windows(trials, searches)
+    metric: dict[str, Any] = {"before": None, "merged": None, "recovered": None, "name": None}
     if score:
-        metric |= {"name": score.name, "before": before.value, "merged": now.value}
-    metric["examples"] = len(held_out or ())
+        metric |= {"before": before.value, "merged": now.value, "name": score.name}
+    metric |= {**chosen, "examples": len(held_out or ())}
+    record = _record(model, method, merged, metric)
+    return Merge(record, tuple(trials.tried), frontier), merged
+
+
+def _check_needs_no_data(method: Method, searches: Sequence[Sequence[Choice]]) -> None:
+    """Refuse without data a method that reads statistics, and windows to choose from."""
+    tried = sum(map(len, searches))
+    if method.statistics or tried > len(searches):
+        raise InputError(f"method {method.name!r} with {tried} windows to try needs data.")
+
+
+def _record(model: Any, method: Method, merged: Merged, metric: dict[str, Any]) -> MergeRecord:
+    """Return the record of a merge of a model that is still as it was."""
+    parameters, size = size_of(model)
     with in_place(model, merged):
         left, smaller = size_of(model, merged)
-    record = MergeRecord(
+    return MergeRecord(
         method=method.name,
         groups=groups_of(merged),
         parameters_before=parameters,
@@ -136,7 +148,6 @@ def choose(
         metric=metric,
         own=methods.own_parts(merged),
     )
-    return Merge(record, tuple(trials.tried), frontier), merged
 
 
 def _searches(
@@ -156,10 +167,13 @@ def _search_windows(
     trials: Trials, searches: Sequence[Sequence[Choice]]
 ) -> tuple[Candidate, Merged]:
     """Search stack by stack, those before merged already; return the last candidate, all groups."""
+    tried = [choice for choices in searches for choice in choices]
     if len(searches) > 1:
         # later stacks are aligned by what the original computes, so before one is merged
         trials.statistics.memory = math.inf
-        trials.learn([choice for choices in searches for choice in choices])
+        trials.learn(tried)
+    elif len(tried) > 1:
+        trials.cache = _cache(trials.model, tried, trials.statistics)
     merged: Merged = {}
     with ExitStack() as stack:
         for choices in searches:
@@ -172,8 +186,9 @@ def _search_windows(
 
 def _cache(model: Any, tried: Sequence[Choice], statistics: Statistics) -> ActivationCache:
     """Return a cache of what all sublayers that are tried read and put out."""
-    found: dict[str, Members] = {}
-    for members in (members for choice in tried for members in choice):
-        known = found.get(members[0].stack, ())
-        found[members[0].stack] = tuple(dict.fromkeys((*known, *members)))
+    found: dict[str, list[FeedForward]] = {}
+    for choice in tried:
+        for members in choice:
+            known = found.setdefault(members[0].stack, [])
+            known += [member for member in members if member not in known]
     return ActivationCache(model, found, statistics.batches, TOKENS)

@@ -1,7 +1,8 @@
 """A model as a package in fewer bits would compute it, without making the package.
 
-The conventions are those of ``passes/graph/quantize.py``; what is told here is the size of the
-weights and the effect of rounding them, and for int8 of rounding what they are multiplied by.
+The search of a budget and ``compare`` ask for the size of the weights, and measure the effect of
+rounding them, and for int8 of rounding what they are multiplied by. The codes are those of a
+package: ``models/codes.py``.
 """
 
 from collections.abc import Iterator
@@ -9,16 +10,17 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ffmerge.models import codes
+from ffmerge.models.codes import AT_ONCE, BLOCK, FLOOR, Array
+
 PRODUCTS = (nn.Linear, Conv1D)
 ROUNDED = (*PRODUCTS, nn.Embedding, nn.Conv1d, nn.Conv2d)
 DTYPES = ("fp32", "fp16", "int8", "int4")
-_FLOOR = 1024  # elements below which a weight stays float32
-_BLOCK = 32
-_AT_ONCE = 1 << 20  # elements that are rounded at a time
 
 
 def bytes_of(model: nn.Module, dtype: str) -> int:
@@ -29,10 +31,12 @@ def bytes_of(model: nn.Module, dtype: str) -> int:
     total = 0
     for parameter in model.parameters():
         count = parameter.numel()
-        if dtype in ("fp32", "fp16") or parameter.ndim < 2 or count < _FLOOR:
-            total += count * (2 if dtype == "fp16" else 4)
+        if dtype == "fp16":
+            total += 2 * count
+        elif dtype == "fp32" or parameter.ndim < 2 or count < FLOOR:
+            total += 4 * count
         elif dtype == "int4" and parameter.ndim == 2:
-            total += count // 2 + 4 * (count // _BLOCK)
+            total += count // 2 + 4 * (count // BLOCK)
         else:
             total += count + 4 * max(parameter.shape)
     return total
@@ -62,60 +66,48 @@ def to_dtype(weight: Tensor, dtype: str, summed: bool = True) -> Tensor:
     gigabyte would take four times as much in between.
     """
     new = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    step = max(1, _AT_ONCE // max(1, weight.shape[1]))
+    step = max(1, AT_ONCE // max(1, weight.shape[1]))
     for start in range(0, len(weight), step):
         some = slice(start, start + step)
-        new[some] = _to_dtype(weight[some].float(), dtype, summed)
+        values = weight[some].float().cpu().numpy()
+        new[some] = torch.from_numpy(_rounded_values(values, dtype, summed))
     return new
 
 
-def _to_dtype(values: Tensor, dtype: str, summed: bool) -> Tensor:
-    columns = values.shape[1]
+def _rounded_values(values: Array, dtype: str, summed: bool) -> Array:
     if dtype == "fp16":
-        return values.half()
+        return values.astype(np.float16)
     if dtype == "int8":
-        largest = values.abs().amax(1, keepdim=True)
-        if summed:  # the codes of two neighbours sum to 127 at most: see quantize.py
-            pairs = values[:, : values.shape[1] // 2 * 2].unflatten(1, (-1, 2)).sum(-1)
-            largest = largest.maximum(pairs.abs().amax(1, keepdim=True))
-        scale, codes = largest / 127, (-127, 127)
-    else:
-        filled = nn.functional.pad(values, (0, -columns % _BLOCK))
-        values = filled.unflatten(1, (-1, _BLOCK))
-        low, high = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
-        scale, codes = torch.where(high > -low, high, low) / -8, (-8, 7)
-    scale = scale.where(scale != 0, 1)
-    values = (values / scale).round().clamp(*codes) * scale
-    return values.flatten(1)[:, :columns]
+        whole, scale = codes.int8_codes(values, axis=1, paired=summed)
+        return whole * scale
+    whole, scales = codes.block_codes(values, bits=4)
+    return codes.block_values(whole, scales, bits=4, width=values.shape[1])
 
 
-def rounded_weight(module: Any, dtype: str, rows: Any = slice(None)) -> Tensor:
-    """Return the weight of a map, a convolution or a table as ``dtype`` holds it, in its layout.
-
-    Of ``rows`` only: those that belong to some outputs, or some rows of a table.
-    """
+def _rounded_weight(module: Any, dtype: str) -> Tensor:
+    """Return the weight of a map, a convolution or a table as ``dtype`` holds it, in its layout."""
     weight, turned = module.weight.data, isinstance(module, Conv1D)
-    some = (weight.T if turned else weight)[rows]
-    if weight.numel() >= _FLOOR or dtype == "fp16":
-        kind = "int8" if weight.ndim > 2 and dtype == "int4" else dtype
-        new = to_dtype(some.flatten(1), kind, summed=isinstance(module, PRODUCTS))
-        some = new.view(some.shape)
-    return some.T if turned else some
+    if weight.numel() < FLOOR and dtype != "fp16":
+        return weight
+    if weight.ndim > 2 and dtype == "int4":
+        dtype = "int8"
+    rows = weight.T if turned else weight
+    new = to_dtype(rows.flatten(1), dtype, summed=isinstance(module, PRODUCTS)).view(rows.shape)
+    return new.T if turned else new
 
 
 def rounded_input(x: Tensor) -> Tensor:
     """Return what an int8 product reads of ``x``: one range for the whole of it, zero included."""
-    low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
-    step = ((high - low) / 255).clamp(min=1e-12)
-    zero = (-low / step).round()
-    return ((x / step + zero).round().clamp(0, 255) - zero) * step
+    scale, zero = codes.range_scale(min(float(x.amin()), 0), max(float(x.amax()), 0))
+    step, middle = float(scale), int(zero)
+    return ((x / step + middle).round().clamp(0, 255) - middle) * step
 
 
 def _round_(whole: list[Tensor], dtype: str, module: Any, args: tuple[Any, ...]) -> Any:
     weight = module.weight
     whole.append(weight.data)
-    weight.data = rounded_weight(module, dtype)
-    if dtype != "int8" or weight.numel() < _FLOOR or not isinstance(module, PRODUCTS):
+    weight.data = _rounded_weight(module, dtype)
+    if dtype != "int8" or weight.numel() < FLOOR or not isinstance(module, PRODUCTS):
         return None
     return (rounded_input(args[0]), *args[1:])
 

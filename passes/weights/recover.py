@@ -12,10 +12,10 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import count, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,13 +55,6 @@ class Recovery:
     losses: tuple[float, ...]
 
 
-class _Run(NamedTuple):
-    model: Any
-    original: Any
-    config: RecoverConfig
-    task: str
-
-
 def clone_sharing_parameters(model: nn.Module) -> Any:
     """Return other modules around the same Parameter objects and buffers.
 
@@ -85,44 +78,40 @@ def recover_(
     ``original`` may share Parameters with ``model`` (:func:`clone_sharing_parameters`): of those
     that are trained it gets copies. Weights of 16 bits are trained in 32. Under ``accelerate
     launch`` or torchrun every process calls this with the same arguments and takes its share of
-    each batch. With ``folder``,
-    one all processes see, a run that was killed goes on from its last saved state, and ends with
-    the parameters it would have had.
+    each batch. With ``folder``, one all processes see, a run that was killed goes on from its last
+    saved state, and ends with the parameters it would have had.
 
     Raises:
         InputError: the settings, the data or the saved state do not fit, or the loss diverges.
     """
     mixed = _in_bfloat16(config)
+    about = asdict(config)
+    config = replace(config, task=_task(model, config))
     examples = examples_for(model, data, config.task)
     state = join()
-    task = config.task or (tasks.infer(model) if config.labels else "")
-    if config.labels and not for_task(task):
-        raise InputError(f"{task} has no loss on labels here: recover without labels.")
     if original is model:
         raise InputError("recovery follows the original: make a twin of the model before merging.")
     trained = _trained(model, config.parts)
     _part_(original, {id(parameter) for parameter in trained.values()})
-    run, parameters = _Run(model, original, config, task), list(trained.values())
+    parameters = list(trained.values())
     with _training(model, original, parameters, state.device):
         for parameter in parameters:
             broadcast(parameter.data)
         optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
-        norm = math.sqrt(sum(float(p.detach().square().sum()) for p in parameters))
-        about = {**asdict(config), "examples": len(examples)}
-        saved = _Saved(folder / _FILE, trained, optimizer, about, norm) if folder else None
-        losses = saved.read() if saved else []
-        done = torch.tensor(float(len(losses)), device=parameters[0].device)
-        if reduce(done, "mean") != done:
-            raise InputError(f"{folder} is not the same for all processes: give a shared folder.")
+        saved, losses = None, []
+        if folder:
+            norm = math.sqrt(sum(float(p.detach().square().sum()) for p in parameters))
+            about["examples"] = len(examples)
+            saved = _Saved(folder / _FILE, trained, optimizer, about, norm)
+            losses = saved.read()
+            _check_shared(folder, len(losses), parameters[0].device)
         order = islice(_order(len(examples), config.seed), len(losses) * config.batch_size, None)
         for step in range(len(losses), config.steps):
-            rows = [examples.rows[i] for i in islice(order, config.batch_size)]
-            rows = rows[state.process_index :: state.num_processes]
-            batches = list(
-                Examples(rows, examples.take).batches(config.micro_batch or len(rows) or 1)
-            )
+            mine = [*islice(order, config.batch_size)][state.process_index :: state.num_processes]
+            rows = Examples([examples.rows[i] for i in mine], examples.take)
+            batches = [*rows.batches(config.micro_batch or len(rows) or 1)]
             with torch.autocast(state.device.type, torch.bfloat16, enabled=mixed):
-                losses.append(_backward(run, batches, parameters))
+                losses.append(_backward(model, original, config, batches, parameters))
             if not math.isfinite(losses[-1]):
                 raise InputError(
                     f"recovery diverged at step {step}: take a learning rate below "
@@ -135,6 +124,23 @@ def recover_(
                 saved.write(losses)
             progress(f"recovery: loss {losses[-1]:.4f}", step + 1, config.steps)
     return Recovery(tuple(trained), tuple(losses))
+
+
+def _task(model: Any, config: RecoverConfig) -> str | None:
+    """Return the task whose labels are learnt; what is given where none are."""
+    if not config.labels:
+        return config.task
+    task = config.task or tasks.infer(model)
+    if not for_task(task):
+        raise InputError(f"{task} has no loss on labels here: recover without labels.")
+    return task
+
+
+def _check_shared(folder: Path, steps: int, device: torch.device) -> None:
+    """Refuse a folder in which processes see different states."""
+    done = torch.tensor(float(steps), device=device)
+    if reduce(done, "mean") != done:
+        raise InputError(f"{folder} is not the same for all processes: give a shared folder.")
 
 
 def learning_rate(step: int, config: RecoverConfig) -> float:
@@ -215,72 +221,100 @@ def _order(rows: int, seed: int) -> Iterator[int]:
         yield from np.random.default_rng([seed, epoch]).permutation(rows).tolist()
 
 
-def _backward(run: _Run, batches: list[dict[str, Array]], parameters: list[nn.Parameter]) -> float:
+def _backward(
+    model: Any,
+    original: Any,
+    config: RecoverConfig,
+    batches: list[dict[str, Array]],
+    parameters: list[nn.Parameter],
+) -> float:
     """Set the gradients of one step, of all processes together, and return its loss."""
     for parameter in parameters:
         parameter.grad = None
     device = parameters[0].device
-    weights = [_weights(run, batch) for batch in batches]
-    kinds = ("", run.model.main_input_name, "decoder_input_ids", "labels")
-    sums = [[float(of[kind].sum()) for kind in kinds] for of in weights] or [[0.0] * len(kinds)]
-    totals = reduce(torch.tensor(sums, device=device).sum(0), "sum").clamp(min=1).tolist()
-    of_all = dict(zip(kinds, totals, strict=True))
+    weights = [_weights(model, config, batch) for batch in batches]
+    kinds = ("", model.main_input_name, "decoder_input_ids", "labels")
+    sums = torch.zeros(len(kinds), device=device)
+    for counts in weights:
+        sums += torch.tensor([float(counts[kind].sum()) for kind in kinds], device=device)
+    totals = dict(zip(kinds, reduce(sums, "sum").clamp(min=1).tolist(), strict=True))
     total = torch.zeros((), device=device)
-    for batch, weight in zip(batches, weights, strict=True):
-        share = {kind: (of / of_all[kind]).to(device) for kind, of in weight.items()}
-        loss = _loss(run, batch, share)
+    for batch, counts in zip(batches, weights, strict=True):
+        share = {kind: (count / totals[kind]).to(device) for kind, count in counts.items()}
+        loss = _loss(model, original, config, batch, share)
         loss.backward()
         total += loss.detach()
     for parameter in parameters:  # a process without a row, or a part no row reaches, has none
-        own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        own = parameter.grad
+        if own is None:
+            own = torch.zeros_like(parameter)
         parameter.grad = reduce(own, "sum")
     return float(reduce(total, "sum"))
 
 
-def _weights(run: _Run, batch: Mapping[str, Array]) -> dict[str, Tensor]:
+def _weights(model: Any, config: RecoverConfig, batch: Mapping[str, Array]) -> dict[str, Tensor]:
     """Return how much each row counts, by the model input that an output goes with.
 
     The positions of that input that are no padding; 1 where nothing is padded (``""``).
     """
     rows = len(next(iter(batch.values())))
     counts = {"": torch.ones(rows), "labels": torch.zeros(rows)}
-    for reads in (run.model.main_input_name, "decoder_input_ids"):
-        mask = padding_mask(run.model.config, batch, (reads,))
-        counts[reads] = torch.ones(rows) if mask is None else torch.as_tensor(mask).sum(1).float()
-    if run.config.labels:
-        labels = labels_of(run.task, batch)
-        foretold = labels[:, 1:] if tasks.base(run.task) == "text-generation" else labels
-        counts["labels"] = torch.as_tensor(foretold != IGNORED).view(rows, -1).sum(1).float()
+    for reads in (model.main_input_name, "decoder_input_ids"):
+        mask = padding_mask(model.config, batch, (reads,))
+        counts[reads] = torch.ones(rows)
+        if mask is not None:
+            counts[reads] = torch.as_tensor(mask).sum(1).float()
+    if config.labels:
+        labels = labels_of(config.task or "", batch)
+        if tasks.base(config.task or "") == "text-generation":
+            labels = labels[:, 1:]  # the first is not foretold
+        counts["labels"] = torch.as_tensor(labels != IGNORED).view(rows, -1).sum(1).float()
     return counts
 
 
-def _loss(run: _Run, batch: Mapping[str, Array], share: Mapping[str, Tensor]) -> Tensor:
+def _loss(
+    model: Any,
+    original: Any,
+    config: RecoverConfig,
+    batch: Mapping[str, Array],
+    share: Mapping[str, Tensor],
+) -> Tensor:
     """Return the part of the step's loss that a batch has; ``share`` sums to 1 over the step."""
-    model, original, config, task = run
     options: dict[str, Any] = {"output_hidden_states": config.distill}
     wanted = []
     if config.distill:
         with torch.no_grad():
-            wanted = list(_outputs(model, forward(original, batch, **options)))
+            wanted = [*_outputs(model, forward(original, batch, **options))]
     if config.labels:
-        options["labels"] = torch.as_tensor(labels_of(task, batch), device=share[""].device)
+        labels = labels_of(config.task or "", batch)
+        options["labels"] = torch.as_tensor(labels, device=share[""].device)
     output = forward(model, batch, **options)
     total = share[""].new_zeros(())
     if config.labels and share["labels"].any():
         total = total + output["loss"] * share["labels"].sum()
-    states = sum(not is_logits for is_logits, *_ in wanted)
-    for (is_logits, reads, y), (_, _, x) in zip(
-        wanted, _outputs(model, output), strict=bool(wanted)
-    ):
-        wide = torch.promote_types(x.dtype, torch.float32)
-        x, y = x.to(wide), y.to(wide)
-        if is_logits:
-            apart = kl_div(x.log_softmax(-1), y.log_softmax(-1), reduction="none", log_target=True)
-            apart = apart.sum(-1)
-        else:
-            apart = (x - y).square().sum(-1) / y.square().sum(-1).clamp(min=1e-12) / states
-        total = total + (_by_row(model, batch, reads, apart) * share[reads]).sum()
+    if config.distill:
+        states = sum(not is_logits for is_logits, *_ in wanted)
+        for (is_logits, reads, y), (_, _, x) in zip(wanted, _outputs(model, output), strict=True):
+            apart = _divergence(x, y) if is_logits else _distance(x, y) / states
+            total = total + (_by_row(model, batch, reads, apart) * share[reads]).sum()
     return total
+
+
+def _divergence(x: Tensor, y: Tensor) -> Tensor:
+    """Return how far the distribution of logits ``x`` is from that of ``y``, by position."""
+    x, y = _wide(x), _wide(y)
+    apart = kl_div(x.log_softmax(-1), y.log_softmax(-1), reduction="none", log_target=True)
+    return apart.sum(-1)
+
+
+def _distance(x: Tensor, y: Tensor) -> Tensor:
+    """Return the squared error of states relative to those of the original, by position."""
+    x, y = _wide(x), _wide(y)
+    return (x - y).square().sum(-1) / y.square().sum(-1).clamp(min=1e-12)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _by_row(model: Any, batch: Mapping[str, Array], reads: str, values: Tensor) -> Tensor:
@@ -297,9 +331,15 @@ def _outputs(model: Any, output: Mapping[str, Any], part: str = "") -> Iterator[
         if isinstance(value, Mapping):  # the towers of CLIP
             yield from _outputs(model, value, name)
             continue
-        own = model.config.is_encoder_decoder and not name.startswith("encoder")
-        reads = "decoder_input_ids" if own else model.main_input_name
-        for tensor in value[1:] if name in _STATES else [value] * (name == "logits"):
+        reads = model.main_input_name
+        if model.config.is_encoder_decoder and not name.startswith("encoder"):
+            reads = "decoder_input_ids"
+        tensors = ()
+        if name in _STATES:
+            tensors = value[1:]
+        elif name == "logits":
+            tensors = (value,)
+        for tensor in tensors:
             alone = tensor.ndim < 3 or "vision" in part
             yield name == "logits", "" if alone else reads, tensor
 
@@ -320,8 +360,9 @@ class _Saved:
     def write(self, losses: list[float]) -> None:
         tensors = {"losses": torch.tensor(losses, dtype=torch.float64)}
         for name, parameter in self.trained.items():
-            kept = {"value": parameter.detach(), **self.optimizer.state[parameter]}
-            tensors |= {f"{part}/{name}": kept[part].contiguous() for part in ("value", *_MOMENTS)}
+            tensors[f"value/{name}"] = parameter.detach().contiguous()
+            for part in _MOMENTS:
+                tensors[f"{part}/{name}"] = self.optimizer.state[parameter][part].contiguous()
         self.file.parent.mkdir(parents=True, exist_ok=True)
         partial = self.file.with_suffix(".partial")
         save_file(tensors, partial, {"about": json.dumps({**self.about, "norm": self.norm})})
@@ -335,25 +376,19 @@ class _Saved:
             with safe_open(self.file, "pt") as stored:
                 then = json.loads(stored.metadata()["about"])
                 # a merge computed again may differ by rounding, another model differs by more
-                if (
-                    not math.isclose(then.pop("norm"), self.norm, rel_tol=1e-4)
-                    or then != self.about
-                ):
+                alike = math.isclose(then.pop("norm"), self.norm, rel_tol=1e-4)
+                if not alike or then != self.about:
                     raise InputError(
                         f"{self.file} is the state of another recovery: remove it, or go on with "
                         "that one's model, data and settings."
                     )
                 losses: list[float] = stored.get_tensor("losses").tolist()
                 for name, parameter in self.trained.items():
-                    value, *moments = (
-                        stored.get_tensor(f"{part}/{name}").to(parameter.device)
-                        for part in ("value", *_MOMENTS)
-                    )
-                    parameter.data.copy_(value)
-                    kept = dict(zip(_MOMENTS, moments, strict=True))
-                    self.optimizer.state[parameter] = {
-                        "step": torch.tensor(float(len(losses))), **kept
-                    }  # fmt: skip
+                    parameter.data.copy_(stored.get_tensor(f"value/{name}"))
+                    state = {"step": torch.tensor(float(len(losses)))}
+                    for part in _MOMENTS:
+                        state[part] = stored.get_tensor(f"{part}/{name}").to(parameter.device)
+                    self.optimizer.state[parameter] = state
         except (SafetensorError, KeyError, RuntimeError, OSError) as error:
             raise InputError(f"{self.file} cannot be used: {error}. Remove it.") from error
         return losses

@@ -68,16 +68,24 @@ class Trials:
         """Return a candidate and all its groups: ``choice`` merged while ``standing`` is there."""
         merged = dict(standing)
         with in_place(self.model, standing):
-            cache = None if standing else self.cache
+            cache = self.cache
+            if standing:
+                cache = None
             made: Merged = {}
             for members in choice:
                 evidence = self.statistics.evidence(members[0].stack, cache)
                 made[members] = self.method.merge(self.model, members, evidence)
             merged |= made
             with in_place(self.model, made):
-                value = self.score.measure(self.model) if self.score else 0.0
-                size = size_of(self.model, merged)[1]
-        return Candidate(groups_of(merged), value, size), merged
+                candidate = self.measured(merged)
+        return candidate, merged
+
+    def measured(self, merged: Merged) -> Candidate:
+        """Return the model as it is, in which ``merged`` stands, as a candidate."""
+        value = 0.0
+        if self.score:
+            value = self.score.measure(self.model)
+        return Candidate(groups_of(merged), value, size_of(self.model, merged)[1])
 
     def best(
         self, options: Sequence[Option], worth: Callable[[Candidate], float], step: str = "windows"
@@ -119,8 +127,11 @@ class Trials:
 
     def rank(self, value: float) -> float:
         """Return a measure so that higher is better; what is not a number is worst."""
-        ranked = self.score.rank(value) if self.score else 0.0
-        return -math.inf if math.isnan(ranked) else ranked
+        if math.isnan(value):
+            return -math.inf
+        if self.score is None:
+            return 0.0
+        return self.score.rank(value)
 
     def rounded(self, now: Candidate, merged: Merged) -> list[Candidate]:
         """Return a candidate in each precision of a package: fp32 as measured, others rounded."""
@@ -155,7 +166,9 @@ def search_budget(
     frontier: list[tuple[int, Candidate]] = []
     while True:
         merged = states[-1]
-        points = trials.rounded(now, merged) if auto else [now]
+        points = [now]
+        if auto:
+            points = trials.rounded(now, merged)
         frontier += [(len(states) - 1, point) for point in points]
         fitting = [at for at in frontier if at[1].bytes <= limit]
         found = max(fitting, key=lambda at: trials.rank(at[1].value), default=None)
