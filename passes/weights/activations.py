@@ -7,7 +7,7 @@ outputs for each neuron, gate and up; both count, and so does their product that
 takes (docs/merging.md).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -64,7 +64,7 @@ def watch(
     tokens: int,
     rank: int = 0,
     world: int = 1,
-) -> Iterator[dict[str, dict[int, Activations]]]:
+) -> Generator[dict[str, dict[int, Activations]], None, None]:
     """Yield, batch by batch, what goes through the sublayers, by stack and layer.
 
     A stack counts its own positions: a decoder those of its own input, and none counts padding.

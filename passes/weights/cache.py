@@ -7,7 +7,7 @@ does the same when it is run alone is tried, not known: a block that holds its m
 does not, and is run as a whole. So are models of 16 bits, in which the trial would tell less.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -43,7 +43,7 @@ class ActivationCache:
 
     def replay(
         self, members: Sequence[FeedForward], weights: SharedWeights
-    ) -> Iterator[dict[int, tuple[Tensor, Tensor]]] | None:
+    ) -> Generator[dict[int, tuple[Tensor, Tensor]], None, None] | None:
         """Return by batch and layer what the merged W_out is given, and what the original put out.
 
         (n, f) and (n, d); None if it cannot be known without passes of the whole model.
@@ -59,7 +59,7 @@ class ActivationCache:
         members: Sequence[FeedForward],
         weights: SharedWeights,
         kept: Sequence[Sequence[tuple[Tensor, Tensor]]],
-    ) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
+    ) -> Generator[dict[int, tuple[Tensor, Tensor]], None, None]:
         with torch.no_grad(), unchunked(self.model), ties.tied(self.model, [members], [weights]):
             for batch in zip(*kept, strict=True):
                 found = {}

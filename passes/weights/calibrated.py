@@ -8,7 +8,7 @@ A residual of low rank can be added to each map of each layer. Which parts matte
 were tried, is in docs/quality.md.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -191,7 +191,7 @@ def side_by_side(
     weights: SharedWeights,
     batches: Batches,
     tokens: int,
-) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
+) -> Generator[dict[int, tuple[Tensor, Tensor]], None, None]:
     """Yield by layer what the merged W_out is given, (n, f), and what the original put out, (n, d).
 
     Each batch is run twice. In the second pass every member puts out what the original did, so

@@ -10,7 +10,7 @@ import copy
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import count, islice
@@ -334,7 +334,7 @@ def _outputs(model: Any, output: Mapping[str, Any], part: str = "") -> Iterator[
         reads = model.main_input_name
         if model.config.is_encoder_decoder and not name.startswith("encoder"):
             reads = "decoder_input_ids"
-        tensors = ()
+        tensors: Sequence[Tensor] = ()
         if name in _STATES:
             tensors = value[1:]
         elif name == "logits":
