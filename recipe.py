@@ -72,19 +72,22 @@ def _words(where: str, command: Any, options: Mapping[str, Any]) -> Iterator[str
             continue
         if parameter.param_type_name == "argument":
             arguments.append(str(value))
-        elif isinstance(value, bool):
-            if not parameter.is_flag:
-                raise InputError(f"{where}: {name} takes a value, not {value}.")
-            if value:
-                yield from parameter.opts
-            else:
-                yield from parameter.secondary_opts
-        elif isinstance(value, list):
-            for each in value:
-                yield f"{parameter.opts[0]}={each}"
-        else:
-            yield f"{parameter.opts[0]}={value}"
+            continue
+        if isinstance(value, bool) and not parameter.is_flag:
+            raise InputError(f"{where}: {name} takes a value, not {value}.")
+        yield from _option(parameter, value)
     yield from ("--", *arguments)
+
+
+def _option(parameter: Any, value: Any) -> Iterator[str]:
+    """Yield an option as it is typed: a flag or its opposite, or a value, or several."""
+    if isinstance(value, bool):
+        yield from parameter.opts if value else parameter.secondary_opts
+    elif isinstance(value, list):
+        for each in value:
+            yield f"{parameter.opts[0]}={each}"
+    else:
+        yield f"{parameter.opts[0]}={value}"
 
 
 def _key(option: str) -> str:

@@ -37,13 +37,7 @@ def quantize(
     Raises:
         InputError: there is no such precision, or it needs a later opset or calibration data.
     """
-    if precision == "fp32" or precision not in DTYPES:
-        raise InputError(f"no dtype {precision!r}: there is {', '.join(DTYPES)}.")
-    opset = model.opset_imports.get("", 0)
-    if opset < OPSET:
-        raise InputError(f"{precision} needs opset {OPSET}, the model has {opset}: export again.")
-    if precision == "int8-static" and not config.calibration:
-        raise InputError("int8-static needs calibration batches: name -> array of every input.")
+    _check(model, precision, config)
     ShapeInferencePass(check_type=False, strict_mode=False)(model)
     if precision == "fp16":
         return tuple(to_float16(model))
@@ -56,6 +50,16 @@ def quantize(
         for matrix in matrices:
             int4.to_blocks(model, matrix, BITS[precision], config)
     return tuple(skipped)
+
+
+def _check(model: ir.Model, precision: str, config: QuantizeConfig) -> None:
+    if precision == "fp32" or precision not in DTYPES:
+        raise InputError(f"no dtype {precision!r}: there is {', '.join(DTYPES)}.")
+    opset = model.opset_imports.get("", 0)
+    if opset < OPSET:
+        raise InputError(f"{precision} needs opset {OPSET}, the model has {opset}: export again.")
+    if precision == "int8-static" and not config.calibration:
+        raise InputError("int8-static needs calibration batches: name -> array of every input.")
 
 
 def _matrices(
