@@ -158,7 +158,8 @@ class Manifest:
     def check_files(self, folder: Path) -> None:
         """Raise InputError at the first listed file that is outside, a link, missing or changed.
 
-        Of a changed file it names the tensors whose bytes changed.
+        So it does at a graph or variant that is none of the files. Of a changed file it names the
+        tensors whose bytes changed.
         """
         for file in self.files:
             try:
@@ -175,6 +176,13 @@ class Manifest:
                     )
             finally:
                 os.close(descriptor)
+        listed = {file.path for file in self.files}
+        for opened in (*self.graphs, *self.variants):
+            if opened.path not in listed:
+                raise InputError(
+                    f"{folder / NAME} names {opened.path!r}, which is none of its files: export "
+                    "again."
+                )
 
     def _changed(self, file: FileRecord, descriptor: int) -> str:
         """Say what of a file is not as recorded."""

@@ -3,6 +3,7 @@
 import gc
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,12 @@ from packages import linear_package
 
 from ffmerge.errors import InputError
 from ffmerge.files import open_inside
-from ffmerge.models.manifest import Manifest
+from ffmerge.models.manifest import Manifest, Variant
 from ffmerge.passes.graph.audit import audit
 from ffmerge.passes.graph.read import MappedTensor, read_model
 from ffmerge.passes.graph.run import share_file
 from ffmerge.passes.graph.tensors import values_of
+from ffmerge.runtime_tests.validate import validate
 
 SECRET = np.full((8, 8), 7, np.float32).tobytes()
 
@@ -245,3 +247,22 @@ def test_zero_size_and_scalar_tensors(tmp_path):
     share_file(tmp_path / "m.onnx", tmp_path / "out.onnx")
     y, e, f = run(str(tmp_path / "out.onnx"), x=np.ones(4, np.float32))
     assert np.array_equal(y, np.full(4, 4, np.float32)) and e.size == f.size == 0
+
+
+@pytest.mark.parametrize("kind", ["graphs", "variants"])
+def test_a_manifest_that_names_what_is_none_of_its_files_is_refused(tmp_path, kind):
+    """Graphs and variants are opened by their path: what is not checked by its hash is not."""
+    folder = tmp_path / "p"
+    manifest = linear_package(folder, normal(4, 3), normal(3))
+    (tmp_path / "secret").mkdir()
+    for name in ("model.onnx", "model.onnx_data"):
+        shutil.copyfile(folder / name, tmp_path / "secret" / name)
+    outside = "../secret/model.onnx"
+    if kind == "graphs":
+        changed = replace(manifest, graphs=(replace(manifest.graphs[0], path=outside),))
+    else:
+        changed = replace(manifest, variants=(Variant("ort", outside, True, "model.onnx"),))
+    changed.write(folder)
+    with pytest.raises(InputError, match="is none of its files"):
+        validate(folder)
+    assert not (folder / "validation.json").exists()
