@@ -1,12 +1,15 @@
 """A package as the Hugging Face class it came from: its forward pass runs on ONNX Runtime.
 
-The class is made on the meta device, without weights, and keeps everything but ``forward``:
-``generate``, configuration and pipelines are those of transformers.
+:func:`load_package` makes the class on the meta device, without weights, and replaces its
+``forward``, and that of its encoder if it has one, by a run of a graph; ``generate``, configuration
+and pipelines stay those of transformers. A step of a decoder turns the cache that transformers
+hands it into inputs of the graph, by the names of ``models/kv_cache.py``, and its outputs into the
+next cache.
 """
 
 import inspect
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,8 @@ from ffmerge.models.kv_cache import DECODER, ENCODER, FLAG, PRESENT
 from ffmerge.models.manifest import GraphRecord, Manifest
 from ffmerge.runtime_tests.runtimes.base import Session
 from ffmerge.runtime_tests.runtimes.registry import find_runtime
+
+Run = Callable[[Mapping[str, Any]], dict[str, Tensor]]  # of a graph: its outputs by name
 
 
 def load_package(
@@ -41,38 +46,43 @@ def load_package(
     manifest.check_files(folder)
     model = checkpoint.without_weights(folder)
     runtime = find_runtime(provider)
-    served = [
-        _Served(runtime.open(folder / path, threads=threads), graph)
-        for path, graph in manifest.served(kind).items()
+    graphs = manifest.served(kind)
+    run = [
+        _runner(runtime.open(folder / path, threads=threads), graph)
+        for path, graph in graphs.items()
     ]
-    cached = any(kv_cache.keeps_cache(each.graph.outputs) for each in served)
     if model.can_generate():
         if (folder / "generation_config.json").exists():
             model.generation_config = GenerationConfig.from_pretrained(folder)
-        model.generation_config.use_cache = cached
-    if len(served) == 1:
-        return _swap(model, lambda given: _step(served[0], given))
-    encoder, decoder = served
-    _swap(model.get_encoder(), lambda given: _outputs(encoder.run(given)))
-    return _swap(model, lambda given: _encode_and_decode(model, decoder, given))
+        last = list(graphs.values())[-1]
+        model.generation_config.use_cache = kv_cache.keeps_cache(last.outputs)
+    if len(run) == 1:
+        return _replace_forward(model, partial(_step, run[0]))
+    encode, decode = run
+    _replace_forward(model.get_encoder(), lambda given: _without_cache(encode(given)))
+    return _replace_forward(model, partial(_encode_and_decode, model, decode))
 
 
-@dataclass(frozen=True)
-class _Served:
-    session: Session
-    graph: GraphRecord
+def _runner(session: Session, graph: GraphRecord) -> Run:
+    """Return what runs a graph; what it is not given is an empty past, or no padding."""
 
-    def run(self, given: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Return all outputs; an input that is not given is that of an empty past or no padding."""
-        feeds = {
-            name: x.detach().cpu().numpy() for name, x in given.items() if isinstance(x, Tensor)
-        }
-        outputs = self.session.run(self.graph.outputs, self.graph.probe.complete(feeds))
+    def run(given: Mapping[str, Any]) -> dict[str, Tensor]:
+        feeds = {}
+        for name, x in given.items():
+            if isinstance(x, Tensor):
+                feeds[name] = x.detach().cpu().numpy()
+        outputs = session.run(graph.outputs, graph.probe.complete(feeds))
         return {name: torch.from_numpy(array) for name, array in outputs.items()}
 
+    return run
 
-def _swap(module: Any, run: Any) -> Any:
-    """Give a module of the meta device a ``forward`` that runs elsewhere; return the module."""
+
+def _replace_forward(module: Any, run: Callable[[Mapping[str, Any]], ModelOutput]) -> Any:
+    """Give a module of the meta device a ``forward`` that runs elsewhere; return the module.
+
+    It takes what the class's own does and hands on by name what is not None. ``generate`` looks at
+    its signature and at the device, so both are there.
+    """
     original = type(module)
     signature = inspect.signature(original.forward)
 
@@ -81,24 +91,24 @@ def _swap(module: Any, run: Any) -> Any:
         given = {**bound, **bound.pop("kwargs", {})}
         return run({name: x for name, x in given.items() if x is not None})
 
-    forward.__signature__ = signature  # type: ignore[attr-defined]  # generate looks at it
+    forward.__signature__ = signature  # type: ignore[attr-defined]
     here = property(lambda self: torch.device("cpu"))
     names = {"forward": forward, "device": here, "__module__": original.__module__}
     module.__class__ = type(original.__name__, (original,), names)
     return module
 
 
-def _step(served: _Served, given: Mapping[str, Any]) -> ModelOutput:
+def _step(run: Run, given: Mapping[str, Any]) -> ModelOutput:
     """Run the whole model, or a step of a decoder that continues the cache it is given."""
-    cache = given.get("past_key_values")
-    outputs = served.run({**given, **kv_cache.named({"": _layers_of(cache)})})
+    past = kv_cache.named({"": _layers_of(given.get("past_key_values"))})
+    outputs: dict[str, Any] = run({**given, **past})
     present = kv_cache.pairs(outputs, prefix=PRESENT)
     if present:
         outputs["past_key_values"] = DynamicCache(present)
-    return _outputs(outputs)
+    return _without_cache(outputs)
 
 
-def _encode_and_decode(model: Any, decoder: _Served, given: Mapping[str, Any]) -> ModelOutput:
+def _encode_and_decode(model: Any, decode: Run, given: Mapping[str, Any]) -> ModelOutput:
     """Run a step of an encoder-decoder; the encoder first if its outputs are not given."""
     states = given.get("encoder_outputs")
     if states is None:
@@ -108,7 +118,7 @@ def _encode_and_decode(model: Any, decoder: _Served, given: Mapping[str, Any]) -
     own = _layers_of(getattr(cache, "self_attention_cache", None))
     crossed = _layers_of(getattr(cache, "cross_attention_cache", None))
     whole = torch.ones(states[0].shape[:2], dtype=torch.int64)
-    outputs = decoder.run(
+    outputs: dict[str, Any] = decode(
         {
             "input_ids": given["decoder_input_ids"],
             "encoder_hidden_states": states[0],
@@ -121,10 +131,11 @@ def _encode_and_decode(model: Any, decoder: _Served, given: Mapping[str, Any]) -
     if present:  # what a later step gives of the encoder's is empty
         kept = crossed or kv_cache.pairs(outputs, ENCODER, PRESENT)
         outputs["past_key_values"] = EncoderDecoderCache(DynamicCache(present), DynamicCache(kept))
-    return _outputs({**outputs, "encoder_last_hidden_state": states[0]})
+    return _without_cache({**outputs, "encoder_last_hidden_state": states[0]})
 
 
-def _outputs(tensors: Mapping[str, Any]) -> ModelOutput:
+def _without_cache(tensors: Mapping[str, Any]) -> ModelOutput:
+    """Return the outputs of a graph that are one of the class, too."""
     out = ModelOutput()
     for name, tensor in tensors.items():
         if not kv_cache.is_present(name):

@@ -246,3 +246,34 @@ def test_no_weight_is_held_when_the_package_is_made(dtype: str, name: str, tmp_p
     del model
     gc.collect()
     assert [w() for w in weights if w() is not None] == []
+
+
+@pytest.mark.parametrize("name", ["ViTForImageClassification", "T5ForConditionalGeneration"])
+def test_static_int8_takes_its_ranges_from_the_data(name: str, tmp_path: Path) -> None:
+    """Every graph of the package has ranges of its own, also a later step of a decoder."""
+    model = model_of(*CASES[index_of(name)][:3])
+    generator = np.random.default_rng(0)
+    data = {"pixel_values": generator.standard_normal((9, 3, 16, 16)).astype("f")}
+    if name.startswith("T5"):
+        data = {"input_ids": generator.integers(3, 60, (9, 12))}
+    package = export(model, tmp_path / "p", ExportConfig(dtype="int8-static"), data=data)
+    for record in package.manifest.graphs:
+        if record.parts:
+            continue
+        graph = read_model(package.path / record.path).graph
+        assert sum(node.op_type == "QuantizeLinear" for node in graph) > 10
+    assert validate(package.path).ok
+    with pytest.raises(InputError, match="int8-static takes its ranges from data"):
+        export(model, tmp_path / "q", ExportConfig(dtype="int8-static"))
+    assert not (tmp_path / "q").exists()
+
+
+def test_the_source_is_the_folder_that_a_model_was_loaded_from(tmp_path: Path) -> None:
+    checkpoint.save(vit(layers=2), tmp_path / "model")
+    processor = transformers.ViTImageProcessor(size={"height": 16, "width": 16})
+    processor.save_pretrained(tmp_path / "model")
+    package = export(checkpoint.load(tmp_path / "model"), tmp_path / "p")
+    assert (tmp_path / "p" / "preprocessor_config.json").exists()
+    assert list(package.manifest.source["files"])
+    assert repr(package).startswith(f"<Package {tmp_path / 'p'}: image-classification, fp32, ")
+    assert "<td>model.onnx_data" in package._repr_html_()
