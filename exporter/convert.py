@@ -63,9 +63,7 @@ def _quantized(results: Mapping[str, ShareResult], plan: Plan) -> dict[str, Shar
     )
     done = {}
     for name, before in results.items():
-        config = common
-        if name in plan.calibration:
-            config = replace(common, calibration=[plan.calibration[name]])
+        config = replace(common, calibration=plan.calibration.get(name, ()))
         skipped = quantize(before.model, plan.config.dtype, config)
         after = share_model(before.model)
         reasons = dict.fromkeys((*before.skipped, *skipped, *after.skipped))

@@ -4,7 +4,7 @@ The first step of :func:`ffmerge.exporter.package.export`. Options and data are 
 anything is traced; all later steps read the :class:`Plan`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ class Plan:
 
     ``rows`` are a few rows of the data as the model takes them, with labels where they are known;
     ``real`` is what each graph is given of them. ``greedy`` are prompts and PyTorch's ids. From
-    ``calibration``, inputs by graph, int8-static takes its ranges. ``source`` is the folder of the
+    ``calibration``, batches by graph, int8-static takes its ranges. ``source`` is the folder of the
     checkpoint, if there is one.
     """
 
@@ -41,7 +41,7 @@ class Plan:
     rows: Feeds = field(default_factory=dict)
     real: Mapping[str, Feeds] = field(default_factory=dict)
     greedy: Feeds = field(default_factory=dict)
-    calibration: Mapping[str, Feeds] = field(default_factory=dict)
+    calibration: Mapping[str, Sequence[Feeds]] = field(default_factory=dict)
 
 
 def make_plan(model: Any, config: ExportConfig, source: Path | None, data: Data | None) -> Plan:

@@ -76,29 +76,36 @@ def needs_past(graph: Graph) -> bool:
 
 def calibration_feeds(
     graphs: Sequence[Graph], real: Mapping[str, Mapping[str, Array]]
-) -> dict[str, dict[str, Array]]:
-    """Return all inputs of every graph that is traced, made of what each is given of the rows.
+) -> dict[str, list[dict[str, Array]]]:
+    """Return batches of all inputs, for every graph that is traced, from what it is given of rows.
 
-    One that needs a past is given what the first step leaves of all ids but the last.
+    One that needs a past reads all ids but the first, behind what the first step leaves of that.
+    It is compared on drawn inputs only, so these are among its batches.
     """
-    feeds: dict[str, dict[str, Array]] = {}
-    before = graphs[0]
+    batches: dict[str, list[dict[str, Array]]] = {}
+    first = graphs[0]
     for graph in graphs:
-        if graph.parts:
-            continue
-        if needs_past(graph):
-            first = dict(feeds[before.name])
-            ids = first["input_ids"]
-            outputs = before.run({**first, "input_ids": ids[:, :-1]})
-            later = {**first, "input_ids": ids[:, -1:]}
-            for name, array in outputs.items():
-                if kv_cache.is_present(name):
-                    later[kv_cache.past_of(name)] = array
-            feeds[graph.name] = {s.name: later[s.name] for s in graph.probe.inputs}
-        else:
-            feeds[graph.name] = graph.probe.complete(real[graph.name])
-        before = graph
-    return feeds
+        if graph.name in real and not graph.parts:
+            batches[graph.name] = [graph.probe.complete(real[graph.name])]
+        elif needs_past(graph):
+            drawn = [graph.probe.draw(case) for case in range(len(graph.probe.cases))]
+            batches[graph.name] = [_later_step(graph, first, real), *drawn]
+        first = graph
+    return batches
+
+
+def _later_step(
+    graph: Graph, first: Graph, real: Mapping[str, Mapping[str, Array]]
+) -> dict[str, Array]:
+    """Return the inputs of a graph that goes on where the ``first`` step ended."""
+    feeds = first.probe.complete(real[first.name])
+    ids = feeds["input_ids"]
+    outputs = first.run({**feeds, "input_ids": ids[:, :1]})
+    feeds["input_ids"] = ids[:, 1:]
+    for name, array in outputs.items():
+        if kv_cache.is_present(name):
+            feeds[kv_cache.past_of(name)] = array
+    return {spec.name: feeds[spec.name] for spec in graph.probe.inputs}
 
 
 def encoded(encoder: Graph, rows: Mapping[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:
