@@ -354,7 +354,7 @@ def test_what_cannot_be_done_is_said(settings: dict[str, Any], message: str) -> 
     assert all(p.requires_grad for p in model.parameters())
     with pytest.raises(InputError, match="nothing is merged"):
         _run(original, model, _data(model))
-    with pytest.raises(InputError, match="make a twin"):
+    with pytest.raises(InputError, match="keep it with clone_sharing_parameters"):
         _run(model, model, _data(model))
 
 

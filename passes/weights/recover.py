@@ -90,7 +90,9 @@ def recover_(
     examples = examples_for(model, data, config.task)
     state = join()
     if original is model:
-        raise InputError("recovery follows the original: make a twin of the model before merging.")
+        raise InputError(
+            "recovery follows the original: keep it with clone_sharing_parameters before merging."
+        )
     trained = _trained(model, config.parts)
     _part_(original, {id(parameter) for parameter in trained.values()})
     parameters = list(trained.values())
