@@ -189,9 +189,8 @@ def _measure(
 ) -> None:
     """Fill in the task metric, and what is measured of written texts, on the data there are."""
     data = {GIVEN: examples}
-    labelled = reference.labelled(manifest)
-    if manifest.metric and labelled:
-        rows = from_arrays(labelled)
+    if manifest.metric:
+        rows = from_arrays(reference.labelled(manifest))
         data = {ROWS: rows, GIVEN: examples}
         result.sample = measure_metric(served, manifest, rows)
     if examples:

@@ -249,7 +249,8 @@ def test_no_weight_is_held_when_the_package_is_made(dtype: str, name: str, tmp_p
     assert [w() for w in weights if w() is not None] == []
 
 
-@pytest.mark.parametrize("name", ["digits", "numerals"])
+# four graphs take most of a minute
+@pytest.mark.parametrize("name", ["digits", pytest.param("numerals", marks=pytest.mark.slow)])
 def test_static_int8_takes_its_ranges_from_the_data(name: str, tmp_path: Path) -> None:
     """Every graph of the package has ranges of its own, also a later step of a decoder."""
     reference = REFERENCES[name]

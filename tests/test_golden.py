@@ -37,6 +37,9 @@ import ffmerge
 import ffmerge.__main__ as command_line
 from ffmerge.errors import FfmergeError
 from ffmerge.models import digits
+from ffmerge.passes.weights import methods
+from ffmerge.passes.weights.methods import METHODS
+from ffmerge.runtime_tests.runtimes import registry
 
 DIGITS = Path(ffmerge.__file__).parent / "models" / "digits_vit"
 LAYERS = 3  # of the model whose packages are held
@@ -163,6 +166,16 @@ def test_the_json_of_every_command(base: Path, export: Any, golden_result: golde
     golden_result("files", kept)
 
 
+@pytest.fixture
+def as_shipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Methods and runtimes as a user has them: other tests register some, or change the order."""
+    shipped = {n: m for n, m in METHODS.items() if m.merge.__module__.startswith("ffmerge.")}
+    monkeypatch.setattr(methods, "METHODS", shipped)
+    runtimes = {runtime.name: runtime for e in registry.ENGINES for runtime in e.RUNTIMES}
+    monkeypatch.setattr(registry, "RUNTIMES", runtimes)
+
+
+@pytest.mark.usefixtures("as_shipped")
 def test_the_text_of_errors(tmp_path: Path, golden_result: golden.Check) -> None:
     """Exit code and text of command lines, kind and text of what Python raises."""
     given, out = tmp_path / "in", tmp_path / "out"
