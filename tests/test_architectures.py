@@ -26,10 +26,13 @@ ALIKE = {
     "Olmo2ForCausalLM", "StableLmForCausalLM",
     "GPTJForCausalLM", "GPTNeoForCausalLM", "BartForConditionalGeneration", "GlmForCausalLM",
     "M2M100ForConditionalGeneration", "PegasusForConditionalGeneration", "RobertaForMaskedLM",
+    "T5ForConditionalGeneration-True",
 }  # fmt: skip
-PARAMETERS = [
-    pytest.param(*c, id=f"{c[0]}-{c[4]}", marks=[pytest.mark.slow] * (c[0] in ALIKE)) for c in CASES
-]
+PARAMETERS = []
+for case in CASES:
+    case_id = f"{case[0]}-{case[4]}"
+    marks = [pytest.mark.slow] if {case[0], case_id} & ALIKE else []
+    PARAMETERS.append(pytest.param(*case, id=case_id, marks=marks))
 TABLE = Path(__file__).parent.parent / "docs" / "architectures.md"
 BOUNDS = (1e-6, 1e-5, 1e-4)
 
