@@ -4,6 +4,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from transformers.utils.logging import disable_progress_bar
+
 from ffmerge import progress
 from ffmerge.config import MergeConfig
 from ffmerge.exporter.package import export
@@ -71,6 +73,7 @@ def demo(out: Path) -> Demo:
     in the new folder ``out``. Calibration pictures give the statistics, validation pictures
     choose the window, test pictures are only reported.
     """
+    disable_progress_bar()  # transformers draws one for every file: one display is enough
     calibration = from_arrays(digits.load("calibration", count=500))
     held_out = from_arrays(digits.load("validation", count=1000))
     test = from_arrays(digits.load("test", count=1000))
