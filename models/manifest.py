@@ -177,11 +177,12 @@ class Manifest:
             finally:
                 os.close(descriptor)
         listed = {file.path for file in self.files}
-        for opened in (*self.graphs, *self.variants):
-            if opened.path not in listed:
+        opened = [graph.path for graph in self.graphs]
+        opened += [variant.path for variant in self.variants]
+        for path in opened:
+            if path not in listed:
                 raise InputError(
-                    f"{folder / NAME} names {opened.path!r}, which is none of its files: export "
-                    "again."
+                    f"{folder / NAME} names {path!r}, which is none of its files: export again."
                 )
 
     def _changed(self, file: FileRecord, descriptor: int) -> str:
