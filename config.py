@@ -5,6 +5,7 @@ A field made by :func:`option` is a flag of the commands whose configuration it 
 configuration is made, so a misspelt one fails before a model is loaded. Nothing here needs torch.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -197,6 +198,8 @@ class MergeConfig(CompareConfig):
             raise InputError(
                 f"there is no criterion {self.criterion!r}: choose metric or fidelity."
             )
+        if self.rank is not None and self.rank < 1:
+            raise InputError(f"the rank of a residual is 1 or more, not {self.rank}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,7 +233,9 @@ class RecoverConfig:
         wrong = None
         if min(self.steps, self.batch_size, self.save_every) < 1:
             wrong = "a step below 1"
-        elif not self.learning_rate > 0:
+        elif self.micro_batch < 0:
+            wrong = f"micro batches of {self.micro_batch} rows"
+        elif not 0 < self.learning_rate < math.inf:
             wrong = f"a learning rate of {self.learning_rate}"
         elif self.parts not in PARTS:
             wrong = f"parts {self.parts!r}, not merged or all"
@@ -316,9 +321,13 @@ class ShareConfig:
     data: Path | None = option(None, "Inputs of the graph as .npz, for int8-static.")
 
     def __post_init__(self) -> None:
-        """Refuse a precision there is not."""
+        """Refuse a precision there is not, and data that would not be read."""
         if self.dtype is not None:
             check_dtype(self.dtype)
+        if self.dtype == "int8-static" and self.data is None:
+            raise InputError("int8-static takes its ranges from inputs of the graph: give --data.")
+        if self.dtype != "int8-static" and self.data is not None:
+            raise InputError("only int8-static reads data: leave it out, or give that dtype.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -129,19 +129,25 @@ def _argument(name: str, hint: Any, typed: dict[str, Any]) -> Any:
     kind, optional = _config(hint)
     if kind is None:
         return typed[name]
+    options = [*_options(kind)]
     values: dict[str, Any] = {}
-    wanted = not optional
-    for number, (option, each, _) in enumerate(_options(kind)):
-        value = typed[option]
-        if number == 0 and optional:
-            wanted = value is not None
-            if not wanted:
-                continue
+    for option, each, _ in options:
+        values[each.name] = typed[option]
         if "parse" in each.metadata:
-            value = each.metadata["parse"](value)
-        values[each.name] = value
-    config = kind(**values)  # checked even if it is not wanted
-    return config if wanted else None
+            values[each.name] = each.metadata["parse"](typed[option])
+    first, field, _ = options[0]
+    if not optional or values[field.name] is not None:
+        return kind(**values)
+    del values[field.name]
+    kind(**values)  # checked though it is not wanted
+    for option, each, _ in options[1:]:
+        if values[each.name] != each.default:
+            raise InputError(f"{_flag(option)} does nothing without {_flag(first)}: give both.")
+    return None
+
+
+def _flag(option: str) -> str:
+    return "--" + option.replace("_", "-")
 
 
 def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:

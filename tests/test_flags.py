@@ -1,5 +1,7 @@
 """Options stand once: what config.py says is what the command line, recipes and Python take."""
 
+import re
+import tomllib
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,10 @@ MISSPELT = [
     (("merge", "gone", "out", "--k", "2", "--recover", "0"), "step below 1"),
     (("merge", "gone", "out", "--k", "2", "--recover", "3", "--learning-rate", "0"), "rate of 0"),
     (("merge", "gone", "out", "--k", "2", "--batch-size", "0"), "batch_size"),
+    (("merge", "gone", "out", "--k", "2", "--learning-rate", "0.1"), "without --recover"),
+    (("merge", "gone", "out", "--k", "2", "--recover-labels"), "without --recover"),
+    (("share", "gone.onnx", "out.onnx", "--dtype", "int8-static"), "give --data"),
+    (("share", "gone.onnx", "out.onnx", "--dtype", "int8", "--data", "x.npz"), "only int8-static"),
     (("compare", "gone", "--k", "2", "--data", "x.npz", "--method", "foo"), "'foo'"),
     (("export", "gone", "out", "--dtype", "foo"), "'foo'"),
     (("export", "gone", "out", "--layout", "foo"), "'foo'"),
@@ -100,6 +106,34 @@ def test_every_option_has_a_flag_with_its_help() -> None:
             for each in fields(kind):
                 if "help" in each.metadata:
                     assert each.metadata["help"] in helps, (name, each.name)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "says"),
+    [
+        (MergeConfig, {"k": 2, "rank": 0}, "rank"),
+        (MergeConfig, {"k": 2, "rank": -1}, "rank"),
+        (RecoverConfig, {"micro_batch": -1}, "micro"),
+        (RecoverConfig, {"learning_rate": float("inf")}, "rate of inf"),
+        (RecoverConfig, {"learning_rate": float("nan")}, "rate of nan"),
+    ],
+)
+def test_a_number_that_means_nothing_is_refused(
+    kind: Any, values: dict[str, Any], says: str
+) -> None:
+    """In Python too: a rank of -1 would cut the residual's last direction off."""
+    with pytest.raises(InputError, match=says):
+        kind(**values)
+
+
+def test_what_the_extra_brings_is_known_by_the_name_it_is_imported_by() -> None:
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    names = {"scikit-learn": "sklearn", "pillow": "PIL", "huggingface-hub": "huggingface_hub"}
+    wanted = set()
+    for requirement in project["optional-dependencies"]["torch"]:
+        name = re.split(r"[<>=!~\[]", requirement)[0]
+        wanted.add(names.get(name, name))
+    assert wanted - {"requests"} == {*flags.TORCH_SIDE}  # which only optimum imports
 
 
 def test_another_missing_module_is_no_refusal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -475,3 +475,25 @@ def test_static_int8_without_data_is_refused_at_once(tmp_path):
     ir.save(build(TWO, W=normal(64, 64)), tmp_path / "in.onnx")
     with pytest.raises(InputError, match="is not an"):
         share_file(tmp_path / "in.onnx", tmp_path / "out.onnx", config)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_calibration_that_is_not_finite_is_refused(value: float) -> None:
+    """Min and max pass over NaN: the range would be that of all other rows."""
+    rows = normal(5, 64)
+    rows[3, 2] = value
+    config = QuantizeConfig(calibration=({"x": normal(5, 64)}, {"x": rows}))
+    with pytest.raises(InputError, match="the calibration data is not finite: x holds"):
+        share_model(build(TWO, W=normal(64, 64)), (), "int8-static", config)
+
+
+def test_what_a_weight_makes_infinite_is_not_quantized() -> None:
+    """Its scale would be infinite, and all that is read of it no number."""
+    text = "(float[n,64] x) => (float[n,64] y) { h = MatMul(x, W) z = Add(h, c) y = MatMul(z, V) }"
+    bias = np.zeros(64, np.float32)
+    bias[5] = np.inf
+    model = build(text, W=normal(64, 64), V=normal(64, 64, seed=1), c=bias)
+    config = QuantizeConfig(calibration=({"x": normal(5, 64)},))
+    lowered = share_model(model, (), "int8-static", config).model
+    scales = [v for name, v in lowered.graph.initializers.items() if name.endswith("/scale")]
+    assert scales and all(np.isfinite(v.const_value.numpy()).all() for v in scales)

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from ffmerge.errors import InputError
@@ -54,8 +55,10 @@ def measure_ranges(
 ) -> dict[ir.Value, tuple[float, float]]:
     """Return the smallest and largest of each value over all batches, zero included.
 
+    A value that is not finite has none, so it stays as it is.
+
     Raises:
-        InputError: a batch is not what the model takes.
+        InputError: a batch is not finite, or not what the model takes.
     """
     import onnxruntime
 
@@ -70,12 +73,22 @@ def measure_ranges(
         model.graph.outputs[:] = outputs
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     for batch in batches:
+        for name, given in batch.items():
+            if not np.isfinite(given).all():
+                raise InputError(
+                    f"the calibration data is not finite: {name} holds NaN or infinity."
+                )
         try:
             seen = session.run([value.name for value in values], dict(batch))
         except Exception as error:  # ONNX Runtime's errors have no common class of their own
             reason = str(error).splitlines()[0]
             raise InputError(f"the calibration data does not fit the model: {reason}") from error
         for value, array in zip(values, seen, strict=True):
+            if value not in found:
+                continue
+            if not np.isfinite(array).all():  # by a weight of the model: it has no range
+                del found[value]
+                continue
             low, high = found[value]
             found[value] = min(low, float(array.min())), max(high, float(array.max()))
     return found

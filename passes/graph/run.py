@@ -173,8 +173,6 @@ def share_file(source: Path, target: Path, config: ShareConfig = ShareConfig()) 
     source, target = Path(source), Path(target)
     data = target.with_name(target.name + "_data")
     refuse_existing(target, data)
-    if config.dtype == "int8-static" and config.data is None:
-        raise InputError("int8-static takes its ranges from inputs of the graph: give --data.")
     model = read_model(source)
     external = any(isinstance(item.tensor, ir.ExternalTensor) for item in stored(model))
     calibration: Sequence[Mapping[str, Array]] = ()
