@@ -16,7 +16,7 @@ from ffmerge.models import checkpoint, ties
 from ffmerge.models.find import find
 from ffmerge.models.record import Group
 from ffmerge.models.sublayer import stacks
-from ffmerge.passes.weights import methods
+from ffmerge.passes.weights import cost, methods
 from ffmerge.passes.weights.align import match
 from ffmerge.passes.weights.least_squares import Regression
 from ffmerge.passes.weights.merge import merge_
@@ -392,6 +392,21 @@ def test_each_stack_is_searched_with_those_before_it_merged() -> None:
         by_hand = merge_(t5(), data, config).record
         assert by_hand.groups == (*encoder.groups, *candidate.groups)
         assert by_hand.metric["merged"] == candidate.value
+
+
+@pytest.mark.parametrize("method", ["permute", "calibrated"])
+def test_a_decoder_is_aligned_by_the_original_however_little_memory(method, monkeypatch) -> None:
+    """Collected in parts, its statistics would be those behind an encoder that is merged."""
+    found = []
+    for memory in (cost.PAIRS, 1):
+        monkeypatch.setattr(cost, "PAIRS", memory)
+        model = t5(3, 3)
+        config = MergeConfig(k=2, method=method, task=TASK)
+        result = merge_(model, _pairs_of_texts(), config)
+        found.append((result.candidates, dict(model.named_parameters())))
+    (candidates, whole), (in_parts, parts) = found
+    assert candidates == in_parts
+    assert all(torch.equal(p, parts[n]) for n, p in whole.items())
 
 
 def test_the_metric_of_an_encoder_decoder_is_its_loss_on_the_labels() -> None:

@@ -49,8 +49,8 @@ class Candidate:
 class Trials:
     """Tries candidates on one model; in ``tried`` is what came of them.
 
-    Without a ``score`` all are equally good. The ``cache`` holds for what is tried while nothing
-    else stands in the model.
+    Without a ``score`` all are equally good. There is a ``cache`` only where nothing else stands in
+    the model while a candidate is tried: it holds what the original computes.
     """
 
     model: Any
@@ -68,12 +68,9 @@ class Trials:
         """Return a candidate and all its groups: ``choice`` merged while ``standing`` is there."""
         merged = dict(standing)
         with in_place(self.model, standing):
-            cache = self.cache
-            if standing:
-                cache = None
             made: Merged = {}
             for members in choice:
-                evidence = self.statistics.evidence(members[0].stack, cache)
+                evidence = self.statistics.evidence(members[0].stack, self.cache)
                 made[members] = self.method.merge(self.model, members, evidence)
             merged |= made
             with in_place(self.model, made):
