@@ -21,6 +21,7 @@ from tiny import ABOVE, BELOW, FAMILIES, gpt2, vit
 from ffmerge.config import ExportConfig, MergeConfig
 from ffmerge.errors import ExportError, InputError
 from ffmerge.exporter.package import Package, export
+from ffmerge.exporter.plan import make_plan
 from ffmerge.models import checkpoint, tasks
 from ffmerge.models.manifest import Manifest
 from ffmerge.passes.graph.audit import audit
@@ -265,6 +266,18 @@ def test_static_int8_takes_its_ranges_from_the_data(name: str, tmp_path: Path) -
     with pytest.raises(InputError, match="int8-static takes its ranges from data"):
         export(model, tmp_path / "q", config)
     assert not (tmp_path / "q").exists()
+
+
+def test_static_int8_is_not_compared_on_the_rows_that_gave_its_ranges() -> None:
+    pixels = np.random.default_rng(0).standard_normal((40, 3, 16, 16)).astype(np.float32)
+    plan = make_plan(
+        vit(layers=2), ExportConfig(dtype="int8-static"), None, {"pixel_values": pixels}
+    )
+    compared = {row.tobytes() for row in plan.rows["pixel_values"]}
+    ranging = {row.tobytes() for each in plan.calibration["model"] for row in each["pixel_values"]}
+    assert len(compared) == len(ranging) == 20
+    assert not compared & ranging
+    assert compared | ranging == {row.tobytes() for row in pixels}
 
 
 def test_the_source_is_the_folder_that_a_model_was_loaded_from(tmp_path: Path) -> None:

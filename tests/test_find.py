@@ -319,3 +319,16 @@ def test_a_decoder_of_16_bits_is_proved_without_its_cache(name: str) -> None:
     """The cache that a layer is called with holds keys of the model's type, not of the proof's."""
     model = SEQ2SEQ[name](2, 2).to(torch.bfloat16)
     assert prove(model, find(model)) == (True,) * 4
+
+
+def test_two_equal_square_banks_are_no_experts() -> None:
+    """Experts map d -> f and f -> d: of (n, d, d) twice nothing tells which would be which."""
+    model, holder = vit(), nn.Module()
+    model.add_module("holder", holder)
+    for name, shapes in {"alike": [(4, 8, 8), (4, 8, 8)], "bank": [(4, 24, 8), (4, 8, 24)]}.items():
+        module = nn.Module()
+        for number, shape in enumerate(shapes):
+            module.register_parameter(str(number), nn.Parameter(torch.zeros(shape)))
+        holder.add_module(name, module)
+    left = {part.path: part.reason for part in survey(model)[1]}
+    assert left == {"holder.bank": EXPERTS}

@@ -1,0 +1,49 @@
+"""Codes and scales by hand: what packages and the search both round by."""
+
+import numpy as np
+import pytest
+
+from ffmerge.models.codes import block_codes, block_values, int8_codes
+
+
+def test_codes_of_a_row_end_at_127() -> None:
+    values = np.array([[0.5, -1.27, 0.004], [2.54, 0, -0.02]], np.float32)
+    codes, scales = int8_codes(values, 1)
+    assert codes.tolist() == [[50, -127, 0], [127, 0, -1]]
+    assert np.allclose(scales, [[0.01], [0.02]], rtol=1e-6)  # measured 2.3e-8
+
+
+def test_what_is_all_zero_has_a_scale_to_divide_by() -> None:
+    """0 / 0 is no number, and which code that becomes is the processor's choice."""
+    values = np.zeros((3, 64), np.float32)
+    values[1] = 1
+    with np.errstate(all="raise"):
+        codes, scales = int8_codes(values, 1)
+        blocks, block_scales = block_codes(values, 4)
+    assert scales[[0, 2], 0].tolist() == [1, 1] and not codes[[0, 2]].any()
+    assert np.array_equal(block_values(blocks, block_scales, 4, 64), values)
+
+
+def test_two_neighbours_do_not_saturate_16_bits() -> None:
+    """255 times both, of one sign: x86 without VNNI adds them in 16 bits."""
+    values = np.array([[1.0], [0.9], [-1.0], [0.2]], np.float32)
+    codes, scales = int8_codes(values, 0, paired=True)
+    assert scales[0, 0] == pytest.approx(1.9 / 127, rel=1e-6)  # measured 0
+    pairs = codes[:, 0].astype(int).reshape(2, 2).sum(1)
+    assert np.abs(pairs).max() <= 128 and np.abs(255 * pairs).max() < 2**15
+    assert int8_codes(values, 0)[1][0, 0] == pytest.approx(1 / 127, rel=1e-6)  # measured 0
+
+
+@pytest.mark.parametrize(("bits", "most"), [(4, -8), (8, -128)])
+def test_the_largest_of_a_block_has_the_code_0(bits: int, most: int) -> None:
+    """Whatever its sign: the scale takes the sign."""
+    values = np.linspace(-1, 3, 40, dtype=np.float32)[None]
+    codes, scales = block_codes(values, bits)
+    assert codes.shape == (1, 2, 32) and scales.shape == (1, 2)
+    for block in range(2):
+        own = values[0, 32 * block : 32 * block + 32]
+        largest = own[np.abs(own).argmax()]
+        assert codes[0, block, np.abs(own).argmax()] == 0
+        assert scales[0, block] == pytest.approx(largest / most, rel=1e-6)  # measured 0
+        back = block_values(codes, scales, bits, 40)[0, 32 * block : 32 * block + 32]
+        assert np.abs(back - own).max() <= 0.5001 * abs(scales[0, block])  # measured 0.496
