@@ -11,6 +11,7 @@ from one run of the model, so nothing here knows an architecture.
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -22,6 +23,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from ffmerge.errors import InputError
 from ffmerge.models import kv_cache, tasks
+from ffmerge.models.float64 import Float64
 from ffmerge.models.inputs import example_inputs, input_specs, probe, to_tensors
 from ffmerge.models.kv_cache import DECODER, ENCODER, FLAG
 from ffmerge.models.probe import Array, InputSpec, Probe
@@ -63,10 +65,11 @@ class Graph:
     parts: tuple[str, ...] = ()
     empty: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
-    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Return the outputs that PyTorch gives for the inputs ``feeds``."""
+    def run(self, feeds: Mapping[str, Array], exact: bool = False) -> dict[str, Array]:
+        """Return the outputs that PyTorch gives for the inputs ``feeds``; ``exact`` in float64."""
         module = self.module.eval()
-        with torch.no_grad():
+        precision = Float64() if exact else nullcontext()
+        with torch.no_grad(), precision:
             outputs = module(to_tensors(feeds, module))
         arrays = [tensor.cpu().numpy() for tensor in outputs]
         return dict(zip(self.outputs, arrays, strict=True))

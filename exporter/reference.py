@@ -16,7 +16,8 @@ from ffmerge.exporter.graphs import Graph
 from ffmerge.exporter.plan import Plan
 from ffmerge.models import tasks
 from ffmerge.models.examples import from_arrays
-from ffmerge.models.manifest import LABELS, MetricResult, input_key, reference_key
+from ffmerge.models.float64 import rounded_off
+from ffmerge.models.manifest import LABELS, RTOL, MetricResult, input_key, reference_key
 from ffmerge.models.metrics import for_task
 from ffmerge.models.probe import Array, stored_elements
 from ffmerge.models.trace import GREEDY, Trace, trace_key
@@ -25,22 +26,30 @@ from ffmerge.passes.weights.evaluate import score_for
 
 def write_reference(
     path: Path, plan: Plan, files: Sequence[str], traces: Mapping[str, Trace]
-) -> None:
-    """Store what the plan's graphs give in PyTorch; ``files`` are their paths."""
+) -> list[dict[str, float]]:
+    """Store what the plan's graphs give in PyTorch; ``files`` are their paths.
+
+    Returns what float32 rounds off of each graph's outputs, by name; of a package of another dtype
+    nothing, as its own rounding is larger.
+    """
     tensors = {f"{GREEDY}{name}": array for name, array in plan.greedy.items()}
     if has_labels(plan) and "labels" in plan.rows:
         tensors[LABELS] = plan.rows["labels"]
-    about = {}
+    about, rounding = {}, []
     for graph, file in zip(plan.graphs, files, strict=True):
         real = plan.real.get(graph.name, {})
         if not graph.parts:  # one made of parts is given what its first part is
             tensors |= {input_key(file, name): array for name, array in real.items()}
         tensors |= _outputs(graph, file, real)
+        rounding.append({})
+        if plan.config.dtype == "fp32":
+            rounding[-1] = _rounding(graph, real)
         if graph.name in traces:
             trace = traces[graph.name]
             about[trace_key(file)] = json.dumps([[v.name, v.shape, v.layer] for v in trace.values])
             tensors[trace_key(file)] = np.concatenate([*trace.samples, np.empty(0, np.float32)])
     save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, path, about)
+    return rounding
 
 
 def _outputs(graph: Graph, file: str, real: Mapping[str, Array]) -> dict[str, Array]:
@@ -53,6 +62,21 @@ def _outputs(graph: Graph, file: str, real: Mapping[str, Array]) -> dict[str, Ar
             sample = stored_elements(array, len(outputs), name, case >= drawn)
             kept[reference_key(file, case, name)] = sample
     return kept
+
+
+def _rounding(graph: Graph, real: Mapping[str, Array]) -> dict[str, float]:
+    """Return by how much each output is off in float32, at most, over all cases."""
+    most = dict.fromkeys(graph.outputs, 0.0)
+    for case in range(len(graph.probe.cases) + graph.probe.real):
+        feeds = graph.probe.feeds(case, real)
+        outputs = graph.run(feeds)
+        try:
+            exact = graph.run(feeds, exact=True)
+        except RuntimeError:  # an operator has no float64 kernel: the usual bounds hold
+            return {}
+        for name, array in outputs.items():
+            most[name] = max(most[name], rounded_off(array, exact[name], RTOL))
+    return most
 
 
 def has_labels(plan: Plan) -> bool:

@@ -44,11 +44,13 @@ def write_files(
         plan = replace(plan, graphs=_without_parts(plan.graphs))
     records = _write_graphs(folder, plan, results)
     variants = _write_variants(folder, plan, records)
-    write_reference(folder / REFERENCE, plan, [record.path for record in records], traces)
+    paths = [record.path for record in records]
+    rounding = write_reference(folder / REFERENCE, plan, paths, traces)
+    records = tuple(replace(r, rounding=off) for r, off in zip(records, rounding, strict=True))
     _write_config(folder, plan.model)
     if plan.source:
         copy_companions(plan.source, folder)
-    text = card(plan.model, plan.task, [record.path for record in records])
+    text = card(plan.model, plan.task, paths)
     (folder / "README.md").write_text(text, encoding="utf-8")
     return records, variants
 

@@ -6,7 +6,7 @@ it first, and has it check the files before one is opened.
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from ffmerge.models.record import MergeRecord, Tie
 
 NAME, REFERENCE = "ffmerge.json", "reference.safetensors"
 SCHEMA = 3
+RTOL = 1e-5  # of float32: what an element may be off in parts of its size
 DIGITS = 16  # of a tensor's sha256: it names what changed, that of the file tells that it did
 
 
@@ -62,12 +63,15 @@ class GraphRecord:
     """A graph: its file, its outputs, and the inputs on which it is compared with PyTorch.
 
     With ``parts`` it does what those other graphs do, which are then there for who wants them.
+    ``rounding`` says by how much an element of each output is off in PyTorch's float32, on these
+    very inputs, beyond ``RTOL`` of its size; it is empty where that was not measured.
     """
 
     path: str
     outputs: tuple[str, ...]
     probe: Probe
     parts: tuple[str, ...] = ()
+    rounding: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ class Variant:
 
 @dataclass(frozen=True, repr=False)
 class Manifest:
-    """The package's contents; the same bytes for the same input (no times, no measurements).
+    """The package's contents; the same bytes for the same input (no times).
 
     ``bytes_total`` is the sum of ``files``, ``bytes_unique`` that of the distinct initializers,
     ``parameter_bytes`` that of the distinct PyTorch parameters. ``metric`` is PyTorch's on the real

@@ -73,6 +73,8 @@ def check_generation(
     ``stored`` has what the encoder reads, the first ids (``start``), PyTorch's ``tokens`` and by
     how much each exceeded the second (``margin``).
     """
+    rounding = served[-1][0].rounding.get("logits", 0.0)
+    tie = tolerance.for_rounding(rounding).tie
     expected, margin = stored["tokens"], stored["margin"]
     prompts, tokens = expected.shape
     got = greedy(decoder(served, stored), stored["start"], tokens)
@@ -84,7 +86,7 @@ def check_generation(
             continue
         at = int(off[0])
         same += at
-        if margin[row, at] <= tolerance.tie:
+        if margin[row, at] <= tie:
             compared, ties = compared + at, ties + 1
             continue
         compared += tokens

@@ -80,7 +80,8 @@ def check_graph(
             samples[name].append(_sample(graph, case, name, output, feeds, expected))
     found = []
     for name, parts in samples.items():
-        found.append(_judged(graph, name, optimization, parts, tolerance))
+        bounds = tolerance.for_rounding(graph.rounding.get(name, 0.0))
+        found.append(_judged(graph, name, optimization, parts, bounds))
     return found
 
 

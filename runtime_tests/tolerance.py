@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields, replace
 
 from ffmerge.errors import InputError
+from ffmerge.models.manifest import RTOL
 
 AT_LEAST = ("cosine", "agreement", "tokens")  # all other bounds are at most
 NOISE = 2e-5  # the direction of an output that is all smaller says nothing in float32
@@ -40,10 +41,30 @@ class Tolerance:
     node: float
     real: bool = False
 
+    def for_rounding(self, rounding: float) -> "Tolerance":
+        """Return bounds that are no narrower than what ``rounding`` in PyTorch's float32 allows.
+
+        A runtime may be ``MARGIN`` times as far from PyTorch as that is from float64. Two scores
+        may then exchange their places where they are within twice that, and a divergence is at
+        most of the order of its square.
+        """
+        off = MARGIN * rounding
+        return replace(
+            self,
+            atol=max(self.atol, off),
+            tie=max(self.tie, 2 * off),
+            kl=max(self.kl, off**2),
+        )
+
     def for_size(self, rms: float) -> "Tolerance":
         """Return the bounds on an output of this root mean square."""
         return replace(self, atol=self.atol * rms) if self.real else self
 
+
+# What a runtime may be off PyTorch's float32, in what that is off float64 on the same inputs.
+# Measured: 1.2 on a trained Llama of 135M parameters (3.0e-4, 2.5e-4), 2.3 on a sentence encoder
+# (2.7e-5, 1.2e-5).
+MARGIN = 4
 
 # PyTorch float32 against ONNX Runtime 1.31.1 on a CPU: the trained digits ViT and the two other
 # reference models, merged and not; int8-static: the three unmerged; int8-weights: a random 6-layer
@@ -52,7 +73,7 @@ class Tolerance:
 # The measured values of each column are in docs/parity.md. The columns: atol, rtol, cosine,
 # measured, agreement, kl, tie, tokens, node.
 TOLERANCES = {
-    "fp32": Tolerance(2e-5, 1e-5, 0.99999, 1.2e-5, 1.0, 1e-9, 1e-4, 1.0, 1e-5),
+    "fp32": Tolerance(2e-5, RTOL, 0.99999, 1.2e-5, 1.0, 1e-9, 1e-4, 1.0, 1e-5),
     "fp16": Tolerance(2e-2, 5e-3, 0.9999, 1.5e-2, 0.99, 1e-3, 2e-2, 0.9, 2e-2),
     "int8": Tolerance(1.0, 5e-2, 0.995, 0.6, 0.97, 1.5e-2, 0.25, 0.8, 0.5, real=True),
     "int4": Tolerance(3.0, 1e-1, 0.98, 2.2, 0.95, 5e-2, 0.5, 0.7, 0.5, real=True),

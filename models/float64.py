@@ -1,0 +1,59 @@
+"""What float32 rounds off: a PyTorch model computed in float64, without a second copy of it.
+
+The exporter asks for it on every input that a package is compared on (``exporter/reference.py``):
+a runtime adds in another order than PyTorch does, so it may be as far from it as PyTorch itself
+is from the exact result.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+from ffmerge.models.probe import Array
+
+
+class Float64(TorchFunctionMode):
+    """Within it every operator computes in float64: a weight is widened while it is used.
+
+    So are casts to float32 that a model's code asks for.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Run one operator on widened tensors."""
+        options = dict(kwargs or {})
+        if func.__name__ == "__get__":  # a shape or a dtype: nothing is computed
+            return func(*args, **options)
+        if func is Tensor.float:
+            func = Tensor.double
+        args, options = tree_map(_wide, (args, options))
+        return tree_map(_wide, func(*args, **options))
+
+
+def _wide(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.dtype == torch.float32:
+        return value.double()
+    if value is torch.float32:
+        return torch.float64
+    return value
+
+
+def rounded_off(output: Array, exact: Array, rtol: float) -> float:
+    """Return by how much an output is off the exact one, less ``rtol`` of each element's size.
+
+    With three digits: the last bits are those of a processor.
+    """
+    if not output.size:
+        return 0.0
+    off = np.abs(output - exact) - rtol * np.abs(exact)
+    return float(f"{max(np.nanmax(off), 0.0):.3g}")

@@ -1,0 +1,81 @@
+"""What float32 rounds off is measured, and is what a runtime is allowed."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from packages import linear_package
+from tiny import gpt2
+
+import ffmerge
+from ffmerge.models.float64 import Float64, rounded_off
+from ffmerge.models.manifest import Manifest
+from ffmerge.runtime_tests.parity import check_parity
+
+LLAMA = transformers.LlamaConfig(
+    vocab_size=97, hidden_size=64, intermediate_size=256, num_hidden_layers=3,
+    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+)  # fmt: skip
+
+
+def llama() -> Any:
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(LLAMA).eval()
+
+
+@pytest.mark.parametrize("make", [gpt2, llama])
+def test_a_float32_model_is_computed_in_float64(make: Callable[[], Any]) -> None:
+    model = make()
+    ids = torch.arange(1, 25).reshape(2, 12)
+    with torch.no_grad():
+        with Float64():
+            found = model(ids).logits
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        right = model.double()(ids).logits
+        rounded = model.float()(ids).logits
+    # Llama's own code computes its norms and rotations in float32, whatever its weights are
+    bound = {"gpt2": 1e-14, "llama": 1e-6}[model.config.model_type]  # measured 0, 4e-8
+    assert float((found - right).abs().max()) < bound
+    assert float((found - rounded).abs().max()) > 1e-8
+
+
+def test_what_is_rounded_off_is_counted_beyond_a_part_of_each_element() -> None:
+    exact = np.array([1000.0, 1.0, 0.0])
+    output = np.array([1000.02, 1.0005, 0.0001], np.float32)
+    assert rounded_off(output, exact, rtol=1e-5) == pytest.approx(0.01, rel=2e-3)  # 0.02 - 0.01
+    assert rounded_off(output, exact, rtol=1e-4) == pytest.approx(4e-4, rel=1e-3)
+    assert rounded_off(output[:0], exact[:0], rtol=1e-5) == 0
+
+
+@pytest.mark.parametrize(("off", "ok"), [(5e-4, True), (5e-3, False)])
+def test_a_runtime_may_be_off_as_far_as_pytorch_is(tmp_path: Path, off: float, ok: bool) -> None:
+    generator = np.random.default_rng(0)
+    weight, bias = generator.standard_normal((8, 5)).astype(np.float32), np.zeros(5, np.float32)
+    served = weight.copy()
+    served[2, 3] += off
+    manifest = linear_package(tmp_path / "package", weight, bias, served)
+    strict = check_parity(tmp_path / "package", manifest)
+    graph = replace(manifest.graphs[0], rounding={"logits": 5e-4})
+    (output,) = check_parity(tmp_path / "package", replace(manifest, graphs=(graph,)))
+    assert not strict[0].ok
+    assert output.ok is ok, output.reason
+
+
+def test_a_healthy_model_with_outliers_holds(tmp_path: Path) -> None:
+    """As trained models have: a neuron that is a thousand times the rest."""
+    model = gpt2(32, 64, 3)
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_proj.weight[:, 0] *= 3000
+        model.transformer.h[2].mlp.c_proj.weight[:, 0] *= -3000
+        model.lm_head.weight *= 60
+    package = tmp_path / "package"
+    ffmerge.export(model, package)
+    manifest = Manifest.read(package)
+    (logits,) = [o for o in check_parity(package, manifest) if o.name == "logits"]
+    assert manifest.graphs[0].rounding["logits"] > 2e-5  # what the plain bound allows
+    assert logits.ok, logits.reason
