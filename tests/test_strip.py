@@ -1,4 +1,4 @@
-"""Nothing in the written file tells where the model was made; what applications read stays."""
+"""Nothing in the written file tells where the model was made; what people wrote stays."""
 
 import numpy as np
 import onnx_ir as ir
@@ -10,6 +10,7 @@ from ffmerge.passes.graph.run import share_file, share_model
 from ffmerge.passes.graph.strip import strip
 
 SECRET = "/home/someone/model.py"
+TRACE = f'File "{SECRET}", line 1, in forward'
 
 
 def described():
@@ -25,19 +26,24 @@ def described():
     for graph in model.graphs():
         items = [graph, *graph, *graph.inputs, *graph.initializers.values()]
         for item in [*items, *(output for node in graph for output in node.outputs)]:
-            item.metadata_props["where"] = SECRET
-            item.doc_string = SECRET
+            item.metadata_props["pkg.torch.onnx.stack_trace"] = SECRET
+            item.metadata_props["namespace"] = ": model/layers.0"
+            item.metadata_props["unit"] = "m"
+            item.doc_string = TRACE
+    model.graph.doc_string = "Tells cats from dogs."
     return model
 
 
-def test_no_description_is_left_and_the_applications_is():
+def test_what_exporters_wrote_for_themselves_goes_and_all_else_stays():
     model = described()
     feeds = {"c": np.array(True), "x": normal(2, 4, seed=1)}
     before = run(model, **feeds)
     assert SECRET.encode() in ir.to_proto(model).SerializeToString()
     strip(model)
     written = ir.to_proto(model).SerializeToString()
-    assert SECRET.encode() not in written and b"where" not in written
+    assert SECRET.encode() not in written and b"namespace" not in written
+    assert model.graph.doc_string == "Tells cats from dogs."
+    assert all(item.metadata_props == {"unit": "m"} for item in (model.graph, *model.graph))
     assert model.metadata_props == {"ffmerge.ties": "[]", "labels": "cat"}
     assert (model.producer_name, model.producer_version) == ("ffmerge", None)
     assert np.array_equal(before, run(model, **feeds))

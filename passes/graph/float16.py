@@ -1,26 +1,39 @@
 """Weights and arithmetic in float16; inputs, outputs and what float16 cannot hold in float32.
 
-First the nodes that stay float32 are found (:func:`_wide`); then weights become float16 where all
-their readers do, the other nodes compute in it, and casts are put where the two meet.
+First the nodes that compute in float16 are found (:func:`_narrow`); then weights become float16
+where all their readers take them so, and casts are put where the two meet. Branches and bodies of
+loops are as the main graph: float32 comes in and goes out, between is float16.
 """
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from ffmerge.models.manifest import Skip
-from ffmerge.passes.graph.tensors import Array, is_op, rewritten, shape_of, stored, values_of
+from ffmerge.passes.graph.kernels import Form, Kernels, plain_type
+from ffmerge.passes.graph.rewrite import cast
+from ffmerge.passes.graph.share import names_of
+from ffmerge.passes.graph.tensors import (
+    Array,
+    is_op,
+    rewritten,
+    shape_of,
+    stored,
+    values_of,
+)
 
 _FLOAT, _HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
-# Ops whose result leaves float16's range or digits where the model's values do not (squares,
-# sums, angles), whose type is an attribute or a contract, or that runtimes lack in float16.
-BLOCKED = {
-    "Bernoulli", "Cos", "CumSum", "DequantizeLinear", "DynamicQuantizeLinear", "Exp", "EyeLike",
-    "GRU", "If", "LSTM", "Log", "Loop", "Max", "Min", "Multinomial", "NonMaxSuppression",
-    "QuantizeLinear", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike",
-    "Range", "Reciprocal", "ReduceL2", "ReduceMean", "ReduceSum", "ReduceSumSquare", "Resize",
-    "Scan", "Sin", "Sqrt", "TopK", "Upsample",
+# What leaves float16's range or digits where the model's values do not: sums, squares, angles,
+# exponents, random numbers. Which operators there are in float16 at all, kernels.py finds.
+SENSITIVE = {
+    "Acosh", "Asinh", "Atanh", "BatchNormalization", "Bernoulli", "Cos", "Cosh", "CumProd",
+    "CumSum", "Det", "Exp", "GlobalLpPool", "Log", "LpNormalization", "LpPool",
+    "MeanVarianceNormalization", "Multinomial", "NegativeLogLikelihoodLoss", "RandomNormalLike",
+    "RandomUniformLike", "Reciprocal", "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp",
+    "ReduceMean", "ReduceProd", "ReduceSum", "ReduceSumSquare", "Sin", "Sinh",
+    "SoftmaxCrossEntropyLoss", "Sqrt", "Tan",
 }  # fmt: skip
 SMALL = 1024  # bytes up to which a constant is cast for some of its consumers
 # From where on a constant is a mask's minus infinity, and what it becomes: two may be added.
@@ -28,6 +41,7 @@ MASK, LIMIT = 1e30, 32768
 _RANGE = np.finfo(np.float16)
 
 _Weights = Mapping[ir.Value, ir.TensorProtocol]
+_Forms = dict[ir.Node, Form]
 
 
 def to_float16(model: ir.Model) -> Iterator[Skip]:
@@ -36,28 +50,33 @@ def to_float16(model: ir.Model) -> Iterator[Skip]:
     A value is cast once for all who need the other type. The consumers of a weight are all of
     one precision, so that no second copy of it is stored or made at load.
     """
-    main = model.graph
-    nodes = list(ir.traversal.RecursiveGraphIterator(main))
+    nodes = [node for graph in model.graphs() for node in graph]
     weights = _float_weights(model)
-    wide = _wide(main, nodes, weights)
+    forms = _forms(model, nodes, weights)
+    narrow = _narrow(forms, nodes, weights)
     halves: set[ir.Value] = set()  # values that are float16 now
     for weight, tensor in weights.items():
-        blocked = [node for node in weight.consumers() if node in wide]
-        if not blocked and weight.graph is main and not _seen_outside(weight):
+        blocked = [use.node for use in weight.uses() if not _is_half(use, narrow)]
+        if not blocked and weight.graph is model.graph and not _seen_outside(weight):
             weight.const_value = rewritten(tensor, _halved, _HALF, shape_of(tensor))
             halves.add(weight)
         elif tensor.nbytes > SMALL:
-            yield Skip(weight.name or "", f"FLOAT: {_reader(blocked, weights)} reads it in float32")
+            for name in names_of(weight):
+                yield Skip(name, f"FLOAT: {_reader(blocked, forms)} reads it in float32")
+    floats = {value for node in nodes for value in node.inputs if value and _is_float(value)}
+    floats -= halves
+    for node, form in narrow.items():
+        halves |= _halve(node, form)
+    casts: dict[ir.Value, ir.Value] = {}
+    for graph in model.graphs():
+        _cast_outputs(graph, halves, casts)
     for node in nodes:
-        if node not in wide:
-            halves |= _halve(node)
-    casts = _cast_outputs(main, halves)
-    for node in nodes:
-        if node in wide:
-            _cast_inputs(node, halves, _FLOAT, casts)
-        else:
-            floats = [value for value in node.inputs if value and _type(value) == _FLOAT]
-            _cast_inputs(node, floats, _HALF, casts)
+        for use in enumerate(tuple(node.inputs)):
+            _cast_input(node, *use, halves, floats, narrow.get(node), casts)
+
+
+def _is_float(value: ir.Value) -> bool:
+    return plain_type(value) == _FLOAT
 
 
 def _float_weights(model: ir.Model) -> _Weights:
@@ -68,52 +87,91 @@ def _float_weights(model: ir.Model) -> _Weights:
     return weights
 
 
-def _reader(blocked: Sequence[ir.Node], weights: _Weights) -> str:
+def _is_half(use: Any, narrow: _Forms) -> bool:
+    form = narrow.get(use.node)
+    return form is not None and use.idx in form.inputs
+
+
+def _reader(blocked: Sequence[ir.Node], forms: _Forms) -> str:
     """Say which node keeps a weight in float32: one that must itself, before one beside it."""
-    for node in (*(node for node in blocked if _blocked(node, weights)), *blocked):
+    for node in sorted(blocked, key=lambda node: node in forms):
         return f"{node.op_type} node {node.name}"
     return "the caller"
 
 
-def _cast_outputs(main: ir.Graph, halves: Container[ir.Value]) -> dict[ir.Value, ir.Value]:
-    """Let the graph's outputs be float32 under their names; return the casts by what they read."""
-    casts = {}
-    for index, output in enumerate(main.outputs):
-        if output in halves:
-            main.outputs[index] = casts[output] = _cast(output, _FLOAT)
+def _cast_outputs(graph: ir.Graph, halves: set[ir.Value], casts: dict[ir.Value, ir.Value]) -> None:
+    """Let a graph's outputs be float32 under their names; add the casts by what they read."""
+    for index, output in enumerate(graph.outputs):
+        if output not in halves:
+            continue
+        if output not in casts:
+            casts[output] = cast(output, _FLOAT)
             casts[output].name, output.name = output.name, f"{output.name}/float16"
-    return casts
+            casts[output].doc_string, output.doc_string = output.doc_string, None
+            casts[output].metadata_props.update(output.metadata_props)
+        graph.outputs[index] = casts[output]
 
 
-def _cast_inputs(
-    node: ir.Node, values: Container[ir.Value], to: ir.DataType, casts: dict[ir.Value, ir.Value]
+def _cast_input(
+    node: ir.Node,
+    index: int,
+    value: ir.Value | None,
+    halves: set[ir.Value],
+    floats: set[ir.Value],
+    form: Form | None,
+    casts: dict[ir.Value, ir.Value],
 ) -> None:
-    """Let a node read those of its inputs that are ``values`` through a cast, made if need be."""
-    for index, value in enumerate(node.inputs):
-        if value is not None and value in values:
-            if value not in casts:
-                casts[value] = _cast(value, to)
-            node.replace_input_with(index, casts[value])
+    """Let a node read an input in the precision in which it computes."""
+    if value is None:
+        return
+    wants_half = form is not None and index in form.inputs
+    if value in halves and not wants_half:
+        to = _FLOAT
+    elif value in floats and value not in halves and wants_half:
+        to = _HALF
+    else:
+        return
+    if value not in casts:
+        casts[value] = cast(value, to)
+    node.replace_input_with(index, casts[value])
 
 
-def _wide(main: ir.Graph, nodes: Sequence[ir.Node], weights: _Weights) -> set[ir.Node]:
-    """Return the nodes that stay float32: blocked ones, and what lies or is read between them."""
-    wide = {node for node in nodes if node.graph is not main or _blocked(node, weights)}
+def _forms(model: ir.Model, nodes: Sequence[ir.Node], weights: _Weights) -> _Forms:
+    """Return the float16 forms of the nodes that have one, and no constant that it would lose."""
+    kernels = Kernels(model)
+    forms: _Forms = {}
+    lossy = {weight for weight, tensor in weights.items() if _lossy(tensor)}
+    for node in nodes:
+        if lossy.isdisjoint(node.inputs) and (form := _form(node, kernels)):
+            forms[node] = form
+    return forms
+
+
+def _narrow(forms: _Forms, nodes: Sequence[ir.Node], weights: _Weights) -> _Forms:
+    """Return the nodes that compute in float16.
+
+    All others are float32: those without a form, what reads a weight that one of those reads,
+    and what lies between them, but for what reads a weight of its own.
+    """
+    large = [weight for weight, tensor in weights.items() if tensor.nbytes > SMALL]
+    reading = {node for weight in large for node in weight.consumers()}
+    free = [node for node in nodes if node not in reading]
+    wide = set(nodes) - forms.keys()
     before = -1
     while before < len(wide):
         before = len(wide)
-        for weight, tensor in weights.items():
-            if tensor.nbytes > SMALL and not wide.isdisjoint(weight.consumers()):
+        for weight in large:
+            if any(use.node in wide or not _is_half(use, forms) for use in weight.uses()):
                 wide.update(weight.consumers())
-        wide |= _fed_by(wide, nodes, weights) & _read_by(wide, nodes)
-    return wide
+        wide |= _fed_by(wide, free, weights) & _read_by(wide, free)
+    return {node: form for node, form in forms.items() if node not in wide}
 
 
 def _fed_by(wide: set[ir.Node], nodes: Sequence[ir.Node], weights: _Weights) -> set[ir.Node]:
     """Return the nodes all of whose float32 values come from ``wide`` ones, and those."""
     found = set(wide)
     for node in nodes:
-        floats = [v for v in node.inputs if v and _type(v) == _FLOAT and v not in weights]
+        floats = [v for v in node.inputs if v and _is_float(v) and v not in weights]
         if floats and all(value.producer() in found for value in floats):
             found.add(node)
     return found
@@ -129,17 +187,27 @@ def _read_by(wide: set[ir.Node], nodes: Sequence[ir.Node]) -> set[ir.Node]:
     return found
 
 
-def _blocked(node: ir.Node, weights: _Weights) -> bool:
-    values = [value for value in (*node.inputs, *node.outputs) if value is not None]
-    if not is_op(node, node.op_type) or node.op_type in BLOCKED:
-        return True
-    if any(_type(v) is None or isinstance(v.type, ir.SequenceType) for v in values):
-        return True
+def _form(node: ir.Node, kernels: Kernels) -> Form | None:
+    """Return the float16 form of a node, None where it has none or may not compute in it."""
+    if is_op(node, "ConstantOfShape"):
+        return Form(frozenset(), frozenset({0}) if _is_float(node.outputs[0]) else frozenset())
+    if is_op(node, *SENSITIVE) or node.attributes.get_string("reduction", "none") != "none":
+        return None
+    if is_op(node, "Cast"):
+        return _form_of_cast(node)
     squared = is_op(node, "Mul", "Pow") and any(
         use.node.op_type.startswith("Reduce") for use in node.outputs[0].uses()
     )
-    counted = is_op(node, "Cast") and _type(values[0]) not in (_FLOAT, _HALF, ir.DataType.BOOL)
-    return squared or counted or any(_lossy(weights[v]) for v in values if v in weights)
+    return None if squared else kernels.form(node)
+
+
+def _form_of_cast(node: ir.Node) -> Form | None:
+    """A Cast of a number that counts is not made float16, which counts to 2,048."""
+    given, made = (plain_type(value) for value in (node.inputs[0], node.outputs[0]) if value)
+    if given not in (_FLOAT, _HALF, ir.DataType.BOOL):
+        return None
+    inputs = frozenset({0}) if given == _FLOAT else frozenset[int]()
+    return Form(inputs, frozenset({0}) if made == _FLOAT else frozenset())
 
 
 def _lossy(tensor: ir.TensorProtocol) -> bool:
@@ -150,15 +218,15 @@ def _lossy(tensor: ir.TensorProtocol) -> bool:
     return bool((beyond | lost).any())
 
 
-def _halve(node: ir.Node) -> set[ir.Value]:
+def _halve(node: ir.Node, form: Form) -> set[ir.Value]:
     """Let a node compute in float16; return its outputs that are no longer float32."""
-    if is_op(node, "Cast") and node.attributes["to"].as_int() == _FLOAT:
+    if is_op(node, "Cast") and form.outputs:
         node.attributes.add(ir.AttrInt64("to", _HALF))
-    elif is_op(node, "ConstantOfShape") and _type(node.outputs[0]) == _FLOAT:
+    elif is_op(node, "ConstantOfShape") and form.outputs:
         given = node.attributes.get("value")
         value = values_of(given.as_tensor()) if given else np.zeros(1, np.float32)
         node.attributes.add(ir.AttrTensor("value", ir.Tensor(_halved(value))))
-    changed = {output for output in node.outputs if _type(output) == _FLOAT}
+    changed = {node.outputs[index] for index in form.outputs if _is_float(node.outputs[index])}
     for output in changed:
         output.dtype = _HALF
     return changed
@@ -169,18 +237,5 @@ def _halved(values: Array) -> Array:
     return np.where(masking, np.copysign(LIMIT, values), values).astype(np.float16)
 
 
-def _cast(value: ir.Value, to: ir.DataType) -> ir.Value:
-    name = f"{value.name}/{to.name.lower()}"
-    result = ir.Value(name=name, type=ir.TensorType(to), shape=value.shape)
-    attributes = [ir.AttrInt64("to", to)]
-    assert value.graph is not None
-    value.graph.append(ir.Node("", "Cast", [value], attributes, outputs=[result], name=name))
-    return result
-
-
 def _seen_outside(value: ir.Value) -> bool:
     return value.is_graph_input() or value.is_graph_output()
-
-
-def _type(value: ir.Value) -> ir.DataType | None:
-    return value.const_value.dtype if value.const_value is not None else value.dtype

@@ -4,19 +4,17 @@
 as it is and only logs why; here the reason is the error's text.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import onnx
 import onnx.version_converter
 import onnx_ir as ir
-from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass
+from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from ffmerge.errors import InputError
-from ffmerge.passes.graph.tensors import is_op, shape_of
+from ffmerge.passes.graph.infer import weights_taken_out
+from ffmerge.passes.graph.prepare import inline, make_constant
+from ffmerge.passes.graph.tensors import is_op
 
 OLDEST = 7  # what ONNX Runtime still runs
-HEAVY = 4096  # bytes from which a tensor is kept from the converter, which copies what it reads
 
 
 def to_opset(model: ir.Model, target: int) -> ir.Model:
@@ -35,9 +33,10 @@ def to_opset(model: ir.Model, target: int) -> ir.Model:
         return model
     refusal = f"the model cannot go from opset {current} to {target}"
     # The converter finds the axes of a reduction in an initializer, not in every Constant.
-    lift = LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)
-    model = ir.passes.Sequential(InlinePass(), lift)(model).model
-    with _weights_taken_out(model) as weights:
+    make_constant(model)
+    inline(model)
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    with weights_taken_out(model) as weights:
         try:
             proto = onnx.version_converter.convert_version(ir.to_proto(model), target)
             converted = ir.from_proto(proto)
@@ -51,28 +50,10 @@ def to_opset(model: ir.Model, target: int) -> ir.Model:
         if is_op(node, node.op_type) and (unknown := _unknown(node, target)):
             raise InputError(f"{refusal}: {unknown}.")
     converted.metadata_props.update(model.metadata_props)
-    needed = onnx.helper.find_min_ir_version_for(proto.opset_import)
+    _describe(converted.graph, model.graph)
+    needed = onnx.helper.find_min_ir_version_for(proto.opset_import, ignore_unknown=True)
     converted.ir_version = max(model.ir_version, needed)
     return converted
-
-
-@contextmanager
-def _weights_taken_out(model: ir.Model) -> Iterator[dict[str, ir.TensorProtocol]]:
-    """Yield the large tensors of a model by name; meanwhile data that is not there stands in."""
-    weights = {}
-    for name, value in model.graph.initializers.items():
-        tensor = value.const_value
-        if tensor is not None and tensor.nbytes >= HEAVY:
-            weights[name] = tensor
-            shape = ir.Shape(shape_of(tensor))
-            value.const_value = ir.ExternalTensor(
-                "weights", 0, tensor.nbytes, tensor.dtype, shape=shape, name=name
-            )
-    try:
-        yield weights
-    finally:
-        for name, tensor in weights.items():
-            model.graph.initializers[name].const_value = tensor
 
 
 def _unknown(node: ir.Node, opset: int) -> str | None:
@@ -86,3 +67,15 @@ def _unknown(node: ir.Node, opset: int) -> str | None:
     if strange or schema.deprecated or len(node.inputs) > schema.max_input:
         return f"{where} has {strange or 'a form'} that it has not there"
     return None
+
+
+def _describe(converted: ir.Graph, graph: ir.Graph) -> None:
+    """Give a converted graph what the converter drops: documentation, metadata, denotations."""
+    converted.doc_string = graph.doc_string
+    converted.metadata_props.update(graph.metadata_props)
+    sides = ((converted.inputs, graph.inputs), (converted.outputs, graph.outputs))
+    for values, originals in sides:
+        for value, original in zip(values, originals, strict=True):
+            value.type, value.shape = original.type, original.shape
+            value.doc_string = original.doc_string
+            value.metadata_props.update(original.metadata_props)

@@ -1,21 +1,42 @@
 """Before sharing: tensors where the passes reach them, and the ranks the passes ask for."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 import onnx_ir as ir
-from onnx_ir.passes.common import InlinePass, ShapeInferencePass
+from onnx_ir.passes.common import InlinePass, RemoveUnusedFunctionsPass
 
+from ffmerge.errors import InputError
+from ffmerge.passes.graph.infer import infer_types
 from ffmerge.passes.graph.tensors import graphs, is_op, stored_in
+
+SEPARATE = 4  # the IR version from which an initializer need not be an input
+
+
+def make_constant(model: ir.Model) -> None:
+    """Let no initializer be an input of a graph of IR 3, where each had to be one.
+
+    Such an input is no offer to the caller: ONNX Runtime takes nothing in its place.
+    """
+    if model.ir_version < SEPARATE:
+        model.ir_version = SEPARATE
+        for graph in model.graphs():
+            inputs = [value for value in graph.inputs if not value.is_initializer()]
+            graph.inputs[:] = inputs
 
 
 def make_liftable(model: ir.Model) -> None:
     """Let every stored tensor be one that can be lifted to the main graph.
 
     A function that holds tensors, itself or by what it calls, is inlined: a function has no
-    initializers to share with. A tensor that a subgraph returns goes through an Identity.
+    initializers to share with. One that is never called goes. A tensor that a subgraph returns
+    goes through an Identity.
+
+    Raises:
+        InputError: a function calls itself, or cannot be inlined.
     """
+    RemoveUnusedFunctionsPass()(model)
     while holders := _holders(model):  # inlined, their callers hold the tensors
-        InlinePass(lambda function: function.identifier() in holders)(model)
+        inline(model, holders)
     for graph in graphs(model):
         if graph is model.graph:
             continue
@@ -26,6 +47,22 @@ def make_liftable(model: ir.Model) -> None:
                 out = ir.Value(name=name, type=value.type, shape=value.shape)
                 graph.append(ir.Node("", "Identity", [value], outputs=[out], name=name))
                 graph.outputs[index] = out
+
+
+def inline(model: ir.Model, functions: Container[ir.OperatorIdentifier] | None = None) -> None:
+    """Put the bodies of these functions, or of all, in the place of the nodes that call them.
+
+    Raises:
+        InputError: a function calls itself, or cannot be inlined.
+    """
+    chosen = None
+    if functions is not None:
+        chosen = lambda function: function.identifier() in functions  # noqa: E731
+    try:
+        InlinePass(chosen)(model)
+    except (ir.passes.PassError, ir.passes.PreconditionError, ValueError) as error:
+        reason = str(error.__cause__ or error).splitlines()[0].rstrip(".")
+        raise InputError(f"a function of the model cannot be inlined: {reason}.") from error
 
 
 def _holders(model: ir.Model) -> set[ir.OperatorIdentifier]:
@@ -47,11 +84,7 @@ def infer_ranks(model: ir.Model) -> Callable[[], None]:
     if all(_knows_rank(node.inputs[0]) for node in nodes if is_op(node, "MatMul")):
         return lambda: None
     values = [(out, out.shape, out.type) for node in nodes for out in node.outputs]
-    order = list(model.graph.initializers.values())
-    ShapeInferencePass(strict_mode=False)(model)
-    model.graph.initializers.clear()  # the pass puts large ones last
-    for value in order:
-        model.graph.register_initializer(value)
+    infer_types(model)
 
     def restore() -> None:
         for value, shape, kind in values:

@@ -9,7 +9,6 @@ name, so that ties and whatever else knows it stay true.
 from dataclasses import replace
 
 import onnx_ir as ir
-from onnx_ir.passes.common import ShapeInferencePass
 
 from ffmerge.config import DTYPES, QuantizeConfig
 from ffmerge.errors import InputError
@@ -17,10 +16,15 @@ from ffmerge.models.codes import FLOOR
 from ffmerge.models.manifest import Skip
 from ffmerge.passes.graph import int4, int8
 from ffmerge.passes.graph.float16 import MASK, to_float16
+from ffmerge.passes.graph.infer import infer_types
 from ffmerge.passes.graph.matrix import Matrix, matrix_of
+from ffmerge.passes.graph.rewrite import read_in_float32
+from ffmerge.passes.graph.share import names_of
 from ffmerge.passes.graph.tensors import Stored, is_op, shape_of, stored, values_of
 
 BITS = {"int8-weights": 8, "int4": 4}  # of those stored in blocks
+# Of these a weight is quantized, as what it is in float32.
+QUANTIZED = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 OPSET = 13  # from which DequantizeLinear has a scale per channel
 
 
@@ -38,7 +42,7 @@ def quantize(
         InputError: there is no such precision, or it needs a later opset or calibration data.
     """
     _check(model, precision, config)
-    ShapeInferencePass(check_type=False, strict_mode=False)(model)
+    infer_types(model)
     if precision == "fp16":
         return tuple(to_float16(model))
     matrices, skipped = _matrices(model, config, config.block if precision in BITS else 1)
@@ -57,7 +61,7 @@ def _check(model: ir.Model, precision: str, config: QuantizeConfig) -> None:
         raise InputError(f"no dtype {precision!r}: there is {', '.join(DTYPES)}.")
     opset = model.opset_imports.get("", 0)
     if opset < OPSET:
-        raise InputError(f"{precision} needs opset {OPSET}, the model has {opset}: export again.")
+        raise InputError(f"{precision} needs opset {OPSET}, the model has {opset}: add --opset 17.")
     if precision == "int8-static" and not config.calibration:
         raise InputError("int8-static needs calibration batches: name -> array of every input.")
 
@@ -71,14 +75,18 @@ def _matrices(
     DequantizeLinear for all of them.
     """
     matrices, skipped = [], []
+    casts: dict[ir.Value, ir.Value] = {}
     for item in stored(model):
         weight, dtype = item.value, item.tensor.dtype
-        if not dtype.is_floating_point() or not _is_weight(weight):
+        if not dtype.is_floating_point() or not (_is_weight(weight) or item.tensor.size >= FLOOR):
             continue
         if reason := _stays_float(item, model.graph):
-            skipped.append(Skip(item.name, f"{dtype}: {reason}"))
+            for name in names_of(weight):
+                skipped.append(Skip(name, f"{dtype}: {reason}"))
             continue
-        matrix = _matrix(item, block)
+        if dtype != ir.DataType.FLOAT:
+            read_in_float32(weight, casts)
+        matrix = _matrix(weight, block)
         if isinstance(matrix, str):
             skipped.append(Skip(item.name, f"INT8, through one DequantizeLinear: {matrix}"))
             int8.read_dequantized(weight, model)
@@ -89,12 +97,13 @@ def _matrices(
     return matrices, skipped
 
 
-def _matrix(item: Stored, block: int) -> Matrix | str:
+def _matrix(weight: ir.Value, block: int) -> Matrix | str:
     """Return a weight as a matrix that can be stored in blocks, or why it cannot."""
-    shape = shape_of(item.tensor)
+    assert weight.const_value is not None
+    shape = shape_of(weight.const_value)
     if len(shape) != 2:
         return "it is not a matrix"
-    matrix = matrix_of(item.value)
+    matrix = matrix_of(weight)
     if block == 1 or isinstance(matrix, str) or not matrix.lookups:
         return matrix
     if matrix.products and not matrix.turned:
@@ -117,17 +126,32 @@ def _is_weight(value: ir.Value) -> bool:
     return False
 
 
+def _readers(value: ir.Value) -> str:
+    """Say which nodes read a weight that is read in none of the ways of :func:`_is_weight`."""
+    nodes = value.consumers()
+    if not nodes:
+        return "no node reads it"
+    more = ""
+    if len(nodes) > 1:
+        more = f" and {len(nodes) - 1} more"
+    return f"{nodes[0].op_type} node {nodes[0].name}{more} reads it"
+
+
 def _stays_float(item: Stored, main: ir.Graph) -> str | None:
     value, tensor = item.value, item.tensor
     if value.is_graph_input() or value.is_graph_output():
         return "it is a graph input or output"
     if not value.is_initializer() or value.graph is not main:
         return "it belongs to a function or a subgraph"
-    if tensor.dtype != ir.DataType.FLOAT:
-        return "only float32 is quantized"
-    if tensor.size < FLOOR or len(tensor.shape) < 2:
+    if tensor.dtype not in QUANTIZED:
+        return "only float32, float16 and bfloat16 are quantized"
+    if tensor.size < FLOOR:
         return f"{tensor.size} elements, too few to gain by it"
+    if len(tensor.shape) < 2:
+        return f"a vector of {tensor.size} elements"
+    if not _is_weight(value):
+        return _readers(value)
     values = values_of(tensor)
-    if not -MASK < values.min() <= values.max() < MASK:
+    if not -MASK < float(values.min()) <= float(values.max()) < MASK:
         return "it is a mask, or holds values that are not finite"
     return None

@@ -3,6 +3,7 @@
 import mmap
 import os
 from collections import Counter
+from collections.abc import Container, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -143,19 +144,30 @@ def _check_attributes(path: Path, node: ir.Node, files: dict[str, DataFile]) -> 
             node.attributes.add(ir.AttrTensor(attribute.name, tensor))
 
 
-def _check_names(path: Path, graph: onnx.GraphProto) -> None:
-    """Nothing in a graph is given twice: which of two would count depends on the reader."""
+def _check_names(path: Path, graph: onnx.GraphProto, outer: Sequence[Container[str]] = ()) -> None:
+    """Nothing is given twice: which of two would count depends on the reader.
+
+    A tensor of a branch under the name of an ``outer`` value is that, too: ONNX Runtime takes the
+    outer one, by the rule of scopes it is the inner.
+    """
     stored = Counter(tensor.name for tensor in graph.initializer)
     computed: Counter[str] = Counter()
     for node in graph.node:
         computed.update(filter(None, node.output))
-        for attribute in node.attribute:
-            for subgraph in (attribute.g, *attribute.graphs):
-                _check_names(path, subgraph)
     given = stored.keys() | {value.name for value in graph.input}
     for name in (*stored, *computed):
         if max(stored[name], computed[name]) > 1 or (name in computed and name in given):
             raise InputError(f"{path} is not valid ONNX: {name!r} is defined twice.")
+    for name in stored:
+        if any(name in scope for scope in outer):
+            raise InputError(
+                f"{path} is not valid ONNX: {name!r} is defined in a subgraph and around it."
+            )
+    scopes = (*outer, given, computed)
+    for node in graph.node:
+        for attribute in node.attribute:
+            for subgraph in (attribute.g, *attribute.graphs):
+                _check_names(path, subgraph, scopes)
 
 
 def _checked(

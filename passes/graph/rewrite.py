@@ -9,9 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
-from ffmerge.passes.graph.tensors import Array, is_op, shape_of
+from ffmerge.passes.graph.tensors import Array, is_op, rewritten, shape_of
+
+# What computes in float32 where its weight is quantized: one output, of the type of its inputs.
+IN_FLOAT32 = ("MatMul", "Gemm", "Conv", "Gather", "Add")
 
 
 def become(node: ir.Node, op: str, inputs: Sequence[ir.Value | None], **attributes: Any) -> None:
@@ -108,3 +112,60 @@ def replace_tensor(weight: ir.Value, tensor: ir.TensorProtocol) -> None:
     weight.const_value = tensor
     weight.dtype = tensor.dtype
     weight.shape = ir.Shape(shape_of(tensor))
+
+
+def cast(value: ir.Value, to: ir.DataType) -> ir.Value:
+    """Return a value in another type, by a Cast in its graph: that is to be sorted afterwards."""
+    name = f"{value.name}/{to.name.lower()}"
+    result = ir.Value(name=name, type=ir.TensorType(to), shape=value.shape)
+    assert value.graph is not None
+    attributes = [ir.AttrInt64("to", to)]
+    value.graph.append(ir.Node("", "Cast", [value], attributes, outputs=[result], name=name))
+    return result
+
+
+def type_of(value: ir.Value) -> ir.DataType | None:
+    """Return the type of a value's elements, None where it is not known."""
+    return value.const_value.dtype if value.const_value is not None else value.dtype
+
+
+def read_in_float32(weight: ir.Value, casts: dict[ir.Value, ir.Value]) -> None:
+    """Let a weight of 16 bits be its float32 values, and the products and lookups of it float32.
+
+    Their other inputs are cast to float32, their results back. Other nodes read the weight cast
+    back. ``casts`` are those to float32 by what they read: a value is cast once.
+    """
+    tensor = weight.const_value
+    assert tensor is not None
+    half = tensor.dtype
+    others = [use for use in weight.uses() if not is_op(use.node, *IN_FLOAT32)]
+    computing = [node for node in weight.consumers() if is_op(node, *IN_FLOAT32)]
+    wide = rewritten(tensor, lambda v: v.astype(np.float32), ir.DataType.FLOAT, shape_of(tensor))
+    replace_tensor(weight, wide)
+    if others:
+        back = cast(weight, half)
+        for node, index in others:
+            node.replace_input_with(index, back)
+    for node in computing:
+        _compute_in_float32(node, half, casts)
+
+
+def _compute_in_float32(node: ir.Node, half: ir.DataType, casts: dict[ir.Value, ir.Value]) -> None:
+    for index, value in enumerate(node.inputs):
+        if value is not None and type_of(value) == half:
+            if value not in casts:
+                casts[value] = cast(value, ir.DataType.FLOAT)
+            node.replace_input_with(index, casts[value])
+    output = node.outputs[0]
+    if output.dtype == ir.DataType.FLOAT:  # of another weight of the node
+        return
+    name = f"{output.name}/float"
+    result = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=output.shape)
+    new = ir.Node(
+        node.domain, node.op_type, node.inputs, tuple(node.attributes.values()),
+        outputs=[result], name=node.name,
+    )  # fmt: skip
+    become(node, "Cast", [result], to=int(half))
+    node.name = f"{output.name}/cast"
+    assert isinstance(node.graph, ir.Graph)
+    node.graph.insert_before(node, new)

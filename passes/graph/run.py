@@ -29,7 +29,7 @@ from ffmerge.models.record import Tie
 from ffmerge.passes.graph.calibration import read_calibration
 from ffmerge.passes.graph.contract import check_ties, read_ties, write_ties
 from ffmerge.passes.graph.opset import to_opset
-from ffmerge.passes.graph.prepare import infer_ranks, make_liftable
+from ffmerge.passes.graph.prepare import infer_ranks, make_constant, make_liftable
 from ffmerge.passes.graph.quantize import quantize
 from ffmerge.passes.graph.read import read_model
 from ffmerge.passes.graph.resident import weights_to_left, weights_to_right
@@ -116,6 +116,7 @@ def share_model(
     opset, known = model.opset_imports.get("", 0), onnx.defs.onnx_opset_version()
     if opset > known:
         raise InputError(f"opset {opset} is newer than {known}, the last that this onnx knows.")
+    make_constant(model)
     if dtype is None or dtype == "fp32":
         return _share(model, ties, resident)
     first = _share(model, ties, resident=False)

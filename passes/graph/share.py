@@ -11,6 +11,13 @@ from ffmerge.passes.graph.contract import join_ties
 from ffmerge.passes.graph.tensors import find_copies, stored
 from ffmerge.passes.graph.transposed import obstacle, read_transposed
 
+_ALSO = "ffmerge.also"
+
+
+def names_of(value: ir.Value) -> list[str]:
+    """Return the name of an initializer, and those of the equal ones that it stands for."""
+    return [value.name or "", *value.meta.get(_ALSO, ())]
+
 
 class SharePass(ir.passes.InPlacePass):
     """No two initializers of the main graph hold the same bytes, or ``skipped`` says why.
@@ -88,6 +95,7 @@ class SharePass(ir.passes.InPlacePass):
     def _forget(self, value: ir.Value, keep: ir.Value) -> None:
         assert value.graph is not None and value.name is not None
         value.graph.initializers.pop(value.name)
+        keep.meta[_ALSO] = [*keep.meta.get(_ALSO, ()), *names_of(value)]
         places = {value.name, keep.name}
         meeting = [tie for tie in self.ties if places & set(tie.members)]
         if len(meeting) > 1:

@@ -6,22 +6,26 @@ import onnx_ir as ir
 
 from ffmerge.passes.graph.tensors import graphs
 
+# What PyTorch's exporter writes beside its ``pkg.*`` entries, of every node.
+OF_EXPORTER = ("namespace",)
+TRACE = 'File "'  # in documentation: a stack trace, as the TorchScript exporter writes them
+
 
 def strip(model: ir.Model) -> None:
-    """Clear metadata and doc strings of graphs, nodes and values; the producer is ffmerge.
+    """Clear what exporters wrote for themselves; the producer is ffmerge.
 
-    The PyTorch exporter writes its ``pkg.*`` metadata with absolute source paths. Model-level
-    entries other than those stay: applications read them (labels, strides, ``ffmerge.ties``).
-    Initializers have no value_info: the tensor says its type and shape, and where a quantizer
-    rewrites the tensor, a stale entry makes shape inference fail.
+    That is metadata of ``pkg.*``, with absolute source paths, and stack traces in place of
+    documentation. All else stays: applications read it (labels, strides, ``ffmerge.ties``, units
+    of an input). Initializers have no value_info: the tensor says its type and shape, and where a
+    quantizer rewrites the tensor, a stale entry makes shape inference fail.
     """
     model.producer_name, model.producer_version = "ffmerge", None
-    for key in tuple(model.metadata_props):
-        if key.startswith("pkg."):
-            del model.metadata_props[key]
-    for item in _described(model):
-        item.metadata_props.clear()
-        item.doc_string = None
+    for item in (model, *_described(model)):
+        for key in tuple(item.metadata_props):
+            if key.startswith("pkg.") or key in OF_EXPORTER:
+                del item.metadata_props[key]
+        if item.doc_string and TRACE in item.doc_string:
+            item.doc_string = None
     for graph in graphs(model):
         for value in graph.initializers.values():
             is_outside = value.is_graph_input() or value.is_graph_output()
