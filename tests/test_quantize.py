@@ -298,7 +298,7 @@ def test_float64_weights_stay():
     text = "(double[n,64] x) => (double[n,64] y) { y = MatMul(x, W) }"
     model = build(text, W=normal(64, 64, dtype="d"))
     (skip,) = share_model(model, dtype="int8").skipped
-    assert skip.reason == "DOUBLE: only float32 is quantized"
+    assert skip.reason == "DOUBLE: only float32, float16 and bfloat16 are quantized"
 
 
 def test_fp32_is_no_quantization():
