@@ -7,6 +7,7 @@ runs: ``ffmerge --help`` and the device's commands need no torch.
 import json
 import os
 import sys
+import warnings
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -29,7 +30,7 @@ from ffmerge.config import (
     SimilarityConfig,
     ValidateConfig,
 )
-from ffmerge.errors import FfmergeError
+from ffmerge.errors import FfmergeError, FfmergeWarning
 from ffmerge.flags import Result
 
 app = typer.Typer(
@@ -85,9 +86,11 @@ def inspect(
     Example: [bold]ffmerge inspect google/vit-base-patch16-224[/bold]
     """
     from ffmerge.models.inspection import inspect
+    from ffmerge.models.source import resolve
     from ffmerge.tables import inspection_table
 
-    found = inspect(model, load.trust_remote_code)
+    folder = resolve(model, load, weights=False)
+    found = inspect(folder, load.trust_remote_code)
     return Result(found.to_json(), inspection_table(found))
 
 
@@ -257,10 +260,21 @@ def run(
         raise typer.Exit(code)
 
 
+def _formatted(message: Warning | str, category: type[Warning], *place: Any) -> str:
+    """Return a warning as it is shown: one of ffmerge's as one line, like its errors."""
+    if issubclass(category, FfmergeWarning):
+        return f"ffmerge: {message}\n"
+    return _usual_format(message, category, *place)
+
+
+_usual_format = warnings.formatwarning
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line: one line and exit code 2 for anything the user can mend."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    warnings.formatwarning = _formatted
     try:
         app(arguments, prog_name="ffmerge")
     except FfmergeError as error:

@@ -159,10 +159,17 @@ def export(
 
 
 def _open(source: str, options: LoadConfig) -> tuple[Path, Any]:
-    """Return the folder of a checkpoint and its model."""
+    """Return the model of a checkpoint, and the folder of what travels with it."""
     disable_progress_bar()  # transformers draws one for every file: one display is enough
-    folder = resolve(source, code=options.trust_remote_code)
-    return folder, checkpoint.load(folder, options.trust_remote_code)
+    folder = resolve(source, options)
+    model = checkpoint.load(
+        folder, options.trust_remote_code, options.ignore_unexpected, token=options.token
+    )
+    if not (
+        folder / "config.json"
+    ).is_file():  # an adapter alone: tokenizer and processor of its base
+        folder = Path(model.name_or_path)
+    return folder, model
 
 
 def _place(model: Any, options: DeviceConfig) -> None:

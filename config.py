@@ -86,6 +86,19 @@ class LoadConfig:
     trust_remote_code: bool = option(
         False, "Run the code that comes with the checkpoint.", "--trust-remote-code"
     )
+    ignore_unexpected: bool = option(
+        False,
+        "Go on without the trained tensors of the checkpoint that its class does not read.",
+        "--ignore-unexpected",
+    )
+    revision: str | None = option(None, "Branch, tag or commit of a model of the hub.")
+    token: str | None = option(None, "Access token of the hub; else that of `hf auth login`.")
+    subfolder: str = option("", "Folder of the model inside the checkpoint folder or hub model.")
+
+    def __post_init__(self) -> None:
+        """Refuse a sub-folder that leads out of the folder."""
+        if ".." in Path(self.subfolder).parts or Path(self.subfolder).is_absolute():
+            raise InputError(f"the sub-folder {self.subfolder!r} is outside the checkpoint.")
 
 
 @dataclass(frozen=True, kw_only=True)

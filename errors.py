@@ -34,3 +34,7 @@ class RuntimeCheckError(FfmergeError):
 
 class NotInstalled(RuntimeCheckError):
     """A runtime is not on this machine, or the device it needs is not; how to get it is said."""
+
+
+class FfmergeWarning(UserWarning):
+    """Something the user should know of a result that is whole; one line on the command line."""

@@ -16,8 +16,8 @@ from ffmerge.exporter.plan import Plan
 from ffmerge.exporter.prepack import write_prepacked
 from ffmerge.exporter.reference import write_reference
 from ffmerge.files import read_json, write_json
+from ffmerge.models.companions import copy_companions
 from ffmerge.models.manifest import REFERENCE, GraphRecord, Variant
-from ffmerge.models.source import copy_companions
 from ffmerge.models.trace import Trace
 from ffmerge.passes.graph.run import ShareResult
 from ffmerge.passes.graph.tensors import bytes_stored

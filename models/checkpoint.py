@@ -19,32 +19,34 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
+from ffmerge.config import LoadConfig
 from ffmerge.errors import InputError
 from ffmerge.files import read_json, staged, write_json
-from ffmerge.models import modeling_ffmerge, ties
+from ffmerge.models import adapter, gguf_file, modeling_ffmerge, quantized, ties
+from ffmerge.models.companions import copy_companions
 from ffmerge.models.find import find
 from ffmerge.models.record import Group, MergeRecord, merge_record
 from ffmerge.models.source import (
     CODE,
-    copy_companions,
     first_line,
     model_class,
     read_config,
-    refuse_pickle,
     resolve,
 )
+from ffmerge.models.stored import weight_files
 
 VARIANT = "ffmerge"
+_NAMED = 3  # tensors in a sentence
 
 
 def skeleton(source: str | Path, trust_remote_code: bool = False) -> Any:
     """Return the model on the meta device, ties in place: every shape, no weights allocated."""
-    folder = resolve(source, weights=False, code=trust_remote_code)
+    folder = resolve(source, LoadConfig(trust_remote_code=trust_remote_code), weights=False)
     model = without_weights(folder, trust_remote_code)
     record = merge_record(model.config)
     if record:
@@ -55,33 +57,62 @@ def skeleton(source: str | Path, trust_remote_code: bool = False) -> Any:
 def without_weights(folder: Path, trust_remote_code: bool = False) -> Any:
     """Return the class that ``config.json`` names, on the meta device, nothing tied."""
     config = read_config(folder, trust_remote_code)
-    with torch.device("meta"):
-        return model_class(config, folder, trust_remote_code)(config).eval()
+    kind = model_class(config, folder, trust_remote_code)
+    try:
+        with torch.device("meta"):
+            return kind(config).eval()
+    except Exception as error:  # whatever a class does with the values of config.json
+        raise InputError(f"{folder} cannot be loaded: {first_line(error)}") from error
 
 
-def load(source: str | Path, trust_remote_code: bool = False) -> Any:
+def load(
+    source: str | Path,
+    trust_remote_code: bool = False,
+    ignore_unexpected: bool = False,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    subfolder: str = "",
+) -> Any:
     """Return the model of a checkpoint in evaluation mode; a merged one comes back tied.
 
     Code that comes with a checkpoint is run only with ``trust_remote_code``; what ffmerge saved
-    from a class of transformers needs none.
+    from a class of transformers needs none. Trained tensors that the class does not read are left
+    out only with ``ignore_unexpected``. An adapter of PEFT is merged, the weights of a GGUF file
+    are unpacked. ``revision`` and ``token`` are for the hub.
 
     Raises:
-        InputError: files are missing, truncated, not safetensors, or leave a parameter unset.
+        InputError: files are missing, truncated, not safetensors, outside the folder, leave a
+            parameter unset, or hold what nothing reads.
         TieError: an expanded checkpoint's copies differ.
     """
-    folder = resolve(source, code=trust_remote_code)
-    config = read_config(folder, trust_remote_code)
+    options = LoadConfig(
+        trust_remote_code=trust_remote_code,
+        ignore_unexpected=ignore_unexpected,
+        revision=revision,
+        token=token,
+        subfolder=subfolder,
+    )
+    folder = resolve(source, options)
+    base = adapter.base_of(folder)
+    if base is None:
+        return _model_in(folder, options)
+    if Path(base) == folder:
+        model = _model_in(folder, options)
+    else:
+        model = load(base, trust_remote_code, ignore_unexpected, token=token)
+    return adapter.merged(model, folder).eval()
+
+
+def _model_in(folder: Path, options: LoadConfig) -> Any:
+    """Return the model of a local folder, without an adapter."""
+    trust = options.trust_remote_code
+    config = read_config(folder, trust)
     record = merge_record(config)
-    refuse_pickle(folder)
     once = record is not None and any(folder.glob(f"model.{VARIANT}*.safetensors"))
-    try:
-        with _quiet():
-            model, info = model_class(config, folder, trust_remote_code).from_pretrained(
-                folder, config=config, variant=VARIANT if once else None, use_safetensors=True,
-                dtype="auto", output_loading_info=True, ignore_mismatched_sizes=once,
-            )  # fmt: skip
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{folder} cannot be loaded: {first_line(error)}") from error
+    model, info, files = _filled(folder, config, once, trust)
+    if not options.ignore_unexpected:
+        _refuse_unread(model, info, files, folder)
     unset = _unset(model, info)
     if record:
         groups = ties.groups_of(find(model), record)
@@ -96,6 +127,61 @@ def load(source: str | Path, trust_remote_code: bool = False) -> Any:
             f"differ, {min(unset)} among them."
         )
     return model.eval()
+
+
+def _filled(
+    folder: Path, config: Any, once: bool, trust: bool
+) -> tuple[Any, dict[str, Any], list[Path]]:
+    """Return the model that transformers makes of a folder, what it loaded and from what files."""
+    kind = model_class(config, folder, trust)
+    if gguf_file.is_opened(folder):
+        return *gguf_file.model_of(kind, folder, config), []
+    variant = VARIANT if once else None
+    files = weight_files(folder, variant or "")
+    quantized.refuse_unreadable(config, folder)
+    try:
+        with _quiet(), adapter.without_adapter(folder) as shown:
+            model, info = kind.from_pretrained(
+                shown, config=config, variant=variant, use_safetensors=True,
+                dtype="auto", output_loading_info=True, ignore_mismatched_sizes=once,
+            )  # fmt: skip
+    except Exception as error:  # whatever a class does with the values of config.json
+        raise InputError(f"{folder} cannot be loaded: {first_line(error)}") from error
+    model.name_or_path = model.config._name_or_path = str(folder)
+    return quantized.plain(model, folder), info, files
+
+
+def _refuse_unread(model: Any, info: dict[str, Any], files: list[Path], folder: Path) -> None:
+    """Raise InputError if the files hold trained tensors that no parameter was made of.
+
+    What the class itself leaves out is not among ``info``. Integers, and what the model computes
+    for itself (a buffer of the same name), are not trained.
+    """
+    unread = sorted(info["unexpected_keys"])
+    if not unread:
+        return
+    untrained = {name for name, _ in model.named_buffers()}
+    for file in files:
+        with safe_open(file, "pt") as stored:
+            for name in stored.keys():
+                if not stored.get_slice(name).get_dtype().startswith(("F", "BF")):
+                    untrained.add(name)
+    trained = []
+    for name in unread:
+        if not any(_same_place(name, each) for each in untrained):
+            trained.append(name)
+    if trained:
+        named = ", ".join(trained[:_NAMED])
+        raise InputError(
+            f"{folder} holds {len(trained)} trained tensors that {type(model).__name__} does not "
+            f"read, {named} among them: name the class that does in config.json, or give "
+            "--ignore-unexpected (ignore_unexpected=True in Python) to go on without them."
+        )
+
+
+def _same_place(one: str, other: str) -> bool:
+    """Tell whether two names differ at most by what stands before the model's own prefix."""
+    return one == other or one.endswith(f".{other}") or other.endswith(f".{one}")
 
 
 def _unset(model: Any, info: dict[str, Any]) -> set[str]:

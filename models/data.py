@@ -201,7 +201,8 @@ def _of_texts(
     table: Any, text: str, label: str | None, source: str, folder: str | Path | None
 ) -> Examples:
     tokenizer = _loaded("AutoTokenizer", folder, "tokenizer to read text with", source)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    if tokenizer.pad_token is None:  # any token will do: it is masked
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     longest = min(tokenizer.model_max_length, _MAX_TOKENS)
     with_text = [row for row, content in enumerate(table[text]) if content.strip()]
     if not with_text:

@@ -1,4 +1,4 @@
-"""A transformers model as it is stored: its folder, its configuration, its class, its companions.
+"""A transformers model as it is stored: its folder, its configuration, its class.
 
 Every command begins with :func:`resolve`, which makes a local folder of what the user gave. The
 functions of ``models/checkpoint.py`` then read the configuration and ask for the class; no weights
@@ -7,7 +7,6 @@ transformers can ask: its own question reads stdin, and a piped ``y`` would be c
 """
 
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +15,14 @@ from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto import modeling_auto
 
+from ffmerge.config import LoadConfig
 from ffmerge.errors import InputError
 from ffmerge.files import read_json, sha256
-from ffmerge.models import modeling_ffmerge
+from ffmerge.models import gguf_file, modeling_ffmerge
+from ffmerge.models.hub import fetch
+from ffmerge.models.stored import GGUF
 
 CODE = Path(modeling_ffmerge.__file__)
-
-# Files that travel with a model: tokenizer, image processor, generation settings.
-COMPANIONS = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model",
-    "*.spm", "preprocessor_config.json", "processor_config.json", "chat_template*",
-    "generation_config.json",
-)  # fmt: skip
 
 # Where config.json names no class, the first of these that knows the model type decides.
 _FALLBACKS = (
@@ -39,31 +34,31 @@ _FALLBACKS = (
 )
 
 
-def resolve(source: str | Path, weights: bool = True, code: bool = False) -> Path:
-    """Return the local folder of a model: the folder itself, or a hub id fetched to the cache.
+def resolve(source: str | Path, options: LoadConfig = LoadConfig(), weights: bool = True) -> Path:
+    """Return the local folder of a model: itself, of a GGUF file, or of a hub id, fetched.
+
+    Without ``weights`` only what tells the structure is fetched.
 
     Raises:
         InputError: no such folder, and not a hub id that can be fetched.
     """
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return folder
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(source)) or folder.exists():
-        raise InputError(f"{source} is not a folder: give a checkpoint folder or a hub id.")
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", modeling_ffmerge.OWN_FILE]
-    if weights:
-        patterns += ["*.safetensors", *COMPANIONS]
-    if code:
-        patterns += ["*.py"]
-    try:
-        return Path(snapshot_download(str(source), allow_patterns=patterns))
-    except Exception as error:  # the hub client's errors have no common head across its releases
+    path = Path(source).expanduser()
+    if path.is_dir():
+        path = path / options.subfolder
+        if not path.is_dir():
+            raise InputError(f"{path} is not a folder: give another sub-folder.")
+        if options.revision:
+            raise InputError(f"{source} is a local folder, which has no revision: leave it out.")
+    elif not path.exists() and re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(source)):
+        path = fetch(str(source), options, weights)
+    if path.is_file() and path.suffix == GGUF:
+        return gguf_file.opened(path)
+    if not path.is_dir():
         raise InputError(
-            f"{source} is not a local folder, and fetching it from the hub failed: "
-            f"{first_line(error)}"
-        ) from error
+            f"{source} is not a folder: give a checkpoint folder, a {GGUF} file or a hub id."
+        )
+    packed = gguf_file.of(path)
+    return gguf_file.opened(packed) if packed else path
 
 
 def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
@@ -81,7 +76,9 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
         if stored.get("model_type") not in CONFIG_MAPPING and not trust_remote_code:
             _refuse_code(folder, stored.get("auto_map"))
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # each class checks its values in a way of its own
         raise InputError(f"{path} cannot be used: {first_line(error)}") from error
 
 
@@ -134,28 +131,10 @@ def _refuse_code(folder: Path, code: Any) -> None:
         )
 
 
-def refuse_pickle(folder: Path) -> None:
-    """Raise InputError unless the folder has weights, and has them as safetensors."""
-    if any(folder.glob("*.safetensors")):
-        return
-    if any(path.suffix in (".bin", ".pt", ".pth", ".ckpt") for path in folder.iterdir()):
-        raise InputError(
-            f"{folder} holds its weights as pickles, which can run code: convert to safetensors."
-        )
-    raise InputError(f"{folder} holds no weights, no .safetensors file: they are needed for this.")
-
-
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy tokenizer, processor and generation files that ``target`` does not have yet."""
-    for pattern in COMPANIONS:
-        for path in sorted(source.glob(pattern)):
-            if path.is_file() and not (target / path.name).exists():
-                shutil.copyfile(path, target / path.name)
-
-
 def fingerprint(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of the weight files of a checkpoint, by file name."""
-    return {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}
+    files = [*folder.glob("*.safetensors"), *folder.glob(f"*{GGUF}")]
+    return {path.name: sha256(path) for path in sorted(files)}
 
 
 def first_line(error: BaseException) -> str:

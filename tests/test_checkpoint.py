@@ -89,17 +89,6 @@ def test_an_unmerged_model_is_saved_as_transformers_does(tmp_path: Path) -> None
     assert torch.equal(plain(ids).logits, gpt2()(ids).logits)
 
 
-def test_tokenizer_files_travel_along(tmp_path: Path) -> None:
-    (tmp_path / "source").mkdir()
-    for name in ("tokenizer.json", "vocab.txt", "preprocessor_config.json", "secret.txt"):
-        (tmp_path / "source" / name).write_text("{}")
-    checkpoint.save(vit(), tmp_path / "out", tmp_path / "source")
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        "config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json",
-        "vocab.txt",
-    ]  # fmt: skip
-
-
 def _spoil(folder: Path, what: str) -> None:
     weights = folder / "model.ffmerge.safetensors"
     if what == "truncated":
