@@ -4,9 +4,11 @@ Options stand in ``config.py``, and become flags in ``flags.py``. Work is import
 runs: ``ffmerge --help`` and the device's commands need no torch.
 """
 
+import errno
 import json
 import os
 import sys
+import traceback
 import warnings
 from contextlib import redirect_stdout
 from io import StringIO
@@ -42,6 +44,7 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Argument(help="A checkpoint folder or a hub id.")]
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _DATA = "Calibration data, as for merge."
 
 
@@ -56,8 +59,14 @@ def about(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error; anywhere in a command.")
+    ] = False,
 ) -> None:
-    """Take the options of ffmerge itself."""
+    """Take the options of ffmerge itself.
+
+    Exit code 0: it held; 1: a check failed; 2: the input cannot be used; 3: a fault of ffmerge.
+    """
 
 
 def demo(
@@ -271,15 +280,36 @@ _usual_format = warnings.formatwarning
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line: one line and exit code 2 for anything the user can mend."""
+    """Run the command line; an error is one sentence, and with ``--debug`` its traceback."""
+    words = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in words
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     warnings.formatwarning = _formatted
     try:
-        app(arguments, prog_name="ffmerge")
-    except FfmergeError as error:
-        print(f"ffmerge: {error}", file=sys.stderr)
-        sys.exit(2)
+        app([word for word in words if word != "--debug"], prog_name="ffmerge")
+    except Exception as error:  # whatever leaves a command is told, and is no success
+        if debug:
+            traceback.print_exc()
+        sentence, code = _told(error)
+        print(f"ffmerge: {sentence}", file=sys.stderr)
+        sys.exit(code)
+
+
+def _told(error: Exception) -> tuple[str, int]:
+    """Return the sentence that tells an error, and the exit code."""
+    if isinstance(error, FfmergeError):
+        return str(error), 2
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return f"{error.filename or 'the disk'} cannot be written: {error.strerror}.", 2
+    if isinstance(error, MemoryError):
+        return "there is not enough memory for this: give fewer rows at a time (--batch-size).", 2
+    what = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
+    return (
+        f"this is a fault of ffmerge and not of its input ({what}): please "
+        "open an issue with the command, its input, and what --debug adds to this line.",
+        3,
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Writing beside the target, then one rename; reading only what is really in the folder."""
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -14,7 +15,14 @@ from pathlib import Path, PureWindowsPath
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
+from safetensors import SafetensorError
+
 from ffmerge.errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 # Of the processes that torchrun or accelerate launch starts, the one that writes and prints. Others
 # set RANK as well, Kubernetes for one: only with a world size above 1 is it a rank.
@@ -35,23 +43,74 @@ def scratch(target: Path) -> Iterator[Path]:
     """Yield an empty folder beside ``target``, on its disk, that is gone when the block ends.
 
     After a SIGKILL a hidden ``.NAME.partial-*`` folder remains, which no command takes for a
-    result.
+    result; the next one that writes ``target`` removes it.
 
     Raises:
         InputError: ``target`` exists, or its parent cannot be written.
     """
     target = Path(target)
+    clean_up(target)
     refuse_existing(target)
+    with _beside(target) as folder:
+        yield folder
+
+
+@contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """Yield a hidden folder beside ``target``, locked so that no other process takes it for dead.
+
+    Raises:
+        InputError: the parent of ``target`` cannot be written.
+    """
     try:
         parent = target.absolute().parent
         parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=parent))
     except OSError as error:
         raise InputError(f"cannot write {target}: {error.strerror or error}.") from error
+    lock = _lock(folder)
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def clean_up(target: Path) -> None:
+    """Remove what processes left that were killed while they wrote ``target``.
+
+    These are their hidden folders, and data that one had put beside a graph still in its folder.
+    """
+    for folder in target.absolute().parent.glob(f".{glob.escape(target.name)}.partial-*"):
+        lock = _lock(folder)
+        if lock is None:
+            continue
+        data = target.with_name(f"{target.name}_data")
+        graph_waits = (folder / target.name).is_file() and not target.exists()
+        if graph_waits and not (folder / data.name).exists():
+            data.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """Return a descriptor that locks ``folder`` until it is closed or the process ends.
+
+    None where another process holds it, or the system locks no folders (Windows).
+    """
+    if fcntl is None:
+        return None
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:  # gone meanwhile
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 @contextmanager
@@ -71,6 +130,8 @@ def staged(target: Path) -> Iterator[Path]:
             folder.rename(target)
         except OSError as error:
             raise InputError(f"cannot write {target}: {error.strerror or error}.") from error
+        except SafetensorError as error:  # its writer has no errors of the system's kind
+            raise InputError(f"cannot write {target}: {error}.") from error
 
 
 def write_whole(path: Path, content: bytes) -> Path:
@@ -79,11 +140,10 @@ def write_whole(path: Path, content: bytes) -> Path:
     Raises:
         InputError: it cannot be written.
     """
+    clean_up(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        name = f".{path.name}.partial-"
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=name) as beside:
-            partial = Path(beside) / path.name
+        with _beside(path) as folder:
+            partial = folder / path.name
             partial.write_bytes(content)
             os.replace(partial, path)
     except OSError as error:

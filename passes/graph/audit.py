@@ -116,14 +116,18 @@ def audit(path: str | Path, look: Callable[[Path], Loaded] | None = None) -> Aud
     nothing is said of what a load copies.
 
     Raises:
-        InputError: there is no ONNX file, or one cannot be read.
+        InputError: there is no ONNX file, one cannot be read, or a file of a package is not the
+            one that its manifest describes.
     """
     path = Path(path)
     folder = path if path.is_dir() else path.parent
     files = _onnx_files(path)
     promised = None
     if (folder / manifest.NAME).exists():
-        promised = manifest.Manifest.read(folder).ties
+        described = manifest.Manifest.read(folder)
+        promised = described.ties
+        if path.is_dir():
+            described.check_files(folder)
     sizes: dict[object, int] = {}  # by location: bytes that several files read count once
     duplicates: list[Duplicate] = []
     hidden: list[Hidden] = []

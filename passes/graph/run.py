@@ -23,7 +23,7 @@ from onnx_ir.passes.common import (
 
 from ffmerge.config import QuantizeConfig, ShareConfig
 from ffmerge.errors import InputError, TieError
-from ffmerge.files import refuse_existing
+from ffmerge.files import clean_up, refuse_existing
 from ffmerge.models.manifest import Skip
 from ffmerge.models.record import Tie
 from ffmerge.passes.graph.calibration import read_calibration
@@ -173,6 +173,7 @@ def share_file(source: Path, target: Path, config: ShareConfig = ShareConfig()) 
     """
     source, target = Path(source), Path(target)
     data = target.with_name(target.name + "_data")
+    clean_up(target)
     refuse_existing(target, data)
     model = read_model(source)
     external = any(isinstance(item.tensor, ir.ExternalTensor) for item in stored(model))

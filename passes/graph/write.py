@@ -4,13 +4,12 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import onnx_ir as ir
 
 from ffmerge.errors import InputError
-from ffmerge.files import refuse_existing
+from ffmerge.files import refuse_existing, scratch
 from ffmerge.passes.graph.read import MappedTensor
 from ffmerge.passes.graph.tensors import (
     SAMPLES,
@@ -49,15 +48,10 @@ def write_models(models: Mapping[Path, ir.Model], data: Path | None = None) -> t
     _refuse(targets, models, data)
     done: list[Path] = []
     try:
-        targets[0].parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(
-            prefix=f".{targets[0].name}.partial-",
-            dir=targets[0].parent,
-            ignore_cleanup_errors=True,
-        ) as folder:
-            _write_into(Path(folder), models, data)
+        with scratch(targets[0]) as folder:
+            _write_into(folder, models, data)
             for path in reversed(targets):  # a graph never stands without its data
-                os.replace(Path(folder) / path.name, path)
+                os.replace(folder / path.name, path)
                 done.append(path)
     except OSError as error:
         for path in done:

@@ -1,6 +1,6 @@
 """How good a model is on examples: its task metric, or without labels its fidelity."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,9 @@ from ffmerge.models.metrics import Metric, for_task, labels_of
 from ffmerge.models.probe import Array
 from ffmerge.models.tasks import base
 from ffmerge.passes.weights.activations import positions
+from ffmerge.passes.weights.parts import rows_by_logits, split
+
+HELD = 1 << 26  # elements of the original's outputs that fidelity holds
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,8 @@ def score_for(
 
     Fidelity is the mean cosine between the outputs of the model that is measured and those of
     the original: it needs no labels and is 1 for the original. It is taken where there is no
-    metric or nothing to hold it against, and if ``criterion`` is ``fidelity``.
+    metric or nothing to hold it against, and if ``criterion`` is ``fidelity``. Of many outputs
+    it goes by some, at even distances: ``HELD`` elements are kept of the original's.
 
     Raises:
         InputError: there is no such criterion.
@@ -51,7 +55,11 @@ def score_for(
     if metric and ("labels" in first or task == "text-generation"):
         measure = _labelled(metric, task, examples, batch_size)
         return Score(metric.name, measure, metric.higher_is_better)
-    original = [_output(model, batch) for batch in examples.batches(batch_size)]
+    original = []
+    for batch in _parts(model, examples, batch_size):
+        output = _output(model, batch)
+        kept = _counted(model, batch, output, len(examples))
+        original.append((kept, _vectors(output)[kept]))
     return Score("fidelity", _fidelity(original, examples, batch_size), True)
 
 
@@ -60,7 +68,7 @@ def _labelled(
 ) -> Callable[[Any], float]:
     def measure(model: Any) -> float:
         total, count = 0.0, 0
-        for batch in examples.batches(batch_size):
+        for batch in _parts(model, examples, batch_size):
             logits, labels = _output(model, batch), labels_of(task, batch)
             if logits.shape[: labels.ndim] != labels.shape:
                 raise InputError(
@@ -73,20 +81,45 @@ def _labelled(
     return measure
 
 
-def _fidelity(original: list[Array], examples: Examples, batch_size: int) -> Callable[[Any], float]:
+def _fidelity(
+    original: list[tuple[Array, Array]], examples: Examples, batch_size: int
+) -> Callable[[Any], float]:
     def measure(model: Any) -> float:
         cosines = []
-        for batch, expected in zip(examples.batches(batch_size), original, strict=True):
-            got = _output(model, batch)
+        parts = _parts(model, examples, batch_size)
+        for batch, (kept, expected) in zip(parts, original, strict=True):
+            got = _vectors(_output(model, batch))[kept]
             dots = (got * expected).sum(-1)
-            cosine = dots / (np.linalg.norm(got, axis=-1) * np.linalg.norm(expected, axis=-1))
-            last = "decoder_input_ids" if model.config.is_encoder_decoder else model.main_input_name
-            if cosine.ndim == 2:
-                cosine = cosine[positions(model, batch, (last,), cosine.shape).numpy()]
-            cosines.append(cosine.ravel())
+            lengths = np.linalg.norm(got, axis=-1) * np.linalg.norm(expected, axis=-1)
+            cosines.append(dots / lengths)
         return float(np.concatenate(cosines).mean())
 
     return measure
+
+
+def _counted(model: Any, batch: dict[str, Array], output: Array, rows: int) -> Array:
+    """Return the numbers of the vectors of an output that count: no padding, and not too many.
+
+    Together those of all ``rows`` of the examples have at most about ``HELD`` elements.
+    """
+    counted = np.arange(output[..., 0].size)
+    if output.ndim == 3:
+        last = "decoder_input_ids" if model.config.is_encoder_decoder else model.main_input_name
+        real = positions(model, batch, (last,), output.shape[:2])
+        counted = np.flatnonzero(real.numpy())
+    share = HELD * len(output) // rows // output.shape[-1]
+    step = -(-len(counted) // max(share, 1))
+    return counted[:: max(step, 1)]
+
+
+def _vectors(output: Array) -> Array:
+    return output.reshape(-1, output.shape[-1])
+
+
+def _parts(model: Any, examples: Examples, batch_size: int) -> Iterator[dict[str, Array]]:
+    """Yield the examples in batches whose logits fit in memory."""
+    for batch in examples.batches(batch_size):
+        yield from split(batch, rows_by_logits(model, batch))
 
 
 def _output(model: Any, batch: dict[str, Array]) -> Array:

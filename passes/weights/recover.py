@@ -7,6 +7,7 @@ are, so the number of processes changes the result by rounding only.
 """
 
 import copy
+import hashlib
 import json
 import math
 import os
@@ -37,11 +38,13 @@ from ffmerge.models.offload import device_of
 from ffmerge.models.probe import Array
 from ffmerge.models.record import merge_record
 from ffmerge.passes.weights.activations import padding_mask, positions
+from ffmerge.passes.weights.parts import rows_by_gradients, split
 from ffmerge.passes.weights.processes import join
 from ffmerge.progress import Progress, silent
 
 _STATES = ("hidden_states", "encoder_hidden_states", "decoder_hidden_states")
 _RISE = 0.3  # part of the steps in which the learning rate rises
+HASHED = 1024  # rows of the data by which it is known again
 _CLIP = 1.0  # largest norm of the gradient
 _FILE = "recover.safetensors"
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of each parameter
@@ -103,7 +106,10 @@ def recover_(
         saved, losses = None, []
         if folder:
             norm = math.sqrt(sum(float(p.detach().square().sum()) for p in parameters))
-            about["examples"] = len(examples)
+            about["examples"] = _digest_of_rows(examples)
+            about["original"] = _digest(original.state_dict())
+            if record := merge_record(model.config):
+                about["merge"] = f"{record.method}: {record.groups}"
             saved = _Saved(folder / _FILE, trained, optimizer, about, norm)
             losses = saved.read()
             _check_shared(folder, len(losses), parameters[0].device)
@@ -111,7 +117,7 @@ def recover_(
         for step in range(len(losses), config.steps):
             mine = [*islice(order, config.batch_size)][state.process_index :: state.num_processes]
             rows = Examples([examples.rows[i] for i in mine], examples.take)
-            batches = [*rows.batches(config.micro_batch or len(rows) or 1)]
+            batches = [*_micro_batches(model, original, config, rows)]
             with torch.autocast(state.device.type, torch.bfloat16, enabled=mixed):
                 losses.append(_backward(model, original, config, batches, parameters))
             if not math.isfinite(losses[-1]):
@@ -136,6 +142,25 @@ def _task(model: Any, config: RecoverConfig) -> str | None:
     if not for_task(task):
         raise InputError(f"{task} has no loss on labels here: recover without labels.")
     return task
+
+
+def _digest_of_rows(examples: Examples) -> str:
+    """Return a hash of the inputs and labels of the rows, of many those at even distances."""
+    step = -(-len(examples) // HASHED)
+    hashed = hashlib.sha256(str(len(examples)).encode())
+    for batch in Examples(examples.rows[::step], examples.take).batches(1):
+        hashed.update(_digest(batch).encode())
+    return hashed.hexdigest()
+
+
+def _digest(tensors: Mapping[str, Array | Tensor]) -> str:
+    """Return a hash of tensors by name: of their shapes and bytes."""
+    hashed = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = torch.as_tensor(tensors[name]).detach().cpu().contiguous()
+        hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        hashed.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return hashed.hexdigest()
 
 
 def _check_shared(folder: Path, steps: int, device: torch.device) -> None:
@@ -221,6 +246,24 @@ def _order(rows: int, seed: int) -> Iterator[int]:
     """Yield the numbers below ``rows`` again and again, each time in another order."""
     for epoch in count():
         yield from np.random.default_rng([seed, epoch]).permutation(rows).tolist()
+
+
+def _micro_batches(
+    model: Any, original: Any, config: RecoverConfig, rows: Examples
+) -> Iterator[dict[str, Array]]:
+    """Yield the rows of a step, as many at a time as are asked for, or as memory is there for."""
+    if config.micro_batch:
+        yield from rows.batches(config.micro_batch)
+        return
+    for batch in rows.batches(len(rows) or 1):
+
+        def loss(row: dict[str, Array]) -> Tensor:
+            share = {
+                kind: count / count.sum() for kind, count in _weights(model, config, row).items()
+            }
+            return _loss(model, original, config, row, share)
+
+        yield from split(batch, rows_by_gradients(model, batch, loss))
 
 
 def _backward(
