@@ -220,7 +220,7 @@ class RecoverConfig:
     """Settings of a recovery.
 
     ``batch_size`` are the rows of one step over all processes, ``micro_batch`` those that one
-    process runs at a time (0: as many as keep 2 GiB for the gradients); ``parts`` is ``merged``,
+    process runs at a time (0: as many as keep 1 GiB for the gradients); ``parts`` is ``merged``,
     what the merged layers share and what each has beside it, or ``all``. ``distill`` follows the
     original, with ``labels`` the task's own loss is added to it; either may be had alone.
     ``mixed_precision`` is ``no``, ``bf16``, or None for what ``accelerate launch`` was told. The

@@ -13,7 +13,9 @@ from torch import Tensor
 from ffmerge.models.probe import Array
 
 LOGITS = 1 << 29  # bytes of the logits of one forward pass
-SAVED = 1 << 31  # bytes of what is kept for the gradients of one pass
+# Bytes of what a pass keeps for its gradients. All in all one of a language model takes 2.5 times
+# that: measured with SmolLM2-135M, 5 rows of 256 tokens.
+SAVED = 1 << 30
 
 
 def split(batch: Mapping[str, Array], rows: int) -> Iterator[dict[str, Array]]:
