@@ -36,7 +36,7 @@ def saved(folder: Path) -> Path:
 
 
 def test_a_fault_is_told_in_a_sentence(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    def inspect(*_: Any) -> None:
+    def inspect(*_: Any, **__: Any) -> None:
         raise ValueError("boom\nand more")
 
     monkeypatch.setattr(inspection, "inspect", inspect)
