@@ -35,18 +35,20 @@ def saved(folder: Path) -> Path:
     return folder / "in.onnx"
 
 
-def test_a_fault_is_told_in_a_sentence(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_is_told_in_a_sentence(
+    command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def inspect(*_: Any, **__: Any) -> None:
         raise ValueError("boom\nand more")
 
     monkeypatch.setattr(inspection, "inspect", inspect)
-    code, out, err = command("inspect", "anything")
+    code, out, err = command("inspect", tmp_path)
     assert (code, out) == (3, "")
     assert err.startswith(
         "ffmerge: this is a fault of ffmerge and not of its input (ValueError: boom)"
     )
     assert err.count("\n") == 1
-    for words in (("--debug", "inspect", "anything"), ("inspect", "anything", "--debug")):
+    for words in (("--debug", "inspect", tmp_path), ("inspect", tmp_path, "--debug")):
         code, _, err = command(*words)
         assert code == 3
         assert err.startswith("Traceback (most recent call last)")
