@@ -299,7 +299,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _told(error: Exception) -> tuple[str, int]:
     """Return the sentence that tells an error, and the exit code."""
     if isinstance(error, FfmergeError):
-        return str(error), 2
+        return str(error), error.exit_code
     if isinstance(error, OSError) and error.errno in _FULL:
         return f"{error.filename or 'the disk'} cannot be written: {error.strerror}.", 2
     if isinstance(error, MemoryError):

@@ -5,15 +5,19 @@ FfmergeError
 ├── TieError      a tie is broken, or would be stored twice
 ├── ExportError   a model could not be turned into ONNX
 └── RuntimeCheckError   a runtime did not do what was asked of it
+    ├── CheckFailed     it was asked whether a result holds, and it does not
     └── NotInstalled    it is not on this machine, or the device it needs is not
 
-The command line prints the message of any of them as one line and exits with 2. A message says
+The command line prints the message of any of them as one line and exits with 2, of CheckFailed
+with 1. A message says
 what is wrong, where, and what to do.
 """
 
 
 class FfmergeError(Exception):
     """Head of the tree."""
+
+    exit_code = 2  # of the command line
 
 
 class InputError(FfmergeError):
@@ -30,6 +34,12 @@ class ExportError(FfmergeError):
 
 class RuntimeCheckError(FfmergeError):
     """A runtime did not do what was asked of it."""
+
+
+class CheckFailed(RuntimeCheckError):
+    """What was asked to hold does not, on input that can be used."""
+
+    exit_code = 1
 
 
 class NotInstalled(RuntimeCheckError):

@@ -38,6 +38,7 @@ SENSITIVE = {
 SMALL = 1024  # bytes up to which a constant is cast for some of its consumers
 # From where on a constant is a mask's minus infinity, and what it becomes: two may be added.
 MASK, LIMIT = 1e30, 32768
+SCORES = 3  # the output of Attention that gives what its softmax reads
 _RANGE = np.finfo(np.float16)
 
 _Weights = Mapping[ir.Value, ir.TensorProtocol]
@@ -195,6 +196,8 @@ def _form(node: ir.Node, kernels: Kernels) -> Form | None:
         return None
     if is_op(node, "Cast"):
         return _form_of_cast(node)
+    if is_op(node, "Attention") and len(node.outputs) > SCORES and node.outputs[SCORES].name:
+        return None  # scores hold the infinity of masks
     squared = is_op(node, "Mul", "Pow") and any(
         use.node.op_type.startswith("Reduce") for use in node.outputs[0].uses()
     )

@@ -14,6 +14,7 @@ from ffmerge.passes.graph.infer import weights_taken_out
 from ffmerge.passes.graph.prepare import inline, make_constant
 from ffmerge.passes.graph.tensors import is_op
 
+UNBATCHED = 9  # the opset from which Scan has no batch axis, which the converter does not know
 OLDEST = 7  # what ONNX Runtime still runs
 
 
@@ -31,11 +32,14 @@ def to_opset(model: ir.Model, target: int) -> ir.Model:
         raise InputError(f"opset {target} is not one of {OLDEST} to {known}.")
     if current == target:
         return model
-    refusal = f"the model cannot go from opset {current} to {target}"
-    # The converter finds the axes of a reduction in an initializer, not in every Constant.
     make_constant(model)
     inline(model)
+    refusal = f"the model cannot go from opset {current} to {target}"
+    # The converter finds the axes of a reduction in an initializer, not in every Constant.
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    nodes = ir.traversal.RecursiveGraphIterator(model.graph)
+    if current < UNBATCHED <= target and any(is_op(node, "Scan") for node in nodes):
+        raise InputError(f"{refusal}: a Scan loses its batch axis at {UNBATCHED}.")
     with weights_taken_out(model) as weights:
         try:
             proto = onnx.version_converter.convert_version(ir.to_proto(model), target)

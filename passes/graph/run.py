@@ -8,6 +8,7 @@ and quantizers see; with a ``dtype`` it then goes through
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from ffmerge.models.manifest import Skip
 from ffmerge.models.record import Tie
 from ffmerge.passes.graph.calibration import read_calibration
 from ffmerge.passes.graph.contract import check_ties, read_ties, write_ties
+from ffmerge.passes.graph.loads import check_loads
 from ffmerge.passes.graph.opset import to_opset
 from ffmerge.passes.graph.prepare import infer_ranks, make_constant, make_liftable
 from ffmerge.passes.graph.quantize import quantize
@@ -159,17 +161,20 @@ def _share(model: ir.Model, ties: Sequence[Tie], resident: bool) -> ShareResult:
     return ShareResult(model, tuple(skipped), before, bytes_stored(model), sharing.ties)
 
 
-def share_file(source: Path, target: Path, config: ShareConfig = ShareConfig()) -> ShareResult:
+def share_file(
+    source: Path, target: Path, config: ShareConfig = ShareConfig(), load: bool = True
+) -> ShareResult:
     """Share the weights of the ONNX file ``source`` and write it to ``target``.
 
     Tensors go to ``target`` + ``_data`` beside it if they take more than 1 MB or were external,
     else into the one file. Both are written in a folder beside and renamed; on an error nothing
-    is left.
+    is left. With ``load`` the file is loaded before that, in a process of its own.
 
     Raises:
         InputError: ``source`` cannot be read or be of that opset or precision, or ``target``
             exists or cannot be written.
         TieError: a recorded tie does not hold in the result.
+        CheckFailed: ONNX Runtime loads ``source``, but not the result.
     """
     source, target = Path(source), Path(target)
     data = target.with_name(target.name + "_data")
@@ -184,8 +189,11 @@ def share_file(source: Path, target: Path, config: ShareConfig = ShareConfig()) 
         model = to_opset(model, config.opset)
     settings = QuantizeConfig(calibration=calibration)
     result = share_model(model, (), config.dtype, settings, config.resident)
+    check = None
+    if load:
+        check = partial(check_loads, source)
     if external or result.bytes_after > EMBEDDED:
-        written = write_models({target: result.model}, data)
+        written = write_models({target: result.model}, data, check)
     else:
-        written = write_models({target: result.model})
+        written = write_models({target: result.model}, check=check)
     return replace(result, files=written)

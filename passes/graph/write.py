@@ -29,14 +29,19 @@ PROTOBUF_LIMIT = (1 << 31) - 1
 _WORD = 16
 
 
-def write_models(models: Mapping[Path, ir.Model], data: Path | None = None) -> tuple[Path, ...]:
+def write_models(
+    models: Mapping[Path, ir.Model],
+    data: Path | None = None,
+    check: Callable[[Path], None] | None = None,
+) -> tuple[Path, ...]:
     """Write each graph to its path, their tensors of 256 bytes or more once in ``data``.
 
     Tensors with equal bytes, whatever their names, shapes, types and graphs, are one place in
     the file. They are streamed in their order, a block at a time; what is computed lazily is
     computed when its turn comes and dropped. Without ``data`` each graph is one file. All are
     written in a folder beside and renamed, the data first; on an error nothing is left, and the
-    models are what they were.
+    models are what they were. ``check`` is called with each graph before it is renamed, and may
+    raise.
 
     Raises:
         InputError: a path exists, cannot be written or is not beside the data, or a graph would
@@ -50,6 +55,9 @@ def write_models(models: Mapping[Path, ir.Model], data: Path | None = None) -> t
     try:
         with scratch(targets[0]) as folder:
             _write_into(folder, models, data)
+            for path in models:
+                if check:
+                    check(folder / path.name)
             for path in reversed(targets):  # a graph never stands without its data
                 os.replace(folder / path.name, path)
                 done.append(path)
