@@ -21,6 +21,7 @@ import ffmerge
 from ffmerge import flags
 from ffmerge.config import (
     CheckpointConfig,
+    ColumnsConfig,
     CompareConfig,
     DataConfig,
     DeviceConfig,
@@ -139,6 +140,7 @@ def export(
     out: Annotated[Path, typer.Argument(help="New folder for the package.")],
     config: ExportConfig,
     load: LoadConfig,
+    columns: ColumnsConfig,
     data: Annotated[
         str | None,
         typer.Option(
@@ -153,7 +155,7 @@ def export(
     from ffmerge import commands
     from ffmerge.tables import package_table
 
-    package = commands.export(model, out, config, load, data)
+    package = commands.export(model, out, config, load, data, columns)
     return Result(package.to_json(), package_table(package))
 
 
@@ -214,6 +216,7 @@ def similarity(
     model: Model,
     config: SimilarityConfig,
     device: DeviceConfig,
+    columns: ColumnsConfig,
     data: Annotated[str, typer.Option(help=_DATA)],
     out: Annotated[
         Path | None,
@@ -227,7 +230,7 @@ def similarity(
     from ffmerge import commands
     from ffmerge.tables import similarity_table
 
-    found, files = commands.similarity(model, data, config, out, device)
+    found, files = commands.similarity(model, data, config, out, device, columns)
     stacks = [stack.to_json() for stack in found]
     value = {"stacks": stacks, "files": [str(file) for file in files]}
     return Result(value, similarity_table(found))

@@ -16,6 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 from ffmerge import heatmap, progress
 from ffmerge.config import (
     CheckpointConfig,
+    ColumnsConfig,
     CompareConfig,
     DataConfig,
     DeviceConfig,
@@ -106,7 +107,12 @@ def compare(
 
 
 def similarity(
-    source: str, data_source: str, config: SimilarityConfig, out: Path | None, options: DeviceConfig
+    source: str,
+    data_source: str,
+    config: SimilarityConfig,
+    out: Path | None,
+    options: DeviceConfig,
+    columns: ColumnsConfig = ColumnsConfig(),
 ) -> tuple[tuple[Similarity, ...], list[Path]]:
     """Return how alike the sublayers of the checkpoint ``source`` are, and the files written.
 
@@ -122,7 +128,7 @@ def similarity(
     with progress.shown() as show:
         folder, model = _open(source, options)
         _place(model, options)
-        examples = data.read(data_source, folder, tasks.infer(model))
+        examples = data.read(data_source, folder, tasks.infer(model), columns)
         found = layers.similarity(model, examples, config, show)
     if out is None:
         return found, []
@@ -142,6 +148,7 @@ def export(
     config: ExportConfig,
     options: LoadConfig,
     data_source: str | None = None,
+    columns: ColumnsConfig = ColumnsConfig(),
 ) -> Package:
     """Export the checkpoint ``source`` as the new package ``out``, with a few rows of the data.
 
@@ -151,7 +158,10 @@ def export(
         folder, model = _open(source, options)
         float32_(model, wide)
         show("tracing and writing", 0, 0)
-        result = package.export(model, out, config, folder, data_source)
+        rows = None
+        if data_source is not None:
+            rows = data.read(data_source, folder, tasks.fit(config.task, model), columns)
+        result = package.export(model, out, config, folder, rows)
         if not config.prepack:
             return result
         show("measuring", 0, 0)
@@ -199,9 +209,9 @@ def _examples(
     """Return the calibration data and the data that chooses, half of the former if not given."""
     calibration = held_out = None
     if paths.data:
-        calibration = data.read(paths.data, folder, task)
+        calibration = data.read(paths.data, folder, task, paths)
     if paths.validation:
-        held_out = data.read(paths.validation, folder, task)
+        held_out = data.read(paths.validation, folder, task, paths)
     elif calibration:
         calibration, held_out = calibration.halves()
     return calibration, held_out

@@ -122,13 +122,22 @@ class CheckpointConfig(DeviceConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class ColumnsConfig:
+    """Which columns of a table are read, where they are not called what public data sets do."""
+
+    text_column: str | None = option(None, "Column or language that the model reads.")
+    label_column: str | None = option(None, "Column of the classes.")
+    target_column: str | None = option(None, "Column or language that the model is to write.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(ColumnsConfig):
     """Calibration data, and the data that chooses; paths or hub ids, read by ``models/data.py``."""
 
     data: str | None = option(
         None,
-        "Calibration data: .npz of model inputs, text, jsonl, csv, parquet, a folder of images, or "
-        "a hub data set ID:SPLIT.",
+        "Calibration data: .npz of model inputs, text, jsonl, csv, tsv, parquet, a folder of "
+        "images or sounds, or a hub data set ID:SPLIT.",
     )
     validation: str | None = option(None, "Data that chooses the layers; else half of --data.")
 
@@ -367,7 +376,7 @@ class QuantizeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ValidateConfig:
+class ValidateConfig(ColumnsConfig):
     """What a package is checked on: runtimes by name, data, and what it is held against."""
 
     providers: tuple[str, ...] = option(

@@ -30,6 +30,7 @@ from ffmerge.files import read_json, staged, write_json
 from ffmerge.models import adapter, gguf_file, modeling_ffmerge, quantized, ties
 from ffmerge.models.companions import copy_companions
 from ffmerge.models.find import find
+from ffmerge.models.finite import check_weights
 from ffmerge.models.record import Group, MergeRecord, merge_record
 from ffmerge.models.source import (
     CODE,
@@ -83,7 +84,7 @@ def load(
 
     Raises:
         InputError: files are missing, truncated, not safetensors, outside the folder, leave a
-            parameter unset, or hold what nothing reads.
+            parameter unset or not finite, or hold what nothing reads.
         TieError: an expanded checkpoint's copies differ.
     """
     options = LoadConfig(
@@ -126,6 +127,7 @@ def _model_in(folder: Path, options: LoadConfig) -> Any:
             f"{folder} does not hold the parameters its config.json describes: {len(unset)} "
             f"differ, {min(unset)} among them."
         )
+    check_weights(model, folder)
     return model.eval()
 
 

@@ -25,9 +25,16 @@ class Examples:
         return len(self.rows)
 
     def batches(self, size: int) -> Iterator[dict[str, Array]]:
-        """Yield all rows in order as model inputs, ``size`` at a time, with ``labels`` if known."""
+        """Yield all rows in order as model inputs, ``size`` at a time, with ``labels`` if known.
+
+        Raises:
+            InputError: a value is NaN or infinite.
+        """
         for start in range(0, len(self.rows), size):
-            yield self.take(self.rows[start : start + size])
+            rows = self.rows[start : start + size]
+            batch = self.take(rows)
+            check_finite(batch, rows)
+            yield batch
 
     def halves(self) -> tuple["Examples", "Examples"]:
         """Return the rows at even and at odd places; twice the same row if there is only one."""
@@ -35,11 +42,21 @@ class Examples:
         return Examples(self.rows[::2], self.take), Examples(odd, self.take)
 
 
+def check_finite(batch: Mapping[str, Array], rows: Sequence[int]) -> None:
+    """Raise InputError, naming input and row, if a value of a batch is NaN or infinite."""
+    for name, array in batch.items():
+        if array.dtype.kind not in "fc" or np.isfinite(array).all():
+            continue
+        bad = ~np.isfinite(array)
+        row = rows[int(np.argmax(bad.reshape(len(array), -1).any(1)))]
+        raise InputError(f"row {row} of the data, counted from 0, is NaN or infinite in {name!r}.")
+
+
 def from_arrays(arrays: Mapping[str, Array]) -> Examples:
     """Return examples whose row i is the i-th element of every array.
 
     Raises:
-        InputError: there are no rows, or the arrays differ in length.
+        InputError: there are no rows, the arrays differ in length, or a value is NaN or infinite.
     """
     lengths = {}
     for name, array in arrays.items():
@@ -48,8 +65,10 @@ def from_arrays(arrays: Mapping[str, Array]) -> Examples:
         raise InputError(
             f"the arrays of the data must have one common length above 0, not {lengths}."
         )
+    every = range(next(iter(lengths.values())))
+    check_finite({name: np.asarray(array) for name, array in arrays.items()}, every)
 
     def take(rows: Sequence[int]) -> dict[str, Array]:
         return {name: array[np.asarray(rows)] for name, array in arrays.items()}
 
-    return Examples(range(next(iter(lengths.values()))), take)
+    return Examples(every, take)

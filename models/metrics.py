@@ -44,20 +44,40 @@ def for_task(task: str) -> Metric | None:
 def labels_of(task: str, batch: Mapping[str, Array]) -> Array:
     """Return a batch's labels; a language model's are its own tokens, padding ignored.
 
+    Nor counts its first token behind padding on the left: there is nothing to foretell it from.
+
     Raises:
         InputError: the batch has no labels and the task needs them.
     """
-    if "labels" in batch:
-        return batch["labels"]
-    if base(task) != "text-generation" or "input_ids" not in batch:
+    is_language = base(task) == "text-generation" and "input_ids" in batch
+    if "labels" not in batch and not is_language:
         raise InputError(f"the examples have no labels, and {task} is measured against labels.")
-    mask = batch.get("attention_mask", np.ones_like(batch["input_ids"]))
-    return np.where(mask != 0, batch["input_ids"], IGNORED)
+    if not is_language:
+        return batch["labels"]
+    ids = batch["input_ids"]
+    labels = batch.get("labels", ids)
+    mask = np.asarray(batch.get("attention_mask", np.ones_like(ids))) != 0
+    if mask.shape != labels.shape:
+        return labels
+    foretold = mask.copy()
+    foretold[:, 1:] &= mask[:, :-1]
+    return np.where(foretold, labels, IGNORED)
 
 
 def _count_right(logits: Array, labels: Array) -> tuple[float, int]:
+    _check_range(logits, labels)
     right = logits.argmax(-1) == labels  # never so where ignored
     return float(right.sum()), int((labels != IGNORED).sum())
+
+
+def _check_range(logits: Array, labels: Array) -> None:
+    """Raise InputError unless every label that counts is one of the classes."""
+    classes = logits.shape[-1]
+    wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= classes))]
+    if wrong.size:
+        raise InputError(
+            f"the label {wrong[0]} is none of the model's, which are 0 to {classes - 1}."
+        )
 
 
 def _next_token_loss(logits: Array, labels: Array) -> tuple[float, int]:
@@ -65,6 +85,7 @@ def _next_token_loss(logits: Array, labels: Array) -> tuple[float, int]:
 
 
 def _token_loss(logits: Array, labels: Array) -> tuple[float, int]:
+    _check_range(logits, labels)
     total, count = 0.0, 0
     for row, targets in zip(logits, labels, strict=True):  # bounds the memory
         counted = targets != IGNORED

@@ -76,7 +76,7 @@ def validate(
     if data is None:
         data = config.data
     if data is not None:
-        examples = as_examples(data, folder, manifest.task)
+        examples = as_examples(data, folder, manifest.task, config)
     result = check(folder, config, examples, progress)
     write_validation(folder, result)
     if original and config.against:

@@ -110,6 +110,9 @@ def add_up(
 
     ``moments`` are by stack and by what is summed up: a field of :class:`Activations`. Several
     processes take their share of the batches each and all have the moments of the whole.
+
+    Raises:
+        InputError: as of :func:`watch`, or what a layer computes is not finite.
     """
     rank, world = rank_and_world_size()
     with closing(watch(model, sublayers, batches, tokens, rank, world)) as watched:
@@ -124,6 +127,12 @@ def add_up(
         like = torch.empty(0, device=device_of(model))
         for stack, what, sums in _flat(moments):
             sums.pool_({m.layer: _size(m, what) for m in sublayers[stack]}, like)
+    for stack, _, sums in _flat(moments):
+        for layer, squares in sums.squares.items():
+            if not torch.isfinite(squares).all():
+                raise InputError(
+                    f"layer {layer} of {stack!r} gives NaN or infinite values on this data."
+                )
 
 
 def collect(

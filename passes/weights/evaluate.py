@@ -1,5 +1,6 @@
 """How good a model is on examples: its task metric, or without labels its fidelity."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ from ffmerge.passes.weights.activations import positions
 from ffmerge.passes.weights.parts import rows_by_logits, split
 
 HELD = 1 << 26  # elements of the original's outputs that fidelity holds
+
+_NOT_FINITE = "the model puts out NaN or infinite values on this data: nothing can be measured."
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ def _labelled(
                 )
             part, seen = metric.add(logits, labels)
             total, count = total + part, count + seen
-        return metric.value(total, count)
+        return _finite(metric.value(total, count))
 
     return measure
 
@@ -92,7 +95,7 @@ def _fidelity(
             dots = (got * expected).sum(-1)
             lengths = np.linalg.norm(got, axis=-1) * np.linalg.norm(expected, axis=-1)
             cosines.append(dots / lengths)
-        return float(np.concatenate(cosines).mean())
+        return _finite(float(np.concatenate(cosines).mean()))
 
     return measure
 
@@ -126,4 +129,12 @@ def _output(model: Any, batch: dict[str, Array]) -> Array:
     with torch.no_grad():
         output = forward(model, batch)
     first = output["logits"] if "logits" in output else output[0]
+    if first.isnan().any() or (first == math.inf).any():  # some models forbid classes by -inf
+        raise InputError(_NOT_FINITE)
     return np.asarray(first.float().cpu().numpy())
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise InputError(_NOT_FINITE)
+    return value

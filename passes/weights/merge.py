@@ -18,6 +18,7 @@ from ffmerge.files import plain
 from ffmerge.models import tasks, ties
 from ffmerge.models.data import Data, examples_for
 from ffmerge.models.examples import Examples
+from ffmerge.models.finite import check_merged, check_weights
 from ffmerge.models.record import MergeRecord
 from ffmerge.models.sublayer import FeedForward
 from ffmerge.models.ties import SharedWeights
@@ -92,6 +93,7 @@ def choose(
     Raises:
         InputError: as :func:`merge_`.
     """
+    check_weights(model)
     method, stacks = METHODS[config.method], find_stacks(model, config)
     searches = _searches(model, stacks, method, config)
     if calibration is not None and held_out is None:
@@ -118,6 +120,9 @@ def choose(
         now = next(point for point in frontier if point.groups == now.groups)  # not rounded
     else:
         now, merged = _search_windows(trials, searches)
+    for weights in merged.values():
+        if isinstance(weights, SharedWeights):
+            check_merged(method.name, [weights.shared, *weights.own])
     metric: dict[str, Any] = {"before": None, "merged": None, "recovered": None, "name": None}
     if score:
         metric |= {"before": before.value, "merged": now.value, "name": score.name}

@@ -32,6 +32,7 @@ from ffmerge.models import tasks, ties
 from ffmerge.models.data import Data, examples_for
 from ffmerge.models.examples import Examples
 from ffmerge.models.find import find
+from ffmerge.models.finite import check_weights
 from ffmerge.models.inputs import forward
 from ffmerge.models.metrics import IGNORED, for_task, labels_of
 from ffmerge.models.offload import device_of
@@ -87,6 +88,8 @@ def recover_(
     Raises:
         InputError: the settings, the data or the saved state do not fit, or the loss diverges.
     """
+    check_weights(model)
+    check_weights(original, "the original")
     mixed = _in_bfloat16(config)
     about = asdict(config)
     config = replace(config, task=_task(model, config))

@@ -20,6 +20,7 @@ from ffmerge.config import SimilarityConfig
 from ffmerge.errors import InputError
 from ffmerge.files import plain
 from ffmerge.models.data import Data, examples_for
+from ffmerge.models.finite import check_weights
 from ffmerge.models.prove import proven
 from ffmerge.models.sublayer import FeedForward, stacks
 from ffmerge.passes.weights.activations import Batches, add_up
@@ -67,6 +68,7 @@ def similarity(
         InputError: no stack has two, the model does not take the data, or what it computes is not
             finite.
     """
+    check_weights(model)
     examples = examples_for(model, data)
     found = {name: members for name, members in stacks(proven(model)[0]).items() if members[1:]}
     if not found:
@@ -125,12 +127,6 @@ def _collected(
         moments.setdefault(name, {})[what] = Moments(tuple(each))
     add_up(model, {name: found[name] for name in moments}, moments, batches, tokens)
     flat = {(name, what): moments[name][what] for name, what in pairs}
-    for (name, _), sums in flat.items():
-        for layer, squares in sums.squares.items():
-            if not torch.isfinite(squares).all():
-                raise InputError(
-                    f"layer {layer} of {name!r} gives NaN or infinite values on this data."
-                )
     return flat
 
 

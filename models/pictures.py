@@ -1,0 +1,70 @@
+"""A column of pictures as model inputs: decoded and processed when their rows are asked for."""
+
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ffmerge.errors import InputError
+from ffmerge.models.examples import Examples
+from ffmerge.models.labels import Numbered
+from ffmerge.models.packages import of_model, package
+from ffmerge.models.probe import Array
+
+Labels = tuple[str, Numbered] | None  # a column and what numbers its values
+
+
+def of_images(
+    table: Any, image: str, labels: Labels, source: str, folder: str | Path | None
+) -> Examples:
+    """Return the rows of a table as ``pixel_values``, with ``labels`` where there are any."""
+    processor = of_model(
+        "AutoImageProcessor", folder, "preprocessor_config.json for images", source
+    )
+    stored = _stored(table, image)
+
+    def take(rows: Sequence[int]) -> dict[str, Array]:
+        part = stored[list(rows)]
+        colours = []
+        for row, content in zip(rows, part[image], strict=True):
+            colours.append(_opened(content, row, source, decode=True))
+        inputs = {"pixel_values": processor(colours, return_tensors="np")["pixel_values"]}
+        if labels:
+            inputs["labels"] = labels[1](part[labels[0]])
+        return {name: np.asarray(array) for name, array in inputs.items()}
+
+    return Examples(range(len(table)), take)
+
+
+def check_files(table: Any, source: str) -> None:
+    """Raise InputError, naming it, for the first picture of a folder that is none.
+
+    Only the beginning of each file is read.
+    """
+    for name, feature in table.features.items():
+        if type(feature).__name__ == "Image":
+            for row, content in enumerate(_stored(table, name)[name]):
+                _opened(content, row, source, decode=False)
+
+
+def _stored(table: Any, image: str) -> Any:
+    """Return the table with files as they are, so that one that is broken can be named."""
+    datasets = package("datasets", "the data")
+    return table.cast_column(image, datasets.Image(decode=False)).with_format(None)
+
+
+def _opened(content: Mapping[str, Any] | None, row: int, source: str, decode: bool) -> Any:
+    """Return a picture in colour, or if it is not decoded only see that its file begins as one."""
+    pillow = package("PIL.Image", source)
+    content = content or {}
+    name = content.get("path") or f"row {row} of {source}, counted from 0,"
+    try:
+        file = BytesIO(content["bytes"]) if content.get("bytes") else content["path"]
+        with pillow.open(file) as picture:
+            return picture.convert("RGB") if decode else None
+    except Exception as error:  # PIL and its decoders raise errors of their own
+        raise InputError(
+            f"{name} is no picture that can be read: {type(error).__name__}."
+        ) from error
