@@ -111,6 +111,8 @@ def _reason(path: Path, error: BaseException) -> str:
     while error.__cause__ is not None:  # datasets puts an error without a reason around it
         error = error.__cause__
     lines = str(error).strip().splitlines() or [type(error).__name__]
+    if "no data" in lines[0] or isinstance(error, StopIteration):
+        return "it is empty."
     return lines[0]
 
 
@@ -189,9 +191,8 @@ def _pair(
     languages = texts.languages(table)
     strings = [name for name in table.column_names if texts.is_text(table, name)]
     first = columns.text_column or _first_of((*_SOURCE_COLUMNS, *_TEXT_COLUMNS), table)
-    second = columns.target_column or _first_of(_TARGET_COLUMNS, table)
-    if second in table.column_names and not texts.is_text(table, second):
-        second = None
+    known = [name for name in _TARGET_COLUMNS if texts.is_text(table, name)]
+    second = columns.target_column or _first_of(known, table)
     choices = languages or strings
     if first and not second:
         rest = [name for name in choices if name != first]

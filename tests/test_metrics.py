@@ -56,6 +56,20 @@ def test_a_language_model_is_its_own_label_and_padding_does_not_count() -> None:
         labels_of("text-classification", batch)
 
 
+def test_padding_on_the_left_is_no_context() -> None:
+    """Only a token behind a real one is foretold; labels of one's own are held to that, too."""
+    mask = np.array([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [0, 1, 0, 1, 1]])
+    ids = np.array([[0, 0, 3, 4, 5], [3, 4, 5, 0, 0], [0, 3, 0, 4, 5]])
+    found = labels_of("text-generation-with-past", {"input_ids": ids, "attention_mask": mask})
+    assert found.tolist() == [
+        [-100, -100, -100, 4, 5], [3, 4, 5, -100, -100], [-100, -100, -100, -100, 5],
+    ]  # fmt: skip
+    _, count = PERPLEXITY.add(np.zeros((3, 5, 9)), found)
+    assert count == 2 + 2 + 1
+    own = {"input_ids": ids, "attention_mask": mask, "labels": np.where(mask, ids, -100)}
+    assert labels_of("text-generation", own).tolist() == found.tolist()
+
+
 def test_no_label_at_all_is_an_error() -> None:
     with pytest.raises(InputError, match="no label that counts"):
         ACCURACY.value(0.0, 0)
