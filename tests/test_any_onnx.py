@@ -309,3 +309,68 @@ def _nested(level):
         <then_branch = t{level} () => (float[2,32] y{deeper}) {{ {_nested(deeper)} }},
          else_branch = e{level} () => (float[2,32] n{level}) {{ n{level} = Neg(p{level}) }}>
         y{level} = Sub(d{level}, p{level})"""
+
+
+def _seconds(model, dtype=None):
+    start = time.process_time()
+    share_model(model, dtype=dtype)
+    return time.process_time() - start
+
+
+def _alike(count):
+    """Return a chain of products with matrices that differ in one element, which no sample sees."""
+    weights = {}
+    for i in range(count):
+        weights[f"W{i}"] = np.zeros((32, 32), np.float32)
+        weights[f"W{i}"][5, 7] = i + 1
+    return _chain("{y} = MatMul({x}, W{i})", count, **weights)
+
+
+def _chain(node, count, **weights):
+    nodes = []
+    for i in range(count):
+        nodes.append(node.format(x=f"v{i}", y=f"v{i + 1}", i=i))
+    text = f"(float[4,32] v0, bool c) => (float[4,32] v{count}) {{ {' '.join(nodes)} }}"
+    model = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": 20]> g {text}')
+    for name, array in weights.items():
+        model.graph.initializer.append(numpy_helper.from_array(array, name))
+    return ir.from_proto(model)
+
+
+CHAINS = {
+    "constants": "c{i} = Constant<value = float {{{i}.5}}>() {y} = Add({x}, c{i})",
+    "branches": """{y} = If(c) <then_branch = t () => (float[4,32] a) {{ a = Neg({x}) }},
+                                else_branch = e () => (float[4,32] b) {{ b = Sin({x}) }}>""",
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("alike", None), ("constants", None), ("branches", None), ("branches", "fp16")],
+)
+def test_time_grows_with_size_and_not_with_its_square(kind, dtype):
+    """4 times the nodes take 3.5 to 5.3 times as long; of tensors alike it was 18 times."""
+    times = []
+    for count in (150, 600):
+        model = _alike(count) if kind == "alike" else _chain(CHAINS[kind], count)
+        times.append(_seconds(model, dtype))
+    assert times[1] < 9 * times[0] + 0.5
+
+
+def test_equal_tensors_among_many_that_only_look_so():
+    """More candidates than are compared one by one: each matrix, a copy and its transpose."""
+    weights, nodes = {}, []
+    for i in range(20):
+        matrix = np.zeros((32, 32), np.float32)
+        matrix[5, 7] = i + 1
+        for name, array in ((f"A{i}", matrix), (f"B{i}", matrix), (f"C{i}", matrix.T)):
+            weights[name] = np.ascontiguousarray(array)
+            nodes.append(f"y{name} = MatMul(x, {name})")
+    outputs = ", ".join(f"float[4,32] y{name}" for name in weights)
+    text = f"(float[4,32] x) => ({outputs}) {{ {' '.join(nodes)} }}"
+    model = build(text, **weights)
+    x = normal(4, 32)
+    result = share_model(model)
+    assert result.bytes_after == result.bytes_before // 3
+    for got, name in zip(run(model, x=x), weights, strict=True):
+        assert np.allclose(got, x @ weights[name], rtol=0, atol=1e-5)

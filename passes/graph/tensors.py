@@ -1,11 +1,13 @@
 """The tensors a model stores, read one at a time, and which of them are the same bytes."""
 
 import copy
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,8 +17,10 @@ Array = npt.NDArray[Any]
 
 CHUNK = 1 << 22  # bytes compared, turned or written at a time
 LINE = 64  # bytes of columns turned at a time, a cache line: numpy's own copy is 5 x slower
+FEW = 8  # candidates up to which comparing is cheaper than a hash of all bytes
 SAMPLES = 16  # elements that must be equal before tensors are read to the end
 _SAMPLE = "ffmerge.sample"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -128,26 +132,80 @@ def find_copies(tensors: Sequence[ir.TensorProtocol]) -> list[Copies]:
     """Return every set of tensors of one dtype that hold the same bytes, first ones first.
 
     Transposed pairs are 2-D with more than one row and column. Candidates are found by dtype,
-    shape and a sample of elements (which a transpose leaves in place), then compared byte by
-    byte with the first of each set, up to where they differ. Tensors without elements are
-    ignored. Two tensors are read at a time, and nothing to the end that has no candidate.
+    shape and a sample of elements (which a transpose leaves in place), where these are many by a
+    hash of all bytes too, then compared byte by byte with the first of each set, up to where they
+    differ. Tensors without elements are ignored. Two tensors are read at a time, and nothing to
+    the end that has no candidate.
     """
-    buckets: dict[Any, list[Copies]] = {}
+    buckets: dict[Any, Candidates[Copies]] = {}
     for index, tensor in enumerate(tensors):
         if not tensor.size:
             continue
         shape = shape_of(tensor)
         if _turnable(shape):
             shape = min(shape), max(shape)
-        sets = buckets.setdefault((tensor.dtype, shape, _sample(tensor)), [])
-        if not any(_joins(index, copies, tensors) for copies in sets):
-            sets.append(Copies(index))
+        key = tensor.dtype, shape, _sample(tensor)
+        sets = buckets.setdefault(key, Candidates(lambda copies: _hashes(tensors[copies.first])))
+        likely = sets.like(partial(_hash_of, tensor))
+        if not any(_joins(index, copies, tensors) for copies in likely):
+            sets.add(Copies(index))
     found = []
-    for sets in buckets.values():
-        for copies in sets:
+    for bucket in buckets.values():
+        for copies in bucket.known:
             if copies.identical or copies.transposed:
                 found.append(copies)
     return sorted(found, key=lambda copies: copies.first)
+
+
+class Candidates(Generic[T]):
+    """What may have the bytes of a tensor; up to ``FEW`` are looked at, more are hashed first.
+
+    ``hashes`` gives the hashes of all bytes under which one of them is found.
+    """
+
+    def __init__(self, hashes: Callable[[T], Iterable[bytes]]) -> None:
+        self.known: list[T] = []
+        self._hashes = hashes
+        self._by_hash: dict[bytes, list[T]] = {}
+        self._hashed = 0
+
+    def add(self, one: T) -> None:
+        """Add a candidate."""
+        self.known.append(one)
+
+    def like(self, hash_wanted: Callable[[], bytes]) -> Sequence[T]:
+        """Return those that may be equal to what has the hash."""
+        if len(self.known) <= FEW:
+            return self.known
+        for one in self.known[self._hashed :]:
+            for known in set(self._hashes(one)):
+                self._by_hash.setdefault(known, []).append(one)
+        self._hashed = len(self.known)
+        return self._by_hash.get(hash_wanted(), [])
+
+
+def _hashes(tensor: ir.TensorProtocol) -> Iterator[bytes]:
+    """Yield the hash of a tensor's bytes, and of those of its transpose."""
+    array = _comparable(tensor)
+    yield _hash(array)
+    if _turnable(array.shape):
+        yield _hash(array.T)
+
+
+def _hash_of(tensor: ir.TensorProtocol) -> bytes:
+    return _hash(_comparable(tensor))
+
+
+def _hash(array: Array) -> bytes:
+    return hash_of((block.data for block in blocks(array)), array.shape)
+
+
+def hash_of(parts: Iterable[Any], shape: Sequence[int] = ()) -> bytes:
+    """Return a hash of bytes that come in parts, and of a shape."""
+    total = hashlib.blake2b(repr(tuple(shape)).encode(), digest_size=16)
+    for part in parts:
+        total.update(part)
+    return total.digest()
 
 
 def _joins(index: int, copies: Copies, tensors: Sequence[ir.TensorProtocol]) -> bool:

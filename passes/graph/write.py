@@ -1,7 +1,7 @@
 """Writing graphs whose weights lie in one data file, equal bytes once."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
 
@@ -12,10 +12,13 @@ from ffmerge.errors import InputError
 from ffmerge.files import refuse_existing, scratch
 from ffmerge.passes.graph.read import MappedTensor
 from ffmerge.passes.graph.tensors import (
+    CHUNK,
     SAMPLES,
     Array,
+    Candidates,
     blocks,
     bytes_stored,
+    hash_of,
     rewritten,
     shape_of,
     stored,
@@ -137,7 +140,7 @@ class _Store:
     def __init__(self, file: FileIO, name: str) -> None:
         self.file, self.name = file, name
         self.end = 0
-        self.offsets: dict[bytes, list[int]] = {}
+        self.offsets: dict[bytes, Candidates[int]] = {}
 
     def add(self, tensor: ir.TensorProtocol) -> ir.TensorProtocol:
         """Return the tensor as external data, at the offset in the file where its bytes now are."""
@@ -147,18 +150,27 @@ class _Store:
         offset = self._find(array)
         if offset is None:
             offset = self._append(array, tensor)
-            self.offsets.setdefault(_sample(array), []).append(offset)
+            self.offsets[_sample(array)].add(offset)
         return ir.ExternalTensor(
             self.name, offset, array.nbytes, tensor.dtype,
             shape=ir.Shape(shape_of(tensor)), name=tensor.name or "",
         )  # fmt: skip
 
     def _find(self, array: Array) -> int | None:
-        for offset in self.offsets.get(_sample(array), ()):
+        """Return where the bytes of an array are in the file already."""
+        alike = self.offsets.setdefault(
+            _sample(array), Candidates(lambda offset: [hash_of(self._parts(offset, array.nbytes))])
+        )
+        for offset in alike.like(lambda: hash_of(block.data for block in blocks(array))):
             self.file.seek(offset)
             if all(self.file.read(len(block)) == block.data for block in blocks(array)):
                 return offset
         return None
+
+    def _parts(self, offset: int, length: int) -> Iterator[bytes]:
+        self.file.seek(offset)
+        for start in range(0, length, CHUNK):
+            yield self.file.read(min(CHUNK, length - start))
 
     def _append(self, array: Array, tensor: ir.TensorProtocol) -> int:
         step = PAGE if array.nbytes > LARGE else ALIGNMENT
