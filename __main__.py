@@ -34,6 +34,7 @@ from ffmerge.config import (
     ValidateConfig,
 )
 from ffmerge.errors import FfmergeError, FfmergeWarning
+from ffmerge.escapes import printable
 from ffmerge.flags import Result
 
 app = typer.Typer(
@@ -295,7 +296,7 @@ def main(arguments: list[str] | None = None) -> None:
         if debug:
             traceback.print_exc()
         sentence, code = _told(error)
-        print(f"ffmerge: {sentence}", file=sys.stderr)
+        print(f"ffmerge: {printable(sentence)}", file=sys.stderr)
         sys.exit(code)
 
 

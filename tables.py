@@ -10,6 +10,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from ffmerge.escapes import printable
 from ffmerge.files import size_text
 from ffmerge.heatmap import MAPS
 from ffmerge.runtime_tests.words import ABSENT, layers_text
@@ -21,13 +22,18 @@ if TYPE_CHECKING:
 
 def _table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> Table:
     """Return a table of plain text: names may have brackets, which are markup to rich."""
-    table = Table(title=title, title_justify="left", header_style="bold")
+    table = Table(title=_text(title), title_justify="left", header_style="bold")
     for column in columns:
-        table.add_column(Text(column), justify="right", overflow="fold")
+        table.add_column(_text(column), justify="right", overflow="fold")
     table.columns[0].justify = "left"
     for row in rows:
-        table.add_row(*(Text(str(cell)) for cell in row))
+        table.add_row(*(_text(cell) for cell in row))
     return table
+
+
+def _text(value: Any) -> Text:
+    """Return what a terminal shows as it is."""
+    return Text(printable(str(value)))
 
 
 def inspection_table(found: Any) -> Group:
@@ -143,7 +149,8 @@ def similarity_table(stacks: Iterable[Any]) -> Group:
     maps = []
     for stack in stacks:
         for matrix, what in MAPS.items():
-            text = Text(f"{stack.name}, {stack.positions:,} positions: {what}, %\n", no_wrap=True)
+            text = Text(no_wrap=True)
+            text.append(printable(f"{stack.name}, {stack.positions:,} positions: {what}, %\n"))
             text.append("".join(f"{layer:4}" for layer in ("", *stack.layers)), "bold")
             for layer, row in zip(stack.layers, getattr(stack, matrix), strict=True):
                 text.append(f"\n{layer:4}", "bold")
@@ -175,10 +182,10 @@ def cost_table(rows: Sequence[Row], title: str | None = None) -> Table:
     for heading in headings[1:]:
         table.add_column(heading, justify="right")
     for row in rows:
-        name, value = Text(row.name), Text(row.after)
+        name, value = _text(row.name), _text(row.after)
         if compared:
             change = Text(row.change, _COLOURS.get(row.verdict, ""))
-            table.add_row(name, Text(row.before or ABSENT), value, change)
+            table.add_row(name, _text(row.before or ABSENT), value, change)
         else:
             table.add_row(name, value)
     return table

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from ffmerge.escapes import code_span, markdown
 from ffmerge.models.record import merge_record
 from ffmerge.models.tasks import base
 
@@ -42,16 +43,19 @@ def _merge_text(model: Any) -> str:
     record = merge_record(model.config)
     if record is None:
         return "Exported by ffmerge; no feed-forward sublayers are merged."
-    groups = "; ".join(f"{', '.join(map(str, g.layers))} of stack {g.stack}" for g in record.groups)
+    groups = "; ".join(
+        f"{', '.join(map(str, g.layers))} of stack {code_span(g.stack)}" for g in record.groups
+    )
     removed = 1 - record.parameters_after / record.parameters_before
     text = (
         f"Feed-forward sublayers of layers {groups} share one set of weights (method "
-        f"`{record.method}`): {removed:.2%} of {record.parameters_before:,} parameters removed."
+        f"{code_span(record.method)}): {removed:.2%} of {record.parameters_before:,} parameters "
+        "removed."
     )
     metric = record.metric
     if metric["name"]:
         text += (
-            f" Untuned {metric['name']} on {metric['examples']} validation examples: "
+            f" Untuned {markdown(metric['name'])} on {metric['examples']} validation examples: "
             f"{metric['before']:.4f} before, {metric['merged']:.4f} after."
         )
     return text

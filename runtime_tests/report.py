@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
 
+from ffmerge.escapes import code_span, markdown, printable
 from ffmerge.files import size_text, write_whole
 from ffmerge.heatmap import heat_map
 from ffmerge.models.manifest import Manifest
@@ -364,16 +366,27 @@ def write_report(
         output_rows=output_rows,
         number=number,
         metric_text=metric_text,
-        commands="\n".join(commands),
+        commands=printable("\n".join(commands)).replace("```", "'''"),
+        code=lambda text: Markup(code_span(text)),
         similarity=similarity,
         heat=partial(heat_map, "CKA of the feed-forward outputs"),
     )
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    for name in (TEXT, REPORT):
+    pages = {
+        TEXT: Environment(finalize=_markdown, undefined=StrictUndefined, trim_blocks=True),
+        REPORT: Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True),
+    }
+    for name, environment in pages.items():
         template = files("ffmerge.runtime_tests").joinpath(f"{name}.j2").read_text("utf-8")
         page = environment.from_string(template).render(shown)
         written = write_whole(folder / name, page.encode())
     return written
+
+
+def _markdown(value: Any) -> Any:
+    """Return what the text report shows of a value; what is marked safe is its own."""
+    if isinstance(value, str) and not isinstance(value, Markup):
+        return markdown(value)
+    return value
 
 
 def _verdict(better: bool) -> str:

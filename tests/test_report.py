@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from markdown_it import MarkdownIt
 from packages import linear_package
 from rich.console import Console
 
@@ -344,7 +345,9 @@ def test_the_markdown_says_what_the_page_says(tmp_path: Path) -> None:
     cells = [cell.strip(" |") for line in table[1:] for cell in line if cell.strip(" |")]
     assert len(table) == 1 + len(rows(BEFORE, AFTER, STAGES))
     assert [cell for cell in cells if cell not in page] == []
-    assert "&lt;script&gt;" in text and "<script" not in text
+    shown = MarkdownIt("commonmark").enable("table").render(text)
+    assert "<script" not in shown
+    assert EVIL in unescape(shown)
     assert "```\nffmerge demo\n```" in text
 
 
