@@ -18,7 +18,7 @@ from ffmerge.runtime_tests.validate import validate
 
 NAMES = (
     "[bold]x[/bold]", "[/]", "a|b", "`x`", "**x**", "<b>x</b>", "[a](http://b)", "# x", "_x_",
-    "<!-- x", "![a](b)", "a\\b", "&amp;", "~~x~~",
+    "<!-- x", "![a](b)", "a\\b", "&amp;", "~~x~~", "- x", "1. x", "+ x",
 )  # fmt: skip
 
 
