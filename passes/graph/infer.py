@@ -1,10 +1,10 @@
-"""What ONNX's own code says of a model, without its weights.
+"""What ONNX's own code and ONNX Runtime say of a model, without its weights.
 
 That code copies and serializes what it reads, and takes no more than 2 GB. So the passes that ask
 it (:func:`infer_types`, and the converter of ``opset.py``) keep the weights from it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import onnx
@@ -12,6 +12,18 @@ import onnx_ir as ir
 
 from ffmerge.passes.graph.tensors import graphs, shape_of, values_of
 
+# ONNX Runtime's names of the types that decide how a node computes.
+TENSORS = {
+    "tensor(float)": ir.DataType.FLOAT,
+    "tensor(float16)": ir.DataType.FLOAT16,
+    "tensor(bfloat16)": ir.DataType.BFLOAT16,
+    "tensor(double)": ir.DataType.DOUBLE,
+    "tensor(int32)": ir.DataType.INT32,
+    "tensor(int64)": ir.DataType.INT64,
+    "tensor(int8)": ir.DataType.INT8,
+    "tensor(uint8)": ir.DataType.UINT8,
+    "tensor(bool)": ir.DataType.BOOL,
+}
 HEAVY = 4096  # bytes from which a tensor is a weight; below it may be a shape, which is read
 
 
@@ -42,10 +54,21 @@ def weights_taken_out(model: ir.Model) -> Iterator[dict[str, ir.TensorProtocol]]
 def infer_types(model: ir.Model) -> None:
     """Give the values of a model the types and shapes that ONNX infers.
 
-    What has a type keeps it, sequences and optional values included. Where nothing can be
-    inferred, as behind an operator that ONNX does not know, a value stays as it is. Inputs and
-    outputs keep the shapes that the file gives them.
+    What has a type keeps it, sequences and optional values included. Behind an operator that ONNX
+    does not know ONNX Runtime is asked; where it does not know either, a value stays as it is.
+    Inputs and outputs keep the shapes that the file gives them.
     """
+    _infer_by_onnx(model)
+    unknown = {}
+    for node in model.graph:
+        for value in node.outputs:
+            if value.name and value.type is None:
+                unknown[value.name] = value
+    if unknown:
+        _infer_by_runtime(model, unknown)
+
+
+def _infer_by_onnx(model: ir.Model) -> None:
     try:
         with weights_taken_out(model):
             proto = ir.to_proto(model)
@@ -62,6 +85,38 @@ def infer_types(model: ir.Model) -> None:
             outside = value.is_graph_input() or value.is_graph_output()
             if other.shape is not None and not (outside and value.shape is not None):
                 value.shape = other.shape
+
+
+def _infer_by_runtime(model: ir.Model, unknown: Mapping[str, ir.Value]) -> None:
+    """Let tensors of the main graph have the types and shapes that ONNX Runtime finds."""
+    import onnxruntime
+
+    with weights_taken_out(model) as weights:
+        proto = ir.to_proto(model)
+    small = [tensor for tensor in proto.graph.initializer if tensor.name not in weights]
+    del proto.graph.initializer[:]
+    proto.graph.initializer.extend(small)
+    given = {value.name for value in proto.graph.input}
+    for name, tensor in weights.items():
+        if name not in given:
+            info = onnx.helper.make_tensor_value_info(name, int(tensor.dtype), shape_of(tensor))
+            proto.graph.input.append(info)
+    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in unknown)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        session = onnxruntime.InferenceSession(
+            proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+    except Exception:  # ONNX Runtime's errors have no common class of their own
+        return
+    for found in session.get_outputs():
+        if found.name in unknown and found.type in TENSORS:
+            value = unknown[found.name]
+            value.type = ir.TensorType(TENSORS[found.type])
+            if found.shape:  # none and a scalar's look alike
+                value.shape = ir.Shape(found.shape)
 
 
 def _values(graph: ir.Graph) -> Iterator[ir.Value]:
