@@ -257,13 +257,14 @@ def run(
     results: list[dict[str, Any]] = []
     code = 0
     for name, *words in steps(recipe, commands):
+        said = StringIO()
         out = sys.stdout
         if as_json:
-            words, out = ["--json", *words], StringIO()
+            words, out = ["--json", *words], said
         with redirect_stdout(out):
             code = commands[name].main(words, f"ffmerge {name}", standalone_mode=False) or 0
-        if isinstance(out, StringIO):
-            value = json.loads(out.getvalue())
+        if as_json:
+            value = json.loads(said.getvalue())
             results.append({"command": name, "exit_code": code, "result": value})
         if code:
             break

@@ -8,7 +8,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path, PureWindowsPath
@@ -254,19 +254,39 @@ def plain(value: Any) -> dict[str, Any]:
 
 
 def restored(kind: Any, value: Any) -> Any:
-    """Return a value of the dataclass ``kind`` from what :func:`plain` made of it.
+    """Return a value of the type ``kind`` from what :func:`plain` made of it.
+
+    ``kind`` is a dataclass, a plain type, or a tuple, a mapping or a choice of such.
 
     Raises:
         TypeError, KeyError: a key is unknown or missing, or a value is of another kind.
     """
-    if isinstance(kind, UnionType) and value is not None:
-        kind = get_args(kind)[0]
-    if isinstance(kind, type) and is_dataclass(kind) and value is not None:
+    members = get_args(kind)
+    if isinstance(kind, UnionType):
+        return _restored_as_one_of(members, value)
+    if is_dataclass(kind) and isinstance(value, dict):
         kinds = get_type_hints(kind)
-        return kind(**{name: restored(kinds[name], item) for name, item in {**value}.items()})
-    if get_origin(kind) is tuple:
-        return tuple(restored(get_args(kind)[0], item) for item in value)
-    return value
+        return kind(**{name: restored(kinds[name], item) for name, item in value.items()})
+    if get_origin(kind) is tuple and isinstance(value, list):
+        if members[-1] is ...:
+            members = members[:1] * len(value)
+        return tuple(restored(member, item) for member, item in zip(members, value, strict=True))
+    if get_origin(kind) is Mapping and isinstance(value, dict):
+        return {name: restored(members[1], item) for name, item in value.items()}
+    if kind is float and type(value) is int:
+        return value
+    if kind is Any or type(value) is kind:
+        return value
+    raise TypeError(f"{str(value)[:40]!r} is of another kind")
+
+
+def _restored_as_one_of(kinds: Sequence[Any], value: Any) -> Any:
+    for kind in kinds:
+        try:
+            return restored(kind, value)
+        except (TypeError, KeyError):
+            continue
+    raise TypeError(f"{str(value)[:40]!r} is of another kind")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -33,8 +33,18 @@ class Reference:
     about: Mapping[str, str]
 
     def feeds(self, graph: GraphRecord, case: int) -> dict[str, Array]:
-        """Return the inputs of one case of a graph."""
-        return graph.probe.feeds(case, self.real(graph))
+        """Return the inputs of one case of a graph.
+
+        Raises:
+            InputError: what the manifest says of them means nothing.
+        """
+        try:
+            return graph.probe.feeds(case, self.real(graph))
+        except (ValueError, TypeError, LookupError, OverflowError, MemoryError) as error:
+            raise InputError(
+                f"{self.folder} describes inputs of {graph.path} that cannot be made: {error}. "
+                "Export the package again."
+            ) from error
 
     def expected(self, graph: GraphRecord, case: int, output: str) -> Array | None:
         """Return what is stored of the output that PyTorch gave, if anything is."""
