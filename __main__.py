@@ -307,7 +307,7 @@ def _told(error: Exception) -> tuple[str, int]:
         return str(error), error.exit_code
     if isinstance(error, OSError) and error.errno in _FULL:
         return f"{error.filename or 'the disk'} cannot be written: {error.strerror}.", 2
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # PyTorch's
         return "there is not enough memory for this: give fewer rows at a time (--batch-size).", 2
     what = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
     return (

@@ -91,7 +91,10 @@ def model_class(config: Any, folder: Path, trust_remote_code: bool = False) -> A
     Raises:
         InputError: transformers has no such class, or it is in code that must not be run.
     """
-    names = list(config.architectures or [])
+    names = config.architectures or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{folder / 'config.json'}: architectures must be a list of class names.")
+    names = [*names]
     remote = _remote_classes(getattr(config, "auto_map", None))
     if remote and trust_remote_code:
         return _class_from_code(remote, names, folder)

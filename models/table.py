@@ -71,6 +71,10 @@ def _loaded(datasets: Any, source: str, path: Path) -> Any:
     if path.suffix in _BUILDERS and path.is_file():
         if not path.stat().st_size:
             raise InputError(f"the data in {source} is empty.")
+        if path.suffix != ".parquet":
+            with path.open("rb") as lines:
+                for line in lines:
+                    line.decode()  # now, and not when a row is asked for
         options = {"sep": "\t"} if path.suffix == ".tsv" else {}
         builder = _BUILDERS[path.suffix]
         return datasets.load_dataset(builder, data_files=str(path), split="train", **options)
