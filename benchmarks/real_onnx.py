@@ -134,6 +134,8 @@ def measure_tool(
         got, ms = run(target, feeds)
     except Exception as reason:  # ONNX Runtime's errors have no common class of their own
         return {**found, "failed": "does not run", "reason": " ".join(str(reason).split())[:200]}
+    if [output.shape for output in got] != [output.shape for output in expected]:
+        return {**found, "failed": "outputs of another shape", "ms": ms}
     return {**found, "error": error(expected, got), "ms": ms}
 
 
@@ -231,7 +233,8 @@ def table(rows: dict[str, Any]) -> Iterator[str]:
 def cell(found: dict[str, Any]) -> str:
     """Return size and error, or what failed."""
     if "failed" in found:
-        return str(found["failed"])
+        size = f"{found['mb']:.2f}, " if "mb" in found else ""
+        return size + str(found["failed"])
     return f"{found['mb']:.2f}, {found['error']:.1e}"
 
 
