@@ -261,23 +261,25 @@ def restored(kind: Any, value: Any) -> Any:
     Raises:
         TypeError, KeyError: a key is unknown or missing, or a value is of another kind.
     """
-    members = get_args(kind)
-    if isinstance(kind, UnionType):
+    members, origin = get_args(kind), get_origin(kind)
+    if origin is UnionType:
         return _restored_as_one_of(members, value)
-    if is_dataclass(kind) and isinstance(value, dict):
+    if origin is tuple and isinstance(value, list):
+        return _restored_tuple(members, value)
+    if isinstance(value, dict) and is_dataclass(kind):
         kinds = get_type_hints(kind)
         return kind(**{name: restored(kinds[name], item) for name, item in value.items()})
-    if get_origin(kind) is tuple and isinstance(value, list):
-        if members[-1] is ...:
-            members = members[:1] * len(value)
-        return tuple(restored(member, item) for member, item in zip(members, value, strict=True))
-    if get_origin(kind) is Mapping and isinstance(value, dict):
+    if isinstance(value, dict) and origin is Mapping:
         return {name: restored(members[1], item) for name, item in value.items()}
-    if kind is float and type(value) is int:
-        return value
-    if kind is Any or type(value) is kind:
+    if type(value) is kind or kind is Any or (kind is float and type(value) is int):
         return value
     raise TypeError(f"{str(value)[:40]!r} is of another kind")
+
+
+def _restored_tuple(kinds: Sequence[Any], values: Sequence[Any]) -> tuple[Any, ...]:
+    if kinds[-1] is ...:
+        kinds = kinds[:1] * len(values)
+    return tuple(restored(kind, value) for kind, value in zip(kinds, values, strict=True))
 
 
 def _restored_as_one_of(kinds: Sequence[Any], value: Any) -> Any:

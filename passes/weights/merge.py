@@ -7,10 +7,12 @@ but the tie: the model stays as it is, and other methods can be compared with.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
 
 from ffmerge.config import MergeConfig, parse_budget
 from ffmerge.errors import InputError
@@ -120,15 +122,21 @@ def choose(
         now = next(point for point in frontier if point.groups == now.groups)  # not rounded
     else:
         now, merged = _search_windows(trials, searches)
-    for weights in merged.values():
-        if isinstance(weights, SharedWeights):
-            check_merged(method.name, [weights.shared, *weights.own])
+    check_merged(method.name, _tensors_of(merged))
     metric: dict[str, Any] = {"before": None, "merged": None, "recovered": None, "name": None}
     if score:
         metric |= {"before": before.value, "merged": now.value, "name": score.name}
     metric |= {**chosen, "examples": len(held_out or ())}
     record = _record(model, method, merged, metric)
     return Merge(record, tuple(trials.tried), frontier), merged
+
+
+def _tensors_of(merged: Merged) -> Iterator[Mapping[Any, Tensor]]:
+    """Yield what was made to be shared, and what each layer has for itself."""
+    for weights in merged.values():
+        if isinstance(weights, SharedWeights):
+            yield weights.shared
+            yield from weights.own
 
 
 def _check_needs_no_data(method: Method, searches: Sequence[Sequence[Choice]]) -> None:
