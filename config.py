@@ -20,7 +20,7 @@ Default = TypeVar("Default")
 CRITERIA = ("metric", "fidelity")
 PARTS = ("merged", "all")  # of a model, to recover
 MIXED_PRECISION = ("no", "bf16")
-DTYPES = ("fp32", "fp16", "int8", "int8-static", "int8-weights", "int4")
+DTYPES = ("fp32", "fp16", "int8", "int8-dynamic", "int8-static", "int4")
 LAYOUTS = ("optimum", "transformers.js")
 OPSETS = range(7, 24)  # ONNX Runtime still runs 7; 23 is the last that PyTorch exports
 
@@ -357,21 +357,22 @@ class ShareConfig:
 class QuantizeConfig:
     """How weights are stored in fewer bits, for those who call the graph passes.
 
-    ``block`` input features share a scale in int4 and int8-weights. ``calibration`` are the
-    batches from which int8-static takes its ranges, inputs of the graph by name. ``multiplied``
-    names weights that another graph of the package multiplies by: a table among them is stored as
-    it is there. ``plain_lookups`` unpacks the rows of every int4 table by standard operators:
-    onnxruntime-web has no GatherBlockQuantized for wasm.
+    ``block`` input features share a scale in int8 and int4, by default as many as
+    ``models/codes.py`` says. ``calibration`` are the batches from which int8-static takes its
+    ranges, inputs of the graph by name. ``multiplied`` names weights that another graph of the
+    package multiplies by: a table among them is stored as it is there. ``plain_lookups`` unpacks
+    the rows of every table in blocks by standard operators: onnxruntime-web has no
+    GatherBlockQuantized for wasm.
     """
 
-    block: int = 32
+    block: int | None = None
     calibration: Sequence[Mapping[str, Any]] = ()
     multiplied: frozenset[str] = frozenset()
     plain_lookups: bool = False
 
     def __post_init__(self) -> None:
         """Refuse a block that no kernel takes."""
-        if self.block < 16 or self.block & (self.block - 1):
+        if self.block is not None and (self.block < 16 or self.block & (self.block - 1)):
             raise InputError(f"a block of {self.block} is not a power of two from 16 on.")
 
 

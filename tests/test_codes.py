@@ -38,7 +38,7 @@ def test_two_neighbours_do_not_saturate_16_bits() -> None:
 def test_the_largest_of_a_block_has_the_code_0(bits: int, most: int) -> None:
     """Whatever its sign: the scale takes the sign."""
     values = np.linspace(-1, 3, 40, dtype=np.float32)[None]
-    codes, scales = block_codes(values, bits)
+    codes, scales = block_codes(values, bits, 32)
     assert codes.shape == (1, 2, 32) and scales.shape == (1, 2)
     for block in range(2):
         own = values[0, 32 * block : 32 * block + 32]

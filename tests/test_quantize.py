@@ -65,7 +65,7 @@ def test_two_gemms_of_one_square_weight_where_quantize_dynamic_is_wrong(tmp_path
     quantize_dynamic(tmp_path / "in.onnx", tmp_path / "ort.onnx", weight_type=QuantType.QInt8)
     expected = np.maximum(x @ weights["W"].T + weights["c"], 0) @ weights["W"].T + weights["c"]
     assert relative(run(str(tmp_path / "ort.onnx"), x=x)[0], expected) > 0.5  # measured 1.05
-    result = share_model(build(GEMMS, **weights), dtype="int8")
+    result = share_model(build(GEMMS, **weights), dtype="int8-dynamic")
     assert relative(run(result.model, x=x)[0], expected) < 0.02  # measured 0.0097
     assert ops(result.model)["MatMulInteger"] == 2
     assert array(result.model, "W").dtype == np.int8
@@ -99,18 +99,20 @@ def test_dynamic_int8_is_the_arithmetic_of_the_specification(text):
     weights, x = {"W": normal(64, 64)}, normal(5, 64, seed=2)
     if text == GEMMS:
         weights["c"] = normal(64, seed=1)
-    result = lower(build(text, **weights), "int8")
+    result = lower(build(text, **weights), "int8-dynamic")
     w = weights["W"].T if text == GEMMS else weights["W"]
     # the largest that 8 bits, and two neighbours' sum in the 16 bits of x86, must hold
     scale = np.abs([*w, *(w[::2] + w[1::2])]).max(0) / 127
     codes = np.rint(w / scale)
 
     def product(values):
+        largest = np.abs(values).max(-1, keepdims=True)
+        values = values / largest
         low, high = min(values.min(), 0), max(values.max(), 0)
         step = (high - low) / 255
         zero = np.rint(-low / step)
         whole = np.clip(np.rint(values / step) + zero, 0, 255) - zero
-        return whole @ codes * (step * scale) + weights.get("c", 0)
+        return whole @ codes * (step * scale) * largest + weights.get("c", 0)
 
     expected = product(np.maximum(product(x), 0))
     # a code on a rounding edge may go the other way: one step of one input
@@ -125,16 +127,44 @@ def test_int8_products_do_not_saturate_on_any_processor(rows):
     weight = np.linspace(0.5, 1, 256, dtype="f") * np.ones((rows, 1), "f")
     model = build(f"(float[n,{rows}] x) => (float[n,256] y) {{ y = MatMul(x, W) }}", W=weight)
     x = np.ones((3, rows), "f")
-    result = share_model(model, dtype="int8")
+    result = share_model(model, dtype="int8-dynamic")
     assert relative(run(result.model, x=x)[0], x @ weight) < 0.01  # measured 0.008; was 0.49
     codes = array(result.model, "W").astype(int)
     assert np.abs(codes[:-1:2] + codes[1::2]).max() <= 128
 
 
+OUTLIER = {
+    "matmul": "(float[b,s,256] x) => (float[b,s,256] y) { y = MatMul(x, W) }",
+    "gemm": "(float[b,256] x) => (float[b,256] y) { y = Gemm<transB=1>(x, W, c) }",
+    "shared": """(float[b,s,256] x) => (float[b,s,256] y) {
+        p = MatMul(x, W) q = Add(x, x) r = MatMul(q, W) y = Add(p, r) }""",
+}
+
+
+@pytest.mark.parametrize("opset", [13, 17, 18, 21])
+@pytest.mark.parametrize("precision", ["int8", "int8-dynamic"])
+@pytest.mark.parametrize("case", OUTLIER)
+def test_a_token_of_large_values_leaves_the_others_their_digits(case, precision, opset):
+    """A trained Llama's reaches 2,824 where the median is 0.06; and a row may be all zero."""
+    weights = {"W": normal(256, 256) / 16}
+    if case == "gemm":
+        weights["c"] = normal(256, seed=1)
+    x = normal(2, 6, 256, seed=2)
+    x[0, 0] *= 1000
+    x[1, 3] *= 1e-4
+    x[1, 5] = 0
+    x = x.reshape(12, 256) if case == "gemm" else x
+    expected = run(build(OUTLIER[case], opset, **weights), x=x)[0]
+    got = run(lower(build(OUTLIER[case], opset, **weights), precision).model, x=x)[0]
+    off = np.linalg.norm(got - expected, axis=-1)
+    # measured 0.010 and 0.013; in one range for all rows 1.0
+    assert (off <= 0.02 * np.linalg.norm(expected, axis=-1)).all()
+
+
 def test_int8_table_is_read_row_by_row():
     table = normal(50, 40) * np.linspace(0.1, 10, 50, dtype="f")[:, None]
     model = build("(int64[b,s] i) => (float[b,s,40] y) { y = Gather(W, i) }", W=table)
-    result = lower(model, "int8")
+    result = lower(model, "int8-dynamic")
     scale = np.abs(table).max(1, keepdims=True) / np.float32(127)
     values = np.rint(table / scale) * scale
     ids = np.array([[1, 5], [0, 49]])
@@ -142,7 +172,7 @@ def test_int8_table_is_read_row_by_row():
     assert result.bytes_after == 50 * 40 + 4 * 50
 
 
-@pytest.mark.parametrize("precision", ["int4", "int8-weights"])
+@pytest.mark.parametrize("precision", ["int4", "int8"])
 @pytest.mark.parametrize("transposed", [True, False])
 def test_weights_in_blocks_by_hand(transposed, precision):
     weight, x = normal(72, 48), normal(5, 72, seed=1)  # 72 is not whole blocks of 32
@@ -154,15 +184,17 @@ def test_weights_in_blocks_by_hand(transposed, precision):
     result = lower(model, precision)
     bits = 4 if precision == "int4" else 8
     unpack = nibbles if bits == 4 else np.asarray
-    codes = unpack(array(result.model, "W")).reshape(48, 3, 32).astype(np.float32)
+    block = 32 if bits == 4 else 64
+    blocks = -(-72 // block)
+    codes = unpack(array(result.model, "W")).reshape(48, blocks, block).astype(np.float32)
     scale = array(result.model, "W/scale")
-    values = ((codes - 2 ** (bits - 1)) * scale[..., None]).reshape(48, 96)[:, :72].T
+    values = ((codes - 2 ** (bits - 1)) * scale[..., None]).reshape(48, -1)[:, :72].T
     # half a step, and a whole one where a block's other end is cut off
-    step = np.repeat(np.abs(scale), 32, 1)[:, :72].T
+    step = np.repeat(np.abs(scale), block, 1)[:, :72].T
     assert (np.abs(values - weight) <= step * 1.001).all()
     assert np.mean(np.abs(values - weight) <= step * 0.501) > 0.95
     assert relative(run(result.model, x=x)[0], x @ values) < 2e-2  # measured 6e-3: x in int8
-    assert result.bytes_after == 48 * 96 * bits // 8 + 48 * 3 * 4
+    assert result.bytes_after == 48 * blocks * (block * bits // 8 + 4)
 
 
 LOOKUP = "(int64[b,s] i) => (float[b,s,96] y) { y = Gather(W, i) }"
@@ -195,7 +227,7 @@ def test_int4_table_alone():
 def test_an_input_of_several_weights_is_quantized_once():
     text = "(float[n,64] x) => (float[n,64] y) { p = MatMul(x, W) q = MatMul(x, V) y = Add(p, q) }"
     model = build(text, W=normal(64, 64), V=normal(64, 64, seed=1))
-    assert ops(share_model(model, dtype="int8").model)["DynamicQuantizeLinear"] == 1
+    assert ops(share_model(model, dtype="int8-dynamic").model)["DynamicQuantizeLinear"] == 1
 
 
 @pytest.mark.parametrize("precision", LOWER)
@@ -204,7 +236,7 @@ def test_tied_table_and_head_are_one_tensor(precision, tmp_path):
     tie = Tie("W", ("W", "head"))
     first = share_model(build(TIED, W=table), [tie])
     result = lower(first.model, precision, {"i": IDS, "x": x})
-    bits, scales = (4 if precision == "int4" else 8), {"int4": 97 * 2, "int8-weights": 97 * 2}
+    bits, scales = (4 if precision == "int4" else 8), {"int4": 97 * 2}
     assert array(result.model, "W").nbytes == 97 * 64 * bits // 8
     assert array(result.model, "W/scale").size == scales.get(precision, 97)
     ir.save(result.model, tmp_path / "m.onnx")
@@ -375,7 +407,7 @@ def test_families_are_whole_and_close(family, precision, tmp_path):
     cosine = got @ expected / np.linalg.norm(got) / np.linalg.norm(expected)
     # measured from 0.9999988 in fp16, 0.9996 by blocks, and 0.9994 in other 8 bits, on x86 without
     # VNNI, where codes that it saturates gave 0.924
-    bounds = {"fp16": 0.99999, "int8": 0.995, "int8-static": 0.995}
+    bounds = {"fp16": 0.99999, "int8-dynamic": 0.995, "int8-static": 0.995}
     assert cosine > bounds.get(precision, 0.997)
 
 

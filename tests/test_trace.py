@@ -46,7 +46,7 @@ def test_every_node_is_near_pytorchs(package: Path) -> None:
     assert locate(graph, stored, runtime, "all", 1e-4) is not None
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16", "int8", "int8-weights", "int4"])
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "int8", "int8-dynamic", "int4"])
 def test_the_trace_is_pytorchs_float32_in_every_precision(dtype: str, tmp_path: Path) -> None:
     """A value of the graph is what a hook on the module sees, whatever the graph's weights are."""
     model, generator = vit(layers=2), torch.Generator().manual_seed(0)

@@ -107,8 +107,9 @@ def test_a_merged_package_runs_on_webgpu(
         assert webgpu["device"] == "webgpu, in software"
 
 
-def test_int4_runs_on_webgpu(settings: dict[str, str], tmp_path: Path) -> None:
-    export(gpt2(), tmp_path / "package", ExportConfig(dtype="int4"))
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_blocks_run_on_webgpu(dtype: str, settings: dict[str, str], tmp_path: Path) -> None:
+    export(gpt2(), tmp_path / "package", ExportConfig(dtype=dtype))
     code, result = run(tmp_path / "package", "--provider", "webgpu", **settings)
     (webgpu,) = result["providers"]
     assert code == 0, webgpu["reason"]
@@ -119,7 +120,7 @@ def test_int8_products_are_left_to_the_processor_and_that_fails(
     settings: dict[str, str], tmp_path: Path
 ) -> None:
     """ONNX Runtime's WebGPU has no MatMulInteger: correct, but not what was asked for."""
-    export(vit(), tmp_path / "package", ExportConfig(dtype="int8"))
+    export(vit(), tmp_path / "package", ExportConfig(dtype="int8-dynamic"))
     code, result = run(tmp_path / "package", "--provider", "webgpu", **settings)
     (webgpu,) = result["providers"]
     assert code == 1

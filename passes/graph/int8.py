@@ -3,7 +3,8 @@
 :func:`ffmerge.passes.graph.quantize.quantize` has chosen the matrices; each is stored once, as
 codes and one scale for each output feature, and all its products and lookups are rewritten.
 
-* :func:`to_dynamic` gives MatMulInteger behind DynamicQuantizeLinear: no data is needed.
+* :func:`to_dynamic` gives MatMulInteger behind DynamicQuantizeLinear, in a range for each row of
+  the input: no data is needed, and no operator but ONNX's own.
 * :func:`to_static` gives QDQ form, QuantizeLinear and DequantizeLinear around float MatMuls, which
   is what NPUs take; the ranges of the inputs come from calibration batches.
 * :func:`read_dequantized` is for weights that some node reads in another way than these.
@@ -23,10 +24,16 @@ from ffmerge.passes.graph.rewrite import Rewrite, bias_of, replace_tensor, store
 from ffmerge.passes.graph.tensors import is_op, shape_of, values_of
 
 _FLOAT = ir.DataType.FLOAT
+AXES_AS_INPUT = 18  # the opset from which a reduction reads its axes as an input
 
 
 def to_dynamic(model: ir.Model, matrices: Sequence[Matrix], config: QuantizeConfig) -> None:
-    """MatMul and Gemm become MatMulInteger on inputs that are quantized as they come."""
+    """MatMul and Gemm become MatMulInteger on inputs that are quantized as they come.
+
+    Each row is divided by its largest magnitude before, and its result multiplied by it: in one
+    range for all, a token with values a thousand times the others' would leave these no digits.
+    """
+    opset = model.opset_imports[""]
     quantized: dict[ir.Value, Sequence[ir.Value]] = {}
     for matrix in matrices:
         matrix = as_matmuls(matrix, model.graph)
@@ -34,21 +41,28 @@ def to_dynamic(model: ir.Model, matrices: Sequence[Matrix], config: QuantizeConf
         for node in matrix.products:
             x = node.inputs[0]
             assert x is not None
-            if x not in quantized:
-                quantized[x] = _quantize_dynamically(x)
-            codes, x_scale, zero = quantized[x]
             new = Rewrite(node, model.graph)
+            if x not in quantized:
+                quantized[x] = _quantize_dynamically(x, new, opset)
+            largest, codes, x_scale, zero = quantized[x]
             total = new.op("Cast", new.op("MatMulInteger", codes, matrix.weight, zero), to=_FLOAT)
-            new.take_place(new.op("Mul", total, new.op("Mul", x_scale, scale)))
+            of_rows = new.op("Mul", total, new.op("Mul", x_scale, scale))
+            new.take_place(new.op("Mul", of_rows, largest))
 
 
-def _quantize_dynamically(x: ir.Value) -> Sequence[ir.Value]:
-    """Return codes, scale and zero point of a value, measured when it comes."""
-    assert x.graph is not None
+def _quantize_dynamically(x: ir.Value, new: Rewrite, opset: int) -> Sequence[ir.Value]:
+    """Return of a value the largest magnitude of each row, and codes, scale and zero point."""
+    inputs, axes = [x], {"axes": [-1]}
+    if opset >= AXES_AS_INPUT:
+        inputs, axes = [x, new.constant(np.array([-1]))], {}
+    high = new.op("ReduceMax", *inputs, keepdims=1, **axes)
+    low = new.op("ReduceMin", *inputs, keepdims=1, **axes)
+    tiny = new.constant(np.array(np.finfo(np.float32).tiny))  # of a row of zeros
+    largest = new.op("Max", high, new.op("Neg", low), tiny)
     parts = [ir.Value(name=f"{x.name}/{part}") for part in ("int8", "scale", "zero")]
-    name = f"{x.name}/DynamicQuantizeLinear"
-    x.graph.append(ir.Node("", "DynamicQuantizeLinear", [x], outputs=parts, name=name))
-    return parts
+    name, rows = f"{x.name}/DynamicQuantizeLinear", new.op("Div", x, largest)
+    new.nodes.append(ir.Node("", "DynamicQuantizeLinear", [rows], outputs=parts, name=name))
+    return [largest, *parts]
 
 
 def to_static(

@@ -2,7 +2,7 @@
 
 :func:`quantize` is the entry, called by :func:`ffmerge.passes.graph.run.share` on a model that is
 shared already. It decides which weights are stored in fewer bits, and says why of all others;
-``float16.py``, ``int8.py`` and ``int4.py`` then rewrite the graph. A quantized weight keeps its
+``blocks.py``, ``int8.py`` and ``float16.py`` then rewrite the graph. A quantized weight keeps its
 name, so that ties and whatever else knows it stay true.
 """
 
@@ -12,9 +12,9 @@ import onnx_ir as ir
 
 from ffmerge.config import DTYPES, QuantizeConfig
 from ffmerge.errors import InputError
-from ffmerge.models.codes import FLOOR
+from ffmerge.models.codes import BLOCKS, FLOOR
 from ffmerge.models.manifest import Skip
-from ffmerge.passes.graph import int4, int8
+from ffmerge.passes.graph import blocks, int8
 from ffmerge.passes.graph.float16 import MASK, to_float16
 from ffmerge.passes.graph.infer import infer_types
 from ffmerge.passes.graph.matrix import Matrix, matrix_of
@@ -22,7 +22,7 @@ from ffmerge.passes.graph.rewrite import read_in_float32
 from ffmerge.passes.graph.share import names_of
 from ffmerge.passes.graph.tensors import Stored, is_op, shape_of, stored, values_of
 
-BITS = {"int8-weights": 8, "int4": 4}  # of those stored in blocks
+BITS = {"int8": 8, "int4": 4}  # of those stored in blocks
 # Of these a weight is quantized, as what it is in float32.
 QUANTIZED = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 OPSET = 13  # from which DequantizeLinear has a scale per channel
@@ -45,14 +45,16 @@ def quantize(
     infer_types(model)
     if precision == "fp16":
         return tuple(to_float16(model))
-    matrices, skipped = _matrices(model, config, config.block if precision in BITS else 1)
-    if precision == "int8":
+    if precision in BITS:
+        config = replace(config, block=config.block or BLOCKS[BITS[precision]])
+    matrices, skipped = _matrices(model, config, config.block if precision in BITS else None)
+    if precision == "int8-dynamic":
         int8.to_dynamic(model, matrices, config)
     elif precision == "int8-static":
         skipped += int8.to_static(model, matrices, config)
     else:
         for matrix in matrices:
-            int4.to_blocks(model, matrix, BITS[precision], config)
+            blocks.to_blocks(model, matrix, BITS[precision], config)
     return tuple(skipped)
 
 
@@ -67,7 +69,7 @@ def _check(model: ir.Model, precision: str, config: QuantizeConfig) -> None:
 
 
 def _matrices(
-    model: ir.Model, config: QuantizeConfig, block: int
+    model: ir.Model, config: QuantizeConfig, block: int | None
 ) -> tuple[list[Matrix], list[Skip]]:
     """Return the matrices to quantize, and a reason for every other weight.
 
@@ -97,14 +99,14 @@ def _matrices(
     return matrices, skipped
 
 
-def _matrix(weight: ir.Value, block: int) -> Matrix | str:
-    """Return a weight as a matrix that can be stored in blocks, or why it cannot."""
+def _matrix(weight: ir.Value, block: int | None) -> Matrix | str:
+    """Return a weight as a matrix that can be stored, in blocks if so, or why it cannot."""
     assert weight.const_value is not None
     shape = shape_of(weight.const_value)
     if len(shape) != 2:
         return "it is not a matrix"
     matrix = matrix_of(weight)
-    if block == 1 or isinstance(matrix, str) or not matrix.lookups:
+    if block is None or isinstance(matrix, str) or not matrix.lookups:
         return matrix
     if matrix.products and not matrix.turned:
         return "its rows are looked up, and it is multiplied by without a transpose"

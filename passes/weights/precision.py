@@ -1,8 +1,8 @@
 """A model as a package in fewer bits would compute it, without making the package.
 
 The search of a budget and ``compare`` ask for the size of the weights, and measure the effect of
-rounding them, and for int8 of rounding what they are multiplied by. The codes are those of a
-package: ``models/codes.py``.
+rounding them, and for int8 and int4 of rounding what they are multiplied by. The codes are those
+of a package: ``models/codes.py``.
 """
 
 from collections.abc import Iterator
@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ffmerge.models import codes
-from ffmerge.models.codes import AT_ONCE, BLOCK, FLOOR, Array
+from ffmerge.models.codes import AT_ONCE, BLOCKS, FLOOR, Array
 
 PRODUCTS = (nn.Linear, Conv1D)
 ROUNDED = (*PRODUCTS, nn.Embedding, nn.Conv1d, nn.Conv2d)
 DTYPES = ("fp32", "fp16", "int8", "int4")
+BITS = {"int8": 8, "int4": 4}  # of weights in blocks
 
 
 def bytes_of(model: nn.Module, dtype: str) -> int:
@@ -35,8 +36,9 @@ def bytes_of(model: nn.Module, dtype: str) -> int:
             total += 2 * count
         elif dtype == "fp32" or parameter.ndim < 2 or count < FLOOR:
             total += 4 * count
-        elif dtype == "int4" and parameter.ndim == 2:
-            total += count // 2 + 4 * (count // BLOCK)
+        elif parameter.ndim == 2:
+            bits = BITS[dtype]
+            total += count * bits // 8 + 4 * (count // BLOCKS[bits])
         else:
             total += count + 4 * max(parameter.shape)
     return total
@@ -58,30 +60,27 @@ def rounded(model: nn.Module, dtype: str) -> Iterator[None]:
         yield
 
 
-def to_dtype(weight: Tensor, dtype: str, summed: bool = True) -> Tensor:
+def to_dtype(weight: Tensor, dtype: str) -> Tensor:
     """Return a (rows, columns) weight as ``dtype`` can hold it, in its own type.
 
-    The columns of a row are multiplied with an input and summed, if ``summed``; int4 has a scale
-    for each 32 of them, int8 one for each row. Rows are rounded some at a time: a table of half a
-    gigabyte would take four times as much in between.
+    int8 and int4 have a scale for each block of a row's columns. Rows are rounded some at a time: a
+    table of half a gigabyte would take four times as much in between.
     """
     new = torch.empty_like(weight, memory_format=torch.contiguous_format)
     step = max(1, AT_ONCE // max(1, weight.shape[1]))
     for start in range(0, len(weight), step):
         some = slice(start, start + step)
         values = weight[some].float().cpu().numpy()
-        new[some] = torch.from_numpy(_rounded_values(values, dtype, summed))
+        new[some] = torch.from_numpy(_rounded_values(values, dtype))
     return new
 
 
-def _rounded_values(values: Array, dtype: str, summed: bool) -> Array:
+def _rounded_values(values: Array, dtype: str) -> Array:
     if dtype == "fp16":
         return values.astype(np.float16)
-    if dtype == "int8":
-        whole, scale = codes.int8_codes(values, axis=1, paired=summed)
-        return whole * scale
-    whole, scales = codes.block_codes(values, bits=4)
-    return codes.block_values(whole, scales, bits=4, width=values.shape[1])
+    bits = BITS[dtype]
+    whole, scales = codes.block_codes(values, bits)
+    return codes.block_values(whole, scales, bits, width=values.shape[1])
 
 
 def _rounded_weight(module: Any, dtype: str) -> Tensor:
@@ -89,27 +88,30 @@ def _rounded_weight(module: Any, dtype: str) -> Tensor:
     weight, turned = module.weight.data, isinstance(module, Conv1D)
     if weight.numel() < FLOOR and dtype != "fp16":
         return weight
-    if weight.ndim > 2 and dtype == "int4":
-        dtype = "int8"
     rows = weight.T if turned else weight
-    new = to_dtype(rows.flatten(1), dtype, summed=isinstance(module, PRODUCTS)).view(rows.shape)
+    if weight.ndim > 2 and dtype != "fp16":
+        whole, scale = codes.int8_codes(rows.flatten(1).float().cpu().numpy(), axis=1)
+        return torch.from_numpy(whole * scale).to(weight).view(rows.shape)
+    new = to_dtype(rows.flatten(1), dtype).view(rows.shape)
     return new.T if turned else new
 
 
-def rounded_input(x: Tensor) -> Tensor:
-    """Return what an int8 product reads of ``x``: one range for the whole of it, zero included."""
-    scale, zero = codes.range_scale(min(float(x.amin()), 0), max(float(x.amax()), 0))
-    step, middle = float(scale), int(zero)
-    return ((x / step + middle).round().clamp(0, 255) - middle) * step
+def rounded_input(x: Tensor, block: int) -> Tensor:
+    """Return what a product reads of ``x``: codes of 8 bits, a range for each block of a row."""
+    width = x.shape[-1]
+    filled = nn.functional.pad(x, (0, -width % block)).unflatten(-1, (-1, block))
+    step = filled.abs().amax(-1, keepdim=True) / 127
+    codes_of = (filled / step.where(step != 0, 1)).round()
+    return (codes_of * step).flatten(-2)[..., :width]
 
 
 def _round_(whole: list[Tensor], dtype: str, module: Any, args: tuple[Any, ...]) -> Any:
     weight = module.weight
     whole.append(weight.data)
     weight.data = _rounded_weight(module, dtype)
-    if dtype != "int8" or weight.numel() < FLOOR or not isinstance(module, PRODUCTS):
+    if dtype not in BITS or weight.numel() < FLOOR or not isinstance(module, PRODUCTS):
         return None
-    return (rounded_input(args[0]), *args[1:])
+    return (rounded_input(args[0], BLOCKS[BITS[dtype]]), *args[1:])
 
 
 def _restore_(whole: list[Tensor], module: Any, *_: Any) -> None:
