@@ -135,7 +135,8 @@ def measure_tool(tool: str, source: Path, target: Path, expected: list[Any]) -> 
         failed = "does not run" if target.exists() else "fails"
         if done.returncode < 0:
             failed = f"dies of signal {-done.returncode}"
-        return {**found, "failed": failed, "reason": lines[-1][:200]}
+        reason = lines[-1].replace(str(source), source.name)
+        return {**found, "failed": failed, "reason": reason[:200]}
     seconds, ms = done.stdout.split()[-2:]
     found |= {"seconds": float(seconds), "ms": float(ms)}
     with np.load(results) as archive:
