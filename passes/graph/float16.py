@@ -35,6 +35,8 @@ SENSITIVE = {
     "ReduceMean", "ReduceProd", "ReduceSum", "ReduceSumSquare", "Sin", "Sinh",
     "SoftmaxCrossEntropyLoss", "Sqrt", "Tan",
 }  # fmt: skip
+# Whose float16 kernel loads, and fails in some modes when it runs.
+FAILING = ("Resize", "Upsample")
 SMALL = 1024  # bytes up to which a constant is cast for some of its consumers
 # From where on a constant is a mask's minus infinity, and what it becomes: two may be added.
 MASK, LIMIT = 1e30, 32768
@@ -192,7 +194,10 @@ def _form(node: ir.Node, kernels: Kernels) -> Form | None:
     """Return the float16 form of a node, None where it has none or may not compute in it."""
     if is_op(node, "ConstantOfShape"):
         return Form(frozenset(), frozenset({0}) if _is_float(node.outputs[0]) else frozenset())
-    if is_op(node, *SENSITIVE) or node.attributes.get_string("reduction", "none") != "none":
+    if (
+        is_op(node, *SENSITIVE, *FAILING)
+        or node.attributes.get_string("reduction", "none") != "none"
+    ):
         return None
     if is_op(node, "Cast"):
         return _form_of_cast(node)
