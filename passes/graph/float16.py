@@ -35,8 +35,8 @@ SENSITIVE = {
     "ReduceMean", "ReduceProd", "ReduceSum", "ReduceSumSquare", "Sin", "Sinh",
     "SoftmaxCrossEntropyLoss", "Sqrt", "Tan",
 }  # fmt: skip
-# Whose float16 kernel loads, and fails in some modes when it runs.
-FAILING = ("Resize", "Upsample")
+# What other runtimes lack in float16 (WebGPU), though ONNX Runtime loads it on a CPU.
+LACKING = ("Resize", "Upsample")
 SMALL = 1024  # bytes up to which a constant is cast for some of its consumers
 # From where on a constant is a mask's minus infinity, and what it becomes: two may be added.
 MASK, LIMIT = 1e30, 32768
@@ -195,7 +195,7 @@ def _form(node: ir.Node, kernels: Kernels) -> Form | None:
     if is_op(node, "ConstantOfShape"):
         return Form(frozenset(), frozenset({0}) if _is_float(node.outputs[0]) else frozenset())
     if (
-        is_op(node, *SENSITIVE, *FAILING)
+        is_op(node, *SENSITIVE, *LACKING)
         or node.attributes.get_string("reduction", "none") != "none"
     ):
         return None
