@@ -7,8 +7,9 @@ to :func:`model_of`, which unpacks the weights to float32.
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -85,7 +86,7 @@ def model_of(kind: Any, folder: Path, config: Any) -> tuple[Any, dict[str, Any]]
 def _one_sentence(file: Path) -> Iterator[None]:
     """Turn what goes wrong in a block into an InputError that names the file."""
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(StringIO()):  # it draws bars there
             warnings.simplefilter("ignore")
             yield
     except Exception as error:  # a reader of others, for a format of many forms

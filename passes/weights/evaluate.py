@@ -1,6 +1,7 @@
 """How good a model is on examples: its task metric, or without labels its fidelity."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ffmerge.errors import InputError
+from ffmerge.errors import FfmergeWarning, InputError
 from ffmerge.models.examples import Examples
 from ffmerge.models.inputs import forward
 from ffmerge.models.metrics import IGNORED, Metric, for_task, labels_of
@@ -64,6 +65,29 @@ def score_for(
         kept = _counted(model, batch, output, len(examples))
         original.append((kept, _vectors(output)[kept]))
     return Score("fidelity", _fidelity(original, examples, batch_size), True)
+
+
+def warn_near_chance(model: Any, name: str, value: float, rows: int) -> None:
+    """Warn if the original measures no better than guessing: then data or labels do not fit it.
+
+    For accuracy that is within two standard errors of one in so many classes; for perplexity
+    more than half the vocabulary.
+    """
+    if name == "accuracy":
+        guess = 1 / max(model.config.num_labels, 1)
+        near = value < min(guess + 2 * math.sqrt(guess * (1 - guess) / rows), 1)
+    elif name == "perplexity":
+        guess = float(model.config.get_text_config(decoder=True).vocab_size)
+        near = value > guess / 2
+    else:
+        return
+    if near:
+        warnings.warn(
+            f"the original's {name} is {value:.4g} on {rows} examples, and guessing gives "
+            f"{guess:.4g}: do the data and its labels fit this model?",
+            FfmergeWarning,
+            stacklevel=2,
+        )
 
 
 def _labelled(

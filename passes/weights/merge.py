@@ -27,7 +27,7 @@ from ffmerge.models.ties import SharedWeights
 from ffmerge.passes.weights import methods, rivals
 from ffmerge.passes.weights.cache import ActivationCache
 from ffmerge.passes.weights.calibrated import TOKENS
-from ffmerge.passes.weights.evaluate import score_for
+from ffmerge.passes.weights.evaluate import score_for, warn_near_chance
 from ffmerge.passes.weights.evidence import Statistics
 from ffmerge.passes.weights.methods import METHODS, Merged, Method, in_place, size_of
 from ffmerge.passes.weights.search import Candidate, Trials, groups_of, search_budget
@@ -111,6 +111,8 @@ def choose(
     statistics = Statistics(model, calibration, stacks, config, progress)
     trials = Trials(model, method, statistics, score, progress)
     before = trials.measured({})
+    if score and held_out is not None:
+        warn_near_chance(model, score.name, before.value, len(held_out))
     frontier: tuple[Candidate, ...] = ()
     chosen: dict[str, Any] = {}
     if config.budget:
