@@ -114,10 +114,10 @@ def _reason(path: Path, error: BaseException) -> str:
                     return f"line {number} is no JSON: {wrong}."
     while error.__cause__ is not None:  # datasets puts an error without a reason around it
         error = error.__cause__
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    if "no data" in lines[0] or isinstance(error, StopIteration):
+    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if "no data" in said or isinstance(error, StopIteration):
         return "it is empty."
-    return lines[0]
+    return said
 
 
 def of_table(

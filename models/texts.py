@@ -55,9 +55,9 @@ def direction(choices: Sequence[str], source: str, folder: str | Path | None) ->
     """
     file = Path(folder or "") / "tokenizer_config.json"
     settings = read_json(file) if file.is_file() else {}
-    named = (settings.get("source_lang"), settings.get("target_lang"))
-    if set(named) == set(choices):
-        return named
+    first, second = str(settings.get("source_lang")), str(settings.get("target_lang"))
+    if {first, second} == {*choices}:
+        return first, second
     first, second = choices
     warnings.warn(
         f"{source} is read as {first} to {second}: give --text-column and --target-column for "
