@@ -40,7 +40,8 @@ def read_npz(path: Path) -> dict[str, Array]:
         raise
     except Exception as error:  # zip, decompressors and numpy each raise errors of their own
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"{path} cannot be read as an .npz of arrays: {lines[0]}") from error
+        reason = lines[0].rstrip(".")
+        raise InputError(f"{path} cannot be read as an .npz of arrays: {reason}.") from error
 
 
 def _check_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:

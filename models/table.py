@@ -38,7 +38,7 @@ _TARGET_COLUMNS = ("target", "tgt", "output", "highlights", "summary", "answer")
 _SPOKEN_COLUMNS = ("sentence", "transcription", "transcript", "text")
 _LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "category")
 _IMAGE_COLUMNS = ("image", "img", "pixel_values")
-_SOUND_COLUMNS = ("audio", "file", "path")
+_SOUND_COLUMNS = ("audio",)
 _INPUTS = ("input_ids", "pixel_values", "input_features", "input_values")  # a model reads one
 
 
