@@ -78,22 +78,26 @@ def _number(
 
     ``value`` is what stands in the data; ``names`` are the data's own, if it numbers its classes.
     """
-    numbers = set(known.values()) if known else None
     if isinstance(name, str):
         matched = _by_name(name, known or {})
         if matched is not None:
             return matched
-        if re.fullmatch(r"\d+", name.strip()) and (numbers is None or int(name) in numbers):
-            return int(name)
-        nameless = known is None or all(re.fullmatch(r"LABEL_\d+", each) for each in known)
-        fits = names is not None and (known is None or len(names) == len(known))
-        if nameless and fits:  # the model has no names: the data's own order is all there is
-            return int(value)
-    elif isinstance(name, (bool, int)) and (numbers is None or int(name) in numbers):
+    is_number = isinstance(name, (bool, int)) or re.fullmatch(r"\s*\d+\s*", str(name))
+    if is_number and (known is None or int(name) in known.values()):
         return int(name)
+    if isinstance(name, str) and _numbered_alike(known, names):
+        return int(value)
     raise InputError(
         f"{where} holds the label {name!r}, which is none of the model's: {_has(known)}."
     )
+
+
+def _numbered_alike(known: Mapping[str, int] | None, names: list[str] | None) -> bool:
+    """Tell whether the data's own numbers are all there is: the model has no names for as many."""
+    if names is None or known is None:
+        return names is not None
+    nameless = all(re.fullmatch(r"LABEL_\d+", each) for each in known)
+    return nameless and len(names) == len(known)
 
 
 def _by_name(name: str, known: Mapping[str, int]) -> int | None:

@@ -132,11 +132,7 @@ def of_table(
     Raises:
         InputError: it has no column that the model takes, or not the one that was named.
     """
-    for wanted in (columns.text_column, columns.label_column, columns.target_column):
-        if wanted and wanted not in _names(table):
-            raise InputError(
-                f"{source} has no column {wanted!r}, it has {', '.join(_names(table)) or 'none'}."
-            )
+    _check_named(table, source, columns)
     arrays = _array_columns(table)
     if any(name in _INPUTS for name in arrays) and not columns.text_column:
         return _of_arrays(table, arrays)
@@ -144,13 +140,12 @@ def of_table(
         numbered = _labels(table, source, folder, columns)
         return pictures.of_images(table, image, numbered, source, folder)
     if sound := _first_of(_SOUND_COLUMNS, table, "Audio"):
-        label = target = None
-        if base(task or "") == "automatic-speech-recognition":
-            target = columns.target_column or _first_of(_SPOKEN_COLUMNS, table)
-        else:
+        if base(task or "") != "automatic-speech-recognition":
             label = _labels(table, source, folder, columns)
-        targets = texts.targets_of(target, source, folder) if target else None
-        return sounds.of_sounds(table, sound, label, targets, source, folder)
+            return sounds.of_sounds(table, sound, label, None, source, folder)
+        spoken = columns.target_column or _first_of(_SPOKEN_COLUMNS, table)
+        targets = texts.targets_of(spoken, source, folder) if spoken else None
+        return sounds.of_sounds(table, sound, None, targets, source, folder)
     if base(task or "") == "text2text-generation":
         pair = _pair(table, source, folder, columns)
         return texts.of_pairs(table, *pair, source, folder)
@@ -165,6 +160,15 @@ def of_table(
     if task == "text-classification":
         numbered = _labels(table, source, folder, columns)
     return texts.of_texts(table, text, numbered, source, folder)
+
+
+def _check_named(table: Any, source: str, columns: ColumnsConfig) -> None:
+    """Raise InputError at a column that is named and not there."""
+    for wanted in (columns.text_column, columns.label_column, columns.target_column):
+        if wanted and wanted not in _names(table):
+            raise InputError(
+                f"{source} has no column {wanted!r}, it has {', '.join(_names(table)) or 'none'}."
+            )
 
 
 def _names(table: Any) -> list[str]:
@@ -199,11 +203,9 @@ def _pair(
     second = columns.target_column or _first_of(known, table)
     choices = languages or strings
     if first and not second:
-        rest = [name for name in choices if name != first]
-        second = rest[0] if len(rest) == 1 else None
+        second = _only_other(choices, first)
     if second and not first:
-        rest = [name for name in choices if name != second]
-        first = rest[0] if len(rest) == 1 else None
+        first = _only_other(choices, second)
     if first and second:
         return first, second
     if first or second or len(choices) != 2:
@@ -212,6 +214,14 @@ def _pair(
             "written by --text-column and --target-column."
         )
     return texts.direction(choices, source, folder)
+
+
+def _only_other(names: Sequence[str], name: str) -> str | None:
+    """Return the one that is left without a name, if it is one."""
+    rest = [other for other in names if other != name]
+    if len(rest) == 1:
+        return rest[0]
+    return None
 
 
 def _array_columns(table: Any) -> list[str]:

@@ -64,18 +64,13 @@ def to_float16(model: ir.Model) -> Iterator[Skip]:
             weight.const_value = rewritten(tensor, _halved, _HALF, shape_of(tensor))
             halves.add(weight)
         elif tensor.nbytes > SMALL:
-            for name in names_of(weight):
-                yield Skip(name, f"FLOAT: {_reader(blocked, forms)} reads it in float32")
+            reason = f"FLOAT: {_reader(blocked, forms)} reads it in float32"
+            yield from (Skip(name, reason) for name in names_of(weight))
     floats = {value for node in nodes for value in node.inputs if value and _is_float(value)}
     floats -= halves
     for node, form in narrow.items():
         halves |= _halve(node, form)
-    casts: dict[ir.Value, ir.Value] = {}
-    for graph in model.graphs():
-        _cast_outputs(graph, halves, casts)
-    for node in nodes:
-        for use in enumerate(tuple(node.inputs)):
-            _cast_input(node, *use, halves, floats, narrow.get(node), casts)
+    _cast(model, halves, floats, narrow)
 
 
 def _is_float(value: ir.Value) -> bool:
@@ -100,6 +95,19 @@ def _reader(blocked: Sequence[ir.Node], forms: _Forms) -> str:
     for node in sorted(blocked, key=lambda node: node in forms):
         return f"{node.op_type} node {node.name}"
     return "the caller"
+
+
+def _cast(
+    model: ir.Model, halves: set[ir.Value], floats: set[ir.Value], narrow: _Forms
+) -> None:
+    """Cast where a value is of another precision than who reads it."""
+    nodes = [node for graph in model.graphs() for node in graph]
+    casts: dict[ir.Value, ir.Value] = {}
+    for graph in model.graphs():
+        _cast_outputs(graph, halves, casts)
+    for node in nodes:
+        for use in enumerate(tuple(node.inputs)):
+            _cast_input(node, *use, halves, floats, narrow.get(node), casts)
 
 
 def _cast_outputs(graph: ir.Graph, halves: set[ir.Value], casts: dict[ir.Value, ir.Value]) -> None:

@@ -45,22 +45,13 @@ class Kernels:
         """Return the float16 form of a node; None where it has none, or types are not known."""
         if any(attribute.type in _GRAPHS for attribute in node.attributes.values()):
             return None  # what is in the bodies has forms of its own
-        types = []
-        for value in node.inputs:
-            types.append(value and plain_type(value))
-        if any(value and kind is None for value, kind in zip(node.inputs, types, strict=True)):
-            return None
-        if any(plain_type(output) is None for output in node.outputs if output.name):
+        types = _input_types(node)
+        if types is None:
             return None
         halves = [i for i, kind in enumerate(types) if kind == _FLOAT and self._takes(node, i)]
         if not halves:
             return None
-        words = []
-        for name, attribute in node.attributes.items():
-            if attribute.type in (ir.AttributeType.INT, ir.AttributeType.STRING):
-                words.append((name, attribute.value))
-        given = tuple(bool(output.name) for output in node.outputs)
-        key = (node.op_identifier(), tuple(types), given, tuple(sorted(words)))
+        key = (node.op_identifier(), types, *_choices(node))
         if key not in self._known:
             self._known[key] = self._loaded(node, halves)
         outputs = self._known[key]
@@ -134,3 +125,26 @@ def _dims(value: ir.Value) -> list[int | None] | None:
     if value.shape is None:
         return None
     return [dim if isinstance(dim, int) else None for dim in value.shape]
+
+
+def _input_types(node: ir.Node) -> tuple[ir.DataType | None, ...] | None:
+    """Return the types of what a node reads; None if one, or that of an output, is not known."""
+    types = []
+    for value in node.inputs:
+        kind = plain_type(value) if value is not None else None
+        if value is not None and kind is None:
+            return None
+        types.append(kind)
+    for output in node.outputs:
+        if output.name and plain_type(output) is None:
+            return None
+    return tuple(types)
+
+
+def _choices(node: ir.Node) -> tuple[Any, ...]:
+    """Return what a kernel is chosen by beside types: the outputs that are wanted, and words."""
+    words = []
+    for name, attribute in node.attributes.items():
+        if attribute.type in (ir.AttributeType.INT, ir.AttributeType.STRING):
+            words.append((name, attribute.value))
+    return tuple(bool(output.name) for output in node.outputs), tuple(sorted(words))
