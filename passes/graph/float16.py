@@ -97,9 +97,7 @@ def _reader(blocked: Sequence[ir.Node], forms: _Forms) -> str:
     return "the caller"
 
 
-def _cast(
-    model: ir.Model, halves: set[ir.Value], floats: set[ir.Value], narrow: _Forms
-) -> None:
+def _cast(model: ir.Model, halves: set[ir.Value], floats: set[ir.Value], narrow: _Forms) -> None:
     """Cast where a value is of another precision than who reads it."""
     nodes = [node for graph in model.graphs() for node in graph]
     casts: dict[ir.Value, ir.Value] = {}
