@@ -157,7 +157,9 @@ def export(
     from ffmerge.tables import package_table
 
     package = commands.export(model, out, config, load, data, columns)
-    return Result(package.to_json(), package_table(package))
+    return Result(
+        package.to_json(), package_table(package, config.dtype == "int4" and data is None)
+    )
 
 
 def share(
@@ -173,7 +175,8 @@ def share(
     from ffmerge.tables import share_table
 
     result = share_file(source, target, config)
-    return Result(result.to_json(), share_table(result, target))
+    blind = config.dtype == "int4" and config.data is None
+    return Result(result.to_json(), share_table(result, target, blind))
 
 
 def audit(

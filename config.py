@@ -20,6 +20,7 @@ Default = TypeVar("Default")
 CRITERIA = ("metric", "fidelity")
 PARTS = ("merged", "all")  # of a model, to recover
 MIXED_PRECISION = ("no", "bf16")
+CALIBRATED = ("int8-static", "int4")  # what reads data; int4 need not
 DTYPES = ("fp32", "fp16", "int8", "int8-dynamic", "int8-static", "int4")
 LAYOUTS = ("optimum", "transformers.js")
 OPSETS = range(7, 24)  # ONNX Runtime still runs 7; 23 is the last that PyTorch exports
@@ -305,7 +306,9 @@ class ExportConfig:
     task: str | None = option(None, "Task by its optimum name; inferred if not given.")
     opset: int = option(20, f"ONNX operator set, {OPSETS[0]} to {OPSETS[-1]}.")
     dtype: str = option(
-        "fp32", "Precision of the weights; int8-static needs --data.", choices=DTYPES
+        "fp32",
+        "Precision of the weights; int8-static needs --data, int4 is better with it.",
+        choices=DTYPES,
     )
     layout: str = option(
         "optimum", "Folder and file names of optimum or transformers.js.", choices=LAYOUTS
@@ -329,7 +332,7 @@ class ShareConfig:
     """Settings of sharing in an ONNX file: ``dtype`` and ``opset`` None are the file's own.
 
     With ``resident`` a tied embedding is in memory once, too. ``data`` is an ``.npz`` of the
-    graph's inputs, from which ``int8-static`` takes its ranges.
+    graph's inputs, from which ``int8-static`` takes its ranges and by which ``int4`` is rounded.
     """
 
     dtype: str | None = option(
@@ -341,7 +344,7 @@ class ShareConfig:
         "which looks for weights on the right of a product.",
     )
     opset: int | None = option(None, "ONNX operator set; the file's if not given.")
-    data: Path | None = option(None, "Inputs of the graph as .npz, for int8-static.")
+    data: Path | None = option(None, "Inputs of the graph as .npz, for int4 and int8-static.")
 
     def __post_init__(self) -> None:
         """Refuse a precision there is not, and data that would not be read."""
@@ -349,8 +352,10 @@ class ShareConfig:
             check_dtype(self.dtype)
         if self.dtype == "int8-static" and self.data is None:
             raise InputError("int8-static takes its ranges from inputs of the graph: give --data.")
-        if self.dtype != "int8-static" and self.data is not None:
-            raise InputError("only int8-static reads data: leave it out, or give that dtype.")
+        if self.dtype not in CALIBRATED and self.data is not None:
+            raise InputError(
+                "only int4 and int8-static read data: leave it out, or give one of them."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -359,16 +364,18 @@ class QuantizeConfig:
 
     ``block`` input features share a scale in int8 and int4, by default as many as
     ``models/codes.py`` says. ``calibration`` are the batches from which int8-static takes its
-    ranges, inputs of the graph by name. ``multiplied`` names weights that another graph of the
-    package multiplies by: a table among them is stored as it is there. ``plain_lookups`` unpacks
-    the rows of every table in blocks by standard operators: onnxruntime-web has no
-    GatherBlockQuantized for wasm.
+    ranges and by which int4 is rounded, inputs of the graph by name. ``multiplied`` names weights
+    that another graph of the package multiplies by: a table among them is stored as it is there.
+    ``plain_lookups`` unpacks the rows of every table in blocks by standard operators:
+    onnxruntime-web has no GatherBlockQuantized for wasm. ``rounded`` is where codes and
+    scales in blocks are found and left, by the name of a weight: it is then the same in all graphs.
     """
 
     block: int | None = None
     calibration: Sequence[Mapping[str, Any]] = ()
     multiplied: frozenset[str] = frozenset()
     plain_lookups: bool = False
+    rounded: dict[str, tuple[Any, Any]] | None = None
 
     def __post_init__(self) -> None:
         """Refuse a block that no kernel takes."""

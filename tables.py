@@ -83,8 +83,8 @@ def _layers(groups: Any) -> str:
     return "; ".join(words) or "no layers"
 
 
-def package_table(package: Any) -> Table:
-    """Show the files of a Package."""
+def package_table(package: Any, blind: bool = False) -> Table:
+    """Show the files of a Package; ``blind``: int4 was rounded without data."""
     manifest = package.manifest
     rows = [(file.path, size_text(file.bytes)) for file in manifest.files]
     rows.append(("all files", size_text(manifest.bytes_total)))
@@ -93,6 +93,8 @@ def package_table(package: Any) -> Table:
         text = f"{_size(cost['bytes'])} on disk, {_size(cost['rss_bytes'])} resident"
         text += f", {_size(cost['anonymous_bytes'])} anonymous, {cost['load_s']:.2f} s load"
         rows.append((path, f"{text}, {cost['median_ms']:.3g} ms run"))
+    if blind:
+        rows.append(WITHOUT_DATA)
     return _table(f"{package.path}: {manifest.task}", ("file", "size"), rows)
 
 
@@ -102,14 +104,22 @@ def _size(count: int | None) -> str:
     return size_text(count)
 
 
-def share_table(result: Any, target: Path) -> Table:
-    """Show what sharing saved and what was left alone."""
+WITHOUT_DATA = (
+    "int4 without data",
+    "with --data it loses about a third: 1 - cosine 0.010 for 0.031 of a sentence encoder",
+)
+
+
+def share_table(result: Any, target: Path, blind: bool = False) -> Table:
+    """Show what sharing saved and what was left alone; ``blind``: int4 was rounded without data."""
     rows = [
         ("weights before", size_text(result.bytes_before)),
         ("weights after", size_text(result.bytes_after)),
     ]
     for skip in result.skipped:
         rows.append((f"left alone: {skip.name}", skip.reason))
+    if blind:
+        rows.append(WITHOUT_DATA)
     return _table(str(target), ("", ""), rows)
 
 

@@ -63,7 +63,7 @@ def export(
     ``source`` is the checkpoint folder the model came from, by default the one it was loaded from:
     its tokenizer and processor files travel along, the inputs of the comparison are drawn as they
     say, and its weight files are named in the manifest. Of ``data`` a few rows are stored, to
-    compare on as well; int8-static takes its ranges from others.
+    compare on as well; int8-static takes its ranges from others, and int4 is rounded by others.
 
     Raises:
         ExportError: the model cannot be exported.

@@ -9,11 +9,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ffmerge.config import ExportConfig
+from ffmerge.config import CALIBRATED, ExportConfig
 from ffmerge.errors import InputError
 from ffmerge.exporter.graphs import Graph, graphs
 from ffmerge.exporter.greedy import generates, greedy
-from ffmerge.exporter.rows import calibration_feeds, check_rows, real_inputs, real_rows
+from ffmerge.exporter.rows import (
+    calibration_feeds,
+    check_rows,
+    real_inputs,
+    real_rows,
+    rounding_rows,
+)
 from ffmerge.models import tasks
 from ffmerge.models.data import Data, as_examples
 from ffmerge.models.examples import Examples
@@ -29,8 +35,8 @@ class Plan:
 
     ``rows`` are a few rows of the data as the model takes them, with labels where they are known;
     ``real`` is what each graph is given of them. ``greedy`` are prompts and PyTorch's ids. From
-    ``calibration``, batches by graph, int8-static takes its ranges. ``source`` is the folder of the
-    checkpoint, if there is one.
+    ``calibration``, batches by graph, int8-static takes its ranges, and by it int4 is rounded.
+    ``source`` is the folder of the checkpoint, if there is one.
     """
 
     model: Any
@@ -65,9 +71,9 @@ def make_plan(model: Any, config: ExportConfig, source: Path | None, data: Data 
 
 
 def _with_rows(plan: Plan, examples: Examples) -> Plan:
-    """Return the plan with rows of the data to compare on, and others for int8-static's ranges."""
+    """Return the plan with rows of the data to compare on, and others to calibrate with."""
     compared, calibrating = examples, None
-    if plan.config.dtype == "int8-static":
+    if plan.config.dtype in CALIBRATED:
         compared, calibrating = examples.halves()
     rows = real_rows(compared, plan.model, plan.task)
     check_rows(plan.graphs[0], rows)
@@ -76,14 +82,33 @@ def _with_rows(plan: Plan, examples: Examples) -> Plan:
     probed = []
     for graph in plan.graphs:
         probed.append(replace(graph, probe=replace(graph.probe, real=int(graph.name in real))))
-    calibration = {}
-    if calibrating is not None:
+    calibration: Mapping[str, Sequence[Feeds]] = {}
+    if calibrating is not None and plan.config.dtype == "int4":
+        calibration = _rounding_feeds(plan, calibrating)
+    elif calibrating is not None:
         others = real_rows(calibrating, plan.model, plan.task)
         given = real_inputs(plan.graphs, others, _greedy(plan, others))
         calibration = calibration_feeds(plan.graphs, given)
     return replace(
         plan, graphs=tuple(probed), rows=rows, real=real, greedy=written, calibration=calibration
     )
+
+
+def _rounding_feeds(plan: Plan, examples: Examples) -> dict[str, list[Feeds]]:
+    """Return batches by graph, by which int4 is rounded; none of a graph that needs a past.
+
+    Its weights are those of a graph before it.
+    """
+    batches: dict[str, list[Feeds]] = {}
+    for rows in rounding_rows(examples):
+        written: Feeds = {}
+        if len(plan.graphs) > 1:
+            written = _greedy(plan, rows)
+        for name, given in real_inputs(plan.graphs, rows, written).items():
+            (graph,) = [graph for graph in plan.graphs if graph.name == name]
+            if not graph.parts:
+                batches.setdefault(name, []).append(graph.probe.complete(given))
+    return batches
 
 
 def _greedy(plan: Plan, rows: Feeds) -> Feeds:

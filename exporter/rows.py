@@ -4,7 +4,7 @@
 each graph of the package reads of them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,8 @@ from ffmerge.models.probe import Array
 
 ROWS, LENGTH = 32, 64  # of the real case, and tokens of each
 BYTES, SCORES = 1 << 22, 1 << 24  # of its inputs, and elements of its logits, at most
+# By which int4 is rounded: 16,384 tokens of text.
+ROUNDING, BATCH = 256, 8
 _NEEDED = ("normal", "picture", "integer")  # kinds of inputs that nothing stands in for
 
 
@@ -33,6 +35,14 @@ def real_rows(examples: Examples, model: Any, task: str) -> dict[str, Array]:
     count = max(min(ROWS, BYTES // max(size, 1), SCORES // scores, len(examples)), 1)
     chosen = np.linspace(0, len(examples) - 1, count).astype(int)
     return _cut(examples.take([examples.rows[i] for i in chosen]))
+
+
+def rounding_rows(examples: Examples) -> Iterator[dict[str, Array]]:
+    """Yield batches of examples from all over the data, at most ``ROUNDING`` rows in all."""
+    count = min(ROUNDING, len(examples))
+    chosen = np.linspace(0, len(examples) - 1, count).astype(int)
+    for start in range(0, count, BATCH):
+        yield _cut(examples.take([examples.rows[i] for i in chosen[start : start + BATCH]]))
 
 
 def check_rows(graph: Graph, rows: Mapping[str, Array]) -> None:

