@@ -160,7 +160,7 @@ def export(
         show("tracing and writing", 0, 0)
         rows = None
         if data_source is not None:
-            rows = data.read(data_source, folder, tasks.fit(config.task, model), columns)
+            rows = data.read(data_source, folder, _task(config.task, model), columns)
         result = package.export(model, out, config, folder, rows)
         if not config.prepack:
             return result

@@ -297,13 +297,17 @@ class SimilarityConfig:
 class ExportConfig:
     """Settings of an export; ``task`` None means: inferred from the model's class.
 
-    ``dtype`` is one of :data:`DTYPES`; ``ort`` and ``prepack`` add the graphs in ONNX Runtime's
-    format, and with packed weights. ``layout`` is one of :data:`LAYOUTS`: optimum's has all its
-    graphs and one data file for them, that of transformers.js only the graphs that it loads, each
-    with its weights.
+    ``example`` is an ``.npz`` with a row or more of every input by name, where the inputs cannot be
+    derived. ``dtype`` is one of :data:`DTYPES`; ``ort`` and ``prepack`` add the graphs in ONNX
+    Runtime's format, and with packed weights. ``layout`` is one of :data:`LAYOUTS`: optimum's has
+    all its graphs and one data file for them, that of transformers.js only the graphs that it
+    loads, each with its weights.
     """
 
     task: str | None = option(None, "Task by its optimum name; inferred if not given.")
+    example: Path | None = option(
+        None, "A row or more of every input as .npz, for a model whose inputs cannot be derived."
+    )
     opset: int = option(20, f"ONNX operator set, {OPSETS[0]} to {OPSETS[-1]}.")
     dtype: str = option(
         "fp32",

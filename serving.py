@@ -8,7 +8,7 @@ next cache.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,17 @@ from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.utils import ModelOutput
 
-from ffmerge.models import checkpoint, kv_cache
+from ffmerge.errors import InputError
+from ffmerge.models import call, checkpoint, kv_cache
+from ffmerge.models.inputs import StopForward
 from ffmerge.models.kv_cache import DECODER, ENCODER, FLAG, PRESENT
 from ffmerge.models.manifest import GraphRecord, Manifest
+from ffmerge.models.source import first_line
 from ffmerge.runtime_tests.runtimes.base import Session
 from ffmerge.runtime_tests.runtimes.registry import find_runtime
 
 Run = Callable[[Mapping[str, Any]], dict[str, Tensor]]  # of a graph: its outputs by name
+Call = Callable[[Mapping[str, Any]], Any]  # of a module: its arguments that are not None
 
 
 def load_package(
@@ -56,20 +60,48 @@ def load_package(
             model.generation_config = GenerationConfig.from_pretrained(folder)
         last = list(graphs.values())[-1]
         model.generation_config.use_cache = kv_cache.keeps_cache(last.outputs)
+    read = {spec.name for graph in graphs.values() for spec in graph.probe.inputs}
     if len(run) == 1:
-        return _replace_forward(model, partial(_step, run[0]))
+        whole = partial(_step, run[0])
+        return _replace_forward(model, _checked(model, whole, manifest.task, read, folder))
     encode, decode = run
+    both = partial(_encode_and_decode, model, type(model).forward, decode)
     _replace_forward(model.get_encoder(), lambda given: _without_cache(encode(given)))
-    return _replace_forward(model, partial(_encode_and_decode, model, decode))
+    read |= {"decoder_input_ids", "encoder_outputs"}
+    return _replace_forward(model, _checked(model, both, manifest.task, read, folder))
+
+
+def _checked(model: Any, run: Call, task: str, read: Collection[str], folder: Path) -> Call:
+    """Return the call that refuses what no graph reads, and gives the loss and the form asked for.
+
+    ``read`` are the inputs of the graphs.
+    """
+    if any(kv_cache.is_past(name) for name in read):
+        read = {*read, "past_key_values"}
+
+    def called(given: Mapping[str, Any]) -> Any:
+        call.check(model, given, read, folder.name)
+        outputs = run(given)
+        if any(name in given for name in call.LABELS):
+            loss = call.loss(model, task, given, outputs)
+            outputs = ModelOutput(loss=loss, **outputs)
+        if given.get("logits_to_keep"):
+            outputs["logits"] = outputs["logits"][:, -given["logits_to_keep"] :]
+        if given.get("return_dict") is False:
+            return outputs.to_tuple()
+        return outputs
+
+    return called
 
 
 def _runner(session: Session, graph: GraphRecord) -> Run:
     """Return what runs a graph; what it is not given is an empty past, or no padding."""
+    names = {spec.name for spec in graph.probe.inputs}
 
     def run(given: Mapping[str, Any]) -> dict[str, Tensor]:
         feeds = {}
         for name, x in given.items():
-            if isinstance(x, Tensor):
+            if name in names and isinstance(x, Tensor):
                 feeds[name] = x.detach().cpu().numpy()
         outputs = session.run(graph.outputs, graph.probe.complete(feeds))
         return {name: torch.from_numpy(array) for name, array in outputs.items()}
@@ -77,7 +109,7 @@ def _runner(session: Session, graph: GraphRecord) -> Run:
     return run
 
 
-def _replace_forward(module: Any, run: Callable[[Mapping[str, Any]], ModelOutput]) -> Any:
+def _replace_forward(module: Any, run: Call) -> Any:
     """Give a module of the meta device a ``forward`` that runs elsewhere; return the module.
 
     It takes what the class's own does and hands on by name what is not None. ``generate`` looks at
@@ -88,7 +120,8 @@ def _replace_forward(module: Any, run: Callable[[Mapping[str, Any]], ModelOutput
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(self, *args, **kwargs).arguments
-        given = {**bound, **bound.pop("kwargs", {})}
+        given = {**bound.pop("kwargs", {}), **bound}
+        del given["self"]
         return run({name: x for name, x in given.items() if x is not None})
 
     forward.__signature__ = signature  # type: ignore[attr-defined]
@@ -108,19 +141,28 @@ def _step(run: Run, given: Mapping[str, Any]) -> ModelOutput:
     return _without_cache(outputs)
 
 
-def _encode_and_decode(model: Any, decode: Run, given: Mapping[str, Any]) -> ModelOutput:
-    """Run a step of an encoder-decoder; the encoder first if its outputs are not given."""
+def _encode_and_decode(
+    model: Any, forward: Callable[..., Any], decode: Run, given: Mapping[str, Any]
+) -> ModelOutput:
+    """Run a step of an encoder-decoder; the encoder first if its outputs are not given.
+
+    ``forward`` is the one of the class.
+    """
     states = given.get("encoder_outputs")
     if states is None:
         accepted = inspect.signature(model.get_encoder().forward).parameters
         states = model.get_encoder()(**{k: x for k, x in given.items() if k in accepted})
+    ids = given.get("decoder_input_ids")
+    if ids is None:
+        ids = _decoder_ids(model, forward, {**given, "encoder_outputs": states})
     cache = given.get("past_key_values")
     own = _layers_of(getattr(cache, "self_attention_cache", None))
     crossed = _layers_of(getattr(cache, "cross_attention_cache", None))
-    whole = torch.ones(states[0].shape[:2], dtype=torch.int64)
+    features = given.get("input_features", states[0])  # a mask of sound is of its own length
+    whole = torch.ones(features.shape[:2], dtype=torch.int64)
     outputs: dict[str, Any] = decode(
         {
-            "input_ids": given["decoder_input_ids"],
+            "input_ids": ids,
             "encoder_hidden_states": states[0],
             "encoder_attention_mask": given.get("attention_mask", whole),
             FLAG: torch.tensor([bool(own)]),
@@ -134,13 +176,44 @@ def _encode_and_decode(model: Any, decode: Run, given: Mapping[str, Any]) -> Mod
     return _without_cache({**outputs, "encoder_last_hidden_state": states[0]})
 
 
+def _decoder_ids(model: Any, forward: Callable[..., Any], given: Mapping[str, Any]) -> Tensor:
+    """Return the ids that the class itself makes for its decoder, of labels or of the input.
+
+    Its own code is run up to the decoder, which has no weights here.
+    """
+    caught: list[Tensor] = []
+
+    def catch(_: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+        if ids is None:
+            raise InputError("decoder_input_ids is not given, and the model reads it.")
+        caught.append(ids)
+        raise StopForward
+
+    hook = model.get_decoder().register_forward_pre_hook(catch, with_kwargs=True)
+    try:
+        forward(model, **given)
+    except StopForward:
+        pass
+    except ValueError as error:
+        raise InputError(f"decoder_input_ids is not given: {first_line(error)}") from error
+    finally:
+        hook.remove()
+    return caught[0]
+
+
 def _without_cache(tensors: Mapping[str, Any]) -> ModelOutput:
     """Return the outputs of a graph that are one of the class, too."""
-    out = ModelOutput()
+    named: dict[str, Any] = {}
     for name, tensor in tensors.items():
-        if not kv_cache.is_present(name):
-            out[name] = tensor
-    return out
+        whole, _, number = name.rpartition(".")
+        if kv_cache.is_present(name):
+            continue
+        if number.isdigit():  # a part of a tuple
+            named[whole] = (*named.get(whole, ()), tensor)
+        else:
+            named[name] = tensor
+    return ModelOutput(**named)
 
 
 def _layers_of(cache: Any) -> list[tuple[Tensor, Tensor]]:

@@ -89,6 +89,8 @@ def package_table(package: Any, blind: bool = False) -> Table:
     rows = [(file.path, size_text(file.bytes)) for file in manifest.files]
     rows.append(("all files", size_text(manifest.bytes_total)))
     rows.append(("distinct parameters", size_text(manifest.parameter_bytes)))
+    if package.defaults:
+        rows.append(("no inputs, at their default", ", ".join(package.defaults)))
     for path, cost in package.costs.items():
         text = f"{_size(cost['bytes'])} on disk, {_size(cost['rss_bytes'])} resident"
         text += f", {_size(cost['anonymous_bytes'])} anonymous, {cost['load_s']:.2f} s load"

@@ -22,13 +22,16 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from ffmerge.errors import InputError
+from ffmerge.exporter.traceable import traceable
 from ffmerge.models import kv_cache, tasks
+from ffmerge.models.derive import input_specs, probe
 from ffmerge.models.float64 import Float64
-from ffmerge.models.inputs import example_inputs, input_specs, probe, to_tensors
+from ffmerge.models.inputs import example_inputs, refused, to_tensors
 from ffmerge.models.kv_cache import DECODER, ENCODER, FLAG
 from ffmerge.models.probe import Array, InputSpec, Probe
 
 STATES = "encoder_hidden_states"  # what a decoder reads of its encoder
+_LENGTH = "encoder_sequence_length"
 # Batch, length and past of the steps that are compared: one token more, a prompt, several tokens
 # more. The first is timed; the last is traced, so no size of it is 1 or like another.
 _STEPS = ((1, 1, 6), (3, 7, 0), (2, 4, 3))
@@ -75,44 +78,83 @@ class Graph:
         return dict(zip(self.outputs, arrays, strict=True))
 
 
-def graphs(model: Any, task: str) -> tuple[Graph, ...]:
+def graphs(model: Any, task: str, specs: tuple[InputSpec, ...] | None = None) -> tuple[Graph, ...]:
     """Return the graphs that serve ``model`` for ``task``, with or without a cache.
+
+    ``specs`` are the inputs of the model, by default those that its configuration tells.
 
     Raises:
         InputError: the task has a cache, and the model keeps none of keys and values.
     """
     kind = tasks.base(task)
+    specs = specs or input_specs(model)
     if kind == "text-generation":
-        return (_decoder_only(model, task),)
+        return (_decoder_only(model, task, specs),)
     if kind in tasks.GENERATE and model.config.is_encoder_decoder:
-        return _encoder_decoder(model, task)
-    recipe = probe(model)
+        return _encoder_decoder(model, task, specs)
+    recipe = probe(model, specs)
     if kind.startswith("zero-shot"):
         recipe = _two_batches(recipe)
-    return (_whole(model, recipe, tasks.OUTPUTS[kind]),)
+    return (_whole(model, recipe, tasks.outputs(task, given(model, recipe))),)
+
+
+def given(model: Any, recipe: Probe) -> list[str]:
+    """Return the names of the tensors that a model gives for what the probe draws, in their order.
+
+    Raises:
+        InputError: it does not take these inputs.
+    """
+    drawn = recipe.draw(0)
+    try:
+        with torch.no_grad():
+            out = model(**to_tensors(drawn, model), **_settings(model), return_dict=True)
+    except Exception as error:  # a model's code may raise anything
+        raise InputError(refused(model, drawn, error)) from error
+    return list(_named(out))
+
+
+def _settings(model: Any) -> dict[str, bool]:
+    """Return what a single pass is called with beside its inputs."""
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        return {"use_cache": False}
+    return {}
+
+
+def _named(out: Any) -> dict[str, Tensor]:
+    """Return the tensors of an output by name, those in a tuple by number as well.
+
+    Hidden states, attentions and the loss are no outputs: they are given to who asks for them.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, value in out.items():
+        if isinstance(value, Tensor) and name != "loss":
+            tensors[name] = value
+        elif isinstance(value, tuple) and not name.endswith(("hidden_states", "attentions")):
+            parts = {f"{name}.{i}": part for i, part in enumerate(value)}
+            tensors |= {key: part for key, part in parts.items() if isinstance(part, Tensor)}
+    return tensors
 
 
 def _whole(model: Any, recipe: Probe, outputs: tuple[str, ...]) -> Graph:
     """Return the graph of one forward pass of the whole model."""
-    settings = {}
-    if "use_cache" in inspect.signature(model.forward).parameters:
-        settings = {"use_cache": False}
+    settings = _settings(model)
 
     def call(model: Any, inputs: Inputs) -> Outputs:
-        out = model(**inputs, **settings, return_dict=True)
-        return tuple(out[name] for name in outputs)
+        with traceable():
+            named = _named(model(**inputs, **settings, return_dict=True))
+        return tuple(named[name] for name in outputs)
 
     return Graph("model", GraphModule(model, call), recipe, outputs)
 
 
-def _decoder_only(model: Any, task: str) -> Graph:
+def _decoder_only(model: Any, task: str, inputs: tuple[InputSpec, ...]) -> Graph:
     """Return the graph of a step: a prefill where the past is empty, else decoding."""
-    specs = list(input_specs(model))
+    specs = list(inputs)
     if "position_ids" in inspect.signature(model.forward).parameters:
         shape = ("batch_size", "sequence_length")
         specs.append(InputSpec("position_ids", "int64", shape, "position"))
     if not task.endswith(tasks.PAST):
-        return _whole(model, replace(probe(model), inputs=tuple(specs)), ("logits",))
+        return _whole(model, probe(model, tuple(specs)), ("logits",))
     for i, spec in enumerate(specs):
         if spec.kind == "mask":
             specs[i] = replace(spec, shape=("batch_size", "total_sequence_length"))
@@ -132,11 +174,11 @@ def _step(model: Any, inputs: Inputs) -> Outputs:
     return (out.logits, *_cached(out.past_key_values).values())
 
 
-def _encoder_decoder(model: Any, task: str) -> tuple[Graph, ...]:
+def _encoder_decoder(model: Any, task: str, inputs: tuple[InputSpec, ...]) -> tuple[Graph, ...]:
     """Return the encoder and the decoder; with a cache its first step, the later ones, and both."""
-    length = "encoder_sequence_length"
+    length = _LENGTH
     specs = {}
-    for spec in input_specs(model):
+    for spec in inputs:
         specs[spec.name] = replace(spec, shape=_renamed(spec.shape, {"sequence_length": length}))
     ids = replace(specs.pop("decoder_input_ids"), name="input_ids")
     masks = []
@@ -147,6 +189,7 @@ def _encoder_decoder(model: Any, task: str) -> tuple[Graph, ...]:
     for batch, steps, before in _STEPS:
         sizes = {"batch_size": batch, length: steps + 1, "decoder_sequence_length": steps}
         cases.append({**sizes, "past_decoder_sequence_length": before + 2})
+    cases = _with_sound(model, tuple(specs.values()), cases)
     out = _example_outputs(model)
     width = int(out["encoder_last_hidden_state"].shape[-1])
     states = InputSpec(STATES, "float32", ("batch_size", length, width))
@@ -170,6 +213,25 @@ def _encoder_decoder(model: Any, task: str) -> tuple[Graph, ...]:
         Probe((*masks, ids, *past), tuple(cases)), later,
     )  # fmt: skip
     return encoder, first, with_past, _both_steps(model, first, with_past)
+
+
+def _with_sound(
+    model: Any, inputs: tuple[InputSpec, ...], cases: Sequence[Mapping[str, int]]
+) -> list[Mapping[str, int]]:
+    """Return the cases with sound of some length, and the length that its encoder makes of it."""
+    lengths = {"samples", "frames"} & {size for spec in inputs for size in spec.shape}
+    if not lengths:
+        return list(cases)
+    found: list[Mapping[str, int]] = []
+    for case in cases:
+        sizes = {**case}
+        for name in lengths:
+            sizes[str(name)] = probe(model, inputs).cases[0][str(name)] + case[_LENGTH]
+        drawn = Probe(inputs, (sizes,)).draw(0, batch=1)
+        with torch.no_grad():
+            (states,) = _encode(model, to_tensors(drawn, model))
+        found.append({**sizes, _LENGTH: int(states.shape[1])})
+    return found
 
 
 def _encode(model: Any, inputs: Inputs) -> Outputs:

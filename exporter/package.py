@@ -12,7 +12,8 @@ from typing import Any
 from ffmerge.config import ExportConfig
 from ffmerge.exporter.convert import convert
 from ffmerge.exporter.describe import describe
-from ffmerge.exporter.plan import make_plan
+from ffmerge.exporter.plan import make_plan, with_one_size
+from ffmerge.exporter.torch_onnx import SizeError
 from ffmerge.exporter.write import write_files
 from ffmerge.files import refuse_existing, staged
 from ffmerge.models.data import Data
@@ -23,10 +24,14 @@ from ffmerge.models.notebook import html_of
 
 @dataclass(frozen=True, repr=False)
 class Package:
-    """A package on disk; ``costs`` are the footprints of its graph and variants, if measured."""
+    """A package on disk; ``costs`` are the footprints of its graph and variants, if measured.
+
+    ``defaults`` are the arguments of ``forward`` that are no inputs of it: they keep their default.
+    """
 
     path: Path
     manifest: Manifest
+    defaults: tuple[str, ...] = ()
     costs: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -37,6 +42,7 @@ class Package:
             "files": [{"path": f.path, "bytes": f.bytes} for f in self.manifest.files],
             "bytes_total": self.manifest.bytes_total,
             "bytes_unique": self.manifest.bytes_unique,
+            "defaults": list(self.defaults),
             "skipped": [vars(skip) for skip in self.manifest.skipped],
             "variants": [vars(variant) for variant in self.manifest.variants],
             "costs": dict(self.costs),
@@ -75,8 +81,12 @@ def export(
     with unchunked(model):
         plan = make_plan(model, config, source, data)
         with staged(Path(target)) as folder:
-            results, traces = convert(plan)
+            try:
+                results, traces = convert(plan)
+            except SizeError:
+                plan = with_one_size(plan)
+                results, traces = convert(plan)
             records, variants = write_files(folder, plan, results, traces)
             manifest = describe(folder, plan, results, records, variants)
             manifest.write(folder)
-    return Package(Path(target), manifest)
+    return Package(Path(target), manifest, plan.defaults)

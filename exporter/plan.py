@@ -9,22 +9,28 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ffmerge.config import CALIBRATED, ExportConfig
 from ffmerge.errors import InputError
-from ffmerge.exporter.graphs import Graph, graphs
+from ffmerge.exporter.graphs import Graph, given, graphs
 from ffmerge.exporter.greedy import generates, greedy
 from ffmerge.exporter.rows import (
+    BYTES,
+    ROWS,
     calibration_feeds,
     check_rows,
     real_inputs,
     real_rows,
     rounding_rows,
 )
-from ffmerge.models import tasks
+from ffmerge.exporter.settle import any_size, check_repeats, one_size, stand_ins
+from ffmerge.models import processing, tasks
 from ffmerge.models.data import Data, as_examples
+from ffmerge.models.derive import Made, arguments, input_specs, left_out, of_example, probe
 from ffmerge.models.examples import Examples
+from ffmerge.models.inputs import to_tensors
 from ffmerge.models.probe import Array
-from ffmerge.models.processing import like_the_task
 
 Feeds = Mapping[str, Array]  # inputs by name
 
@@ -33,6 +39,7 @@ Feeds = Mapping[str, Array]  # inputs by name
 class Plan:
     """What is exported, in the order in which the graphs run.
 
+    ``defaults`` are the arguments of ``forward`` that no graph reads.
     ``rows`` are a few rows of the data as the model takes them, with labels where they are known;
     ``real`` is what each graph is given of them. ``greedy`` are prompts and PyTorch's ids. From
     ``calibration``, batches by graph, int8-static takes its ranges, and by it int4 is rounded.
@@ -44,6 +51,7 @@ class Plan:
     config: ExportConfig
     source: Path | None
     graphs: tuple[Graph, ...]
+    defaults: tuple[str, ...] = ()
     rows: Feeds = field(default_factory=dict)
     real: Mapping[str, Feeds] = field(default_factory=dict)
     greedy: Feeds = field(default_factory=dict)
@@ -56,18 +64,78 @@ def make_plan(model: Any, config: ExportConfig, source: Path | None, data: Data 
     Raises:
         InputError: the task is not served, or the data lacks what the model takes.
     """
-    task = tasks.fit(config.task, model)
     if config.dtype == "int8-static" and data is None:
         raise InputError("int8-static takes its ranges from data: give --data.")
     source = source or _folder_of(model)
-    planned = graphs(model, task)
-    probes = like_the_task([graph.probe for graph in planned], source, model.config)
+    found = processing.load(source, arguments(model))
+    made = _usable(model, processing.made(found, model.config))
+    if config.example:
+        rows = _example(config.example)
+        specs = of_example(model, rows)
+    else:
+        rows = {name: first for name, (first, _) in made.items()}
+        specs = input_specs(model, made)
+    task = tasks.fit(config.task, model, lambda: given(model, probe(model, specs)))
+    planned = graphs(model, task, specs)
+    if len(planned) == 1 and tasks.base(task) not in tasks.GENERATE:
+        check_repeats(planned[0])
+        planned = (any_size(stand_ins(planned[0])),)
+    probes = processing.like_the_task([graph.probe for graph in planned], found, model.config)
     drawn = tuple(replace(g, probe=probe) for g, probe in zip(planned, probes, strict=True))
-    plan = Plan(model, task, config, source, drawn)
+    plan = Plan(model, task, config, source, drawn, left_out(model, specs))
     if data is not None:
         return _with_rows(plan, as_examples(data, source or model.name_or_path, task))
+    if rows:
+        return _with_made(plan, rows)
     last = len(drawn[0].probe.cases) - 1
     return replace(plan, greedy=_greedy(plan, drawn[0].probe.draw(last)))
+
+
+def with_one_size(plan: Plan) -> Plan:
+    """Return the plan with pictures of the first size only."""
+    fixed = [replace(graph, probe=one_size(graph.probe)) for graph in plan.graphs]
+    return replace(plan, graphs=tuple(fixed))
+
+
+def _example(path: Path) -> Feeds:
+    examples = as_examples(path)
+    if path.suffix != ".npz":
+        raise InputError(f"{path} is no .npz: an example holds every input of the model by name.")
+    return examples.take(examples.rows[:ROWS])
+
+
+def _usable(model: Any, made: Made) -> Made:
+    """Return what the processors return as far as the model takes it: all of it, or nothing."""
+    accepted = arguments(model)
+    known = {name: pair for name, pair in made.items() if name in accepted}
+    rows = {name: first for name, (first, _) in known.items()}
+    reads = model
+    if model.config.is_encoder_decoder and model.can_generate():
+        reads = model.get_encoder()
+    needed = {name for name, each in arguments(reads).items() if each.default is each.empty}
+    if model.main_input_name not in rows or needed - set(rows):
+        return {}
+    try:
+        with torch.no_grad():
+            reads(**to_tensors(rows, model))
+    except Exception:  # they are of another model, as a tokenizer with more ids than this one has
+        return {}
+    return known
+
+
+def _with_made(plan: Plan, rows: Feeds) -> Plan:
+    """Return the plan with the processors' example to compare on."""
+    names = {spec.name for spec in plan.graphs[0].probe.inputs}
+    rows = {name: array for name, array in rows.items() if name in names}
+    if sum(array.nbytes for array in rows.values()) > BYTES:
+        rows = {name: array[:1] for name, array in rows.items()}
+    written = _greedy(plan, rows)
+    real = real_inputs(plan.graphs, rows, written)
+    probed = []
+    for graph in plan.graphs:
+        number = int(graph.name in real)
+        probed.append(replace(graph, probe=replace(graph.probe, real=number, made=bool(number))))
+    return replace(plan, graphs=tuple(probed), real=real, greedy=written)
 
 
 def _with_rows(plan: Plan, examples: Examples) -> Plan:

@@ -12,6 +12,7 @@ import numpy as np
 from ffmerge.errors import InputError
 from ffmerge.exporter.graphs import STATES, Graph
 from ffmerge.models import kv_cache, tasks
+from ffmerge.models.derive import fits
 from ffmerge.models.examples import Examples
 from ffmerge.models.probe import Array
 
@@ -19,7 +20,6 @@ ROWS, LENGTH = 32, 64  # of the real case, and tokens of each
 BYTES, SCORES = 1 << 22, 1 << 24  # of its inputs, and elements of its logits, at most
 # By which int4 is rounded: 16,384 tokens of text.
 ROUNDING, BATCH = 256, 8
-_NEEDED = ("normal", "picture", "integer")  # kinds of inputs that nothing stands in for
 
 
 def real_rows(examples: Examples, model: Any, task: str) -> dict[str, Array]:
@@ -49,9 +49,12 @@ def check_rows(graph: Graph, rows: Mapping[str, Array]) -> None:
     """Raise InputError unless rows have what the first graph of a package reads."""
     missing = []
     for spec in graph.probe.inputs:
-        needed = spec.kind in _NEEDED and spec.name != "token_type_ids"
-        if needed and spec.name not in rows and not kv_cache.is_past(spec.name):
+        if spec.needed and spec.name not in rows:
             missing.append(spec.name)
+        elif spec.name in rows and not fits(spec, rows[spec.name]):
+            sizes = "x".join(map(str, rows[spec.name].shape[1:]))
+            wanted = "x".join(map(str, spec.shape[1:]))
+            raise InputError(f"{spec.name} of the data is {sizes} a row, the model takes {wanted}.")
     if missing:
         raise InputError(f"the data has no {', '.join(missing)}, which the model reads.")
 

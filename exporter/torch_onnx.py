@@ -24,11 +24,16 @@ import torch
 
 from ffmerge.errors import ExportError
 from ffmerge.exporter.graphs import Graph
+from ffmerge.exporter.settle import HEIGHT
 from ffmerge.models import ties
 from ffmerge.models.inputs import to_tensors
 from ffmerge.models.record import Tie
 from ffmerge.passes.graph.contract import read_ties, write_ties
 from ffmerge.passes.graph.run import ShareResult, share_model
+
+
+class SizeError(ExportError):
+    """A model cannot be traced for pictures of any size."""
 
 
 def to_onnx(graph: Graph, opset: int, resident: bool = True) -> tuple[ShareResult, Any]:
@@ -69,13 +74,33 @@ def _translated(graph: Graph, opset: int) -> Any:
                 input_names=list(example), output_names=list(graph.outputs),
             )  # fmt: skip
     except Exception as error:  # torch.export and torch.onnx raise errors of many kinds
+        if HEIGHT in recipe.cases[-1]:
+            raise SizeError(f"{type(model).__name__} is not traced at any size") from error
         cause = error.__cause__ or error  # torch.onnx says how to report it, its cause says what
         lines = [line for line in str(cause).splitlines() if line.strip()]
         reason = [*lines, type(cause).__name__][0]
         raise ExportError(f"{type(model).__name__} cannot be exported: {reason}") from error
     if program is None:
         raise ExportError(f"{type(model).__name__} cannot be exported.")
+    if HEIGHT in recipe.cases[-1]:
+        _check_sizes(graph, program)
     return program
+
+
+def _check_sizes(graph: Graph, program: Any) -> None:
+    """Raise ExportError unless what was traced at one size of picture is right at the others."""
+    traced = program.exported_program.module()
+    model, recipe = graph.module.model, graph.probe
+    for case in range(len(recipe.cases)):
+        inputs = to_tensors(recipe.draw(case), model)
+        try:
+            with torch.no_grad():
+                found, expected = traced(inputs=inputs), graph.module(inputs)
+        except Exception as error:  # a guard of the program, of any kind
+            raise SizeError("what was traced holds for one size of picture") from error
+        for one, other in zip(found, expected, strict=True):
+            if one.shape != other.shape or not torch.allclose(one, other, rtol=1e-3, atol=1e-4):
+                raise SizeError("what was traced holds for one size of picture")
 
 
 def _optimize(onnx_graph: ir.Model, graph: Graph, known: Sequence[Tie]) -> None:

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
 from ffmerge.errors import InputError
-from ffmerge.models.inputs import example_inputs, unchunked
+from ffmerge.models.inputs import example_inputs, refused, unchunked
 
 # Ops that move no neuron, and ops that take a fused gate and up projection apart. Elementwise ops
 # are known by PyTorch's own ``pointwise`` tag; hardswish lacks it. A product of tensors, as in
@@ -35,6 +35,10 @@ _WITHOUT_VALUES: dict[str, Callable[..., Any]] = {
     "_grouped_mm": lambda a, b, *_, **__: a.new_empty((a.shape[0], b.shape[-1])),
 }
 _AUTOCAST = threading.RLock()
+
+
+class NeedsWeights(InputError):
+    """The code of a model without weights has to look at values."""
 
 
 class DataFlow(TorchDispatchMode):
@@ -170,13 +174,16 @@ def run_example(model: nn.Module, flow: DataFlow | None = None) -> None:
             flow.begin(inputs)
             stack.enter_context(flow)
         if not is_meta:
-            model(**inputs)
+            try:
+                model(**inputs)
+            except Exception as error:  # a model's code may raise anything
+                raise InputError(refused(model, inputs, error)) from error
             return
         stack.enter_context(_no_autocast_on_meta())
         try:
             model(**inputs)
         except Exception as error:  # a model's code may raise anything
-            raise InputError(
+            raise NeedsWeights(
                 f"the code of {type(model).__name__} cannot be followed without weights: give a "
                 "checkpoint that holds them."
             ) from error

@@ -1,4 +1,4 @@
-"""The inputs of a model, read from its configuration, and a run on them or on a batch of data."""
+"""A run of a model: on the inputs that are derived for it, or on a batch of data."""
 
 import inspect
 from collections.abc import Iterator, Mapping
@@ -9,76 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from ffmerge.errors import InputError
-from ffmerge.models.probe import Array, InputSpec, Probe
-
-# Batch sizes and lengths on which a package is compared with PyTorch.
-_CASES = ((1, 7), (3, 5), (8, 11))
-_IMAGE_SIZE = 224  # convolutional models name none: any will do
-_SAMPLES = 400  # of sound for one length of text: convolutions shorten it before the layers
+from ffmerge.models.derive import input_specs, not_derived, probe
+from ffmerge.models.probe import Array
 
 
 class StopForward(Exception):
     """What a hook raises when nothing that comes after it in the pass is needed."""
-
-
-def input_specs(model: Any) -> tuple[InputSpec, ...]:
-    """Return the inputs of a transformers model with optimum's names and dynamic dimensions.
-
-    Which there are is read from the signature of ``forward``, their sizes from the configuration.
-
-    Raises:
-        InputError: the model takes nothing of a kind ffmerge knows.
-    """
-    accepted = inspect.signature(model.forward).parameters
-    config = model.config
-    text = config.get_text_config()
-    vision = getattr(config, "vision_config", config)
-    specs: list[InputSpec] = []
-    if "pixel_values" in accepted:
-        height, width = _pair(getattr(vision, "image_size", _IMAGE_SIZE))
-        image = ("batch_size", getattr(vision, "num_channels", 3), height, width)
-        specs.append(InputSpec("pixel_values", "float32", image))
-    if "input_features" in accepted:
-        frames = 2 * config.max_source_positions
-        sound = ("batch_size", int(config.num_mel_bins), int(frames))
-        specs.append(InputSpec("input_features", "float32", sound))
-    if "input_values" in accepted:
-        specs.append(InputSpec("input_values", "float32", ("batch_size", "samples")))
-    shape = ("batch_size", "sequence_length")
-    if "input_ids" in accepted:
-        specs.append(InputSpec("input_ids", "int64", shape, "integer", text.vocab_size))
-        specs.append(InputSpec("attention_mask", "int64", shape, "mask"))
-    kinds = getattr(config, "type_vocab_size", 0)
-    if "token_type_ids" in accepted and kinds > 1:
-        specs.append(InputSpec("token_type_ids", "int64", shape, "integer", kinds))
-    if config.is_encoder_decoder:
-        behind = ("batch_size", "decoder_sequence_length")
-        vocabulary = getattr(config, "decoder_vocab_size", None) or text.vocab_size
-        specs.append(InputSpec("decoder_input_ids", "int64", behind, "integer", vocabulary))
-    if not specs:
-        raise InputError(
-            f"{type(model).__name__} takes no images, sound or text that is known here."
-        )
-    return tuple(specs)
-
-
-def probe(model: Any) -> Probe:
-    """Return the fixed inputs on which ``model`` and its package are compared."""
-    specs = input_specs(model)
-    longest = getattr(model.config, "max_position_embeddings", None) or 0
-    if longest <= 0:  # XLNet has -1: no bound
-        longest = _CASES[-1][1]
-    dynamic = {dimension for spec in specs for dimension in spec.shape}
-    cases = []
-    for rows, length in _CASES:
-        sizes = {
-            "batch_size": rows,
-            "sequence_length": min(length, longest),
-            "decoder_sequence_length": length - 2,
-            "samples": length * _SAMPLES,
-        }
-        cases.append({name: size for name, size in sizes.items() if name in dynamic})
-    return Probe(specs, tuple(cases))
 
 
 def to_tensors(arrays: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
@@ -98,10 +34,10 @@ def example_inputs(model: nn.Module) -> dict[str, Tensor]:
 
     A mask would have to be looked at, which a model on the meta device cannot do.
     """
-    recipe = probe(model)
+    recipe = probe(model, input_specs(model))
     drawn = recipe.draw(1)
     for spec in recipe.inputs:
-        if spec.kind == "mask":
+        if spec.kind == "mask" and spec.dtype == "int64":
             del drawn[spec.name]
     return to_tensors(drawn, model)
 
@@ -129,9 +65,21 @@ def forward(model: Any, batch: Mapping[str, Array], **options: Any) -> Any:
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         shapes = ", ".join(f"{name} {tuple(array.shape)}" for name, array in inputs.items())
         raise InputError(
-            f"{type(model).__name__} does not take this data ({shapes}): "
-            f"{str(error).splitlines()[0]}"
+            f"{type(model).__name__} does not take this data ({shapes}): {_first_line(error)}"
         ) from error
+
+
+def refused(model: Any, inputs: Mapping[str, Any], error: BaseException) -> str:
+    """Say that a model does not run on inputs that were derived for it."""
+    shapes = ", ".join(f"{name} {tuple(array.shape)}" for name, array in inputs.items())
+    return (
+        f"{type(model).__name__} does not run on the inputs derived for it ({shapes}; "
+        f"{_first_line(error)}): {not_derived(model)}"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 @contextmanager
@@ -149,10 +97,3 @@ def unchunked(model: Any) -> Iterator[None]:
     finally:
         for module, size in chunked:
             setattr(module, name, size)
-
-
-def _pair(size: Any) -> tuple[int, int]:
-    if isinstance(size, int):
-        return size, size
-    height, width = size
-    return int(height), int(width)

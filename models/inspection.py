@@ -14,10 +14,12 @@ from typing import Any
 from torch import nn
 
 from ffmerge.errors import InputError
-from ffmerge.models.checkpoint import skeleton
+from ffmerge.models.checkpoint import load, skeleton
+from ffmerge.models.dataflow import NeedsWeights
 from ffmerge.models.find import survey
 from ffmerge.models.notebook import Table, html_of
 from ffmerge.models.prove import proven
+from ffmerge.models.source import resolve
 from ffmerge.models.sublayer import FeedForward, LeftAlone, stacks
 
 
@@ -120,11 +122,8 @@ def inspect(model: str | Path | nn.Module, trust_remote_code: bool = False) -> I
         InputError: the model cannot be read, or has nothing that looks like a feed-forward
             sublayer.
     """
-    network: Any = model
-    if not isinstance(model, nn.Module):
-        network = skeleton(model, trust_remote_code)
+    network, found, left = _surveyed(model, trust_remote_code)
     has_weights = network.device.type != "meta"
-    found, left = proven(network) if has_weights else survey(network)
     if not found and not left:
         raise InputError(
             f"no feed-forward sublayer found in {type(network).__name__}: nothing can be merged."
@@ -146,6 +145,27 @@ def inspect(model: str | Path | nn.Module, trust_remote_code: bool = False) -> I
         removable=_removable(by_name, sizes, distinct, total),
         left_alone=left,
     )
+
+
+def _surveyed(
+    model: str | Path | nn.Module, trust_remote_code: bool
+) -> tuple[Any, tuple[FeedForward, ...], tuple[LeftAlone, ...]]:
+    """Return the network, its sublayers, and what is left alone.
+
+    Code that has to look at values is followed with the weights, if they are there.
+    """
+    if isinstance(model, nn.Module):
+        if next(model.parameters()).is_meta:
+            return model, *survey(model)
+        return model, *proven(model)
+    network = skeleton(model, trust_remote_code)
+    try:
+        return network, *survey(network)
+    except NeedsWeights:
+        if not any(resolve(model, weights=False).glob("*.safetensors")):
+            raise
+    network = load(model, trust_remote_code)
+    return network, *proven(network)
 
 
 def _size(network: nn.Module, member: FeedForward) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ffmerge.models import kv_cache
+from ffmerge.errors import InputError
 
 Array = npt.NDArray[Any]
 
@@ -47,7 +47,10 @@ class InputSpec:
     ``kind`` says what it is drawn from: "normal" is N(0, 1), "integer" are numbers below
     ``high``, as ``tokens`` if given, "mask" is ones with padding at the end of some rows,
     "position" counts on from the length of the past, "flag" is the size of that name, "picture"
-    is a smooth picture in 0..1, normalized by the ``colours``: mean and deviation by channel.
+    is a smooth picture in 0..1, normalized by the ``colours``: mean and deviation by channel,
+    "boxes" are corners in order, left, top, right, bottom, below ``high``. An input that is
+    ``needed`` has to be given; for another there is what PyTorch takes for none, and of a mask
+    with ``tokens`` that is every id but the padding.
     """
 
     name: str
@@ -57,6 +60,7 @@ class InputSpec:
     high: int = 0
     tokens: Tokens | None = None
     colours: tuple[tuple[float, float], ...] = ()
+    needed: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,12 +68,14 @@ class Probe:
     """The recipe: inputs, the sizes of the dynamic dimensions of each case, and the seed.
 
     Behind the ``cases`` that are drawn come as many ``real`` ones, whose inputs the package has.
+    They come with data, or are ``made``: an example of ours as the checkpoint's processor has it.
     """
 
     inputs: tuple[InputSpec, ...]
     cases: tuple[Mapping[str, int], ...]
     seed: int = 0
     real: int = 0
+    made: bool = False
 
     def feeds(self, case: int, stored: Mapping[str, Array]) -> dict[str, Array]:
         """Return the inputs of one case; those of a real one are completed from ``stored``."""
@@ -101,32 +107,48 @@ class Probe:
     def complete(self, batch: Mapping[str, Array]) -> dict[str, Array]:
         """Return the inputs for a batch of data; what it lacks is no padding and an empty past.
 
-        Positions go on from the past, as they do in PyTorch where they are not given.
+        Positions go on from the past, as they do in PyTorch where they are not given; other numbers
+        are 0, where PyTorch takes that for none.
+
+        Raises:
+            InputError: the batch lacks what nothing stands in for.
         """
-        ids = batch.get("input_ids", next(iter(batch.values())))
-        rows, length = ids.shape[:2]
-        past = next((x.shape[2] for k, x in batch.items() if kv_cache.is_past(k)), 0)
-        by_kind = {
-            "mask": np.ones((rows, past + length)),
-            "position": np.tile(np.arange(past, past + length), (rows, 1)),
-            "integer": np.zeros_like(ids),  # the first kind of token, where there are several
-        }
+        sizes = self._sizes_of(batch)
         inputs = {}
         for spec in self.inputs:
             if spec.name in batch:
                 array = batch[spec.name]
-            elif spec.kind in by_kind:
-                array = by_kind[spec.kind]
+            elif spec.kind == "mask" and spec.tokens and "input_ids" in batch:
+                array = batch["input_ids"] != spec.tokens.pad
+            elif spec.needed:
+                raise InputError(f"{spec.name} is not given, and the model reads it.")
             else:
-                array = np.zeros(_empty(spec, rows))
+                array = _nothing(spec, sizes)
             inputs[spec.name] = np.asarray(array, spec.dtype)
         return inputs
 
+    def _sizes_of(self, batch: Mapping[str, Array]) -> dict[str, int]:
+        """Return the sizes of the dynamic dimensions that the arrays of a batch have."""
+        sizes: dict[str, int] = {}
+        for spec in self.inputs:
+            if spec.name in batch:
+                for dimension, size in zip(spec.shape, np.shape(batch[spec.name]), strict=False):
+                    if isinstance(dimension, str):
+                        sizes.setdefault(dimension, size)
+        past = sizes.setdefault("past_sequence_length", 0)
+        sizes.setdefault("total_sequence_length", past + sizes.get("sequence_length", 0))
+        return sizes
 
-def _empty(spec: InputSpec, rows: int) -> list[int]:
-    """Return the shape of a past that is empty: only rows and what is a number have a size."""
-    sizes = {"batch_size": rows}
-    return [sizes.get(d, 0) if isinstance(d, str) else d for d in spec.shape]
+
+def _nothing(spec: InputSpec, sizes: Mapping[str, int]) -> Array:
+    """Return what stands for an input that is not given; a size that is not known is 0."""
+    shape = tuple(sizes.get(d, 0) if isinstance(d, str) else d for d in spec.shape)
+    if spec.kind == "mask":
+        return np.ones(shape)
+    if spec.kind == "position":
+        past = sizes["past_sequence_length"]
+        return np.broadcast_to(np.arange(past, past + shape[1]), shape)
+    return np.zeros(shape)
 
 
 def _draw(
@@ -140,20 +162,32 @@ def _draw(
         count = np.arange(shape[1]) + sizes.get("past_sequence_length", 0)
         return np.broadcast_to(count, shape).astype(spec.dtype)
     if spec.kind == "mask":
-        return (np.arange(shape[1]) < _lengths(shape)[:, None]).astype(spec.dtype)
+        real = np.arange(shape[1]) < _lengths(shape)[:, None]
+        behind = real.reshape(*real.shape, *[1] * (len(shape) - 2))
+        return np.broadcast_to(behind, shape).astype(spec.dtype)
+    if spec.kind == "boxes":
+        corners = generator.integers(0, spec.high, shape)
+        half = shape[-1] // 2
+        ordered = np.sort(corners.reshape(*shape[:-1], 2, half), -2)
+        return ordered.reshape(shape).astype(spec.dtype)
     if spec.kind == "integer" and spec.tokens:
         return _text(shape, spec.high, spec.tokens, has_past, generator).astype(spec.dtype)
     if spec.kind == "integer":
         return generator.integers(0, spec.high, shape).astype(spec.dtype)
     if spec.kind == "picture":
         mean, deviation = np.array(spec.colours).T[:, :, None, None]
-        return ((_smooth(shape, generator) - mean) / deviation).astype(spec.dtype)
+        drawn = _smooth((math.prod(shape[:-3]), *shape[-3:]), generator)
+        return ((drawn - mean) / deviation).reshape(shape).astype(spec.dtype)
     return generator.standard_normal(shape, dtype=np.float32).astype(spec.dtype)
 
 
 def _lengths(shape: tuple[int, ...]) -> Array:
-    """Return how much of each row is no padding: i % 3 less than all, and never nothing."""
-    return shape[1] - np.minimum(np.arange(shape[0]) % 3, shape[1] - 1)
+    """Return how much of each row is no padding: i % 3 parts less than all, and never nothing.
+
+    A part is one position, of long rows a sixteenth.
+    """
+    part = max(shape[1] // 16, 1)
+    return shape[1] - np.minimum(np.arange(shape[0]) % 3 * part, shape[1] - 1)
 
 
 def _text(
@@ -175,6 +209,11 @@ def _text(
         row[length - len(last) : length] = last
         row[length:] = tokens.pad
     return ids
+
+
+def picture(shape: tuple[int, ...], seed: int) -> Array:
+    """Return smooth pictures in 0..1 of (rows, channels, height, width)."""
+    return _smooth(shape, np.random.Generator(np.random.PCG64(seed)))
 
 
 def _smooth(shape: tuple[int, ...], generator: np.random.Generator) -> Array:

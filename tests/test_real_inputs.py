@@ -16,10 +16,11 @@ from ffmerge.exporter.graphs import Graph, graphs
 from ffmerge.exporter.greedy import greedy
 from ffmerge.exporter.rows import LENGTH, ROWS, check_rows, real_rows
 from ffmerge.models import checkpoint, data, tasks
+from ffmerge.models.derive import arguments
 from ffmerge.models.examples import from_arrays
 from ffmerge.models.manifest import GraphRecord
 from ffmerge.models.probe import InputSpec, Probe, Tokens, kept, stored_elements
-from ffmerge.models.processing import like_the_task
+from ffmerge.models.processing import like_the_task, load
 from ffmerge.runtime_tests.decode import check_generation
 from ffmerge.runtime_tests.quality import Quality, compare_scores, mean
 from ffmerge.runtime_tests.tolerance import TOLERANCES
@@ -46,7 +47,7 @@ def test_ids_are_drawn_as_the_tokenizer_writes_them() -> None:
     model = checkpoint.load(folder)
     encoder, decoder, *_ = graphs(model, "text2text-generation-with-past")
     probes = [encoder.probe, decoder.probe]
-    probe, decoders = like_the_task(probes, folder, model.config)
+    probe, decoders = like_the_task(probes, load(folder, arguments(model)), model.config)
     drawn = probe.draw(1)
     ids, mask = drawn["input_ids"], drawn["attention_mask"]
     assert (ids[mask == 0] == tokenizer.pad_token_id).all() and (mask == 0).any()
@@ -80,14 +81,15 @@ def test_pictures_are_smooth_and_normalized(tmp_path: Path) -> None:
     processor.save_pretrained(tmp_path)
     shape = ("batch_size", 3, 32, 32)
     probe = Probe((InputSpec("pixel_values", "float32", shape),), ({"batch_size": 5},))
-    drawn = like_the_task([probe], tmp_path, None)[0].draw(0)["pixel_values"]
+    found = load(tmp_path, ["pixel_values"])
+    drawn = like_the_task([probe], found, None)[0].draw(0)["pixel_values"]
     plain = drawn * np.array([0.2, 0.25, 0.3]).reshape(3, 1, 1) + np.array([0.4, 0.5, 0.6]).reshape(
         3, 1, 1
     )
     assert -1e-6 < plain.min() and plain.max() < 1 + 1e-6
     assert np.abs(np.diff(plain, axis=-1)).max() < 3 / 31 + 1e-6  # at most 1 from point to point
     assert plain.std() > 0.1  # and no flat grey
-    unknown = like_the_task([probe], None, None)[0].draw(0)["pixel_values"]
+    unknown = like_the_task([probe], load(None, ()), None)[0].draw(0)["pixel_values"]
     assert -1 <= unknown.min() < -0.5 and 0.5 < unknown.max() <= 1
 
 

@@ -1,0 +1,127 @@
+"""What of the inputs of a graph can only be told by running the model: sizes, and what stands in.
+
+``exporter/plan.py`` asks, once the graphs are known. The model is run on small inputs, with one of
+them changed at a time.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ffmerge.errors import InputError
+from ffmerge.models.inputs import to_tensors
+from ffmerge.models.probe import Array, InputSpec, Probe, Tokens
+
+HEIGHT, WIDTH = "height", "width"  # the dynamic sizes of a picture
+_PICTURES = ("pixel_values", "pixel_values_videos")
+_STEP = 32  # of sizes that are tried, where a model has no patches
+
+
+def check_repeats(graph: Any) -> None:
+    """Raise InputError if a model answers twice in different ways: nothing can be compared then."""
+    feeds = graph.probe.draw(0)
+    first, again = _outputs(graph, feeds), _outputs(graph, feeds)
+    if first is not None and again is not None and not _alike(first, again):
+        raise InputError(
+            f"{type(graph.module.model).__name__} draws random numbers in its forward pass: equal "
+            "inputs give unequal outputs, so no package of it can be right."
+        )
+
+
+def any_size(graph: Any) -> Any:
+    """Return a graph for pictures of any height and width, if its model takes others than one."""
+    model, recipe = graph.module.model, graph.probe
+    inputs: list[InputSpec] = []
+    size: tuple[int, int] | None = None
+    for spec in recipe.inputs:
+        if spec.name in _PICTURES and all(isinstance(side, int) for side in spec.shape[-2:]):
+            size = int(spec.shape[-2]), int(spec.shape[-1])
+            spec = replace(spec, shape=(*spec.shape[:-2], HEIGHT, WIDTH))
+        inputs.append(spec)
+    if size is None:
+        return graph
+    step = getattr(getattr(model.config, "vision_config", model.config), "patch_size", _STEP)
+    if not isinstance(step, int):
+        step = _STEP
+    (height, width), cases = size, []
+    for case, (down, across) in zip(recipe.cases, ((0, 0), (1, 0), (1, 2)), strict=True):
+        sides = {HEIGHT: height + down * step, WIDTH: width + across * step}
+        cases.append({**case, **sides})
+    other = Probe(tuple(inputs), tuple(cases))
+    if _outputs(graph, other.draw(len(cases) - 1, batch=1)) is None:
+        return graph
+    return replace(graph, probe=other)
+
+
+def one_size(recipe: Probe) -> Probe:
+    """Return a probe with the height and width of its first case for every picture."""
+    first = recipe.cases[0]
+    inputs = []
+    for spec in recipe.inputs:
+        shape = [first[side] if side in (HEIGHT, WIDTH) else side for side in spec.shape]
+        inputs.append(replace(spec, shape=tuple(shape)))
+    cases = [{k: n for k, n in case.items() if k not in (HEIGHT, WIDTH)} for case in recipe.cases]
+    return replace(recipe, inputs=tuple(inputs), cases=tuple(cases))
+
+
+def stand_ins(graph: Any) -> Any:
+    """Return a graph whose inputs say what PyTorch takes where they are not given.
+
+    One for which nothing that is known here gives PyTorch's answer is needed.
+    """
+    recipe, pad = graph.probe, getattr(graph.module.model.config, "pad_token_id", None)
+    feeds = recipe.draw(1)
+    if "input_ids" in feeds and "attention_mask" in feeds and isinstance(pad, int):
+        feeds["input_ids"] = np.where(feeds["attention_mask"] == 0, pad, feeds["input_ids"])
+    inputs = []
+    for spec in recipe.inputs:
+        if not spec.needed and spec.kind in ("integer", "boxes", "mask"):
+            spec = _settled(graph, spec, feeds, pad)
+        inputs.append(spec)
+    return replace(graph, probe=replace(recipe, inputs=tuple(inputs)))
+
+
+def _settled(graph: Any, spec: InputSpec, feeds: Mapping[str, Array], pad: Any) -> InputSpec:
+    """Return an input with what stands for it in ``feeds`` where it is not given."""
+    rest = {name: array for name, array in feeds.items() if name != spec.name}
+    without = _outputs(graph, rest)
+    if without is None:
+        return replace(spec, needed=True)
+    choices = [spec]
+    if spec.kind == "mask" and isinstance(pad, int) and spec.shape == _shape_of_ids(graph):
+        choices.append(replace(spec, tokens=Tokens(pad=pad)))
+    for choice in choices:
+        inputs = [choice if each.name == spec.name else each for each in graph.probe.inputs]
+        completed = replace(graph.probe, inputs=tuple(inputs)).complete(rest)
+        found = _outputs(graph, completed)
+        if found is not None and _alike(found, without):
+            return choice
+    return replace(spec, needed=True)
+
+
+def _shape_of_ids(graph: Any) -> tuple[int | str, ...]:
+    shapes = [spec.shape for spec in graph.probe.inputs if spec.name == "input_ids"]
+    return shapes[0] if shapes else ()
+
+
+def _outputs(graph: Any, feeds: Mapping[str, Array]) -> tuple[Tensor, ...] | None:
+    """Return what PyTorch gives, None where it does not take the inputs."""
+    try:
+        with torch.no_grad():
+            found: tuple[Tensor, ...] = graph.module(to_tensors(feeds, graph.module))
+    except Exception:  # a model's code may raise anything
+        return None
+    return found
+
+
+def _alike(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
+    for one, other in zip(found, expected, strict=True):
+        if one.shape != other.shape:
+            return False
+        if not torch.allclose(one, other, rtol=1e-4, atol=1e-5, equal_nan=True):
+            return False
+    return True
