@@ -95,10 +95,10 @@ def graphs(model: Any, task: str, specs: tuple[InputSpec, ...] | None = None) ->
     recipe = probe(model, specs)
     if kind.startswith("zero-shot"):
         recipe = _two_batches(recipe)
-    return (_whole(model, recipe, tasks.outputs(task, given(model, recipe))),)
+    return (_whole(model, recipe, tasks.outputs(task, names_given(model, recipe))),)
 
 
-def given(model: Any, recipe: Probe) -> list[str]:
+def names_given(model: Any, recipe: Probe) -> list[str]:
     """Return the names of the tensors that a model gives for what the probe draws, in their order.
 
     Raises:

@@ -13,7 +13,7 @@ import torch
 
 from ffmerge.config import CALIBRATED, ExportConfig
 from ffmerge.errors import InputError
-from ffmerge.exporter.graphs import Graph, given, graphs
+from ffmerge.exporter.graphs import Graph, graphs, names_given
 from ffmerge.exporter.greedy import generates, greedy
 from ffmerge.exporter.rows import (
     BYTES,
@@ -75,7 +75,7 @@ def make_plan(model: Any, config: ExportConfig, source: Path | None, data: Data 
     else:
         rows = {name: first for name, (first, _) in made.items()}
         specs = input_specs(model, made)
-    task = tasks.fit(config.task, model, lambda: given(model, probe(model, specs)))
+    task = tasks.fit(config.task, model, lambda: names_given(model, probe(model, specs)))
     planned = graphs(model, task, specs)
     if len(planned) == 1 and tasks.base(task) not in tasks.GENERATE:
         check_repeats(planned[0])
