@@ -20,6 +20,8 @@ Default = TypeVar("Default")
 CRITERIA = ("metric", "fidelity")
 PARTS = ("merged", "all")  # of a model, to recover
 MIXED_PRECISION = ("no", "bf16")
+BLOCKED, BLOCKS = ("int8", "int4"), (32, 64, 128)  # of weights in blocks
+BLOCK_HELP = "Weights that share a scale in int8 (else 64) and int4 (else 32): 32, 64 or 128."
 CALIBRATED = ("int8-static", "int4")  # what reads data; int4 need not
 DTYPES = ("fp32", "fp16", "int8", "int8-dynamic", "int8-static", "int4")
 LAYOUTS = ("optimum", "transformers.js")
@@ -314,6 +316,7 @@ class ExportConfig:
         "Precision of the weights; int8-static needs --data, int4 is better with it.",
         choices=DTYPES,
     )
+    block: int | None = option(None, BLOCK_HELP)
     layout: str = option(
         "optimum", "Folder and file names of optimum or transformers.js.", choices=LAYOUTS
     )
@@ -327,6 +330,7 @@ class ExportConfig:
         if self.opset not in OPSETS:
             raise InputError(f"opset {self.opset} is not one of {OPSETS[0]} to {OPSETS[-1]}.")
         check_dtype(self.dtype)
+        check_block(self.block, self.dtype)
         if self.layout not in LAYOUTS:
             raise InputError(f"no layout {self.layout!r}: there is {', '.join(LAYOUTS)}.")
 
@@ -348,12 +352,14 @@ class ShareConfig:
         "which looks for weights on the right of a product.",
     )
     opset: int | None = option(None, "ONNX operator set; the file's if not given.")
+    block: int | None = option(None, BLOCK_HELP)
     data: Path | None = option(None, "Inputs of the graph as .npz, for int4 and int8-static.")
 
     def __post_init__(self) -> None:
         """Refuse a precision there is not, and data that would not be read."""
         if self.dtype is not None:
             check_dtype(self.dtype)
+        check_block(self.block, self.dtype)
         if self.dtype == "int8-static" and self.data is None:
             raise InputError("int8-static takes its ranges from inputs of the graph: give --data.")
         if self.dtype not in CALIBRATED and self.data is not None:
@@ -415,3 +421,11 @@ def check_dtype(dtype: str) -> None:
     """Raise InputError unless a package can have this precision."""
     if dtype not in DTYPES:
         raise InputError(f"no dtype {dtype!r}: there is {', '.join(DTYPES)}.")
+
+
+def check_block(block: int | None, dtype: str | None) -> None:
+    """Raise InputError unless weights of this precision can share a scale so."""
+    if block is not None and dtype not in BLOCKED:
+        raise InputError("only int8 and int4 have blocks: leave it out, or give one of them.")
+    if block is not None and block not in BLOCKS:
+        raise InputError(f"a block of {block} weights is not one of 32, 64 and 128.")

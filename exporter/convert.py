@@ -60,6 +60,7 @@ def _quantized(results: Mapping[str, ShareResult], plan: Plan) -> dict[str, Shar
     common = QuantizeConfig(
         multiplied=_multiplied(results.values()),
         plain_lookups=plan.config.layout == "transformers.js",
+        block=plan.config.block,
         rounded={} if plan.calibration else None,
     )
     done = {}

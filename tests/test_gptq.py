@@ -156,3 +156,16 @@ def test_export_rounds_every_weight_once(make: str, tmp_path: Path) -> None:
         sizes.append(package.manifest.bytes_unique)
     assert sizes[0] == sizes[1]
     assert re.fullmatch("int4", package.manifest.dtype)
+
+
+@pytest.mark.parametrize("block", [64, 128])
+def test_larger_blocks_have_fewer_scales(block: int, tmp_path: Path) -> None:
+    text = "(float[n,256] x) => (float[n,64] y) { y = MatMul(x, W) }"
+    ir.save(build(text, W=normal(256, 64)), tmp_path / "in.onnx")
+    config = ShareConfig(dtype="int4", block=block)
+    result = share_file(tmp_path / "in.onnx", tmp_path / "out.onnx", config)
+    assert result.bytes_after == 256 * 64 // 2 + 4 * 256 * 64 // block
+    with pytest.raises(InputError, match="not one of 32, 64 and 128"):
+        ShareConfig(dtype="int4", block=48)
+    with pytest.raises(InputError, match="only int8 and int4 have blocks"):
+        ExportConfig(dtype="fp16", block=64)

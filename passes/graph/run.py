@@ -92,7 +92,8 @@ def share(
         return share_file(Path(source), Path(target), config)
     if config.opset is not None or config.data is not None:
         raise InputError("a model in memory keeps its opset, and is calibrated as a file only.")
-    return share_model(source, dtype=config.dtype, resident=config.resident)
+    settings = QuantizeConfig(block=config.block)
+    return share_model(source, (), config.dtype, settings, config.resident)
 
 
 def share_model(
@@ -187,7 +188,7 @@ def share_file(
         calibration = read_calibration(model, config.data)
     if config.opset is not None:
         model = to_opset(model, config.opset)
-    settings = QuantizeConfig(calibration=calibration)
+    settings = QuantizeConfig(calibration=calibration, block=config.block)
     result = share_model(model, (), config.dtype, settings, config.resident)
     check = None
     if load:
