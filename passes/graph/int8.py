@@ -11,6 +11,7 @@ codes and one scale for each output feature, and all its products and lookups ar
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -52,7 +53,8 @@ def to_dynamic(model: ir.Model, matrices: Sequence[Matrix], config: QuantizeConf
 
 def _quantize_dynamically(x: ir.Value, new: Rewrite, opset: int) -> Sequence[ir.Value]:
     """Return of a value the largest magnitude of each row, and codes, scale and zero point."""
-    inputs, axes = [x], {"axes": [-1]}
+    inputs: list[ir.Value] = [x]
+    axes: dict[str, Any] = {"axes": [-1]}
     if opset >= AXES_AS_INPUT:
         inputs, axes = [x, new.constant(np.array([-1]))], {}
     high = new.op("ReduceMax", *inputs, keepdims=1, **axes)
