@@ -138,12 +138,8 @@ def _without_padding(model: ir.Model, batch: Batch) -> Batch:
     mask = batch.get("attention_mask")
     for value in model.graph.inputs:
         fixed = value.shape is not None and any(isinstance(size, int) for size in value.shape)
-        if (
-            mask is None
-            or fixed
-            or value.name not in batch
-            or batch[value.name].shape != mask.shape
-        ):
+        given = batch.get(str(value.name))
+        if mask is None or fixed or given is None or given.shape != mask.shape:
             return batch
     assert mask is not None
     return {name: array[:, mask.any(0)] for name, array in batch.items()}
