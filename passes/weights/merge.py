@@ -98,10 +98,10 @@ def choose(
     check_weights(model)
     method, stacks = METHODS[config.method], find_stacks(model, config)
     searches = _searches(model, stacks, method, config)
-    if calibration is not None and held_out is None:
-        calibration, held_out = calibration.halves()
     if calibration is None:
         _check_needs_no_data(method, searches)
+    elif held_out is None:
+        calibration, held_out = calibration.halves()
     score = None
     if held_out is not None:
         task = config.task or tasks.infer(model)
