@@ -293,7 +293,7 @@ def main(arguments: list[str] | None = None) -> None:
     debug = "--debug" in words
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    warnings.formatwarning = _formatted
+    warnings.formatwarning = _formatted  # type: ignore[assignment]
     try:
         app([word for word in words if word != "--debug"], prog_name="ffmerge")
     except Exception as error:  # whatever leaves a command is told, and is no success

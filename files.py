@@ -266,7 +266,7 @@ def restored(kind: Any, value: Any) -> Any:
         return _restored_as_one_of(members, value)
     if origin is tuple and isinstance(value, list):
         return _restored_tuple(members, value)
-    if isinstance(value, dict) and is_dataclass(kind):
+    if isinstance(value, dict) and isinstance(kind, type) and is_dataclass(kind):
         kinds = get_type_hints(kind)
         return kind(**{name: restored(kinds[name], item) for name, item in value.items()})
     if isinstance(value, dict) and origin is Mapping:
@@ -276,7 +276,7 @@ def restored(kind: Any, value: Any) -> Any:
     raise TypeError(f"{str(value)[:40]!r} is of another kind")
 
 
-def _restored_tuple(kinds: Sequence[Any], values: Sequence[Any]) -> tuple[Any, ...]:
+def _restored_tuple(kinds: tuple[Any, ...], values: list[Any]) -> tuple[Any, ...]:
     if kinds[-1] is ...:
         kinds = kinds[:1] * len(values)
     return tuple(restored(kind, value) for kind, value in zip(kinds, values, strict=True))

@@ -185,7 +185,7 @@ def _encoder_decoder(model: Any, task: str, inputs: tuple[InputSpec, ...]) -> tu
     for spec in specs.values():
         if spec.kind == "mask":
             masks.append(replace(spec, name=f"encoder_{spec.name}"))
-    cases = []
+    cases: list[Mapping[str, int]] = []
     for batch, steps, before in _STEPS:
         sizes = {"batch_size": batch, length: steps + 1, "decoder_sequence_length": steps}
         cases.append({**sizes, "past_decoder_sequence_length": before + 2})

@@ -35,7 +35,8 @@ def write_reference(
     tensors = {f"{GREEDY}{name}": array for name, array in plan.greedy.items()}
     if has_labels(plan) and "labels" in plan.rows:
         tensors[LABELS] = plan.rows["labels"]
-    about, rounding = {}, []
+    about: dict[str, str] = {}
+    rounding: list[dict[str, float]] = []
     for graph, file in zip(plan.graphs, files, strict=True):
         real = plan.real.get(graph.name, {})
         if not graph.parts:  # one made of parts is given what its first part is
