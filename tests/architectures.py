@@ -1,4 +1,4 @@
-"""Forty architectures as tiny configurations, and their packages, made once in a process."""
+"""Sixty architectures as tiny configurations, and their packages, made once in a process."""
 
 import functools
 import tempfile
@@ -33,6 +33,12 @@ TOWERS = {
     "text_config": {**S, **V, "max_position_embeddings": 20},
     "vision_config": {**S, **I},
 }
+HEAD = {**ED, "eos_token_id": 1, "num_labels": 3, "max_position_embeddings": 40}
+SOUND = {
+    **S, "vocab_size": 20, "conv_dim": [8, 8], "conv_kernel": [3, 3], "conv_stride": [2, 2],
+    "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "feat_extract_norm": "layer",
+}  # fmt: skip
+CLIP = {**S, **I, "num_frames": 4, "num_labels": 3}
 ONE, TWO, TOWER = {"layers": 2}, {"encoder": 2, "decoder": 2}, {"vision_model": 2, "text_model": 2}
 
 # class, configuration, settings, layers by stack, gated
@@ -108,6 +114,69 @@ CASES: list[tuple[str, str, dict[str, Any], dict[str, int], bool]] = [
         {**S, "vocab_size": 20, "conv_dim": [8, 8], "conv_kernel": [3, 3], "conv_stride": [2, 2],
          "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}, ONE, False,
     ),
+    (
+        "LayoutLMForTokenClassification", "LayoutLMConfig",
+        {**B, "max_2d_position_embeddings": 40}, ONE, False,
+    ),
+    (
+        "XLMForSequenceClassification", "XLMConfig",
+        {"vocab_size": 60, "emb_dim": 32, "n_layers": 2, "n_heads": 4, "n_langs": 2}, ONE, False,
+    ),
+    (
+        "ErnieForMaskedLM", "ErnieConfig",
+        {**B, "use_task_id": True, "task_type_vocab_size": 3}, ONE, False,
+    ),
+    ("DPRQuestionEncoder", "DPRConfig", {**B, "projection_dim": 16}, ONE, False),
+    (
+        "CLIPTextModelWithProjection", "CLIPTextConfig",
+        {**TOWERS["text_config"], "projection_dim": 16}, ONE, False,
+    ),
+    (
+        "CLIPVisionModelWithProjection", "CLIPVisionConfig",
+        {**TOWERS["vision_config"], "projection_dim": 16}, ONE, False,
+    ),
+    (
+        "SiglipTextModel", "SiglipTextConfig",
+        {**TOWERS["text_config"], "projection_size": 16}, ONE, False,
+    ),
+    ("SiglipVisionModel", "SiglipVisionConfig", TOWERS["vision_config"], ONE, False),
+    ("BartForSequenceClassification", "BartConfig", HEAD, TWO, False),
+    ("BartForQuestionAnswering", "BartConfig", HEAD, TWO, False),
+    ("T5ForSequenceClassification", "T5Config", {**T5, "num_labels": 3}, TWO, False),
+    ("T5ForQuestionAnswering", "T5Config", T5, TWO, False),
+    ("T5EncoderModel", "T5Config", T5, ONE, False),
+    (
+        "Speech2TextForConditionalGeneration", "Speech2TextConfig",
+        {**ED, "input_feat_per_channel": 8, "conv_channels": 16, "max_source_positions": 80,
+         "max_target_positions": 20}, TWO, False,
+    ),
+    (
+        "Wav2Vec2BertForCTC", "Wav2Vec2BertConfig",
+        {**S, "vocab_size": 20, "feature_projection_input_dim": 8, "conv_depthwise_kernel_size": 3},
+        {"ffn1": 2, "ffn2": 2}, False,
+    ),
+    (
+        "ASTForAudioClassification", "ASTConfig",
+        {**S, "max_length": 24, "num_mel_bins": 16, "patch_size": 8, "frequency_stride": 8,
+         "time_stride": 8}, ONE, False,
+    ),
+    ("HubertForCTC", "HubertConfig", {**SOUND, "do_stable_layer_norm": True}, ONE, False),
+    ("WavLMForCTC", "WavLMConfig", SOUND, ONE, False),
+    ("VideoMAEForVideoClassification", "VideoMAEConfig", CLIP, ONE, False),
+    ("TimesformerForVideoClassification", "TimesformerConfig", CLIP, ONE, False),
+    (
+        "PatchTSTForPrediction", "PatchTSTConfig",
+        {"context_length": 16, "patch_length": 4, "patch_stride": 4, "num_input_channels": 2,
+         "d_model": 16, "ffn_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+         "prediction_length": 4}, ONE, False,
+    ),
+    (
+        "InformerForPrediction", "InformerConfig",
+        {"context_length": 8, "prediction_length": 4, "lags_sequence": [1, 2],
+         "num_time_features": 2, "d_model": 16, "encoder_layers": 2, "decoder_layers": 2,
+         "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "encoder_attention_heads": 2,
+         "decoder_attention_heads": 2, "attention_type": "full"}, TWO, False,
+    ),
     ("MixtralForCausalLM", "MixtralConfig", {**G, "num_local_experts": 2}, {}, False),
 ]  # fmt: skip
 
@@ -141,6 +210,15 @@ def merge_all(model: Any) -> Any:
     several = tuple(stack for stack, members in found.items() if len(members) > 1)
     config = MergeConfig(window=(0, 1), stacks=several, method="average")
     return merge_(model, None, config) if several else None
+
+
+def call_of(graph: Any, case: int = 1) -> dict[str, torch.Tensor]:
+    """Return what a person gives a model: what a processor returns, no cache and no positions."""
+    call = {}
+    for name, array in graph.probe.draw(case).items():
+        if name != "position_ids" and not name.startswith("past_key_values"):
+            call[name] = torch.as_tensor(array)
+    return call
 
 
 def model_of(name: str, config: str, settings: dict[str, Any]) -> Any:

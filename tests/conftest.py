@@ -18,7 +18,7 @@ Command = Callable[..., tuple[int, str, str]]
 # them because they export models or start processes. What they test is in `make test`.
 HEAVY = frozenset(
     """
-    architectures cli demo device engines export float32 fuzz golden inputs large_file
+    architectures call cli demo device engines export float32 fuzz golden inputs large_file
     loaded loaders offload optimum optimum_plugin own_export own_parts packaging
     properties quantize real_inputs recover remote_code rivals runtime_footprint
     runtimes scale search serving tampering translation variants versions vit_base
@@ -84,7 +84,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         name = item.path.stem
         case = getattr(item, "callspec", None)
         architecture = case and case.params.get("name")
-        if name in ("test_serving", "test_optimum") or architecture in GENERATE:
+        if name in ("test_serving", "test_optimum", "test_call") or architecture in GENERATE:
             name = "generate"
         elif name == "test_architectures":
             name = item.name
