@@ -8,7 +8,7 @@ and by error messages (:func:`printable`), and written into reports and model ca
 import html
 import re
 
-_MARKS = re.compile(r"([\\`*_\[\]|#~!]|^[-+]|(?<=^\d)[.)])")
+_MARKS = re.compile(r"([\\`*_\[\]|#~!]|^[-+](?=\s|$)|(?<=^\d)[.)](?=\s|$))")
 
 
 def printable(text: str) -> str:

@@ -16,6 +16,7 @@ from ffmerge.passes.graph.rewrite import type_of
 from ffmerge.passes.graph.tensors import shape_of
 
 _FLOAT, _HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
+IR_VERSION = 10  # that of opset 21
 SHAPES = 4096  # bytes of a constant that a node may have to know when it is loaded
 
 
@@ -114,7 +115,9 @@ class Kernels:
         opsets = []
         for domain, version in self.model.opset_imports.items():
             opsets.append(onnx.helper.make_opsetid(domain, version))
-        return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=self.model.ir_version)
+        # a file may be of a newer version than the runtime knows; a single node needs none of it
+        version = min(self.model.ir_version, IR_VERSION)
+        return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=version)
 
 
 _GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
