@@ -39,6 +39,9 @@ DEAR = {
     "T5ForSequenceClassification", "T5ForQuestionAnswering", "T5EncoderModel",
     "Speech2TextForConditionalGeneration", "Wav2Vec2BertForCTC", "HubertForCTC", "WavLMForCTC",
     "TimesformerForVideoClassification", "InformerForPrediction",
+    "T5ForConditionalGeneration", "SwinForImageClassification", "Qwen3ForCausalLM",
+    "FalconForCausalLM", "PhiForCausalLM", "GPTNeoXForCausalLM", "BloomForCausalLM",
+    "ElectraForMaskedLM", "DeiTForImageClassification", "DistilBertForMaskedLM",
 }  # fmt: skip
 PARAMETERS = []
 for case in CASES:

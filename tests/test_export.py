@@ -236,7 +236,7 @@ def test_other_tasks_and_families(name: str, task: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["GPT2LMHeadModel", "OlmoForCausalLM"])
-@pytest.mark.parametrize("dtype", ["fp32", "int4"])
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("int4", marks=pytest.mark.slow)])
 def test_no_weight_is_held_when_the_package_is_made(dtype: str, name: str, tmp_path: Path) -> None:
     """A process that exports one model after another must not add them up.
 

@@ -17,7 +17,9 @@ from ffmerge.runtime_tests.validate import validate
 NARROW = [torch.bfloat16, torch.float16]
 
 
-@pytest.mark.parametrize("dtype", NARROW, ids=str)
+@pytest.mark.parametrize(
+    "dtype", [NARROW[0], pytest.param(NARROW[1], marks=pytest.mark.slow)], ids=str
+)
 def test_the_package_is_that_of_the_widened_model(dtype: torch.dtype, tmp_path: Path) -> None:
     """Weights are compared as bytes, and outputs with PyTorch: nothing is rounded on the way."""
     model = gpt2(layers=2).to(dtype)

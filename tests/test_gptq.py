@@ -141,7 +141,7 @@ def test_share_rounds_on_rows(tmp_path: Path) -> None:
     assert not (tmp_path / "no.onnx").exists()
 
 
-@pytest.mark.parametrize("make", ["gpt2", "t5"])
+@pytest.mark.parametrize("make", ["gpt2", pytest.param("t5", marks=pytest.mark.slow)])
 def test_export_rounds_every_weight_once(make: str, tmp_path: Path) -> None:
     """In all graphs of a package alike; a table that is the head as well is one tensor."""
     model = tiny.gpt2(64, 128, 2) if make == "gpt2" else t5(1, 1)

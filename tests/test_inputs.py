@@ -289,7 +289,13 @@ def test_inspect_never_says_that_weights_are_missing_which_are_there(tmp_path: P
         inspect(empty)
 
 
-@pytest.mark.parametrize("name", ["BartForSequenceClassification", "T5ForQuestionAnswering"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "BartForSequenceClassification",
+        pytest.param("T5ForQuestionAnswering", marks=pytest.mark.slow),
+    ],
+)
 def test_another_head_of_an_encoder_decoder_is_one_graph(name: str, tmp_path: Path) -> None:
     """The decoder's ids are made in the graph; the last end of a text is what the head reads."""
     config, settings = ("BartConfig", ED) if name.startswith("Bart") else ("T5Config", T5)

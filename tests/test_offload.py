@@ -222,6 +222,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_with_weights_on_disk_do_what_one_does_in_memory(tmp_path: Path) -> None:
     """Statistics, search over windows, measuring and recovery, all of one command."""
     model = MODELS["gpt2"]()

@@ -71,6 +71,7 @@ def test_two_gemms_of_one_square_weight_where_quantize_dynamic_is_wrong(tmp_path
     assert array(result.model, "W").dtype == np.int8
 
 
+@pytest.mark.slow
 def test_gpt2_whose_gemms_the_int4_quantizer_leaves_in_float():
     model = to_onnx(*graphs(tiny.gpt2(), "text-generation"), 20)[0].model
     gemms = ops(model)["Gemm"]
@@ -423,6 +424,7 @@ for precision in [*t.LOWER, "fp16"]:
 """
 
 
+@pytest.mark.slow
 def test_result_does_not_depend_on_the_hash_seed():
     outputs = {
         subprocess.run(
