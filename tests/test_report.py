@@ -156,7 +156,7 @@ def test_what_was_not_measured_has_no_row() -> None:
     lines = {row.name: row for row in rows(BEFORE, bare, STAGES[:2])}
     assert "Memory" not in lines and "Accuracy" not in lines
     assert "Method loss" in lines
-    assert lines["Export loss"].change == "outputs within 1e-06"
+    assert lines["Export loss"].after == "outputs within 1e-06"
 
 
 @pytest.mark.parametrize(
