@@ -54,8 +54,18 @@ def lent(monkeypatch: pytest.MonkeyPatch) -> Lent:
     return copies
 
 
+# Their forward pass looks at values (where a text ends, what is sampled), which fake tensors have
+# not; what lies where is that of their siblings without a head.
+LOOKS_AT_VALUES = {
+    "XLMForSequenceClassification", "BartForSequenceClassification", "T5ForSequenceClassification",
+    "InformerForPrediction",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("index", range(len(CASES)))
 def test_all_that_is_computed_is_on_the_device(index: int) -> None:
+    if CASES[index][0] in LOOKS_AT_VALUES:
+        pytest.skip(f"{CASES[index][0]} looks at values, and here are none")
     model = model_of(*CASES[index][:3])
     if hasattr(model.config, "num_local_experts"):  # the fused product wants bfloat16 there
         model.set_experts_implementation("batched_mm")
