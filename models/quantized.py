@@ -52,9 +52,10 @@ def plain(model: Any, folder: Path) -> Any:
     try:
         model = model.dequantize()
     except Exception as error:  # NotImplementedError, and whatever a library raises
+        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(
-            f"{folder} is quantized by {method}, which transformers cannot undo: give the "
-            "checkpoint that was quantized."
+            f"{folder} is quantized by {method}, which transformers cannot undo ({lines[0]}): give "
+            "the checkpoint that was quantized."
         ) from error
     del model.hf_quantizer
     return model
