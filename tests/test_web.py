@@ -287,7 +287,9 @@ def test_a_picture_is_classified(seen: Any, packages: Path, backend: str, dtype:
     with torch.no_grad():
         expected = _softmax(model(pixels).logits[0].double().numpy())
     got = np.array([scores[f"LABEL_{i}"] for i in range(len(expected))])
-    assert np.abs(got - expected).max() < 1e-6  # measured 4.4e-8, int8 1.1e-8
+    # Measured 4.4e-8. int8: 1.1e-8 where both kernels round the inputs to 8 bits, 1.1e-3 where
+    # the processor's own kernel multiplies floats (AVX2 without VNNI).
+    assert np.abs(got - expected).max() < {"fp32": 1e-6, "int8": 4e-3}[dtype]
 
 
 def _picture() -> Any:
