@@ -129,6 +129,7 @@ class ColumnsConfig:
     """Which columns of a table are read, where they are not called what public data sets do."""
 
     text_column: str | None = option(None, "Column or language that the model reads.")
+    pair_column: str | None = option(None, "Column of the second text, of a classifier of pairs.")
     label_column: str | None = option(None, "Column of the classes.")
     target_column: str | None = option(None, "Column or language that the model is to write.")
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from ffmerge.errors import InputError
 from ffmerge.models.examples import Examples
+from ffmerge.models.listed import paths_below, picture_suffixes, sound_suffixes
 from ffmerge.models.packages import of_model, package
 from ffmerge.models.pictures import Labels
 from ffmerge.models.probe import Array
@@ -24,16 +25,8 @@ _METADATA = {"metadata.csv": "csv", "metadata.jsonl": "json"}
 
 def holds_sounds(folder: Path) -> bool:
     """Tell whether there is sound in a folder, and no pictures."""
-    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
-
     kinds = {path.suffix.lower() for path in folder.rglob("*")}
-    return not kinds.isdisjoint(_suffixes()) and kinds.isdisjoint(ImageFolder.EXTENSIONS)
-
-
-def _suffixes() -> set[str]:
-    from datasets.packaged_modules.audiofolder.audiofolder import AudioFolder
-
-    return set(AudioFolder.EXTENSIONS)
+    return not kinds.isdisjoint(sound_suffixes()) and kinds.isdisjoint(picture_suffixes())
 
 
 def folder_table(folder: Path) -> Any:
@@ -46,7 +39,8 @@ def folder_table(folder: Path) -> Any:
     for name, builder in _METADATA.items():
         if (folder / name).is_file():
             return _with_metadata(datasets, folder, name, builder)
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _suffixes())
+    suffixes = sound_suffixes()
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
     rows: dict[str, list[str]] = {"audio": [str(file) for file in files]}
     if all(file.parent != folder for file in files):
         rows["label"] = [file.parent.name for file in files]
@@ -65,10 +59,7 @@ def _with_metadata(datasets: Any, folder: Path, name: str, builder: str) -> Any:
         raise InputError(f"{file} cannot be read as a table.") from error
     if "file_name" not in table.column_names:
         raise InputError(f"{file} has no column file_name: it tells the file of a row.")
-    paths = [str(folder / str(each)) for each in table["file_name"]]
-    for path in paths:
-        if not Path(path).is_file():
-            raise InputError(f"{file} names {path}, which is not there.")
+    paths = paths_below(folder, table["file_name"], file)
     table = table.remove_columns("file_name").add_column("audio", paths)
     return table.cast_column("audio", datasets.Audio(decode=False))
 

@@ -17,11 +17,24 @@ from ffmerge.config import ColumnsConfig
 from ffmerge.errors import InputError
 from ffmerge.models import pictures, sounds, texts
 from ffmerge.models.batching import array_of, stacked
+from ffmerge.models.columns import (
+    IMAGE_COLUMNS,
+    LABEL_COLUMNS,
+    SOUND_COLUMNS,
+    SPOKEN_COLUMNS,
+    array_columns,
+    check_named,
+    first_of,
+    labels_of,
+    pair_of,
+    texts_of,
+)
 from ffmerge.models.examples import Examples, check_finite
-from ffmerge.models.labels import Numbered, is_class, is_regression, label_ids
+from ffmerge.models.listed import with_files
 from ffmerge.models.packages import package
 from ffmerge.models.probe import Array
 from ffmerge.models.tasks import base
+from ffmerge.models.words import of_words, word_columns
 
 # file extension -> builder of the datasets library
 _BUILDERS = {
@@ -32,13 +45,6 @@ _BUILDERS = {
     ".tsv": "csv",
     ".parquet": "parquet",
 }
-_TEXT_COLUMNS = ("text", "sentence", "content")
-_SOURCE_COLUMNS = ("source", "src", "input", "article", "document", "dialogue", "question")
-_TARGET_COLUMNS = ("target", "tgt", "output", "highlights", "summary", "answer")
-_SPOKEN_COLUMNS = ("sentence", "transcription", "transcript", "text")
-_LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "category")
-_IMAGE_COLUMNS = ("image", "img", "pixel_values")
-_SOUND_COLUMNS = ("audio",)
 _INPUTS = ("input_ids", "pixel_values", "input_features", "input_values")  # a model reads one
 
 
@@ -62,6 +68,8 @@ def read_table(source: str, path: Path) -> Any:
         raise InputError(f"the data in {source} is empty.")
     if path.is_dir():
         pictures.check_files(table, source)
+    if path.is_file():
+        table = with_files(table, path)
     return table
 
 
@@ -132,120 +140,31 @@ def of_table(
     Raises:
         InputError: it has no column that the model takes, or not the one that was named.
     """
-    _check_named(table, source, columns)
-    arrays = _array_columns(table)
+    check_named(table, source, columns)
+    if base(task or "") == "token-classification":
+        if found := word_columns(table, columns.label_column):
+            return of_words(table, *found, source, folder)
+    arrays = array_columns(table)
     if any(name in _INPUTS for name in arrays) and not columns.text_column:
         return _of_arrays(table, arrays)
-    if image := _first_of(_IMAGE_COLUMNS, table, "Image"):
-        numbered = _labels(table, source, folder, columns)
+    if image := first_of(IMAGE_COLUMNS, table, "Image"):
+        numbered = labels_of(table, source, folder, columns)
         return pictures.of_images(table, image, numbered, source, folder)
-    if sound := _first_of(_SOUND_COLUMNS, table, "Audio"):
+    if sound := first_of(SOUND_COLUMNS, table, "Audio"):
         if base(task or "") != "automatic-speech-recognition":
-            label = _labels(table, source, folder, columns)
+            label = labels_of(table, source, folder, columns)
             return sounds.of_sounds(table, sound, label, None, source, folder)
-        spoken = columns.target_column or _first_of(_SPOKEN_COLUMNS, table)
+        spoken = columns.target_column or first_of(SPOKEN_COLUMNS, table)
         targets = texts.targets_of(spoken, source, folder) if spoken else None
         return sounds.of_sounds(table, sound, None, targets, source, folder)
     if base(task or "") == "text2text-generation":
-        pair = _pair(table, source, folder, columns)
+        pair = pair_of(table, source, folder, columns)
         return texts.of_pairs(table, *pair, source, folder)
-    text = columns.text_column or _first_of(_TEXT_COLUMNS, table)
-    if not text:
-        known = (*_TEXT_COLUMNS, *_IMAGE_COLUMNS, *_SOUND_COLUMNS)
-        raise InputError(
-            f"{source} has the columns {', '.join(_names(table))}: one of them must be called "
-            f"{', '.join(known)}, or be named by --text-column."
-        )
+    read = texts_of(table, source, task, columns)
     numbered = None
     if task == "text-classification":
-        numbered = _labels(table, source, folder, columns)
-    return texts.of_texts(table, text, numbered, source, folder)
-
-
-def _check_named(table: Any, source: str, columns: ColumnsConfig) -> None:
-    """Raise InputError at a column that is named and not there."""
-    for wanted in (columns.text_column, columns.label_column, columns.target_column):
-        if wanted and wanted not in _names(table):
-            raise InputError(
-                f"{source} has no column {wanted!r}, it has {', '.join(_names(table)) or 'none'}."
-            )
-
-
-def _names(table: Any) -> list[str]:
-    """Return the columns of a table, and the languages of a column of translations."""
-    return [*table.column_names, *texts.languages(table)]
-
-
-def _labels(
-    table: Any, source: str, folder: str | Path | None, columns: ColumnsConfig
-) -> tuple[str, Numbered] | None:
-    """Return the column of the classes and what numbers them; None if there are none."""
-    column = columns.label_column or _first_of(_LABEL_COLUMNS, table)
-    if column is None or is_regression(folder):
-        return None
-    if not is_class(table, column):
-        raise InputError(f"the column {column!r} of {source} holds no classes: name another one.")
-    return column, label_ids(column, table, source, folder)
-
-
-def _pair(
-    table: Any, source: str, folder: str | Path | None, columns: ColumnsConfig
-) -> tuple[str, str]:
-    """Return the columns, or languages, that are translated from and to.
-
-    Of two languages nobody has named, the model's tokenizer may tell which is which; else they
-    are taken in their order, and that is said.
-    """
-    languages = texts.languages(table)
-    strings = [name for name in table.column_names if texts.is_text(table, name)]
-    first = columns.text_column or _first_of((*_SOURCE_COLUMNS, *_TEXT_COLUMNS), table)
-    known = [name for name in _TARGET_COLUMNS if texts.is_text(table, name)]
-    second = columns.target_column or _first_of(known, table)
-    choices = languages or strings
-    if first and not second:
-        second = _only_other(choices, first)
-    if second and not first:
-        first = _only_other(choices, second)
-    if first and second:
-        return first, second
-    if first or second or len(choices) != 2:
-        raise InputError(
-            f"{source} has the columns {', '.join(_names(table))}: name what is read and what is "
-            "written by --text-column and --target-column."
-        )
-    return texts.direction(choices, source, folder)
-
-
-def _only_other(names: Sequence[str], name: str) -> str | None:
-    """Return the one that is left without a name, if it is one."""
-    rest = [other for other in names if other != name]
-    if len(rest) == 1:
-        return rest[0]
-    return None
-
-
-def _array_columns(table: Any) -> list[str]:
-    """Return the columns that hold numbers: no text, no images."""
-    found = []
-    for name, feature in table.features.items():
-        while hasattr(feature, "feature") or isinstance(feature, list):
-            feature = feature[0] if isinstance(feature, list) else feature.feature
-        kind = str(getattr(feature, "dtype", ""))
-        if kind.startswith(("int", "uint", "float", "bool", "double", "half")):
-            found.append(name)
-    return found
-
-
-def _first_of(names: Sequence[str], table: Any, kind: str = "") -> str | None:
-    """Return the first column with one of the names, else the first that holds a ``kind``."""
-    for name in names:
-        is_kind = not kind or type(table.features.get(name)).__name__ == kind
-        if name in table.column_names and is_kind:
-            return name
-    for name, feature in table.features.items():
-        if kind and type(feature).__name__ == kind:
-            return str(name)
-    return None
+        numbered = labels_of(table, source, folder, columns)
+    return texts.of_texts(table, read, numbered, source, folder)
 
 
 def _of_arrays(table: Any, columns: Sequence[str]) -> Examples:
@@ -253,7 +172,7 @@ def _of_arrays(table: Any, columns: Sequence[str]) -> Examples:
         part = table[list(rows)]
         batch = {}
         for name in columns:
-            as_input = "labels" if name in _LABEL_COLUMNS else name
+            as_input = "labels" if name in LABEL_COLUMNS else name
             batch[as_input] = [array_of(value) for value in part[name]]
         found = stacked(batch)
         check_finite(found, rows)

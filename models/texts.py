@@ -69,22 +69,18 @@ def direction(choices: Sequence[str], source: str, folder: str | Path | None) ->
 
 
 def of_texts(
-    table: Any, text: str, labels: Labels, source: str, folder: str | Path | None
+    table: Any, read: Sequence[str], labels: Labels, source: str, folder: str | Path | None
 ) -> Examples:
-    """Return the rows of a table that are not empty as tokens, with ``labels`` if there are any."""
-    if not is_text(table, text):
-        raise InputError(f"the column {text!r} of {source} holds no text: name another one.")
+    """Return the rows of a table that are not empty as tokens, with ``labels`` if there are any.
+
+    ``read`` are one column of texts, or two that are read as a pair.
+    """
+    with_text = _rows_with_text(table, read, source)
     tokenizer, longest = tokenizer_of(source, folder)
-    with_text = []
-    for row, content in enumerate(column_of(table[:], text)):
-        if content.strip():
-            with_text.append(row)
-    if not with_text:
-        raise InputError(f"the column {text!r} of {source} holds no text.")
 
     def take(rows: Sequence[int]) -> dict[str, Array]:
         part = table[list(rows)]
-        inputs = _tokens(tokenizer, longest, column_of(part, text))
+        inputs = _tokens(tokenizer, longest, *(column_of(part, column) for column in read))
         if labels:
             inputs["labels"] = labels[1](part[labels[0]])
         return inputs
@@ -92,20 +88,33 @@ def of_texts(
     return Examples(with_text, take)
 
 
+def _rows_with_text(table: Any, columns: Sequence[str], source: str) -> list[int]:
+    """Return the numbers of the rows with a text in each of the columns.
+
+    Raises:
+        InputError: a column holds no text, or there is no such row.
+    """
+    for column in columns:
+        if not is_text(table, column):
+            raise InputError(f"the column {column!r} of {source} holds no text: name another one.")
+    whole = table[:]
+    found = []
+    for row, cells in enumerate(zip(*(column_of(whole, each) for each in columns), strict=True)):
+        if all(cell.strip() for cell in cells):
+            found.append(row)
+    if not found:
+        named = " and ".join(map(repr, columns))
+        raise InputError(f"{source} has no row with text in {named}.")
+    return found
+
+
 def of_pairs(
     table: Any, first: str, second: str, source: str, folder: str | Path | None
 ) -> Examples:
     """Return the rows of a table that are not empty as what is read and, as labels, written."""
-    for column in (first, second):
-        if not is_text(table, column):
-            raise InputError(f"the column {column!r} of {source} holds no text: name another one.")
+    with_text = _rows_with_text(table, (first, second), source)
     tokenizer, longest = tokenizer_of(source, folder)
     targets = targets_of(second, source, folder)
-    whole = table[:]
-    sides = zip(column_of(whole, first), column_of(whole, second), strict=True)
-    with_text = [row for row, (one, two) in enumerate(sides) if one.strip() and two.strip()]
-    if not with_text:
-        raise InputError(f"the columns {first!r} and {second!r} of {source} hold no text.")
 
     def take(rows: Sequence[int]) -> dict[str, Array]:
         part = table[list(rows)]
@@ -175,9 +184,9 @@ def _config(folder: str | Path | None) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _tokens(tokenizer: Any, longest: int, texts: Sequence[str]) -> dict[str, Array]:
+def _tokens(tokenizer: Any, longest: int, *texts: Sequence[str]) -> dict[str, Array]:
+    """Return texts, or pairs of them, as a person calls the tokenizer."""
+    lists = [list(column) for column in texts]
     return dict(
-        tokenizer(
-            list(texts), return_tensors="np", padding=True, truncation=True, max_length=longest
-        )
+        tokenizer(*lists, return_tensors="np", padding=True, truncation=True, max_length=longest)
     )

@@ -81,7 +81,7 @@ def test_arrays(tmp_path: Path) -> None:
         ("a.jsonl", b"{]", "cannot be read"),
         ("missing.txt", None, "not a data file"),
         ("a.csv", b"colour\nred\n", "columns"),
-        ("a.txt", b"\n\n", "no text"),
+        ("a.txt", b"\n\n", "no row with text"),
     ],
 )
 def test_what_cannot_be_read(name, content, message, model_folder: Path, tmp_path: Path) -> None:

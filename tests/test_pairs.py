@@ -124,7 +124,7 @@ def test_rows_without_one_side_are_left_out(folder: Path) -> None:
     )
     assert _read(table, folder)["labels"] == RIGHT["labels"]
     empty = datasets.Dataset.from_dict({"source": ["", " "], "target": ["eins", "zwei"]})
-    with pytest.raises(InputError, match="hold no text"):
+    with pytest.raises(InputError, match="no row with text"):
         _read(empty, folder)
 
 
