@@ -19,6 +19,7 @@ from ffmerge.config import LoadConfig
 from ffmerge.errors import InputError
 from ffmerge.files import read_json, sha256
 from ffmerge.models import gguf_file, modeling_ffmerge
+from ffmerge.models.adapter import SETTINGS
 from ffmerge.models.hub import fetch
 from ffmerge.models.stored import GGUF
 
@@ -69,6 +70,8 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
             defined by code in the folder that there is no consent to run.
     """
     path = folder / "config.json"
+    if not path.is_file() and (folder / SETTINGS).is_file():
+        raise InputError(f"{folder} holds only an adapter: give the model that {SETTINGS} names.")
     if not path.is_file():
         raise InputError(f"{folder} holds no config.json: give the folder of a transformers model.")
     stored = read_json(path)

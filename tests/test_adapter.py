@@ -11,6 +11,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 from ffmerge.errors import InputError
 from ffmerge.models import checkpoint
+from ffmerge.models.inspection import inspect
 
 _SIZES = {
     "vocab_size": 60, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -131,3 +132,9 @@ def test_without_peft_the_adapter_is_refused_by_name(
     monkeypatch.setattr("ffmerge.models.adapter.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"adapter of PEFT.*pip install peft"):
         checkpoint.load(folder)
+
+
+def test_inspection_says_which_model_an_adapter_alone_is_for(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    with pytest.raises(InputError, match="only an adapter: give the model that adapter_config"):
+        inspect(folder)
