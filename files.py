@@ -264,19 +264,28 @@ def restored(kind: Any, value: Any) -> Any:
     members, origin = get_args(kind), get_origin(kind)
     if origin is UnionType:
         return _restored_as_one_of(members, value)
-    if origin is tuple and isinstance(value, list):
+    if origin is tuple:
         return _restored_tuple(members, value)
-    if isinstance(value, dict) and isinstance(kind, type) and is_dataclass(kind):
+    if origin is Mapping:
+        _check_kind(value, dict)
+        return {name: restored(members[1], item) for name, item in value.items()}
+    if is_dataclass(kind):
+        _check_kind(value, dict)
         kinds = get_type_hints(kind)
         return kind(**{name: restored(kinds[name], item) for name, item in value.items()})
-    if isinstance(value, dict) and origin is Mapping:
-        return {name: restored(members[1], item) for name, item in value.items()}
-    if type(value) is kind or kind is Any or (kind is float and type(value) is int):
+    if kind is float and type(value) is int:  # JavaScript writes 1.0 so
         return value
-    raise TypeError(f"{str(value)[:40]!r} is of another kind")
+    _check_kind(value, kind)
+    return value
 
 
-def _restored_tuple(kinds: tuple[Any, ...], values: list[Any]) -> tuple[Any, ...]:
+def _check_kind(value: Any, kind: Any) -> None:
+    if kind is not Any and type(value) is not kind:
+        raise TypeError(f"{str(value)[:40]!r} is of another kind")
+
+
+def _restored_tuple(kinds: tuple[Any, ...], values: Any) -> tuple[Any, ...]:
+    _check_kind(values, list)
     if kinds[-1] is ...:
         kinds = kinds[:1] * len(values)
     return tuple(restored(kind, value) for kind, value in zip(kinds, values, strict=True))

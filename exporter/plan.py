@@ -30,7 +30,7 @@ from ffmerge.models.data import Data, as_examples
 from ffmerge.models.derive import Made, arguments, input_specs, left_out, of_example, probe
 from ffmerge.models.examples import Examples
 from ffmerge.models.inputs import to_tensors
-from ffmerge.models.probe import Array
+from ffmerge.models.probe import Array, InputSpec
 
 Feeds = Mapping[str, Array]  # inputs by name
 
@@ -68,33 +68,45 @@ def make_plan(model: Any, config: ExportConfig, source: Path | None, data: Data 
         raise InputError("int8-static takes its ranges from data: give --data.")
     source = source or _folder_of(model)
     found = processing.load(source, arguments(model))
-    made = _usable(model, processing.made(found, model.config))
-    if config.example:
-        rows = _example(config.example)
-        specs = of_example(model, rows)
-    else:
-        rows = {name: first for name, (first, _) in made.items()}
-        specs = input_specs(model, made)
+    specs, rows = _inputs(model, config, found)
     task = tasks.fit(config.task, model, lambda: names_given(model, probe(model, specs)))
-    planned = graphs(model, task, specs)
-    if len(planned) == 1 and tasks.base(task) not in tasks.GENERATE:
-        check_repeats(planned[0])
-        planned = (any_size(stand_ins(planned[0])),)
-    probes = processing.like_the_task([graph.probe for graph in planned], found, model.config)
-    drawn = tuple(replace(g, probe=probe) for g, probe in zip(planned, probes, strict=True))
-    plan = Plan(model, task, config, source, drawn, left_out(model, specs))
+    planned = _graphs(model, task, specs, found)
+    plan = Plan(model, task, config, source, planned, left_out(model, specs))
     if data is not None:
         return _with_rows(plan, as_examples(data, source or model.name_or_path, task))
     if rows:
         return _with_made(plan, rows)
-    last = len(drawn[0].probe.cases) - 1
-    return replace(plan, greedy=_greedy(plan, drawn[0].probe.draw(last)))
+    drawn = planned[0].probe
+    return replace(plan, greedy=_greedy(plan, drawn.draw(len(drawn.cases) - 1)))
 
 
 def with_one_size(plan: Plan) -> Plan:
     """Return the plan with pictures of the first size only."""
     fixed = [replace(graph, probe=one_size(graph.probe)) for graph in plan.graphs]
     return replace(plan, graphs=tuple(fixed))
+
+
+def _inputs(
+    model: Any, config: ExportConfig, found: processing.Processors
+) -> tuple[tuple[InputSpec, ...], Feeds]:
+    """Return the inputs of the model, and rows of them: an example's, else the processors' own."""
+    made = _usable(model, processing.made(found, model.config))
+    if config.example:
+        rows = _example(config.example)
+        return of_example(model, rows), rows
+    return input_specs(model, made), {name: first for name, (first, _) in made.items()}
+
+
+def _graphs(
+    model: Any, task: str, specs: tuple[InputSpec, ...], found: processing.Processors
+) -> tuple[Graph, ...]:
+    """Return the graphs of the task, their inputs settled and drawn as the checkpoint has them."""
+    planned = graphs(model, task, specs)
+    if len(planned) == 1 and tasks.base(task) not in tasks.GENERATE:
+        check_repeats(planned[0])
+        planned = (any_size(stand_ins(planned[0])),)
+    probes = processing.like_the_task([graph.probe for graph in planned], found, model.config)
+    return tuple(replace(graph, probe=p) for graph, p in zip(planned, probes, strict=True))
 
 
 def _example(path: Path) -> Feeds:

@@ -8,6 +8,7 @@ reads it; the keys are in ``models/manifest.py`` and ``models/trace.py``.
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -20,7 +21,7 @@ from ffmerge.models.float64 import rounded_off
 from ffmerge.models.manifest import LABELS, RTOL, MetricResult, input_key, reference_key
 from ffmerge.models.metrics import for_task
 from ffmerge.models.probe import Array, stored_elements
-from ffmerge.models.trace import GREEDY, Trace, trace_key
+from ffmerge.models.trace import GREEDY, TRACES, Trace, trace_key
 from ffmerge.passes.weights.evaluate import score_for
 
 
@@ -35,7 +36,7 @@ def write_reference(
     tensors = {f"{GREEDY}{name}": array for name, array in plan.greedy.items()}
     if has_labels(plan) and "labels" in plan.rows:
         tensors[LABELS] = plan.rows["labels"]
-    about: dict[str, str] = {}
+    traced: dict[str, list[list[Any]]] = {}
     rounding: list[dict[str, float]] = []
     for graph, file in zip(plan.graphs, files, strict=True):
         real = plan.real.get(graph.name, {})
@@ -47,10 +48,16 @@ def write_reference(
             rounding[-1] = _rounding(graph, real)
         if graph.name in traces:
             trace = traces[graph.name]
-            about[trace_key(file)] = json.dumps([[v.name, v.shape, v.layer] for v in trace.values])
+            traced[trace_key(file)] = [[v.name, v.shape, v.layer] for v in trace.values]
             tensors[trace_key(file)] = np.concatenate([*trace.samples, np.empty(0, np.float32)])
-    save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, path, about)
+    _save(path, tensors, traced)
     return rounding
+
+
+def _save(path: Path, tensors: Mapping[str, Array], traced: Mapping[str, Any]) -> None:
+    """Write the file, the same bytes for the same content: of several keys the order would vary."""
+    about = {TRACES: json.dumps(traced)}
+    save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, path, about)
 
 
 def _outputs(graph: Graph, file: str, real: Mapping[str, Array]) -> dict[str, Array]:

@@ -156,21 +156,17 @@ def probe(model: Any, specs: tuple[InputSpec, ...]) -> Probe:
     longest = getattr(model.config, "max_position_embeddings", None) or 0
     if longest <= 0:  # XLNet has -1: no bound
         longest = _CASES[-1][1]
+    dimensions = [name for spec in specs for name in spec.shape if isinstance(name, str)]
     cases = []
     for rows, length in _CASES:
-        sizes = {
+        known = {
             "batch_size": rows,
             "sequence_length": min(length, longest),
             "decoder_sequence_length": length - 2,
             "samples": length * _SAMPLES,
             "frames": length * _FRAMES,
         }
-        for spec in specs:
-            for dimension in spec.shape:
-                if isinstance(dimension, str) and dimension not in sizes:
-                    sizes[dimension] = length
-        dynamic = {dimension for spec in specs for dimension in spec.shape}
-        cases.append({name: size for name, size in sizes.items() if name in dynamic})
+        cases.append({name: known.get(name, length) for name in dimensions})
     return Probe(specs, tuple(cases))
 
 

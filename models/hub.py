@@ -6,7 +6,7 @@ repository may hold the same weights in five formats.
 """
 
 import glob
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,32 +26,8 @@ def fetch(name: str, options: LoadConfig, weights: bool) -> Path:
     Raises:
         InputError: there is no such model, revision or sub-folder, or no access to it.
     """
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    given: dict[str, Any] = {"token": options.token, "revision": options.revision}
     try:
-        try:
-            about = HfApi().model_info(name, files_metadata=True, **given)
-        except HfHubHTTPError:
-            raise
-        except Exception:  # no network: each client library raises errors of its own
-            config = _exactly([f"{options.subfolder}/config.json".lstrip("/")])
-            snapshot = snapshot_download(
-                name, local_files_only=True, allow_patterns=config, **given
-            )
-            return Path(snapshot, options.subfolder)
-        files = {file.rfilename: file.size or 0 for file in about.siblings or ()}
-        small = [file for file, size in files.items() if _is_small(file, size, options)]
-        if options.subfolder and not any(
-            file.startswith(f"{options.subfolder}/") for file in files
-        ):
-            raise InputError(f"{name} has no sub-folder {options.subfolder!r} on the hub.")
-        snapshot = snapshot_download(name, allow_patterns=_exactly(small), **given)
-        folder = Path(snapshot, options.subfolder)
-        if weights:
-            wanted = _weights(folder, files, options.subfolder)
-            snapshot_download(name, allow_patterns=_exactly(wanted), **given)
+        return _fetched(name, options, weights)
     except InputError:
         raise
     except Exception as error:  # the hub client's errors have no common head across its releases
@@ -59,17 +35,49 @@ def fetch(name: str, options: LoadConfig, weights: bool) -> Path:
         raise InputError(
             f"{name} is not a local folder, and fetching it from the hub failed: {lines[0]}"
         ) from error
+
+
+def _fetched(name: str, options: LoadConfig, weights: bool) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    prefix = f"{options.subfolder}/" if options.subfolder else ""
+    given: dict[str, Any] = {"token": options.token, "revision": options.revision}
+
+    def download(files: Iterable[str], **how: Any) -> Path:
+        """Have these files of the sub-folder in the cache; return their folder there."""
+        patterns = [glob.escape(prefix + file) for file in files]
+        return Path(snapshot_download(name, allow_patterns=patterns, **given, **how), prefix)
+
+    try:
+        about = HfApi().model_info(name, files_metadata=True, **given)
+    except HfHubHTTPError:
+        raise
+    except Exception:  # no network: each client library raises errors of its own
+        return download(["config.json"], local_files_only=True)
+    sizes = _sizes(about.siblings or (), prefix)
+    if prefix and not sizes:
+        raise InputError(f"{name} has no sub-folder {options.subfolder!r} on the hub.")
+    small = [file for file in sizes if _is_small(file, sizes[file], options.trust_remote_code)]
+    folder = download(small)
+    if weights:
+        download(_weights(folder, sizes))
     return folder
 
 
-def _is_small(file: str, size: int, options: LoadConfig) -> bool:
+def _sizes(listed: Iterable[Any], prefix: str) -> dict[str, int]:
+    """Return the sizes of the files whose path begins with ``prefix``, by what follows it."""
+    sizes = {}
+    for file in listed:
+        if file.rfilename.startswith(prefix):
+            sizes[file.rfilename.removeprefix(prefix)] = file.size or 0
+    return sizes
+
+
+def _is_small(name: str, size: int, trust_remote_code: bool) -> bool:
     """Tell whether a file is fetched before it is known which weights are."""
-    folder = f"{options.subfolder}/" if options.subfolder else ""
-    if not file.startswith(folder):
-        return False
-    name = file.removeprefix(folder)
     if name.endswith(".py"):
-        return options.trust_remote_code
+        return trust_remote_code
     if name in ("config.json", "adapter_config.json", OWN_FILE):
         return True
     if name.endswith(".json") and ".index." in name:
@@ -77,28 +85,22 @@ def _is_small(file: str, size: int, options: LoadConfig) -> bool:
     return is_companion(name, size)
 
 
-def _weights(folder: Path, files: Iterable[str], subfolder: str) -> list[str]:
+def _weights(folder: Path, there: Collection[str]) -> list[str]:
     """Return the weight files that are read: those of the model, of an adapter, of modules."""
-    prefix = f"{subfolder}/" if subfolder else ""
-    there = [file.removeprefix(prefix) for file in files if file.startswith(prefix)]
-    wanted = set()
+    wanted = {ADAPTER}
     for variant in ("", "ffmerge"):
         infix = f".{variant}" if variant else ""
         single = f"model{infix}.safetensors"
         wanted |= {single} if single in there else set(weight_names(folder, variant)[1])
-    wanted.add(ADAPTER)
     for module in modules_of(folder):
         wanted.add(f"{module.relative_to(folder).as_posix()}/model.safetensors")
     found = wanted & {*there}
-    if not found:
-        found = {file for file in there if file.endswith(GGUF)}
-        if len(found) > 1:
-            raise InputError(
-                f"the model of the hub has several {GGUF} files, {min(found)} among them: fetch "
-                "one and give its path."
-            )
-    return sorted(prefix + file for file in found)
-
-
-def _exactly(names: Iterable[str]) -> list[str]:
-    return [glob.escape(name) for name in names]
+    if found:
+        return sorted(found)
+    packed = sorted(file for file in there if file.endswith(GGUF))
+    if len(packed) > 1:
+        raise InputError(
+            f"the model of the hub has several {GGUF} files, {packed[0]} among them: fetch one and "
+            "give its path."
+        )
+    return packed

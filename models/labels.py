@@ -56,19 +56,30 @@ def _names_in(feature: Any) -> list[str] | None:
 
 def _known(folder: str | Path | None) -> dict[str, int] | None:
     """Return ``label2id`` of the model in a folder; None if its configuration names no classes."""
-    file = Path(folder or "") / "config.json"
-    if not folder or not file.is_file():
+    if not folder:
         return None
-    config = read_json(file)
-    found = config.get("label2id") if isinstance(config, dict) else None
-    if not found and isinstance(config, dict) and isinstance(config.get("id2label"), Mapping):
-        found = {name: number for number, name in config["id2label"].items()}
-    if not isinstance(found, Mapping) or not found:
+    file = Path(folder) / "config.json"
+    if not file.is_file():
+        return None
+    found = _label2id(read_json(file))
+    if not found:
         return None
     try:
         return {str(name): int(number) for name, number in found.items()}
     except (TypeError, ValueError) as error:
         raise InputError(f"{file} has a label2id that gives no numbers: {error}.") from error
+
+
+def _label2id(config: Any) -> dict[Any, Any] | None:
+    """Return ``label2id`` of a configuration, else its ``id2label`` the other way round."""
+    if not isinstance(config, dict):
+        return None
+    found = config.get("label2id")
+    if not found and isinstance(config.get("id2label"), dict):
+        found = {name: number for number, name in config["id2label"].items()}
+    if not isinstance(found, dict):
+        return None
+    return found
 
 
 def _number(

@@ -94,10 +94,7 @@ def model_class(config: Any, folder: Path, trust_remote_code: bool = False) -> A
     Raises:
         InputError: transformers has no such class, or it is in code that must not be run.
     """
-    names = config.architectures or []
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise InputError(f"{folder / 'config.json'}: architectures must be a list of class names.")
-    names = [*names]
+    names = _class_names(config, folder)
     remote = _remote_classes(getattr(config, "auto_map", None))
     if remote and trust_remote_code:
         return _class_from_code(remote, names, folder)
@@ -110,6 +107,14 @@ def model_class(config: Any, folder: Path, trust_remote_code: bool = False) -> A
         _refuse_code(folder, remote)
         raise InputError(f"transformers {transformers.__version__} has no class {name}.")
     return found
+
+
+def _class_names(config: Any, folder: Path) -> list[str]:
+    """Return the classes that ``config.json`` names, none if it does not."""
+    names = config.architectures or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{folder / 'config.json'}: architectures must be a list of class names.")
+    return [*names]
 
 
 def _class_from_code(remote: list[str], names: list[str], folder: Path) -> Any:

@@ -13,6 +13,7 @@ from ffmerge.models.probe import Array, Probe
 
 SAMPLED = 64  # elements of each value
 TRACED = 2  # rows of the case
+TRACES = "traces"  # the key of what is said of all traces of a package
 GREEDY = "greedy/"  # what names begin with that belong to greedy decoding
 
 

@@ -65,10 +65,7 @@ def _multiplied(before: ir.Model, after: ir.Model) -> Iterator[Unshared]:
     """Yield each weight in whose place several constants stand."""
     origins, made = _notable(before), _notable(after)
     alike, made_of, rest = _equal(origins, made)
-    producers = {}
-    for graph in graphs(before):
-        for node in graph:
-            producers.update(dict.fromkeys((out.name for out in node.outputs), node))
+    producers = _producers(before)
     for name in rest:
         if origin := _source(name, producers, origins):
             made_of[origin].append(made[name])
@@ -79,6 +76,15 @@ def _multiplied(before: ir.Model, after: ir.Model) -> Iterator[Unshared]:
             nodes = tuple(producers[i.name].name or "" for i in copies if i.name in producers)
             reason = f"ONNX Runtime {ort.__version__} makes {len(copies)} tensors of it on loading"
             yield Unshared(name, extra, len(copies), nodes, reason)
+
+
+def _producers(model: ir.Model) -> dict[str | None, ir.Node]:
+    """Return the nodes of a model by the names of what they compute."""
+    producers = {}
+    for graph in graphs(model):
+        for node in graph:
+            producers.update(dict.fromkeys((out.name for out in node.outputs), node))
+    return producers
 
 
 def _notable(model: ir.Model) -> dict[str, Stored]:
@@ -129,24 +135,28 @@ def _source(
 
 def _packed(after: ir.Model, grown: int | None) -> Sequence[Unshared]:
     """Return the weights kept both raw and packed, if memory grew by as much as that says."""
-    items = stored(after)
     once = twice = 0
     both = []
-    for item in items:
+    for item in stored(after):
         once += item.tensor.nbytes
-        plain = item.tensor.dtype == ir.DataType.FLOAT and len(item.tensor.shape) == 2
-        if not plain or item.tensor.nbytes < LARGE:
-            continue
-        uses = item.value.uses()
-        right = [u.node for u in uses if u.idx == 1 and is_op(u.node, "MatMul", "Gemm")]
-        if 0 < len(right) < len(uses):
+        packing = _packing(item)
+        if 0 < len(packing) < len(item.value.uses()):
             twice += item.tensor.nbytes
-            nodes = tuple(node.name or "" for node in right)
+            nodes = tuple(node.name or "" for node in packing)
             reason = "packed for these nodes on loading, and kept as it is for others"
             both.append(Unshared(item.name, item.tensor.nbytes, 2, nodes, reason))
     if grown is None or grown <= once + twice / 2:
         return []
     return both
+
+
+def _packing(item: Stored) -> list[ir.Node]:
+    """Return the nodes that a weight is packed for: products with a large matrix on the right."""
+    is_matrix = item.tensor.dtype == ir.DataType.FLOAT and len(item.tensor.shape) == 2
+    if not is_matrix or item.tensor.nbytes < LARGE:
+        return []
+    uses = item.value.uses()
+    return [use.node for use in uses if use.idx == 1 and is_op(use.node, "MatMul", "Gemm")]
 
 
 def _load_here(model: Path, folder: Path) -> dict[str, int | None]:

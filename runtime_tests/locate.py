@@ -15,7 +15,7 @@ import numpy as np
 
 from ffmerge.models.manifest import GraphRecord
 from ffmerge.models.probe import Array
-from ffmerge.models.trace import sampled, traced_feeds
+from ffmerge.models.trace import Trace, sampled, traced_feeds
 from ffmerge.runtime_tests.reference import Reference
 from ffmerge.runtime_tests.results import Divergence
 from ffmerge.runtime_tests.runtimes.base import Runtime
@@ -58,23 +58,13 @@ def locate(
         model, copy = ir.load(path), Path(temporary) / path.name
         run = partial(_run, model, copy)
         names = list(_inner_values(model))
-        known: dict[str, str] = {}
+        layers: dict[str, str] = {}
         judge, found = "PyTorch", None
         if trace := reference.trace(graph):
-            known = {value.name: value.layer for value in trace.values}
-            right = dict(zip(known, trace.samples, strict=True))
-            shapes = {value.name: value.shape for value in trace.values}
+            layers = {value.name: value.layer for value in trace.values}
             feeds = traced_feeds(graph.probe, reference.real(graph))
-
-            def samples(wanted: Sequence[str]) -> dict[str, Array]:
-                got = {}
-                for name, value in run(runtime, optimization, feeds, wanted).items():
-                    if value.shape == shapes[name]:
-                        got[name] = sampled(value)
-                return got
-
-            traced = [name for name in names if name in right]
-            found = _first_off(traced, lambda wanted: right, samples, bound)
+            values = partial(run, runtime, optimization, feeds)
+            found = _first_off_trace(names, trace, values, bound)
         if found is None and runtime.name != "cpu" and case is not None:
             cpu, inputs = find_runtime("cpu"), reference.feeds(graph, case)
             judge = f"{cpu.requested} ({cpu.levels[0]})"
@@ -86,9 +76,28 @@ def locate(
         node = _inner_values(model)[name].producer()
         assert node is not None
         return Divergence(
-            graph.path, optimization, str(node.name), node.op_type, name, known.get(name, ""),
+            graph.path, optimization, str(node.name), node.op_type, name, layers.get(name, ""),
             _weights(node, {*good}), next(reversed(good), None), off, bound, judge,
         )  # fmt: skip
+
+
+def _first_off_trace(
+    names: Sequence[str], trace: Trace, values: Values, bound: float
+) -> tuple[str, float, list[str]] | None:
+    """Return what :func:`_first_off` does, of the values that PyTorch's samples are known of."""
+    right, shapes = {}, {}
+    for value, sample in zip(trace.values, trace.samples, strict=True):
+        right[value.name], shapes[value.name] = sample, value.shape
+
+    def samples(wanted: Sequence[str]) -> dict[str, Array]:
+        got = {}
+        for name, array in values(wanted).items():
+            if array.shape == shapes[name]:
+                got[name] = sampled(array)
+        return got
+
+    traced = [name for name in names if name in right]
+    return _first_off(traced, lambda wanted: right, samples, bound)
 
 
 def _first_off(

@@ -5,7 +5,7 @@ package stores of PyTorch's; :func:`_judged` then holds an output against its to
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -117,46 +117,65 @@ def _judged(
 
     A quantized model is judged by its real case, if it has one.
     """
-    compared = sum(sample.got.size for sample in samples)
-    elements = sum(int(np.prod(sample.shape)) for sample in samples)
-
-    cases: tuple[CaseParity, ...] = ()
-    worst: Worst | None = None
-
-    def found(
-        reason: str | None,
-        max_abs: float | None = None,
-        max_rel: float | None = None,
-        alike: float | None = None,
-        quality: Quality | None = None,
-    ) -> OutputParity:
-        return OutputParity(
-            graph.path, name, optimization, max_abs, max_rel, alike, quality, worst, compared,
-            elements, tolerance.atol, tolerance.rtol, reason is None, reason, cases,
-        )  # fmt: skip
-
+    verdict = _undecided(graph, name, optimization, samples, tolerance)
     if problem := _incomparable(samples):
-        return found(problem)
+        return replace(verdict, reason=problem)
     tolerance = tolerance.for_size(_rms(samples))
+    verdict = replace(verdict, atol=tolerance.atol, rtol=tolerance.rtol)
     cases = tuple(_compare(name, sample, tolerance) for sample in samples)
     judged, real = cases, _real(cases)
     if tolerance.real:
         judged = real
     worst = _worst(judged, cases, tolerance)
-    if wrong := sum(_count_wrong(sample) for sample in samples):
-        return found(f"NaN or infinity in {wrong} of {compared} elements")
+    verdict = replace(verdict, worst=worst, cases=cases)
+    if wrong := _count_wrong(samples):
+        return replace(verdict, reason=f"NaN or infinity in {wrong} of {verdict.compared} elements")
     expected, got = _joined(samples, judged)
     alike, quality = cosine(expected, got), mean([case.quality for case in real if case.quality])
     difference, bound = _difference(expected, got, tolerance)
     if off := int((difference > bound).sum()):
-        reason: str | None = f"{off} of {compared} elements are out of tolerance"
+        reason: str | None = f"{off} of {verdict.compared} elements are out of tolerance"
     else:
         # rounding is made for real data: on drawn inputs it says little of a quantized model
         trusted = judged[0].real or not tolerance.real
         scored = np.abs(expected).max() > NOISE
         reason = _unlike(alike, scored, quality, tolerance, trusted)
-    largest = max(case.max_rel or 0 for case in judged)
-    return found(reason, float(difference.max()), largest, alike, quality)
+    return replace(
+        verdict,
+        max_abs=float(difference.max()),
+        max_rel=max(case.max_rel or 0 for case in judged),
+        cosine=alike,
+        quality=quality,
+        ok=reason is None,
+        reason=reason,
+    )
+
+
+def _undecided(
+    graph: GraphRecord,
+    name: str,
+    optimization: str,
+    samples: Sequence[_Sample],
+    tolerance: Tolerance,
+) -> OutputParity:
+    """Return the verdict on an output as it is before anything is compared: not ok."""
+    return OutputParity(
+        graph=graph.path,
+        name=name,
+        optimization=optimization,
+        max_abs=None,
+        max_rel=None,
+        cosine=None,
+        quality=None,
+        worst=None,
+        compared=sum(sample.got.size for sample in samples),
+        elements=sum(int(np.prod(sample.shape)) for sample in samples),
+        atol=tolerance.atol,
+        rtol=tolerance.rtol,
+        ok=False,
+        reason=None,
+        cases=(),
+    )
 
 
 def _real(cases: tuple[CaseParity, ...]) -> tuple[CaseParity, ...]:
@@ -258,10 +277,13 @@ def _rms(samples: Sequence[_Sample]) -> float:
     return float(np.sqrt(np.concatenate(squares).mean()))
 
 
-def _count_wrong(sample: _Sample) -> int:
+def _count_wrong(samples: Sequence[_Sample]) -> int:
     """Return how many elements are not finite, here or there."""
-    finite = np.isfinite(np.asarray(sample.expected)) & np.isfinite(sample.got)
-    return int((~finite).sum())
+    wrong = 0
+    for sample in samples:
+        finite = np.isfinite(np.asarray(sample.expected)) & np.isfinite(sample.got)
+        wrong += int((~finite).sum())
+    return wrong
 
 
 def _difference(expected: Array, got: Array, tolerance: Tolerance) -> tuple[Array, Array]:

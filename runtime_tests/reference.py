@@ -4,7 +4,7 @@
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,16 +21,19 @@ from ffmerge.models.manifest import (
     reference_key,
 )
 from ffmerge.models.probe import Array
-from ffmerge.models.trace import GREEDY, Trace, TracedValue, split, trace_key
+from ffmerge.models.trace import GREEDY, TRACES, Trace, TracedValue, split, trace_key
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The tensors of the file in ``folder`` by name, and what it says about them."""
+    """The tensors of the file in ``folder`` by name, and of each trace what is in it.
+
+    That is a list of name, shape and layer, by the trace's own name.
+    """
 
     folder: Path
     tensors: Mapping[str, Array]
-    about: Mapping[str, str]
+    traces: Mapping[str, Sequence[tuple[str, Sequence[int], str]]]
 
     def feeds(self, graph: GraphRecord, case: int) -> dict[str, Array]:
         """Return the inputs of one case of a graph.
@@ -72,9 +75,9 @@ class Reference:
     def trace(self, graph: GraphRecord) -> Trace | None:
         """Return what PyTorch gave at the nodes of a graph, if that is known."""
         key = trace_key(graph.path)
-        if key not in self.about:
+        if key not in self.traces:
             return None
-        values = [TracedValue(n, tuple(shape), at) for n, shape, at in json.loads(self.about[key])]
+        values = [TracedValue(name, tuple(shape), at) for name, shape, at in self.traces[key]]
         return split(values, self.tensors[key])
 
     def _below(self, prefix: str) -> dict[str, Array]:
@@ -95,6 +98,8 @@ def read_reference(folder: Path) -> Reference:
     try:
         with safe_open(path, "numpy") as file:
             about = dict(file.metadata() or {})
-        return Reference(folder, load_file(path), about)
-    except (OSError, SafetensorError) as error:
+        traces = {key: json.loads(text) for key, text in about.items()}
+        # older packages have a key for each trace, and no others
+        return Reference(folder, load_file(path), traces.get(TRACES, traces))
+    except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"{path} cannot be read: {error}. Export the package again.") from error

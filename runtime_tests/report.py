@@ -301,21 +301,10 @@ def _ran_on(result: ProviderResult) -> str:
 def tables(validation: Validation) -> list[Table]:
     """Return what the terminal and a notebook show."""
     found: list[Table] = []
-    decoded, reasons = [], []
     for result in validation.providers:
         if result.outputs:
             heads = (f"{result.name}, worst outputs", "largest difference", "holds")
             found.append(("", heads, output_rows(result.worst())))
-        for each in result.generation:
-            agreed = f"{each.agreement:.1%} of {each.compared}"
-            name = f"{result.name}, {each.optimization}"
-            decoded.append((name, agreed, each.ties, each.reason or "ok"))
-        if result.reason:
-            reasons.append((result.name, result.reason))
-    for name, why in validation.not_tested.items():
-        reasons.append((name, f"not tested: {why}"))
-    if validation.not_measured:
-        reasons.append(("metric", validation.not_measured))
     metrics = []
     for row in validation.metrics:
         value = metric_text(row.name, row.value)
@@ -326,12 +315,36 @@ def tables(validation: Validation) -> list[Table]:
         costs.append((f"Bytes removed since {kept.against}", size_text(kept.bytes_removed)))
         costs.append(("Sharing kept: of them gone from memory", fraction_text(kept.fraction)))
     columns = ("greedy decoding", "ids that are PyTorch's", "ties", "verdict")
-    found.append(("Generation", columns, decoded))
+    found.append(("Generation", columns, _decoding_rows(validation)))
     found.append(("Metric", ("stage", "computed by", "metric", "value", "examples"), metrics))
     found.append(("Cost", ("", ""), costs))
     found.append(("Where it was run", _RUNTIMES, runtime_rows(validation)))
-    found.append(("Failed or not tested", ("runtime", "why"), reasons))
+    found.append(("Failed or not tested", ("runtime", "why"), _failures(validation)))
     return [table for table in found if table[2]]
+
+
+def _decoding_rows(validation: Validation) -> list[tuple[Any, ...]]:
+    """Return of each greedy decoding how many ids are PyTorch's, and the verdict."""
+    found = []
+    for result in validation.providers:
+        for each in result.generation:
+            agreed = f"{each.agreement:.1%} of {each.compared}"
+            name = f"{result.name}, {each.optimization}"
+            found.append((name, agreed, each.ties, each.reason or "ok"))
+    return found
+
+
+def _failures(validation: Validation) -> list[tuple[str, str]]:
+    """Return of each runtime that failed or was not tested, and of the metric, why."""
+    found = []
+    for result in validation.providers:
+        if result.reason:
+            found.append((result.name, result.reason))
+    for name, why in validation.not_tested.items():
+        found.append((name, f"not tested: {why}"))
+    if validation.not_measured:
+        found.append(("metric", validation.not_measured))
+    return found
 
 
 def write_report(

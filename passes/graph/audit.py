@@ -122,16 +122,11 @@ def audit(path: str | Path, look: Callable[[Path], Loaded] | None = None) -> Aud
     path = Path(path)
     folder = path if path.is_dir() else path.parent
     files = _onnx_files(path)
-    promised = None
-    if (folder / manifest.NAME).exists():
-        described = manifest.Manifest.read(folder)
-        promised = described.ties
-        if path.is_dir():
-            described.check_files(folder)
+    promised = _promised_ties(path, folder)
     sizes: dict[object, int] = {}  # by location: bytes that several files read count once
     duplicates: list[Duplicate] = []
     hidden: list[Hidden] = []
-    checks: dict[str, list[TieCheck]] = {tie.name: [] for tie in promised or ()}
+    checks: list[TieCheck] = []
     together: dict[str, list[Stored]] = {}
     for file, prefix in files.items():
         model = read_model(file)
@@ -142,8 +137,7 @@ def audit(path: str | Path, look: Callable[[Path], Loaded] | None = None) -> Aud
         hidden += _hidden(items, prefix)
         if _used_with_others(file, folder, files):
             together[prefix] = items
-        for check in check_ties(model, _ties_for(model, promised), file.name):
-            checks.setdefault(check.group, []).append(check)
+        checks += check_ties(model, _ties_for(model, promised), file.name)
     duplicates += _across(together)
     unshared, memory, reasons = _load(files, look)
     total = sum(sizes.values())
@@ -157,7 +151,7 @@ def audit(path: str | Path, look: Callable[[Path], Loaded] | None = None) -> Aud
         duplicates=tuple(duplicates),
         unshared_at_load=tuple(unshared),
         hidden=tuple(hidden),
-        ties=tuple(_verdict(name, found) for name, found in checks.items()),
+        ties=_verdicts(checks, promised or ()),
         basis="graph" if reasons else "loaded",
         basis_reason="; ".join(reasons),
         memory={labels[file]: grown for file, grown in memory.items()},
@@ -174,6 +168,16 @@ def _onnx_files(path: Path) -> dict[Path, str]:
     if len(files) == 1:
         return {files[0]: ""}
     return {file: f"{file.relative_to(path).as_posix()}:" for file in files}
+
+
+def _promised_ties(path: Path, folder: Path) -> Sequence[Tie] | None:
+    """Return the ties of the manifest in a folder, None without one; of a package check files."""
+    if not (folder / manifest.NAME).exists():
+        return None
+    described = manifest.Manifest.read(folder)
+    if path.is_dir():
+        described.check_files(folder)
+    return described.ties
 
 
 def _used_with_others(file: Path, folder: Path, files: Iterable[Path]) -> bool:
@@ -209,6 +213,14 @@ def _ties_for(model: ir.Model, promised: Sequence[Tie] | None) -> Sequence[Tie]:
     if promised is None:
         return read_ties(model)
     return [tie for tie in promised if not model.graph.initializers.keys().isdisjoint(tie.members)]
+
+
+def _verdicts(checks: Iterable[TieCheck], promised: Iterable[Tie]) -> tuple[TieCheck, ...]:
+    """Return one verdict on each tie, from the checks of it in every file."""
+    by_tie: dict[str, list[TieCheck]] = {tie.name: [] for tie in promised}
+    for check in checks:
+        by_tie.setdefault(check.group, []).append(check)
+    return tuple(_verdict(name, found) for name, found in by_tie.items())
 
 
 def _verdict(name: str, found: Sequence[TieCheck]) -> TieCheck:

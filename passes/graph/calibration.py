@@ -38,17 +38,23 @@ def read_calibration(model: ir.Model, path: Path) -> list[dict[str, Array]]:
         if value.name not in given:
             raise InputError(f"{path} has no input {value.name!r} of the graph.")
     rows, used = ROWS, len(examples)
-    for value in inputs:
-        if value.shape and isinstance(value.shape[0], int):
-            rows = value.shape[0]
-            used -= len(examples) % rows
-            break
+    if fixed := _fixed_rows(inputs):
+        rows = fixed
+        used -= len(examples) % rows
     if not used:
         raise InputError(f"{path} has {len(examples)} rows, the graph takes {rows} at a time.")
     batches = []
     for batch in Examples(examples.rows[:used], examples.take).batches(rows):
         batches.append({str(value.name): batch[str(value.name)] for value in inputs})
     return batches
+
+
+def _fixed_rows(inputs: Iterable[ir.Value]) -> int | None:
+    """Return how many rows a graph takes at a time, None if any number."""
+    for value in inputs:
+        if value.shape and isinstance(value.shape[0], int):
+            return value.shape[0]
+    return None
 
 
 def measure_ranges(

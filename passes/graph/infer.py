@@ -78,29 +78,23 @@ def _infer_by_onnx(model: ir.Model) -> None:
     for graph, found in zip(graphs(model), graphs(inferred), strict=True):
         named = {value.name: value for value in _values(found)}
         for value in _values(graph):
-            other = named.get(value.name)
-            if other is None:
-                continue
-            value.type = value.type or other.type
-            outside = value.is_graph_input() or value.is_graph_output()
-            if other.shape is not None and not (outside and value.shape is not None):
-                value.shape = other.shape
+            if value.name in named:
+                _take(value, named[value.name])
+
+
+def _take(value: ir.Value, inferred: ir.Value) -> None:
+    """Let a value have the type and shape that were inferred for it."""
+    value.type = value.type or inferred.type
+    outside = value.is_graph_input() or value.is_graph_output()
+    if inferred.shape is not None and not (outside and value.shape is not None):
+        value.shape = inferred.shape
 
 
 def _infer_by_runtime(model: ir.Model, unknown: Mapping[str, ir.Value]) -> None:
     """Let tensors of the main graph have the types and shapes that ONNX Runtime finds."""
     import onnxruntime
 
-    with weights_taken_out(model) as weights:
-        proto = ir.to_proto(model)
-    small = [tensor for tensor in proto.graph.initializer if tensor.name not in weights]
-    del proto.graph.initializer[:]
-    proto.graph.initializer.extend(small)
-    given = {value.name for value in proto.graph.input}
-    for name, tensor in weights.items():
-        if name not in given:
-            info = onnx.helper.make_tensor_value_info(name, int(tensor.dtype), shape_of(tensor))
-            proto.graph.input.append(info)
+    proto = _with_weights_as_inputs(model)
     proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in unknown)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
@@ -117,6 +111,21 @@ def _infer_by_runtime(model: ir.Model, unknown: Mapping[str, ir.Value]) -> None:
             value.type = ir.TensorType(TENSORS[found.type])
             if found.shape:  # none and a scalar's look alike
                 value.shape = ir.Shape(found.shape)
+
+
+def _with_weights_as_inputs(model: ir.Model) -> onnx.ModelProto:
+    """Return the model as ONNX Runtime loads it without any weight: an input in place of each."""
+    with weights_taken_out(model) as weights:
+        proto = ir.to_proto(model)
+    small = [tensor for tensor in proto.graph.initializer if tensor.name not in weights]
+    del proto.graph.initializer[:]
+    proto.graph.initializer.extend(small)
+    given = {value.name for value in proto.graph.input}
+    for name, tensor in weights.items():
+        if name not in given:
+            info = onnx.helper.make_tensor_value_info(name, int(tensor.dtype), shape_of(tensor))
+            proto.graph.input.append(info)
+    return proto
 
 
 def _values(graph: ir.Graph) -> Iterator[ir.Value]:

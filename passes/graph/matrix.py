@@ -39,20 +39,27 @@ def matrix_of(weight: ir.Value) -> Matrix | str:
     lookups = []
     for node, index in weight.uses():
         where = f"{node.op_type} node {node.name}"
-        left = node.inputs[0]
-        if is_op(node, "Gather") and index == 0 and node.attributes.get_int("axis", 0) == 0:
+        if index == 0 and _looks_rows_up(node):
             if node.inputs[1] is None or node.inputs[1].shape is None:
                 return f"the rank of the indices of {where} is not known"
             lookups.append(node)
             continue
-        if index != 1 or left is weight or not _is_product(node):
+        if index != 1 or node.inputs[0] is weight or not _is_product(node):
             return f"{where} reads it as input {index}"
-        if left and left.shape and left.shape.rank() < 2:
+        if _is_vector(node.inputs[0]):
             return f"the left input of {where} is a vector"
         products[node] = bool(node.attributes.get_int("transB", 0))
     if len(set(products.values())) > 1:
         return "it is multiplied by both as it is and transposed"
     return Matrix(weight, tuple(products), tuple(lookups), any(products.values()))
+
+
+def _is_vector(value: ir.Value | None) -> bool:
+    return value is not None and value.shape is not None and value.shape.rank() < 2
+
+
+def _looks_rows_up(node: ir.Node) -> bool:
+    return is_op(node, "Gather") and node.attributes.get_int("axis", 0) == 0
 
 
 def _is_product(node: ir.Node) -> bool:

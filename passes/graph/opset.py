@@ -40,6 +40,18 @@ def to_opset(model: ir.Model, target: int) -> ir.Model:
     nodes = ir.traversal.RecursiveGraphIterator(model.graph)
     if current < UNBATCHED <= target and any(is_op(node, "Scan") for node in nodes):
         raise InputError(f"{refusal}: a Scan loses its batch axis at {UNBATCHED}.")
+    converted = _converted(model, target, refusal)
+    for node in ir.traversal.RecursiveGraphIterator(converted.graph):
+        if is_op(node, node.op_type) and (unknown := _unknown(node, target)):
+            raise InputError(f"{refusal}: {unknown}.")
+    converted.metadata_props.update(model.metadata_props)
+    _describe(converted.graph, model.graph)
+    converted.ir_version = max(model.ir_version, _least_ir_version(converted))
+    return converted
+
+
+def _converted(model: ir.Model, target: int, refusal: str) -> ir.Model:
+    """Return what ONNX's converter makes of a model, with its weights, which it does not see."""
     with weights_taken_out(model) as weights:
         try:
             proto = onnx.version_converter.convert_version(ir.to_proto(model), target)
@@ -50,14 +62,13 @@ def to_opset(model: ir.Model, target: int) -> ir.Model:
     for name, tensor in weights.items():
         if name in converted.graph.initializers:
             converted.graph.initializers[name].const_value = tensor
-    for node in ir.traversal.RecursiveGraphIterator(converted.graph):
-        if is_op(node, node.op_type) and (unknown := _unknown(node, target)):
-            raise InputError(f"{refusal}: {unknown}.")
-    converted.metadata_props.update(model.metadata_props)
-    _describe(converted.graph, model.graph)
-    needed = onnx.helper.find_min_ir_version_for(proto.opset_import, ignore_unknown=True)
-    converted.ir_version = max(model.ir_version, needed)
     return converted
+
+
+def _least_ir_version(model: ir.Model) -> int:
+    """Return the version of the file format that a model's opsets came with."""
+    opsets = [onnx.helper.make_opsetid(*each) for each in model.opset_imports.items()]
+    return int(onnx.helper.find_min_ir_version_for(opsets, ignore_unknown=True))
 
 
 def _unknown(node: ir.Node, opset: int) -> str | None:

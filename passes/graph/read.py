@@ -3,7 +3,7 @@
 import mmap
 import os
 from collections import Counter
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -150,24 +150,27 @@ def _check_names(path: Path, graph: onnx.GraphProto, outer: Sequence[Container[s
     A tensor of a branch under the name of an ``outer`` value is that, too: ONNX Runtime takes the
     outer one, by the rule of scopes it is the inner.
     """
-    stored = Counter(tensor.name for tensor in graph.initializer)
-    computed: Counter[str] = Counter()
+    stored = [tensor.name for tensor in graph.initializer]
+    names = Counter(stored)
+    names.update({value.name for value in graph.input} - names.keys())  # what is stored is default
     for node in graph.node:
-        computed.update(filter(None, node.output))
-    given = stored.keys() | {value.name for value in graph.input}
-    for name in (*stored, *computed):
-        if max(stored[name], computed[name]) > 1 or (name in computed and name in given):
+        names.update(filter(None, node.output))
+    for name, times in names.items():
+        if times > 1:
             raise InputError(f"{path} is not valid ONNX: {name!r} is defined twice.")
     for name in stored:
         if any(name in scope for scope in outer):
             raise InputError(
                 f"{path} is not valid ONNX: {name!r} is defined in a subgraph and around it."
             )
-    scopes = (*outer, given, computed)
+    for subgraph in _subgraphs(graph):
+        _check_names(path, subgraph, (*outer, names))
+
+
+def _subgraphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
     for node in graph.node:
         for attribute in node.attribute:
-            for subgraph in (attribute.g, *attribute.graphs):
-                _check_names(path, subgraph, scopes)
+            yield from (attribute.g, *attribute.graphs)
 
 
 def _checked(

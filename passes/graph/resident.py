@@ -37,17 +37,14 @@ def _move(weight: ir.Value) -> str | None:
     forms = {node.attributes.get_int("transB", 0) for node in products}
     if len(forms) + raw < 2:
         return None
-    movable, reasons = [], []
-    for node in products:
-        if reason := _obstacle(node):
-            reasons.append(reason)
-        else:
-            movable.append(node)
-    if reasons and not raw:  # it would be packed all the same
-        return reasons[0]
-    for node in movable:
-        _to_left(node, weight)
-    return reasons[0] if reasons else None
+    obstacles = {node: _obstacle(node) for node in products}
+    first = next(filter(None, obstacles.values()), None)
+    if first and not raw:  # it would be packed all the same
+        return first
+    for node, reason in obstacles.items():
+        if reason is None:
+            _to_left(node, weight)
+    return first
 
 
 def _may_be_packed(weight: ir.Value) -> bool:

@@ -6,6 +6,8 @@ import onnx_ir as ir
 
 from ffmerge.passes.graph.tensors import graphs
 
+_Described = ir.Model | ir.Graph | ir.Function | ir.Node | ir.Value
+
 # What PyTorch's exporter writes beside its ``pkg.*`` entries, of every node.
 OF_EXPORTER = ("namespace",)
 TRACE = 'File "'  # in documentation: a stack trace, as the TorchScript exporter writes them
@@ -21,11 +23,7 @@ def strip(model: ir.Model) -> None:
     """
     model.producer_name, model.producer_version = "ffmerge", None
     for item in (model, *_described(model)):
-        for key in tuple(item.metadata_props):
-            if key.startswith("pkg.") or key in OF_EXPORTER:
-                del item.metadata_props[key]
-        if item.doc_string and TRACE in item.doc_string:
-            item.doc_string = None
+        _forget_exporter(item)
     for graph in graphs(model):
         for value in graph.initializers.values():
             is_outside = value.is_graph_input() or value.is_graph_output()
@@ -33,7 +31,15 @@ def strip(model: ir.Model) -> None:
                 value.type = value.shape = None
 
 
-def _described(model: ir.Model) -> Iterator[ir.Graph | ir.Function | ir.Node | ir.Value]:
+def _forget_exporter(item: _Described) -> None:
+    for key in tuple(item.metadata_props):
+        if key.startswith("pkg.") or key in OF_EXPORTER:
+            del item.metadata_props[key]
+    if item.doc_string and TRACE in item.doc_string:
+        item.doc_string = None
+
+
+def _described(model: ir.Model) -> Iterator[_Described]:
     yield from model.functions.values()
     for graph in graphs(model):
         yield graph

@@ -98,9 +98,10 @@ def _store_result(effects: Effects, weight: ir.Value) -> bool:
     if len(effects) < len(weight.uses()) or len(set(effects.values())) != 1:
         return False
     assert weight.const_value is not None
-    folded = _result(next(iter(effects)), weight.const_value)
-    if isinstance(folded, str):
+    first = next(iter(effects))
+    if _not_stored(first, weight.const_value):
         return False
+    folded = _result(first, weight.const_value)
     weight.const_value, weight.dtype, weight.shape = folded, folded.dtype, folded.shape
     for node in effects:
         _bypass(node, weight)
@@ -163,9 +164,8 @@ def _seen_outside(weight: ir.Value) -> str | None:
 
 
 def _why_left(node: ir.Node, tensor: ir.TensorProtocol, opset: int) -> str:
-    result = _result(node, tensor)
-    if isinstance(result, str):
-        return result
+    if reason := _not_stored(node, tensor):
+        return reason
     if _effect(node, tensor) == _TURNED:
         for use in node.outputs[0].uses():
             if reason := obstacle(*use, tensor.dtype, opset):
@@ -211,25 +211,28 @@ def _effect(node: ir.Node, tensor: ir.TensorProtocol) -> Any:
     return None
 
 
-def _result(node: ir.Node, tensor: ir.TensorProtocol) -> ir.LazyTensor | str:
-    """Return what a node of an effect gives of a tensor, or why that is not stored instead."""
-    shape, dtype = shape_of(tensor), tensor.dtype
+def _not_stored(node: ir.Node, tensor: ir.TensorProtocol) -> str | None:
+    """Return why what a node gives of a tensor is not stored instead of it, or None."""
     if node.op_type == "DequantizeLinear":
         return "quantized weights stay quantized"
     if node.op_type == "Cast" and (reason := _cast_obstacle(tensor, _cast_to(node))):
         return reason
-    dims = shape
-    if node.op_type == "Reshape":
-        target = _target(node, tensor)
-        if target is None:
-            return "its shape is not known here"
-        dims = target
-    if dtype == ir.DataType.STRING or dtype.bitwidth < 8:
-        return f"{dtype} is not stored element by element"
+    if node.op_type == "Reshape" and _target(node, tensor) is None:
+        return "its shape is not known here"
+    if tensor.dtype == ir.DataType.STRING or tensor.dtype.bitwidth < 8:
+        return f"{tensor.dtype} is not stored element by element"
+    return None
+
+
+def _result(node: ir.Node, tensor: ir.TensorProtocol) -> ir.LazyTensor:
+    """Return what a node gives of a tensor, where :func:`_not_stored` is None."""
+    shape, dtype = shape_of(tensor), tensor.dtype
     if node.op_type == "Cast":
         to = _cast_to(node)
         return rewritten(tensor, lambda values: _rounded(values, to), to, shape)
     if node.op_type == "Reshape":
+        dims = _target(node, tensor)
+        assert dims is not None
         return rewritten(tensor, lambda values: values.reshape(dims), dtype, dims)
     order = _order(node, shape)
     turned = [shape[axis] for axis in order]

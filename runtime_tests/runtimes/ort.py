@@ -3,7 +3,7 @@
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import redirect_stdout
 from functools import partial
 from io import StringIO
@@ -133,16 +133,11 @@ def _plugged_in(name: str) -> Any:
 
 
 def _placement(events: Sequence[Mapping[str, Any]]) -> Placement:
-    """Count each node of a profile once, however often it ran."""
-    nodes = {}
-    for event in events:
-        found = event.get("args", {})
-        if event.get("cat") == "Node" and "provider" in found:
-            nodes[event["name"], found.get("node_index")] = found
+    """Return where the nodes of a profile ran, and what providers held of memory."""
     compute: dict[str, Counter[str]] = {}
     other: Counter[str] = Counter()
     held: int | None = None
-    for found in nodes.values():
+    for found in _nodes(events):
         part, op = found["provider"], found["op_name"]
         kinds = {kind for shaped in found.get("output_type_shape", []) for kind in shaped}
         if op.startswith(_COPIES) or kinds <= _SHAPES:
@@ -152,6 +147,16 @@ def _placement(events: Sequence[Mapping[str, Any]]) -> Placement:
         if part != CPU and "mem_in_use_peak" in found:
             held = max(held or 0, int(found["mem_in_use_peak"]))
     return Placement({part: dict(ops) for part, ops in compute.items()}, dict(other), held)
+
+
+def _nodes(events: Sequence[Mapping[str, Any]]) -> Collection[Mapping[str, Any]]:
+    """Return what a profile says of each node, once however often it ran."""
+    nodes = {}
+    for event in events:
+        about = event.get("args", {})
+        if event.get("cat") == "Node" and "provider" in about:
+            nodes[event["name"], about.get("node_index")] = about
+    return nodes.values()
 
 
 def _runtime(
