@@ -56,7 +56,7 @@ def texts_of(table: Any, source: str, task: str | None, columns: ColumnsConfig) 
     if columns.text_column:
         named = (columns.text_column, columns.pair_column)
         return [name for name in named if name]
-    strings = [name for name in table.column_names if texts.is_text(table, name)]
+    strings = _strings(table)
     if base(task or "") in _READ_PAIRS:
         for pair in (*_PAIRS, *_numbered_pairs(strings)):
             if set(pair) <= {*strings}:
@@ -100,27 +100,28 @@ def pair_of(
     Of two languages nobody has named, the model's tokenizer may tell which is which; else they
     are taken in their order, and that is said.
     """
-    languages = texts.languages(table)
-    strings = [name for name in table.column_names if texts.is_text(table, name)]
+    choices = texts.languages(table) or _strings(table)
     first = columns.text_column or first_of((*_SOURCE_COLUMNS, *_TEXT_COLUMNS), table)
     known = [name for name in _TARGET_COLUMNS if texts.is_text(table, name)]
     second = columns.target_column or first_of(known, table)
-    choices = languages or strings
-    if first and not second:
-        second = _only_other(choices, first)
-    if second and not first:
-        first = _only_other(choices, second)
-    if first and second:
-        return first, second
-    if first or second or len(choices) != 2:
+    if not first and not second and len(choices) == 2:
+        return texts.direction(choices, source, folder)
+    first = first or _only_other(choices, second)
+    second = second or _only_other(choices, first)
+    if not first or not second:
         raise InputError(
             f"{source} has the columns {', '.join(names_of(table))}: name what is read and what is "
             "written by --text-column and --target-column."
         )
-    return texts.direction(choices, source, folder)
+    return first, second
 
 
-def _only_other(names: Sequence[str], name: str) -> str | None:
+def _strings(table: Any) -> list[str]:
+    """Return the columns that hold text."""
+    return [name for name in table.column_names if texts.is_text(table, name)]
+
+
+def _only_other(names: Sequence[str], name: str | None) -> str | None:
     """Return the one that is left without a name, if it is one."""
     rest = [other for other in names if other != name]
     if len(rest) == 1:

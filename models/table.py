@@ -109,23 +109,29 @@ def _silent(datasets: Any) -> Iterator[None]:
 
 def _reason(path: Path, error: BaseException) -> str:
     """Return why a file cannot be read, with the line where that is known."""
-    if path.is_file() and path.suffix != ".parquet":
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    text = line.decode()
-                    if path.suffix == ".jsonl" and text.strip():
-                        json.loads(text)
-                except UnicodeDecodeError:
-                    return f"line {number} is not UTF-8."
-                except ValueError as wrong:
-                    return f"line {number} is no JSON: {wrong}."
+    if path.is_file() and path.suffix != ".parquet" and (wrong := _wrong_line(path)):
+        return wrong
     while error.__cause__ is not None:  # datasets puts an error without a reason around it
         error = error.__cause__
     said = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if "no data" in said or isinstance(error, StopIteration):
         return "it is empty."
     return said
+
+
+def _wrong_line(path: Path) -> str | None:
+    """Return what is wrong with the first line that is no text, or no JSON where it has to be."""
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                text = line.decode()
+                if path.suffix == ".jsonl" and text.strip():
+                    json.loads(text)
+            except UnicodeDecodeError:
+                return f"line {number} is not UTF-8."
+            except ValueError as error:
+                return f"line {number} is no JSON: {error}."
+    return None
 
 
 def of_table(
@@ -141,23 +147,22 @@ def of_table(
         InputError: it has no column that the model takes, or not the one that was named.
     """
     check_named(table, source, columns)
-    if base(task or "") == "token-classification":
+    kind = base(task or "")
+    if kind == "token-classification":
         if found := word_columns(table, columns.label_column):
             return of_words(table, *found, source, folder)
     arrays = array_columns(table)
-    if any(name in _INPUTS for name in arrays) and not columns.text_column:
+    if not columns.text_column and not set(arrays).isdisjoint(_INPUTS):
         return _of_arrays(table, arrays)
     if image := first_of(IMAGE_COLUMNS, table, "Image"):
         numbered = labels_of(table, source, folder, columns)
         return pictures.of_images(table, image, numbered, source, folder)
     if sound := first_of(SOUND_COLUMNS, table, "Audio"):
-        if base(task or "") != "automatic-speech-recognition":
-            label = labels_of(table, source, folder, columns)
-            return sounds.of_sounds(table, sound, label, None, source, folder)
-        spoken = columns.target_column or first_of(SPOKEN_COLUMNS, table)
-        targets = texts.targets_of(spoken, source, folder) if spoken else None
-        return sounds.of_sounds(table, sound, None, targets, source, folder)
-    if base(task or "") == "text2text-generation":
+        if kind == "automatic-speech-recognition":
+            return _of_speech(table, sound, source, folder, columns)
+        numbered = labels_of(table, source, folder, columns)
+        return sounds.of_sounds(table, sound, numbered, None, source, folder)
+    if kind == "text2text-generation":
         pair = pair_of(table, source, folder, columns)
         return texts.of_pairs(table, *pair, source, folder)
     read = texts_of(table, source, task, columns)
@@ -165,6 +170,17 @@ def of_table(
     if task == "text-classification":
         numbered = labels_of(table, source, folder, columns)
     return texts.of_texts(table, read, numbered, source, folder)
+
+
+def _of_speech(
+    table: Any, sound: str, source: str, folder: str | Path | None, columns: ColumnsConfig
+) -> Examples:
+    """Return sounds with what is said in them, where a column tells."""
+    spoken = columns.target_column or first_of(SPOKEN_COLUMNS, table)
+    targets = None
+    if spoken:
+        targets = texts.targets_of(spoken, source, folder)
+    return sounds.of_sounds(table, sound, None, targets, source, folder)
 
 
 def _of_arrays(table: Any, columns: Sequence[str]) -> Examples:

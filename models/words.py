@@ -4,7 +4,7 @@
 first piece of a word has the word's tag and the others none, as in transformers' own example.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +76,17 @@ def of_words(table: Any, words: str, tags: str, source: str, folder: str | Path 
         )  # fmt: skip
         labels = np.full(encoded["input_ids"].shape, IGNORED)
         for row, theirs in enumerate(part[tags]):
-            word_of = encoded.word_ids(row)
-            for position, word in enumerate(word_of):
-                is_first = word is not None and word_of[position - 1] != word
-                if is_first or (position == 0 and word is not None):
-                    labels[row, position] = numbered([theirs[word]])[0]
+            for position, word in _first_pieces(encoded.word_ids(row)):
+                labels[row, position] = numbered([theirs[word]])[0]
         return {**encoded, "labels": labels}
 
     return Examples(rows, take)
+
+
+def _first_pieces(word_of: Sequence[int | None]) -> Iterator[tuple[int, int]]:
+    """Yield position and word of the first piece of each word; ``word_of`` is by position."""
+    before = None
+    for position, word in enumerate(word_of):
+        if word is not None and word != before:
+            yield position, word
+        before = word
