@@ -78,12 +78,10 @@ def watch(
     counts = dict.fromkeys(sublayers, 0)
     watched = [member for members in sublayers.values() for member in members]
     seen: Calls = {path: [] for member in watched for path in member.maps}
-    once = all(member.runs == 1 for member in watched)
 
     def keep(path: str, _: Any, args: tuple[Tensor, ...], out: Tensor) -> None:
         seen[path].append((args[0], out))
-        if once and all(seen.values()):
-            raise StopForward
+        stop_when_seen(seen, watched)
 
     with hooked(model, seen, keep), unchunked(model), torch.no_grad():
         rest = iter(batches)
@@ -94,6 +92,19 @@ def watch(
             seen_by_all = _counted_by_all(own, sublayers, world)
             if _count_turn(counts, seen_by_all, tokens, rank) and own is not None:
                 yield own
+    _check_enough(counts)
+
+
+def stop_when_seen(calls: Mapping[str, Sequence[Any]], sublayers: Iterable[FeedForward]) -> None:
+    """Stop a forward pass as soon as all maps have been called.
+
+    Not where a sublayer runs several times: how often it will is not known.
+    """
+    if all(calls.values()) and all(member.runs == 1 for member in sublayers):
+        raise StopForward
+
+
+def _check_enough(counts: Mapping[str, int]) -> None:
     for name, count in counts.items():
         if count < 2:
             raise InputError(f"the data holds fewer than two positions that count for {name!r}.")
@@ -128,11 +139,15 @@ def add_up(
         for stack, what, sums in _flat(moments):
             sums.pool_({m.layer: _size(m, what) for m in sublayers[stack]}, like)
     for stack, _, sums in _flat(moments):
-        for layer, squares in sums.squares.items():
-            if not torch.isfinite(squares).all():
-                raise InputError(
-                    f"layer {layer} of {stack!r} gives NaN or infinite values on this data."
-                )
+        _check_finite(stack, sums)
+
+
+def _check_finite(stack: str, sums: Moments) -> None:
+    for layer, squares in sums.squares.items():
+        if not torch.isfinite(squares).all():
+            raise InputError(
+                f"layer {layer} of {stack!r} gives NaN or infinite values on this data."
+            )
 
 
 def collect(

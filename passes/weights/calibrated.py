@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from ffmerge.models import ties
-from ffmerge.models.inputs import StopForward, forward, unchunked
+from ffmerge.models.inputs import forward, unchunked
 from ffmerge.models.sublayer import FeedForward
 from ffmerge.models.ties import Key, SharedWeights
-from ffmerge.passes.weights.activations import Batches, hooked, positions
+from ffmerge.passes.weights.activations import Batches, hooked, positions, stop_when_seen
 from ffmerge.passes.weights.align import neurons
 from ffmerge.passes.weights.evidence import Evidence
 from ffmerge.passes.weights.least_squares import RIDGE, Regression
@@ -200,17 +200,14 @@ def side_by_side(
     count = 0
     original: dict[str, list[Tensor]] = {member.output: [] for member in members}
     given: dict[str, list[Tensor]] = {member.output: [] for member in members}
-    once = all(member.runs == 1 for member in members)
 
     def keep(path: str, _: Any, args: Any, out: Tensor) -> None:
         original[path].append(out)
-        if once and all(original.values()):
-            raise StopForward
+        stop_when_seen(original, members)
 
     def swap(path: str, _: Any, args: Any, out: Tensor) -> Tensor:
         given[path].append(args[0])
-        if once and all(given.values()):
-            raise StopForward
+        stop_when_seen(given, members)
         return original[path][len(given[path]) - 1]
 
     for batch in batches:

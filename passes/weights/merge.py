@@ -27,7 +27,7 @@ from ffmerge.models.ties import SharedWeights
 from ffmerge.passes.weights import methods, rivals
 from ffmerge.passes.weights.cache import ActivationCache
 from ffmerge.passes.weights.calibrated import TOKENS
-from ffmerge.passes.weights.evaluate import score_for, warn_near_chance
+from ffmerge.passes.weights.evaluate import Score, score_for, warn_near_chance
 from ffmerge.passes.weights.evidence import Statistics
 from ffmerge.passes.weights.methods import METHODS, Merged, Method, in_place, size_of
 from ffmerge.passes.weights.search import Candidate, Trials, groups_of, search_budget
@@ -102,12 +102,7 @@ def choose(
         _check_needs_no_data(method, searches)
     elif held_out is None:
         calibration, held_out = calibration.halves()
-    score = None
-    if held_out is not None:
-        task = config.task or tasks.infer(model)
-        score = score_for(model, task, held_out, config.batch_size, config.criterion)
-    elif config.budget:
-        raise InputError("a budget is met by measuring what is lost: it needs data.")
+    score = _score(model, held_out, config)
     statistics = Statistics(model, calibration, stacks, config, progress)
     trials = Trials(model, method, statistics, score, progress)
     before = trials.measured({})
@@ -125,12 +120,26 @@ def choose(
     else:
         now, merged = _search_windows(trials, searches)
     check_merged(method.name, _tensors_of(merged))
-    metric: dict[str, Any] = {"before": None, "merged": None, "recovered": None, "name": None}
-    if score:
-        metric |= {"before": before.value, "merged": now.value, "name": score.name}
-    metric |= {**chosen, "examples": len(held_out or ())}
+    metric = _metric(score, before, now) | {**chosen, "examples": len(held_out or ())}
     record = _record(model, method, merged, metric)
     return Merge(record, tuple(trials.tried), frontier), merged
+
+
+def _score(model: Any, held_out: Examples | None, config: MergeConfig) -> Score | None:
+    """Return what candidates are measured by, None without data."""
+    if held_out is not None:
+        task = config.task or tasks.infer(model)
+        return score_for(model, task, held_out, config.batch_size, config.criterion)
+    if config.budget:
+        raise InputError("a budget is met by measuring what is lost: it needs data.")
+    return None
+
+
+def _metric(score: Score | None, before: Candidate, now: Candidate) -> dict[str, Any]:
+    """Return what the record says of the metric, None of what was not measured."""
+    if score is None:
+        return {"before": None, "merged": None, "recovered": None, "name": None}
+    return {"before": before.value, "merged": now.value, "recovered": None, "name": score.name}
 
 
 def _tensors_of(merged: Merged) -> Iterator[Mapping[Any, Tensor]]:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import count, islice
@@ -108,11 +108,8 @@ def recover_(
         optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
         saved, losses = None, []
         if folder:
+            about |= _about(model, original, examples)
             norm = math.sqrt(sum(float(p.detach().square().sum()) for p in parameters))
-            about["examples"] = _digest_of_rows(examples)
-            about["original"] = _digest(original.state_dict())
-            if record := merge_record(model.config):
-                about["merge"] = f"{record.method}: {record.groups}"
             saved = _Saved(folder / _FILE, trained, optimizer, about, norm)
             losses = saved.read()
             _check_shared(folder, len(losses), parameters[0].device)
@@ -145,6 +142,17 @@ def _task(model: Any, config: RecoverConfig) -> str | None:
     if not for_task(task):
         raise InputError(f"{task} has no loss on labels here: recover without labels.")
     return task
+
+
+def _about(model: Any, original: Any, examples: Examples) -> dict[str, str]:
+    """Return what tells a recovery from others beside its settings."""
+    about = {
+        "examples": _digest_of_rows(examples),
+        "original": _digest(original.state_dict()),
+    }
+    if record := merge_record(model.config):
+        about["merge"] = f"{record.method}: {record.groups}"
+    return about
 
 
 def _digest_of_rows(examples: Examples) -> str:
@@ -217,32 +225,49 @@ def _training(
     Of models that are offloaded only what is trained is put there. Without dropout the two compute
     the same function as far as their weights agree.
     """
-    both = (model, original)
-    before = {p: (p.dtype, p.requires_grad) for each in both for p in each.parameters()}
-    modes = [(each, each.training, each.device) for each in both]
-    try:
-        for each, _, home in modes:
-            each.eval()
-            if home.type == "cpu" and device_of(each) == home:
-                each.to(device)
+    with _evaluated((model, original), device):
         for parameter in trained:
             parameter.data = parameter.data.to(device_of(model))
-        for parameter, (dtype, _) in before.items():
+        with _wide_parameters((*model.parameters(), *original.parameters())):
+            for parameter in trained:
+                parameter.requires_grad_()
+            yield
+
+
+@contextmanager
+def _evaluated(models: Sequence[Any], device: torch.device) -> Iterator[None]:
+    """Put models on the device and in evaluation mode; at the end back, in the mode of before."""
+    before = [(each, each.training, each.device) for each in models]
+    # looked at before one is moved: the other may share its parameters
+    at_home = [each for each in models if each.device.type == device_of(each).type == "cpu"]
+    try:
+        for each in models:
+            each.eval()
+        for each in at_home:
+            each.to(device)
+        yield
+    finally:
+        for each, mode, home in before:
+            each.train(mode)
+            if home.type == "cpu":
+                each.to(home)
+
+
+@contextmanager
+def _wide_parameters(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Let parameters be float32 at least, and none of them trained; undo it at the end."""
+    before = {p: (p.dtype, p.requires_grad) for p in parameters}
+    try:
+        for parameter in before:
             if parameter.is_floating_point():
-                parameter.data = parameter.data.to(torch.promote_types(dtype, torch.float32))
+                parameter.data = _wide(parameter.data)
             parameter.requires_grad_(False)
-        for parameter in trained:
-            parameter.requires_grad_()
         yield
     finally:
         for parameter, (dtype, wanted) in before.items():
             parameter.grad = None
             parameter.data = parameter.data.to(dtype)
             parameter.requires_grad_(wanted)
-        for each, mode, home in modes:
-            each.train(mode)
-            if home.type == "cpu":
-                each.to(home)
 
 
 def _order(rows: int, seed: int) -> Iterator[int]:

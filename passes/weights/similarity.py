@@ -99,23 +99,28 @@ def similarity(
 
 def _passes(found: Stacks, config: SimilarityConfig) -> Iterator[Pairs]:
     """Yield what to compare in each pass over the data, so that its matrices fit the memory."""
-    wanted: list[tuple[tuple[str, str], tuple[int, int], int]] = []
-    for name, members in found.items():
-        for a, b in combinations_with_replacement(members, 2):
-            wanted.append(((name, _OUTPUTS), (a.layer, b.layer), 4 * a.d_model * b.d_model))
-        for a, b in combinations(members, 2):
-            near = config.reach is None or b.layer - a.layer <= config.reach
-            if near and (a.d_ff, a.gated) == (b.d_ff, b.gated):
-                size = 4 * (3 if a.gated else 1) * a.d_ff * b.d_ff  # float32, 3 views if gated
-                wanted.append(((name, _FEATURES), (a.layer, b.layer), size))
     pairs, left = Pairs(), config.memory * 1e9
-    for key, pair, size in wanted:
+    for key, pair, size in _compared(found, config.reach):
         if pairs and size > left:
             yield pairs
             pairs, left = Pairs(), config.memory * 1e9
         pairs.setdefault(key, []).append(pair)
         left -= size
     yield pairs
+
+
+def _compared(
+    found: Stacks, reach: int | None
+) -> Iterator[tuple[tuple[str, str], tuple[int, int], int]]:
+    """Yield what is compared of which two layers, and the bytes of their matrix in float32."""
+    for name, members in found.items():
+        for a, b in combinations_with_replacement(members, 2):
+            yield (name, _OUTPUTS), (a.layer, b.layer), 4 * a.d_model * b.d_model
+        for a, b in combinations(members, 2):
+            near = reach is None or b.layer - a.layer <= reach
+            if near and (a.d_ff, a.gated) == (b.d_ff, b.gated):
+                views = 3 if a.gated else 1
+                yield (name, _FEATURES), (a.layer, b.layer), 4 * views * a.d_ff * b.d_ff
 
 
 def _collected(

@@ -65,7 +65,7 @@ def windows(by_stack: Stacks, config: MergeConfig) -> list[Choice]:
         choice = []
         for members, span in zip(by_stack.values(), spans, strict=True):
             choice.append(tuple(member for member in members if member.layer in span))
-        if all(len({shape_key(member) for member in members}) == 1 for members in choice):
+        if all(map(_of_one_shape, choice)):
             choices.append(tuple(choice))
     if not choices:
         raise InputError("no window holds sublayers of one size: they cannot share weights.")
@@ -76,6 +76,10 @@ def shape_key(sublayer: FeedForward) -> tuple[Any, ...]:
     """Return what must be equal in sublayers that are to share weights."""
     weights = [(weight.neurons, weight.blocks) for weight in sublayer.weights]
     return (sublayer.d_model, sublayer.d_ff, *weights)
+
+
+def _of_one_shape(members: Members) -> bool:
+    return len({shape_key(member) for member in members}) == 1
 
 
 def _given(name: str, members: Members, window: Any) -> Sequence[int]:
