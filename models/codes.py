@@ -1,15 +1,16 @@
-"""Weights as whole numbers of 8 or 4 bits: the one definition of their codes and scales.
+"""Weights as whole numbers of 8, 4 or 2 bits: the one definition of their codes and scales.
 
 The graph passes store codes and scales in a package (``passes/graph/blocks.py``, ``int8.py``); the
 search rounds PyTorch's weights in the same way, to choose by what the package will compute.
 float32 arrays come in, arrays go out; nothing here knows a model.
 
 * A scale for each row or column of a matrix, codes of 8 bits from -127 to 127 around zero.
-* Blocks of 4 or 8 bits: a scale for each ``BLOCKS`` elements of a row, codes from 0 on around a
-  fixed middle; two codes of 4 bits make a byte.
+* Blocks of 2, 4 or 8 bits: a scale for each ``BLOCKS`` elements of a row, codes from 0 on around a
+  fixed middle; two codes of 4 bits make a byte, or four of 2.
 * Activations: codes from 0 to 255 around a zero point, in a range that was seen.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,18 @@ FLOOR = 1024  # elements below which scales and nodes cost about what a weight s
 BLOCKS = {4: 32, 8: 64}
 CLIPS = np.linspace(1, 0.75, 11)  # of a block's range, tried for its scale
 AT_ONCE = 1 << 20  # elements of a table that are rounded at a time
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a matrix is stored in blocks: bits of a code, elements of a row that share a scale."""
+
+    bits: int
+    block: int
+
+    def bytes_of(self, rows: int, width: int) -> int:
+        """Return what a matrix takes, rows filled up to whole blocks."""
+        return rows * -(-width // self.block) * (self.block * self.bits // 8 + 4)
 
 
 def int8_codes(
@@ -109,10 +122,11 @@ def middle(bits: int) -> np.float32:
 
 
 def pack(codes: Array, bits: int) -> Array:
-    """Put two codes of 4 bits into a byte, the first in the low half; codes of 8 bits stay."""
-    if bits == 8:
-        return codes
-    return codes[..., ::2] | (codes[..., 1::2] << 4)
+    """Put codes of less than 8 bits together into bytes, the first in the lowest bits."""
+    packed = codes[..., :: 8 // bits]
+    for place in range(1, 8 // bits):
+        packed = packed | (codes[..., place :: 8 // bits] << (place * bits))
+    return packed
 
 
 def range_scale(low: float, high: float) -> tuple[np.float32, np.uint8]:

@@ -14,10 +14,12 @@ from ffmerge.config import ExportConfig, QuantizeConfig, ShareConfig
 from ffmerge.errors import InputError
 from ffmerge.exporter.package import export
 from ffmerge.models.codes import block_codes, block_scales, block_values
+from ffmerge.passes.graph.attention import mixed_gram
 from ffmerge.passes.graph.audit import audit
-from ffmerge.passes.graph.gptq import gptq_codes, hessians, round_on_data
+from ffmerge.passes.graph.gptq import Read, gptq_codes, hessians, inputs_of, round_on_data
 from ffmerge.passes.graph.matrix import matrix_of
 from ffmerge.passes.graph.run import share_file, share_model
+from ffmerge.passes.graph.walk import Walk
 
 TIED = """(float[b,s,64] x) => (float[b,s,64] y) {
     p = MatMul(x, W) t = Tanh(p) h = MatMul(t, V) y = MatMul(h, W) }"""
@@ -81,8 +83,8 @@ def test_a_tied_weight_counts_the_inputs_of_all_its_products() -> None:
     w, v, x = normal(64, 64) / 8, normal(64, 64, seed=1) / 8, correlated(24, 64).reshape(3, 8, 64)
     model = build(TIED, W=w, V=v)
     matrix = matrix_of(model.graph.initializers["W"])
-    inputs = tuple(node.inputs[0] for node in matrix.products)
-    found = hessians(model, [inputs], [{"x": x[:1]}, {"x": x[1:]}])
+    inputs = inputs_of(matrix)
+    found = hessians(Walk(model, [{"x": x[:1]}, {"x": x[1:]}]), [inputs], [], [None, None])
     first, second = x.reshape(-1, 64), np.tanh(x @ w).reshape(-1, 64) @ v
     by_hand = first.T @ first + second.T @ second
     assert np.allclose(found[inputs], by_hand, rtol=1e-3, atol=1e-3)
@@ -95,9 +97,9 @@ def test_padding_counts_nothing() -> None:
     text = """(float[b,s,64] x, int64[b,s] attention_mask) => (float[b,s,64] y) {
         y = MatMul(x, W) }"""
     model = build(text, W=normal(64, 64))
-    inputs = (model.graph.inputs[0],)
+    inputs = (Read(model.graph.inputs[0], None),)
     x, mask = normal(2, 4, 64), np.array([[1, 1, 1, 0], [1, 1, 0, 0]])
-    found = hessians(model, [inputs], [{"x": x, "attention_mask": mask}])
+    found = hessians(Walk(model, [{"x": x, "attention_mask": mask}]), [inputs], [], [mask])
     seen = x[mask == 1]
     assert np.allclose(found[inputs], seen.T @ seen, rtol=1e-4, atol=1e-4)
 
@@ -169,3 +171,62 @@ def test_larger_blocks_have_fewer_scales(block: int, tmp_path: Path) -> None:
         ShareConfig(dtype="int4", block=48)
     with pytest.raises(InputError, match="only int8 and int4 have blocks"):
         ExportConfig(dtype="fp16", block=64)
+
+
+ATTENTION = """(float[b,s,64] x, float[b,h,s,s] mask) => (float[b,s,64] y) {
+    q = MatMul(x, Q) v = MatMul(x, V) biased = Add(v, bias)
+    qh = Reshape(q, heads) qt = Transpose<perm=[0,2,1,3]>(qh) kt = Transpose<perm=[0,2,3,1]>(qh)
+    vh = Reshape(biased, one) vt = Transpose<perm=[0,2,1,3]>(vh)
+    every = Expand(vt, copies)
+    s = MatMul(qt, kt) sm = Add(s, mask) p = Softmax(sm) z = MatMul(p, every)
+    zt = Transpose<perm=[0,2,1,3]>(z) y = Reshape(zt, whole) }"""
+
+
+def attention() -> ir.Model:
+    """Return attention with two heads that read one head of values."""
+    return build(
+        ATTENTION, Q=normal(64, 64) / 64, V=normal(64, 32, seed=1), bias=normal(32, seed=2),
+        heads=np.array([0, 0, 2, 32]), one=np.array([0, 0, 1, 32]), copies=np.array([1, 2, 1, 1]),
+        whole=np.array([0, 0, 64]),
+    )  # fmt: skip
+
+
+def test_values_count_as_attention_mixes_them() -> None:
+    """By hand: Z^T Z of Z = P x, over heads; queries and keys count as they are."""
+    model, x = attention(), normal(2, 9, 64, seed=3)
+    mask = np.zeros((2, 2, 9, 9), np.float32)
+    mask[:, :, :, 1:] = -2  # all look at the first token
+    matrices = [matrix_of(model.graph.initializers[name]) for name in "QV"]
+    ((of_q,), (of_v,)) = wanted = [inputs_of(matrix) for matrix in matrices]
+    assert of_q.scores is None and of_v.scores is not None and of_v.scores.name == "p"
+    found = hessians(Walk(model, [{"x": x, "mask": mask}]), wanted, [], [None])
+    model.graph.outputs.append(of_v.scores)
+    scores = run(model, x=x, mask=mask)[1]
+    assert scores[..., 0].mean() > 0.3
+    mixed = np.einsum("bhqt,btd->bhqd", scores, x).reshape(-1, 64)
+    assert np.allclose(found[wanted[1]], mixed.T @ mixed, rtol=1e-3, atol=1e-3)
+    plain = x.reshape(-1, 64)
+    assert np.allclose(found[wanted[0]], plain.T @ plain, rtol=1e-3, atol=1e-3)
+
+
+def test_a_token_that_all_look_at_decides_its_value() -> None:
+    x = np.concatenate([correlated(400, 64)] * 2).reshape(2, 400, 64)
+    x[:, 0] = normal(64, seed=9)
+    scores = np.full((2, 1, 400, 400), 0.3 / 400, np.float32)
+    scores[..., 0] += 0.7
+    weight, rows = normal(40, 64), x.reshape(-1, 64)
+    exact = mixed_gram(x, scores, None)
+    assert exact is not None
+    by_attention = lost(weight, *gptq_codes(weight, exact, 4, 32), exact)
+    by_tokens = lost(weight, *gptq_codes(weight, rows.T @ rows, 4, 32), exact)
+    assert by_attention < 0.1 * by_tokens
+
+
+def test_scores_of_other_sizes_mix_nothing() -> None:
+    x = normal(2, 5, 8)
+    assert mixed_gram(x, normal(2, 1, 5, 7), None) is None
+    assert mixed_gram(x, normal(5, 5), None) is None
+    left_out = mixed_gram(x, np.ones((2, 1, 5, 5), np.float32), np.array([[1, 0, 0, 0, 0]] * 2))
+    whole = mixed_gram(x, np.ones((2, 1, 5, 5), np.float32), None)
+    assert left_out is not None and whole is not None
+    assert np.allclose(whole, 5 * left_out, rtol=1e-4)  # measured 1e-7

@@ -2,33 +2,50 @@
 
 :func:`ffmerge.passes.graph.quantize.quantize` calls :func:`round_on_data` where it has batches of
 the graph's inputs. What a rounded weight does wrong is measured by its Hessian, ``X^T X`` of what
-it is multiplied by (:func:`hessians`). A tied weight has one for all its products: their sum.
+it is multiplied by (:func:`hessians`), and mixed by attention (``attention.py``). A tied weight has
+one for all its products: their sum.
 Columns are rounded one after the other, and those left over make up for what the ones before do
-wrong (:func:`gptq_codes`). Weights go front to back in stages: inputs of a stage are those of the
-graph with all weights before it rounded already.
+wrong (:func:`gptq_codes`). Weights go front to back, some at a time: inputs of these are those of
+the graph with all weights before them rounded already (``walk.py``).
 """
 
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
 
 from ffmerge.config import QuantizeConfig
-from ffmerge.errors import InputError
-from ffmerge.models.codes import block_scales, block_values, middle
+from ffmerge.models.codes import Form, block_scales, block_values, middle
+from ffmerge.passes.graph.attention import mixed_gram, scores_of
 from ffmerge.passes.graph.calibration import check_batch
 from ffmerge.passes.graph.matrix import Matrix
 from ffmerge.passes.graph.tensors import Array, shape_of, values_of
+from ffmerge.passes.graph.walk import Batch, Walk
 
-Batch = Mapping[str, Array]
-Inputs = tuple[ir.Value, ...]  # what the products of a weight multiply it by
+
+class Read(NamedTuple):
+    """What a product multiplies a weight by, and the scores by which attention mixes the result."""
+
+    value: ir.Value
+    scores: ir.Value | None
+
+
+Inputs = tuple[Read, ...]  # of the products of a weight
 
 DAMPING = 0.01  # of the mean of a Hessian's diagonal
-STAGES = 8  # runs over the data: more cost more, and bring less each
-MEMORY = 1 << 29  # bytes of the Hessians of a stage, or those of one weight if that is more
+PARTS = 16  # of a graph: each is loaded twice, and what is in memory for one is that much less
+MEMORY = 1 << 28  # bytes of the Hessians of a part, or those of one weight if that is more
 ROWS = 8192  # of a weight that are rounded at a time
+
+
+@dataclass(frozen=True)
+class Part:
+    """Matrices that are rounded together, and the first node that multiplies by one."""
+
+    first: ir.Node
+    matrices: list[Matrix]
 
 
 def round_on_data(
@@ -43,11 +60,18 @@ def round_on_data(
     """
     bits, block = 4, config.block
     assert block is not None
+    for batch in config.calibration:
+        check_batch(batch)
+    batches = [_without_padding(model, batch) for batch in config.calibration]
+    masks = [batch.get("attention_mask") for batch in batches]
     model.graph.sort()
-    found = {}
-    for stage in _stages(model, matrices):
-        gathered = hessians(model, list(dict.fromkeys(map(inputs_of, stage))), config.calibration)
-        for matrix in stage:
+    walk, found = Walk(model, batches), {}
+    parts = _parts(model, matrices)
+    starts = [part.first for part in parts[1:]]
+    for part in parts:
+        wanted = list(dict.fromkeys(map(inputs_of, part.matrices)))
+        gathered = hessians(walk, wanted, starts, masks)
+        for matrix in part.matrices:
             hessian = gathered[inputs_of(matrix)]
             if matrix.lookups:  # its rows are read as they are, too
                 hessian = hessian + np.eye(len(hessian)) * hessian.trace() / len(hessian)
@@ -56,81 +80,121 @@ def round_on_data(
                 values = values.T
             codes, scales = gptq_codes(values, hessian, bits, block)
             found[str(matrix.weight.name)] = codes, scales
-            rounded = block_values(codes, scales, bits, values.shape[1])
-            if not matrix.turned:
-                rounded = rounded.T
-            matrix.weight.const_value = ir.Tensor(np.ascontiguousarray(rounded))
+            matrix.weight.const_value = _values(matrix, codes, scales, bits)
+        if starts:
+            walk.go(starts.pop(0))
     return found
+
+
+def _values(matrix: Matrix, codes: Array, scales: Array, bits: int) -> ir.LazyTensor:
+    """Return what codes stand for, as the matrix is stored: computed where it is read."""
+    shape, turned = shape_of(matrix.tensor), matrix.turned
+
+    def compute() -> ir.TensorProtocol:
+        values = block_values(codes, scales, bits, shape[1 if turned else 0])
+        return ir.Tensor(values if turned else np.ascontiguousarray(values.T))
+
+    return ir.LazyTensor(
+        compute, dtype=ir.DataType.FLOAT, shape=ir.Shape(shape), name=matrix.weight.name
+    )
 
 
 def inputs_of(matrix: Matrix) -> Inputs:
     """Return what the products of a weight multiply it by, one for each."""
-    return tuple(value for node in matrix.products if (value := node.inputs[0]) is not None)
+    reads = []
+    for node in matrix.products:
+        if node.inputs[0] is not None:
+            reads.append(Read(node.inputs[0], scores_of(node)))
+    return tuple(reads)
 
 
-def _stages(model: ir.Model, matrices: Sequence[Matrix]) -> list[list[Matrix]]:
-    """Return the matrices that are multiplied by, front to back, some at a time."""
+def _parts(model: ir.Model, matrices: Sequence[Matrix]) -> list[Part]:
+    """Return the matrices that are multiplied by, front to back, some at a time.
+
+    One with a product in a subgraph is none of them: its inputs are not to be had.
+    """
     place = {node: index for index, node in enumerate(model.graph)}
-    products = [matrix for matrix in matrices if matrix.products]
-    products.sort(key=lambda matrix: min(place.get(node, 0) for node in matrix.products))
-    stages: list[list[Matrix]] = []
+    firsts = {}
+    for number, matrix in enumerate(matrices):
+        if matrix.products and all(node in place for node in matrix.products):
+            firsts[number] = min(matrix.products, key=place.__getitem__)
+    order = sorted(firsts, key=lambda number: place[firsts[number]])
+    parts: list[Part] = []
     seen: set[Inputs] = set()
-    held, most = 0, -(-len(products) // STAGES)
-    for matrix in products:
+    held, most = 0, -(-len(order) // PARTS)
+    for number in order:
+        matrix = matrices[number]
         new = inputs_of(matrix) not in seen
         width = shape_of(matrix.tensor)[1 if matrix.turned else 0]
         size = 8 * width**2
-        if not stages or (new and (held + size > MEMORY or len(stages[-1]) >= most)):
-            stages.append([])
+        if not parts or (new and (held + size > MEMORY or len(parts[-1].matrices) >= most)):
+            parts.append(Part(firsts[number], []))
             seen, held, new = set(), 0, True
-        stages[-1].append(matrix)
+        parts[-1].matrices.append(matrix)
         seen.add(inputs_of(matrix))
         held += size if new else 0
-    return stages
+    return parts
 
 
 def hessians(
-    model: ir.Model, wanted: Sequence[Inputs], batches: Sequence[Batch]
+    walk: Walk,
+    wanted: Sequence[Inputs],
+    starts: Sequence[ir.Node],
+    masks: Sequence[Array | None],
 ) -> dict[Inputs, Array]:
     """Return ``X^T X`` of the inputs of each weight, added up over all of them and all batches.
 
-    Positions that an ``attention_mask`` leaves out are left out.
+    They are computed from the place that ``walk`` has reached, which stays there; what comes behind
+    the next of ``starts`` by another walk that goes on. Positions that a mask leaves out are left
+    out.
 
     Raises:
-        InputError: a batch is not finite, or not what the model takes.
+        InputError: a batch is not what the model takes.
     """
-    import onnxruntime
-
-    values = list(dict.fromkeys(value for inputs in wanted for value in inputs))
-    names = [str(value.name) for value in values if not value.is_graph_input()]
-    outputs = list(model.graph.outputs)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        hidden = [v for v in values if not (v.is_graph_input() or v.is_graph_output())]
-        model.graph.outputs.extend(hidden)
-        ir.save(model, path, external_data="data")
-        model.graph.outputs[:] = outputs
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    only = onnxruntime.RunOptions()
-    only.only_execute_path_to_fetches = True
+    ahead = walk.fork()
     found: dict[Inputs, Array] = {}
-    for given in batches:
-        check_batch(given)
-        batch = _without_padding(model, given)
-        seen = dict(batch)
-        try:
-            if names:
-                seen.update(zip(names, session.run(names, dict(batch), only), strict=True))
-        except Exception as error:  # ONNX Runtime's errors have no common class of their own
-            reason = str(error).splitlines()[0]
-            raise InputError(f"the calibration data does not fit the model: {reason}") from error
-        for inputs in wanted:
-            for value in inputs:
-                rows = _rows(seen[str(value.name)], batch)
-                found[inputs] = found.get(inputs, 0) + (rows.T @ rows).astype(np.float64)
+    place = {node: index for index, node in enumerate(walk.model.graph)}
+    left = list(dict.fromkeys(read for inputs in wanted for read in inputs))
+    for start in (*starts, None):
+        here = left
+        if start is not None:
+            here = [read for read in left if _place(read, place) < place[start]]
+        left = [read for read in left if read not in here]
+        values = dict.fromkeys(value for read in here for value in read if value is not None)
+        for batch, mask in zip(ahead.run(list(values)), masks, strict=True):
+            for read in here:
+                _add(found, wanted, read, _gram(read, batch, mask))
+        if start is None or not left:
+            break
+        ahead.go(start)
     return found
+
+
+def _place(read: Read, place: Mapping[ir.Node, int]) -> int:
+    """Return where in the graph the last of what is read is computed, -1 for its inputs."""
+    last = -1
+    for value in read:
+        if value is not None and (producer := value.producer()) is not None:
+            last = max(last, place[producer])
+    return last
+
+
+def _gram(read: Read, batch: Batch, mask: Array | None) -> Array:
+    x = batch[str(read.value.name)]
+    if read.scores is not None:
+        mixed = mixed_gram(x, batch[str(read.scores.name)], mask)
+        if mixed is not None and np.isfinite(mixed).all():
+            return mixed
+    rows = _rows(x, mask)
+    return rows.T @ rows
+
+
+def _add(found: dict[Inputs, Array], wanted: Sequence[Inputs], read: Read, gram: Array) -> None:
+    """Add what is multiplied to the Hessian of every weight that is multiplied by it."""
+    for inputs in wanted:
+        if read in inputs:
+            total = found.setdefault(inputs, np.zeros(gram.shape))
+            total += gram * np.float32(inputs.count(read))
 
 
 def _without_padding(model: ir.Model, batch: Batch) -> Batch:
@@ -145,9 +209,8 @@ def _without_padding(model: ir.Model, batch: Batch) -> Batch:
     return {name: array[:, mask.any(0)] for name, array in batch.items()}
 
 
-def _rows(array: Array, batch: Batch) -> Array:
+def _rows(array: Array, mask: Array | None) -> Array:
     """Return the positions of what a product reads, one a row."""
-    mask = batch.get("attention_mask")
     if mask is not None and mask.ndim == 2 and array.shape[:-1] == mask.shape:
         array = array[mask != 0]
     rows = array.reshape(-1, array.shape[-1]).astype(np.float32)
@@ -161,33 +224,31 @@ def gptq_codes(values: Array, hessian: Array, bits: int, block: int) -> tuple[Ar
     least error, weighted with the Hessian's diagonal, when the blocks before it are rounded.
     """
     rows, width = values.shape
-    blocks = -(-width // block)
-    codes = np.empty((rows, blocks, block), np.uint8)
-    scales = np.empty((rows, blocks), np.float32)
+    codes = np.empty((rows, -(-width // block), block), np.uint8)
+    scales = np.empty(codes.shape[:2], np.float32)
     root, weights = _inverse_root(hessian), hessian.diagonal().astype(np.float32)
     for start in range(0, rows, ROWS):
         some = slice(start, start + ROWS)
-        codes[some], scales[some] = _codes_of_rows(values[some], root, weights, bits, block)
+        codes[some], scales[some] = _codes_of_rows(values[some], root, weights, Form(bits, block))
     return codes, scales
 
 
-def _codes_of_rows(
-    values: Array, root: Array, weights: Array, bits: int, block: int
-) -> tuple[Array, Array]:
+def _codes_of_rows(values: Array, root: Array, weights: Array, form: Form) -> tuple[Array, Array]:
     left = np.array(values.T, np.float32, order="C")  # [width, rows], what is still to be rounded
     width, rows = left.shape
-    codes = np.full((-(-width // block) * block, rows), middle(bits), np.uint8)
+    zero, most, block = middle(form.bits), 2**form.bits - 1, form.block
+    codes = np.full((-(-width // block) * block, rows), zero, np.uint8)
     scales = []
     for start in range(0, width, block):
         end = min(start + block, width)
         now = np.ascontiguousarray(left[start:end].T)
-        scale = block_scales(now[:, None], bits, weights[start:end])[:, 0]
+        scale = block_scales(now[:, None], form.bits, weights[start:end])[:, 0]
         divisor = np.where(scale == 0, 1, scale)
         errors = np.empty((end - start, rows), np.float32)
         for index in range(start, end):
-            whole = np.clip(np.rint(left[index] / divisor) + middle(bits), 0, 2**bits - 1)
+            whole = np.clip(np.rint(left[index] / divisor) + zero, 0, most)
             codes[index] = whole
-            off = (left[index] - (whole - middle(bits)) * scale) / root[index, index]
+            off = (left[index] - (whole - zero) * scale) / root[index, index]
             left[index + 1 : end] -= np.outer(root[index, index + 1 : end], off)
             errors[index - start] = off
         left[end:] -= root[start:end, end:].T @ errors

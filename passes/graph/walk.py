@@ -1,0 +1,102 @@
+"""A graph that runs front to back in parts, on batches of its inputs.
+
+``gptq.py`` rounds the weights of a part, then lets the batches go on through it. What later parts
+read is kept (:class:`Walk`): nothing runs twice, and a session holds the weights of one part.
+"""
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from ffmerge.errors import InputError
+from ffmerge.passes.graph.tensors import Array
+
+Batch = Mapping[str, Array]
+
+
+class Walk:
+    """Batches on their way through a sorted graph: of each, what was computed and is still read.
+
+    ``batches`` hold by name what is known at the place reached: the graph's inputs at first.
+    """
+
+    def __init__(self, model: ir.Model, batches: Sequence[Batch]) -> None:
+        self.model, self.batches = model, batches
+        self._known: list[ir.Value] = []
+        for value in model.graph.inputs:
+            if batches and value.name in batches[0]:
+                self._known.append(value)
+
+    def run(self, wanted: Sequence[ir.Value]) -> Iterator[Batch]:
+        """Yield of each batch the values that are wanted, computed from the place reached.
+
+        Raises:
+            InputError: a batch is not what the graph takes.
+        """
+        computed = [value for value in wanted if value not in self._known]
+        names = [str(value.name) for value in computed]
+        session = None
+        if names:
+            session = self._session(computed)
+        for batch in self.batches:
+            found = {str(v.name): batch[str(v.name)] for v in wanted if v in self._known}
+            if session is not None:
+                try:
+                    found.update(zip(names, session.run(names, dict(batch)), strict=True))
+                except Exception as error:  # ONNX Runtime's have no common class of their own
+                    reason = str(error).splitlines()[0]
+                    raise InputError(
+                        f"the calibration data does not fit the model: {reason}"
+                    ) from error
+            yield found
+
+    def go(self, node: ir.Node) -> None:
+        """Go on to a node: keep what it and those behind it read.
+
+        Raises:
+            InputError: a batch is not what the graph takes.
+        """
+        kept = _read_from(self.model.graph, node)
+        if all(value.type is not None for value in kept):  # what a session can be given
+            self.batches = list(self.run(kept))
+            self._known = kept
+
+    def fork(self) -> "Walk":
+        """Return another walk from the place reached."""
+        other = Walk(self.model, self.batches)
+        other._known = self._known
+        return other
+
+    def _session(self, computed: Sequence[ir.Value]) -> Any:
+        import onnxruntime
+
+        graph = ir.convenience.extract(self.model.graph, self._known, computed)
+        for value in graph.inputs:
+            if value.shape is not None:
+                value.shape = ir.Shape([None] * value.shape.rank())
+        functions = tuple(self.model.functions.values())
+        part = ir.Model(graph, ir_version=self.model.ir_version, functions=functions)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.onnx"
+            ir.save(part, path, external_data="data")
+            return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def _read_from(graph: ir.Graph, first: ir.Node) -> list[ir.Value]:
+    """Return the values that a node or one behind it reads, and no such node computes."""
+    nodes = list(graph)
+    behind = nodes[nodes.index(first) :]
+    computed = {value for node in behind for value in node.outputs}
+    read: dict[ir.Value, None] = {}
+    for node in ir.traversal.RecursiveGraphIterator(behind):
+        read |= dict.fromkeys(value for value in node.inputs if value is not None)
+    return [
+        value
+        for value in read
+        if value.graph is graph and value not in computed and not value.is_initializer()
+    ]
