@@ -18,13 +18,12 @@ from dataclasses import replace
 from typing import Any
 
 import onnx_ir as ir
-import onnxscript.optimizer
-import onnxscript.rewriter
 import torch
 
 from ffmerge.errors import ExportError
 from ffmerge.exporter.graphs import Graph
 from ffmerge.exporter.settle import HEIGHT
+from ffmerge.exporter.simplify import simplify
 from ffmerge.models import ties
 from ffmerge.models.inputs import to_tensors
 from ffmerge.models.record import Tie
@@ -111,8 +110,7 @@ def _optimize(onnx_graph: ir.Model, graph: Graph, known: Sequence[Tie]) -> None:
     held = onnx_graph.graph.initializers
     recorded = [replace(tie, places={graph.name: 1}) for tie in known if tie.name in held]
     share_model(onnx_graph, recorded, resident=False)
-    onnxscript.optimizer.optimize_ir(onnx_graph)
-    onnxscript.rewriter.rewrite(_trivial())  # its rules hold the last graph they saw
+    simplify(onnx_graph)
     # It leaves out biases that are zero, tied or not. Any other tie that is gone is an error.
     left = []
     for tie in read_ties(onnx_graph):
@@ -133,14 +131,6 @@ def count_tie_uses(shared: ShareResult, file: str) -> ShareResult:
         counted.append(replace(tie, places={file: uses}))
     write_ties(shared.model, counted)
     return replace(shared, ties=tuple(counted))
-
-
-def _trivial() -> ir.Model:
-    """Return a graph that every rule of the optimizer tries: one of them looks at slices only."""
-    inputs = [ir.Value(name=name) for name in ("x", "start", "end")]
-    node = ir.Node("", "Slice", inputs)
-    graph = ir.Graph(inputs, node.outputs, nodes=[node], opset_imports={"": 20})
-    return ir.Model(graph, ir_version=10)
 
 
 def _rename(model: ir.Model, known: tuple[Tie, ...]) -> None:
