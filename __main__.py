@@ -41,7 +41,7 @@ app = typer.Typer(
     help="Merge the feed-forward sublayers of a Transformer and ship the shared weights once.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="rich",
 )
 
