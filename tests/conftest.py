@@ -18,9 +18,9 @@ Command = Callable[..., tuple[int, str, str]]
 # them because they export models or start processes. What they test is in `make test`.
 HEAVY = frozenset(
     """
-    architectures call cli demo device engines export float32 fuzz golden inputs large_file
+    architectures call cli compare demo device engines export float32 fuzz golden inputs large_file
     loaded loaders offload optimum optimum_plugin own_export own_parts packaging
-    properties quantize real_inputs recover remote_code rivals runtime_footprint
+    properties quantize real_inputs recover recover_runs remote_code rivals runtime_footprint
     runtimes scale search serving tampering translation variants versions vit_base
     """.split()
 )

@@ -11,6 +11,12 @@ import onnx_ir as ir
 import onnxruntime
 from onnx import numpy_helper
 
+# two layers, whose weights and biases a test gives
+TWO_LAYERS = """(float[2,64] x) => (float[2,64] y) {
+    a = MatMul(x, W1)  b = Add(a, B1)  c = Relu(b)  d = MatMul(c, W2)  y = Add(d, B2)}"""
+# Gemm against MatMul on the same numbers, sums of 64 products of N(0, 1)
+GEMM = 3e-5
+
 
 def build(text: str, opset: int = 20, **weights: Any) -> ir.Model:
     """Return the graph ``(inputs) => (outputs) { nodes }`` with these initializers, in order.

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_calibrated import _data
-from test_recover import _difference, _values
+from drawn import data_of
+from recovering import difference, values_of
 from tiny import bert, gpt2, vit
 from tiny_wider import GATED
 
@@ -34,7 +34,7 @@ def _average(model: Any) -> tuple[Any, Any]:
 
 
 def _batches(model: Any) -> list[Mapping[str, Any]]:
-    data = _data(model, 12)
+    data = data_of(model, 12)
     return [{name: x[i : i + 4] for name, x in data.items()} for i in (0, 4, 8)]
 
 
@@ -124,11 +124,11 @@ def test_a_search_is_the_same_without_it(name: str, monkeypatch: pytest.MonkeyPa
         with monkeypatch.context() as patch:
             patch.setattr(calibrated, "side_by_side", counted)
             model = ALONE[name]()
-            result = merge_(model, _data(model), MergeConfig(k=2, method="residual"))
-        found.append((result.candidates, _values(model)))
+            result = merge_(model, data_of(model), MergeConfig(k=2, method="residual"))
+        found.append((result.candidates, values_of(model)))
         passes.append(len(ran))
     (ours, weights), (theirs, expected) = found
     assert passes[0] == 0 < passes[1]
     for own, other in zip(ours, theirs, strict=True):
         assert own.value == pytest.approx(other.value, rel=1e-6)
-    assert _difference(weights, expected) < 1e-6  # both measured 0
+    assert difference(weights, expected) < 1e-6  # both measured 0

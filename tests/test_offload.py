@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from architectures import CASES, model_of
-from test_recover import MODELS, _data, _difference, _values
+from recovering import MODELS, difference, rows_of, values_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -136,7 +136,7 @@ def test_no_more_than_a_block_is_there(name: str, lent: Lent) -> None:
         if not [*module.children()]:
             module.register_forward_hook(note)
             module.register_full_backward_hook(note)
-    inputs = {k: torch.as_tensor(x) for k, x in _data(model, 2).items()}
+    inputs = {k: torch.as_tensor(x) for k, x in rows_of(model, 2).items()}
     if name == "vit":
         inputs["pixel_values"].requires_grad_()
         forward(model, inputs)["logits"].sum().backward()
@@ -154,7 +154,7 @@ def test_no_weight_is_kept_for_a_backward_pass_in_mixed_precision(lent: Lent) ->
     model = MODELS["vit"]()
     blocks = {p.shape for n, p in model.named_parameters() if ".layers." in n and p.ndim == 2}
     blocks |= {shape[::-1] for shape in blocks}
-    pixels = torch.as_tensor(_data(model, 2)["pixel_values"]).requires_grad_()
+    pixels = torch.as_tensor(rows_of(model, 2)["pixel_values"]).requires_grad_()
     kept: list[torch.Tensor] = []
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -185,7 +185,7 @@ def test_what_is_frozen_is_not_moved_for_training(monkeypatch: pytest.MonkeyPatc
 
 def test_a_twin_of_an_offloaded_model_is_the_original(lent: Lent) -> None:
     model = MODELS["gpt2"]()
-    data = _data(model)
+    data = rows_of(model)
     offload_(model, "cpu")
     original = clone_sharing_parameters(model)
     with torch.no_grad():
@@ -203,7 +203,7 @@ def test_merging_and_recovery_are_those_of_a_model_at_home(
     found = []
     for away in (False, True):
         model = MODELS[name]()
-        data, lent[:] = _data(model), []
+        data, lent[:] = rows_of(model), []
         sublayers = proven(model)
         if away:
             offload_(model, "cpu")
@@ -213,13 +213,13 @@ def test_merging_and_recovery_are_those_of_a_model_at_home(
         merged = merge_(model, data, config)
         recovered = recover_(model, original, data, RecoverConfig(steps=4))
         assert bool(lent) == away
-        found.append((merged.candidates, recovered.losses, _values(model)))
+        found.append((merged.candidates, recovered.losses, values_of(model)))
     (tried, losses, values), (tried_away, losses_away, values_away) = found
     assert len(tried) > 1
     for one, other in zip(tried, tried_away, strict=True):
         assert one.value == pytest.approx(other.value, rel=1e-6)
     assert np.allclose(losses, losses_away, rtol=1e-6, atol=0)
-    assert _difference(values, values_away) < 1e-6  # all three measured 0
+    assert difference(values, values_away) < 1e-6  # all three measured 0
 
 
 COPIED = """
@@ -237,7 +237,7 @@ def test_two_processes_with_weights_on_disk_do_what_one_does_in_memory(tmp_path:
     """Statistics, search over windows, measuring and recovery, all of one command."""
     model = MODELS["gpt2"]()
     model.save_pretrained(tmp_path / "gpt2")
-    np.savez(tmp_path / "data.npz", **_data(model))
+    np.savez(tmp_path / "data.npz", **rows_of(model))
     (tmp_path / "copied.py").write_text(COPIED)
     source, data = str(tmp_path / "gpt2"), str(tmp_path / "data.npz")
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -254,13 +254,13 @@ def test_two_processes_with_weights_on_disk_do_what_one_does_in_memory(tmp_path:
         RecoverConfig(steps=6), CheckpointConfig(),
     )  # fmt: skip
     assert printed["groups"] == json.loads(json.dumps(one.to_json()["groups"]))
-    values = [_values(checkpoint.load(tmp_path / name)) for name in ("one", "two")]
-    assert 0 < _difference(*values) < 2e-7  # measured 3.5e-8: gradients are summed by two
+    values = [values_of(checkpoint.load(tmp_path / name)) for name in ("one", "two")]
+    assert 0 < difference(*values) < 2e-7  # measured 3.5e-8: gradients are summed by two
 
 
 def test_a_device_that_is_not_there_is_one_sentence(command: Any, tmp_path: Path) -> None:
     MODELS["vit"]().save_pretrained(tmp_path / "vit")
-    np.savez(tmp_path / "data.npz", **_data(MODELS["vit"]()))
+    np.savez(tmp_path / "data.npz", **rows_of(MODELS["vit"]()))
     code, _, err = command(
         "merge", tmp_path / "vit", tmp_path / "out", "--k", "2", "--data", tmp_path / "data.npz",
         "--device", "xpu", "--offload",

@@ -5,8 +5,7 @@ import onnx
 import onnx.parser
 import onnx_ir as ir
 import pytest
-from graphs import build, names, normal, ops, run
-from test_share import GEMM
+from graphs import GEMM, build, names, normal, ops, run
 
 from ffmerge.passes.graph.audit import audit
 from ffmerge.passes.graph.run import share_model

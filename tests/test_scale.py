@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from drawn import labelled
 from safetensors.torch import load_file
-from test_merge import _data
 from tiny import gpt2, vit
 from tiny_wider import GATED
 
@@ -36,7 +36,7 @@ def _pairs(model: Any) -> list[Any]:
 def test_what_statistics_cost_is_what_they_hold(name: str) -> None:
     model = MODELS[name]()
     pairs = _pairs(model)
-    found = activations.collect(model, {"layers": pairs}, [_data(model)], 1000)["layers"]
+    found = activations.collect(model, {"layers": pairs}, [labelled(model)], 1000)["layers"]
     flops, size = cost.cost_of([*pairs, pairs[0]])
     held = [*found["features"].cross.values(), *found["inputs"].cross.values()]
     assert size == sum(tensor.nbytes for tensor in held)
@@ -59,7 +59,7 @@ def test_windows_in_parts_are_the_windows_at_once(name: str, monkeypatch) -> Non
     for memory in (cost.PAIRS, 1):
         monkeypatch.setattr(cost, "PAIRS", memory)
         model = MODELS[name]()
-        result = merge_(model, _data(model), MergeConfig(k=3, batch_size=5))
+        result = merge_(model, labelled(model), MergeConfig(k=3, batch_size=5))
         found.append((result.candidates, dict(model.named_parameters())))
     assert passes == [{0, 1, 2, 3, 4}, {0, 1, 2}, {1, 2, 3}, {2, 3, 4}]
     (at_once, whole), (in_parts, parts) = found
@@ -69,7 +69,7 @@ def test_windows_in_parts_are_the_windows_at_once(name: str, monkeypatch) -> Non
 
 def test_rows_that_go_through_at_a_time_fit_the_memory(monkeypatch) -> None:
     model = gpt2(32, 64, 4)
-    examples = from_arrays(_data(model))
+    examples = from_arrays(labelled(model))
     chosen = {"layers": find(model)}
     width = 4 * 3 * 4 * (2 * 32 + 2 * 64)  # bytes, copies, layers, numbers: of one position
     for memory, rows in ((12 * 9 * width, 12), (12 * 9 * width - 1, 11), (1, 1)):
@@ -94,7 +94,7 @@ def collected(name: str, count: int, tokens: int) -> dict[str, torch.Tensor]:
     model = MODELS[name]()
     pairs, ran = {"layers": _pairs(model)}, list[int]()
     model.register_forward_pre_hook(lambda *_: ran.append(1))
-    data = _data(model, 2 * count)
+    data = labelled(model, 2 * count)
     batches = [{key: x[i : i + 2] for key, x in data.items()} for i in range(0, 2 * count, 2)]
     found = activations.collect(model, pairs, batches, tokens)["layers"]
     tensors = {

@@ -13,9 +13,9 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from drawn import labelled, pairs_of_texts
 from safetensors import safe_open
-from test_merge import _data, _pairs_of_texts, _permute_neurons
-from tiny import gpt2, vit
+from tiny import gpt2, permute_neurons, vit
 from tiny_wider import SEQ2SEQ, t5
 
 from ffmerge.config import ExportConfig, MergeConfig, parse_budget
@@ -38,12 +38,12 @@ SEQ2SEQ_TASK = "text2text-generation"
 def _model() -> Any:
     """Five layers, of which 1 and 3 compute the same."""
     model = vit(32, 64, 5)
-    _permute_neurons(model, 1, 3)
+    permute_neurons(model, 1, 3)
     return model
 
 
 def _pixels(rows: int = 24) -> dict[str, np.ndarray]:
-    return {"pixel_values": _data(_model(), rows)["pixel_values"]}
+    return {"pixel_values": labelled(_model(), rows)["pixel_values"]}
 
 
 def _sizes(model: Any) -> set[int]:
@@ -52,7 +52,7 @@ def _sizes(model: Any) -> set[int]:
 
 def test_neighbours_that_compute_the_same_are_joined_first() -> None:
     model = vit(32, 64, 5)
-    _permute_neurons(model, 2, 3)
+    permute_neurons(model, 2, 3)
     result = merge_(model, _pixels(), MergeConfig(budget="-5%"))
     first = result.frontier[1]
     assert first.groups == (Group("layers", (2, 3)),)
@@ -78,7 +78,7 @@ def _averaged(make: Any, groups: tuple[Group, ...], inputs: dict[str, Any]) -> f
 def test_every_step_of_the_search_redone_by_hand(family: str) -> None:
     """Groups that grow are the mean of all their members' own weights; both stacks compete."""
     make = {"vit": _model, "t5": partial(t5, 3, 3)}[family]
-    data = _pixels() if family == "vit" else _pairs_of_texts()
+    data = _pixels() if family == "vit" else pairs_of_texts()
     if family == "t5":
         data["decoder_input_ids"] = np.abs(data.pop("labels")) % 50 + 3  # nothing is padded
         del data["attention_mask"]
@@ -127,7 +127,7 @@ def _stored(folder: Path) -> int:
 )
 def test_a_size_on_the_frontier_is_what_the_files_hold(make, method, dtype, tmp_path) -> None:
     """The budget that is exactly met takes no step more, one byte less takes one."""
-    data = _pixels() if make is _model else _pairs_of_texts()
+    data = _pixels() if make is _model else pairs_of_texts()
     task = None if make is _model else SEQ2SEQ_TASK
     config = partial(MergeConfig, method=method, task=task, rank=2)
     points = merge_(make().to(dtype), data, config(budget="-11%")).frontier
@@ -153,7 +153,7 @@ def test_what_a_join_costs_is_counted_by_the_byte_it_saves() -> None:
     for layer in wide.model.decoder.layers:  # little is lost where little is added
         layer.fc2.weight.data *= 0.15
     config = MergeConfig(budget="-1%", method="average", task=SEQ2SEQ_TASK, criterion="fidelity")
-    result = merge_(wide.eval(), _pairs_of_texts(), config)
+    result = merge_(wide.eval(), pairs_of_texts(), config)
     start, chosen = result.frontier
     costs = [(start.value - c.value) / (start.bytes - c.bytes) for c in result.candidates]
     cheapest = result.candidates[int(np.argmin(costs))]
@@ -322,7 +322,7 @@ def test_weights_are_rounded_as_the_exporter_does(shape) -> None:
 def test_rounding_is_what_a_package_does(make, dtype, tmp_path) -> None:
     """Sizes and outputs of the exported graph."""
     model = make()
-    inputs = {name: array for name, array in _data(model, 8).items() if name != "labels"}
+    inputs = {name: array for name, array in labelled(model, 8).items() if name != "labels"}
     task = "text-generation" if "input_ids" in inputs else None
     made = package.export(model, tmp_path / "p", ExportConfig(task=task, dtype=dtype)).manifest
     session = onnxruntime.InferenceSession(tmp_path / "p" / made.graphs[0].path)

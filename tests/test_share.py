@@ -1,27 +1,16 @@
 """Equal tensors are stored once, whatever their size and type, and results stay the same."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from graphs import build, names, normal, ops, run
+from graphs import GEMM, TWO_LAYERS, build, names, normal, ops, run
 from onnx import TensorProto, helper
 
-import ffmerge
-from ffmerge.errors import InputError, TieError
+from ffmerge.errors import TieError
 from ffmerge.models.record import Tie
-from ffmerge.passes.graph.contract import check_ties, join_ties, read_ties, write_ties
-from ffmerge.passes.graph.run import share_file, share_model
+from ffmerge.passes.graph.run import share_model
 from ffmerge.passes.graph.tensors import find_copies
-
-# Gemm against MatMul on the same numbers, sums of 64 products of N(0, 1)
-GEMM = 3e-5
 
 CASES = {
     "scalar": np.array(2.5, np.float32),
@@ -109,10 +98,6 @@ def test_different_tensors_stay(one, other):
     assert names(model) == ["A", "B", "axis"]
 
 
-TWO_LAYERS = """(float[2,64] x) => (float[2,64] y) {
-    a = MatMul(x, W1)  b = Add(a, B1)  c = Relu(b)  d = MatMul(c, W2)  y = Add(d, B2)}"""
-
-
 def test_weights_and_biases_of_two_layers():
     w, b = normal(64, 64), normal(64, seed=1)
     model = build(TWO_LAYERS, W1=w, B1=b, W2=w.copy(), B2=b.copy())
@@ -122,38 +107,6 @@ def test_weights_and_biases_of_two_layers():
     assert names(model) == ["W1", "B1"]
     assert (result.bytes_before, result.bytes_after) == (2 * (64 * 64 + 64) * 4, (64 * 64 + 64) * 4)
     assert np.array_equal(before, run(model, x=feed))
-
-
-def test_the_ties_name_wins_and_is_recorded():
-    w, b = normal(64, 64), normal(64, seed=1)
-    model = build(TWO_LAYERS, W1=w, B1=b, W2=w, B2=b)
-    ties = [Tie("W2", ("W1", "W2")), Tie("layer.bias", ("layer.bias", "B2"))]
-    result = share_model(model, ties)
-    assert set(names(model)) == {"layer.bias", "W2"}
-    assert read_ties(model) == result.ties == tuple(ties)
-    assert share_model(model).ties == tuple(ties)  # kept without being given again
-
-
-def test_two_ties_of_equal_tensors_become_one():
-    zero = np.zeros(64, np.float32)
-    model = build(TWO_LAYERS, W1=normal(64, 64), B1=zero, W2=normal(64, 64, seed=1), B2=zero)
-    result = share_model(model, [Tie("B2", ("B2",)), Tie("B1", ("B1",))])
-    assert len(result.ties) == 1 and set(result.ties[0].members) == {"B1", "B2"}
-    assert result.ties[0].name in names(model) and len(names(model)) == 3
-
-
-def test_join_ties_keeps_the_first_name():
-    ties = [Tie("a", ("a", "b")), Tie("c", ("c", "d")), Tie("d", ("d", "b"))]
-    assert join_ties(ties) == (Tie("a", ("a", "b", "c", "d")),)
-    assert join_ties(ties[:2]) == tuple(ties[:2])
-
-
-def test_a_tie_of_different_tensors_is_an_error():
-    model = build(
-        TWO_LAYERS, W1=normal(64, 64), B1=normal(64), W2=normal(64, 64, seed=1), B2=normal(64)
-    )
-    with pytest.raises(TieError, match="tie W1: stored 2 times: initializers W1, W2"):
-        share_model(model, [Tie("W1", ("W1", "W2"))])
 
 
 def test_a_transposed_copy_is_read_by_gemm():
@@ -327,188 +280,3 @@ def test_many_that_differ_late_are_told_apart(monkeypatch):
     tensors = [ir.tensor(w) for w in weights]
     found = [(c.first, c.identical, c.transposed) for c in find_copies(tensors)]
     assert found == [(0, [6], [2]), (1, [4], [5])]
-
-
-def test_ties_survive_the_metadata():
-    model = build(TWO_LAYERS, W1=normal(64, 64), B1=normal(64), W2=normal(64, 64), B2=normal(64))
-    ties = (Tie("é", ("é", "b")),)
-    write_ties(model, ties)
-    assert json.loads(model.metadata_props["ffmerge.ties"]) == [
-        {"name": "é", "members": ["é", "b"]}
-    ]
-    assert read_ties(ir.from_proto(ir.to_proto(model))) == ties
-    write_ties(model, ())
-    assert "ffmerge.ties" not in model.metadata_props
-    model.metadata_props["ffmerge.ties"] = "[1"
-    with pytest.raises(InputError, match=r"ffmerge\.ties"):
-        read_ties(model)
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ("", ""),
-        ("W2 other", "stored 2 times: initializers W, W2"),
-        ("copy", "stored again, as it is or transposed, as val_7"),
-        ("turned", "stored again, as it is or transposed, as val_7"),
-        ("Transpose", "hidden behind Transpose node hide"),
-        ("Identity", "hidden behind Identity node hide"),
-        ("Cast", "hidden behind Cast node hide"),
-        ("Reshape", "hidden behind Reshape node hide"),
-        ("one use", "stands for 2 places but is used 1 times: n0"),
-        ("renamed", "none of its 2 names is an initializer"),
-    ],
-)
-def test_a_broken_tie_says_what_breaks_it(change, reason):
-    w = normal(64, 64)
-    second = {"W2 other": "W2", "copy": "val_7", "turned": "val_7", "one use": "val_7"}.get(
-        change, "W"
-    )
-    values = {
-        "W2 other": normal(64, 64, seed=1),
-        "copy": w,
-        "turned": w.T.copy(),
-        "one use": normal(64, 64, seed=2),
-    }
-    model = build(
-        f"(float[2,64] x) => (float[2,64] y) {{a = MatMul(x, W)  y = MatMul(a, {second})}}",
-        W=w,
-        **({second: values[change]} if second != "W" else {}),
-    )
-    if change in ("Transpose", "Identity", "Cast", "Reshape"):
-        attributes = {"Cast": {"to": 1}}.get(change, {})
-        shape = ir.Value(name="s", const_value=ir.tensor([64, 64], name="s"))
-        inputs = [model.graph.initializers["W"], *([shape] if change == "Reshape" else [])]
-        if change == "Reshape":
-            model.graph.register_initializer(shape)
-        hide = ir.node(change, inputs, attributes, name="hide")
-        model.graph.insert_before(model.graph[0], hide)
-        model.graph.node("n1").replace_input_with(1, hide.outputs[0])
-    if change == "renamed":
-        model.graph.initializers["W"].name = "val_3"
-    (check,) = check_ties(model, [Tie("W", ("W", "W2"))])
-    assert check.group == "W" and check.ok == (change == "")
-    assert reason in check.reason and (check.reason == "") == check.ok
-
-
-def test_a_file_small_and_large(tmp_path):
-    w = normal(64, 64)
-    onnx.save(
-        ir.to_proto(build(TWO_LAYERS, W1=w, B1=normal(64), W2=w, B2=normal(64))),
-        tmp_path / "in.onnx",
-    )
-    feed = normal(2, 64, seed=2)
-    before = run(str(tmp_path / "in.onnx"), x=feed)
-    result = share_file(tmp_path / "in.onnx", tmp_path / "out" / "small.onnx")
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["small.onnx"]
-    assert result.bytes_after == (64 * 64 + 64) * 4
-    assert np.array_equal(before, run(str(tmp_path / "out" / "small.onnx"), x=feed))
-
-    large = normal(512, 512)
-    text = TWO_LAYERS.replace("64", "512")
-    onnx.save(
-        ir.to_proto(build(text, W1=large, B1=normal(512), W2=large, B2=normal(512))),
-        tmp_path / "large.onnx",
-    )
-    share_file(tmp_path / "large.onnx", tmp_path / "out" / "large.onnx")
-    data = tmp_path / "out" / "large.onnx_data"
-    assert data.stat().st_size == (512 * 512 + 512) * 4  # one weight, one bias, nothing else
-    assert data.stat().st_mode & 0o777 == (tmp_path / "large.onnx").stat().st_mode & 0o777
-    feed = normal(2, 512, seed=2)
-    assert np.array_equal(
-        run(str(tmp_path / "large.onnx"), x=feed), run(str(tmp_path / "out" / "large.onnx"), x=feed)
-    )
-    # external stays external, however small, and is read from where it was
-    share_file(tmp_path / "out" / "large.onnx", tmp_path / "again.onnx")
-    assert (tmp_path / "again.onnx_data").read_bytes() == data.read_bytes()
-
-
-def test_a_transposed_external_weight(tmp_path):
-    w = normal(60, 50)
-    text = """(float[2,50] x) => (float[2,60] a, float[2,60] b) {
-        t = Transpose(W)  a = MatMul(x, t)  u = Transpose(W)  b = MatMul(x, u)}"""
-    onnx.save(
-        ir.to_proto(build(text, W=w)),
-        tmp_path / "in.onnx",
-        save_as_external_data=True,
-        location="d",
-    )
-    share_file(tmp_path / "in.onnx", tmp_path / "out.onnx")
-    assert (tmp_path / "out.onnx_data").read_bytes() == w.T.tobytes(order="C")
-    feed = normal(2, 50, seed=1)
-    assert np.array_equal(
-        run(str(tmp_path / "in.onnx"), x=feed), run(str(tmp_path / "out.onnx"), x=feed)
-    )
-
-
-def test_nothing_is_overwritten_and_nothing_left_behind(tmp_path, monkeypatch):
-    model = build(
-        TWO_LAYERS, W1=normal(64, 64), B1=normal(64), W2=normal(64, 64, seed=1), B2=normal(64)
-    )
-    source = tmp_path / "in.onnx"
-    onnx.save(ir.to_proto(model), source)
-    content = source.read_bytes()
-    with pytest.raises(InputError, match="exists already"):
-        share_file(source, source)
-    (tmp_path / "out.onnx_data").write_bytes(b"")
-    with pytest.raises(InputError, match=r"out\.onnx_data exists already"):
-        share_file(source, tmp_path / "out.onnx")
-    (tmp_path / "out.onnx_data").unlink()
-
-    model.metadata_props["ffmerge.ties"] = json.dumps([{"name": "W1", "members": ["W1", "gone"]}])
-    onnx.save(ir.to_proto(model), tmp_path / "tied.onnx")
-    with pytest.raises(TieError):
-        share_file(tmp_path / "tied.onnx", tmp_path / "out.onnx")
-
-    del model.metadata_props["ffmerge.ties"]
-    onnx.save(ir.to_proto(model), tmp_path / "ext.onnx", save_as_external_data=True, location="d")
-    replace = os.replace
-
-    def full(one, other):
-        if other == tmp_path / "out.onnx":  # after the data is in place
-            raise OSError(28, "No space left on device")
-        replace(one, other)
-
-    monkeypatch.setattr("ffmerge.passes.graph.write.os.replace", full)
-    with pytest.raises(InputError, match="No space left on device"):
-        share_file(tmp_path / "ext.onnx", tmp_path / "out.onnx")
-    left = sorted(p.name for p in tmp_path.iterdir())
-    assert left == ["d", "ext.onnx", "in.onnx", "tied.onnx"]
-    assert source.read_bytes() == content
-
-
-def test_the_same_bytes_under_any_hash_seed(tmp_path):
-    w = normal(512, 600)
-    text = """(float[2,3,512] x) => (float[2,3,600] y, float[2,3,600] z, float[512,600] s) {
-        y = MatMul(x, W)  t = Transpose(V)  z = MatMul(x, t)  a = Relu(U)  s = Add(a, K)}"""
-    k = np.float32(1.5)
-    onnx.save(ir.to_proto(build(text, V=w.T.copy(), W=w, U=w, K=k)), tmp_path / "in.onnx")
-    code = "import sys, pathlib; from ffmerge.passes.graph.run import share_file; "
-    code += "share_file(*map(pathlib.Path, sys.argv[1:]))"
-    paths = [str(Path(ffmerge.__file__).parents[1]), *sys.path]
-    for seed in "12":
-        (tmp_path / seed).mkdir()
-        subprocess.run(
-            [sys.executable, "-c", code, tmp_path / "in.onnx", tmp_path / seed / "m.onnx"],
-            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(paths)},
-            check=True,
-        )
-    for name in ("m.onnx", "m.onnx_data"):
-        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
-    assert (tmp_path / "1" / "m.onnx_data").stat().st_size == w.nbytes
-
-
-def test_the_public_verb_takes_files_and_models(tmp_path: Path) -> None:
-    """``ffmerge.share`` is the command's: a file to a file, or a model where it is."""
-    weight = normal(40, 40)
-    text = "(float[2,40] x) => (float[2,40] y) { z = MatMul(x, W) y = MatMul(z, V) }"
-    model = build(text, W=weight, V=weight)
-    ir.save(model, tmp_path / "in.onnx")
-    found = ffmerge.share(model)
-    assert (found.bytes_before, found.bytes_after) == (2 * weight.nbytes, weight.nbytes)
-    made = ffmerge.share(tmp_path / "in.onnx", tmp_path / "out.onnx", ffmerge.ShareConfig())
-    assert made.bytes_after == weight.nbytes and made.files == (tmp_path / "out.onnx",)
-    with pytest.raises(InputError, match="name it"):
-        ffmerge.share(tmp_path / "in.onnx")
-    with pytest.raises(InputError, match="keeps its opset"):
-        ffmerge.share(model, config=ffmerge.ShareConfig(opset=17))

@@ -13,6 +13,8 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from ffmerge.models.find import find
+
 # (d, f): 64 x 256 = 16,384 elements is above the exporter's folding limit, 32 x 64 below
 ABOVE, BELOW = (64, 256), (32, 64)
 
@@ -53,3 +55,12 @@ def _seeded(model_class: Any, config: Any) -> Any:
 
 
 FAMILIES: dict[str, Callable[..., Any]] = {"vit": vit, "gpt2": gpt2, "bert": bert}
+
+
+def permute_neurons(model: Any, source: int, target: int) -> None:
+    """Make layer ``target`` a copy of layer ``source`` with its hidden neurons shuffled."""
+    sublayers = find(model)
+    order = torch.randperm(sublayers[source].d_ff, generator=torch.Generator().manual_seed(3))
+    for a, b in zip(sublayers[source].weights, sublayers[target].weights, strict=True):
+        value = model.get_parameter(a.name).detach().clone()
+        model.get_parameter(b.name).data = a.reordered(value, order)

@@ -53,6 +53,13 @@ def _both(model: str, config: str, **more: Any) -> Callable[..., Any]:
     )
 
 
+def relu_bert(layers: int = 3) -> Any:
+    return seeded(
+        "BertForSequenceClassification", "BertConfig", hidden_size=16, intermediate_size=24,
+        num_hidden_layers=layers, num_attention_heads=2, vocab_size=61, hidden_act="relu",
+    )  # fmt: skip
+
+
 def t5(encoder: int = 4, decoder: int = 4, **more: Any) -> Any:
     return seeded(
         "T5ForConditionalGeneration", "T5Config", num_layers=encoder, num_decoder_layers=decoder,
