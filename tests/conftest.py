@@ -20,8 +20,8 @@ HEAVY = frozenset(
     """
     architectures call cli compare demo device engines export float32 fuzz golden inputs large_file
     loaded loaders offload optimum optimum_plugin own_export own_parts packaging
-    properties quantize real_inputs recover recover_runs remote_code rivals runtime_footprint
-    runtimes scale search serving tampering translation variants versions vit_base
+    properties quantize quantize_models real_inputs recover recover_runs remote_code rivals
+    runtime_footprint runtimes scale search serving tampering translation variants versions vit_base
     """.split()
 )
 

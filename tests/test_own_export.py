@@ -15,7 +15,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from graphs import run
-from test_quantize import decoded
+from lowered import decoded
 from tiny import ABOVE, BELOW, gpt2, vit
 from tiny_wider import seeded
 
