@@ -154,12 +154,12 @@ def export(
     Example: [bold]ffmerge export merged package[/bold]
     """
     from ffmerge import commands
-    from ffmerge.tables import package_table
+    from ffmerge.tables import WITHOUT_DATA, package_table
 
     package = commands.export(model, out, config, load, data, columns)
-    return Result(
-        package.to_json(), package_table(package, config.dtype == "int4" and data is None)
-    )
+    blind = config.dtype == "int4" and data is None
+    hint = WITHOUT_DATA if blind else None
+    return Result({**package.to_json(), "hint": hint}, package_table(package, blind))
 
 
 def share(
@@ -172,11 +172,12 @@ def share(
     Example: [bold]ffmerge share model.onnx shared.onnx[/bold]
     """
     from ffmerge.passes.graph.run import share_file
-    from ffmerge.tables import share_table
+    from ffmerge.tables import WITHOUT_DATA, share_table
 
     result = share_file(source, target, config)
     blind = config.dtype == "int4" and config.data is None
-    return Result(result.to_json(), share_table(result, target, blind))
+    hint = WITHOUT_DATA if blind else None
+    return Result({**result.to_json(), "hint": hint}, share_table(result, target, blind))
 
 
 def audit(

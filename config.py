@@ -22,6 +22,10 @@ PARTS = ("merged", "all")  # of a model, to recover
 MIXED_PRECISION = ("no", "bf16")
 BLOCKED, BLOCKS = ("int8", "int4"), (32, 64, 128)  # of weights in blocks
 BLOCK_HELP = "Weights that share a scale in int8 (else 64) and int4 (else 32): 32, 64 or 128."
+BUDGET_HELP = (
+    "With --dtype int4 and --data: 2, 4 or 8 bits for each weight, as many as the size has room "
+    "for: 60MB, or -25%."
+)
 CALIBRATED = ("int8-static", "int4")  # what reads data; int4 need not
 DTYPES = ("fp32", "fp16", "int8", "int8-dynamic", "int8-static", "int4")
 LAYOUTS = ("optimum", "transformers.js")
@@ -318,6 +322,7 @@ class ExportConfig:
         choices=DTYPES,
     )
     block: int | None = option(None, BLOCK_HELP)
+    budget: str | None = option(None, BUDGET_HELP)
     layout: str = option(
         "optimum", "Folder and file names of optimum or transformers.js.", choices=LAYOUTS
     )
@@ -332,6 +337,7 @@ class ExportConfig:
             raise InputError(f"opset {self.opset} is not one of {OPSETS[0]} to {OPSETS[-1]}.")
         check_dtype(self.dtype)
         check_block(self.block, self.dtype)
+        check_budget(self.budget, self.dtype, self.block)
         if self.layout not in LAYOUTS:
             raise InputError(f"no layout {self.layout!r}: there is {', '.join(LAYOUTS)}.")
 
@@ -354,6 +360,7 @@ class ShareConfig:
     )
     opset: int | None = option(None, "ONNX operator set; the file's if not given.")
     block: int | None = option(None, BLOCK_HELP)
+    budget: str | None = option(None, BUDGET_HELP)
     data: Path | None = option(None, "Inputs of the graph as .npz, for int4 and int8-static.")
 
     def __post_init__(self) -> None:
@@ -361,6 +368,9 @@ class ShareConfig:
         if self.dtype is not None:
             check_dtype(self.dtype)
         check_block(self.block, self.dtype)
+        check_budget(self.budget, self.dtype, self.block)
+        if self.budget is not None and self.data is None:
+            raise InputError("for a budget bits are chosen by inputs of the graph: give --data.")
         if self.dtype == "int8-static" and self.data is None:
             raise InputError("int8-static takes its ranges from inputs of the graph: give --data.")
         if self.dtype not in CALIBRATED and self.data is not None:
@@ -379,7 +389,8 @@ class QuantizeConfig:
     that another graph of the package multiplies by: a table among them is stored as it is there.
     ``plain_lookups`` unpacks the rows of every table in blocks by standard operators:
     onnxruntime-web has no GatherBlockQuantized for wasm. ``rounded`` is where codes and
-    scales in blocks are found and left, by the name of a weight: it is then the same in all graphs.
+    scales in blocks are found and left, by the name of a weight, and ``forms`` where bits and block
+    are: they are then the same in all graphs. ``budget`` are bytes for which int4 chooses these.
     """
 
     block: int | None = None
@@ -387,6 +398,8 @@ class QuantizeConfig:
     multiplied: frozenset[str] = frozenset()
     plain_lookups: bool = False
     rounded: dict[str, tuple[Any, Any]] | None = None
+    forms: dict[str, Any] | None = None
+    budget: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse a block that no kernel takes."""
@@ -430,3 +443,14 @@ def check_block(block: int | None, dtype: str | None) -> None:
         raise InputError("only int8 and int4 have blocks: leave it out, or give one of them.")
     if block is not None and block not in BLOCKS:
         raise InputError(f"a block of {block} weights is not one of 32, 64 and 128.")
+
+
+def check_budget(budget: str | None, dtype: str | None, block: int | None) -> None:
+    """Raise InputError unless the bits of weights can be chosen for this size."""
+    if budget is None:
+        return
+    parse_budget(budget, 1)
+    if dtype != "int4":
+        raise InputError("a budget chooses the bits of each weight: give --dtype int4 with it.")
+    if block is not None:
+        raise InputError("a budget chooses the blocks of each weight: leave out --block.")

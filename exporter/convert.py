@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from ffmerge.config import QuantizeConfig
+from ffmerge.config import QuantizeConfig, parse_budget
 from ffmerge.exporter.merged import merge_decoders
 from ffmerge.exporter.plan import Plan
 from ffmerge.exporter.torch_onnx import to_onnx
@@ -62,6 +62,8 @@ def _quantized(results: Mapping[str, ShareResult], plan: Plan) -> dict[str, Shar
         plain_lookups=plan.config.layout == "transformers.js",
         block=plan.config.block,
         rounded={} if plan.calibration else None,
+        forms={},
+        budget=_budget(results.values(), plan),
     )
     done = {}
     for name, before in results.items():
@@ -70,7 +72,16 @@ def _quantized(results: Mapping[str, ShareResult], plan: Plan) -> dict[str, Shar
         after = share_model(before.model)
         reasons = dict.fromkeys((*before.skipped, *skipped, *after.skipped))
         done[name] = replace(after, skipped=tuple(reasons), bytes_before=before.bytes_before)
+        if common.budget is not None and common.forms:
+            done[name] = replace(done[name], forms=common.forms)
     return done
+
+
+def _budget(results: Iterable[ShareResult], plan: Plan) -> int | None:
+    """Return the bytes that the graphs may take, if they have a budget."""
+    if plan.config.budget is None:
+        return None
+    return parse_budget(plan.config.budget, sum(result.bytes_after for result in results))
 
 
 def _multiplied(results: Iterable[ShareResult]) -> frozenset[str]:

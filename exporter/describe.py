@@ -60,6 +60,7 @@ def describe(
         metric=real_metric(plan),
         tensors=record_tensors(folder, [record.path for record in records]),
         variants=tuple(variants),
+        bits=dict(pair for result in results.values() for pair in result.forms.items()),
     )
 
 

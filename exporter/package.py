@@ -46,6 +46,7 @@ class Package:
             "skipped": [vars(skip) for skip in self.manifest.skipped],
             "variants": [vars(variant) for variant in self.manifest.variants],
             "costs": dict(self.costs),
+            "bits": {name: vars(form) for name, form in self.manifest.bits.items()},
         }
 
     def __repr__(self) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ffmerge.config import CALIBRATED, ExportConfig
+from ffmerge.config import CALIBRATED, ExportConfig, parse_budget
 from ffmerge.errors import InputError
 from ffmerge.exporter.graphs import Graph, graphs, names_given
 from ffmerge.exporter.greedy import generates, greedy
@@ -25,6 +25,7 @@ from ffmerge.exporter.rows import (
     rounding_rows,
 )
 from ffmerge.exporter.settle import any_size, check_repeats, one_size, stand_ins
+from ffmerge.files import size_text
 from ffmerge.models import processing, tasks
 from ffmerge.models.data import Data, as_examples
 from ffmerge.models.derive import Made, arguments, input_specs, left_out, of_example, probe
@@ -33,6 +34,7 @@ from ffmerge.models.inputs import to_tensors
 from ffmerge.models.probe import Array, InputSpec
 
 Feeds = Mapping[str, Array]  # inputs by name
+BITS_AT_LEAST = 2  # of a weight
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,15 @@ def make_plan(model: Any, config: ExportConfig, source: Path | None, data: Data 
     """
     if config.dtype == "int8-static" and data is None:
         raise InputError("int8-static takes its ranges from data: give --data.")
+    if config.budget is not None and data is None:
+        raise InputError("for a budget bits are chosen by data of the task: give --data.")
     source = source or _folder_of(model)
     found = processing.load(source, arguments(model))
     specs, rows = _inputs(model, config, found)
     task = tasks.fit(config.task, model, lambda: names_given(model, probe(model, specs)))
     planned = _graphs(model, task, specs, found)
+    if config.budget is not None:
+        _check_budget(model, config.budget, len(planned))
     plan = Plan(model, task, config, source, planned, left_out(model, specs))
     if data is not None:
         return _with_rows(plan, as_examples(data, source or model.name_or_path, task))
@@ -78,6 +84,19 @@ def make_plan(model: Any, config: ExportConfig, source: Path | None, data: Data 
         return _with_made(plan, rows)
     drawn = planned[0].probe
     return replace(plan, greedy=_greedy(plan, drawn.draw(len(drawn.cases) - 1)))
+
+
+def _check_budget(model: Any, text: str, graphs: int) -> None:
+    """Raise InputError unless bits can be chosen for a budget, before anything is traced."""
+    if graphs > 1:
+        raise InputError(f"a budget is for a model of one graph, this one has {graphs}.")
+    whole = sum(parameter.nbytes for parameter in model.parameters())
+    least = sum(parameter.numel() for parameter in model.parameters()) * BITS_AT_LEAST // 8
+    if (budget := parse_budget(text, whole)) < least:
+        raise InputError(
+            f"the budget of {size_text(budget)} is too small: in 2 bits the weights take "
+            f"{size_text(least)}."
+        )
 
 
 def with_one_size(plan: Plan) -> Plan:

@@ -12,6 +12,7 @@ from typing import Any
 
 from ffmerge.errors import InputError
 from ffmerge.files import open_inside, plain, read_json, restored, sha256, size_text, write_json
+from ffmerge.models.codes import Form
 from ffmerge.models.probe import Probe
 from ffmerge.models.record import MergeRecord, Tie
 
@@ -93,7 +94,8 @@ class Manifest:
 
     ``bytes_total`` is the sum of ``files``, ``bytes_unique`` that of the distinct initializers,
     ``parameter_bytes`` that of the distinct PyTorch parameters. ``metric`` is PyTorch's on the real
-    rows that the package holds, if they have labels.
+    rows that the package holds, if they have labels. ``bits`` are those of each weight, by name,
+    where they were chosen for a budget.
     """
 
     versions: Mapping[str, str]
@@ -114,6 +116,7 @@ class Manifest:
     tensors: tuple[TensorRecord, ...] = ()
     metric: MetricResult | None = None
     variants: tuple[Variant, ...] = ()
+    bits: Mapping[str, Form] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         size = size_text(self.bytes_total)

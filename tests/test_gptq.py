@@ -13,7 +13,7 @@ from tiny_wider import t5
 from ffmerge.config import ExportConfig, QuantizeConfig, ShareConfig
 from ffmerge.errors import InputError
 from ffmerge.exporter.package import export
-from ffmerge.models.codes import block_codes, block_scales, block_values
+from ffmerge.models.codes import Form, block_codes, block_scales, block_values
 from ffmerge.passes.graph.attention import mixed_gram
 from ffmerge.passes.graph.audit import audit
 from ffmerge.passes.graph.gptq import Read, gptq_codes, hessians, inputs_of, round_on_data
@@ -108,7 +108,8 @@ def test_the_graph_stores_what_was_searched_for_and_loses_less() -> None:
     """A tied weight once; and the second weight was rounded on what the first one now gives."""
     weights = {"W": normal(64, 64) / 8, "V": normal(64, 64, seed=1) / 8}
     x = correlated(256, 64).reshape(4, 64, 64)
-    config = QuantizeConfig(calibration=[{"x": x}], block=32)
+    forms = {name: Form(4, 32) for name in weights}
+    config = QuantizeConfig(calibration=[{"x": x}], block=32, forms=forms)
     model = build(TIED, **weights)
     expected = run(build(TIED, **weights), x=x)[0]
     matrices = [matrix_of(model.graph.initializers[name]) for name in "WV"]

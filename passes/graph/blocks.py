@@ -21,31 +21,30 @@ MICROSOFT = "com.microsoft"
 ACCURACY = 4
 
 
-def to_blocks(model: ir.Model, matrix: Matrix, bits: int, config: QuantizeConfig) -> None:
-    """Store a matrix in blocks; its products and lookups read them.
+def to_blocks(model: ir.Model, matrix: Matrix, config: QuantizeConfig) -> None:
+    """Store a matrix in blocks, of its form in ``config``; its products and lookups read them.
 
     Codes and scales are those of ``config.rounded``, or are left there for the other graphs.
     """
     model.opset_imports.setdefault(MICROSOFT, 1)
-    weight, values = matrix.weight, values_of(matrix.tensor)
-    if matrix.products and not matrix.turned:
-        values = values.T
-    rows, width = values.shape
+    weight, (rows, width) = matrix.weight, shape_of(matrix.tensor)
+    by_column = bool(matrix.products) and not matrix.turned
+    if by_column:
+        rows, width = width, rows
     plain = bool(matrix.products) or config.plain_lookups
-    assert config.block is not None
     name, rounded = str(weight.name), config.rounded
-    if rounded is not None and name in rounded:
-        codes, scale = rounded[name]
-    else:
-        codes, scale = block_codes(values, bits, config.block)
-    if rounded is not None:
-        rounded[name] = codes, scale
+    assert config.forms is not None and rounded is not None
+    bits, block = config.forms[name].bits, config.forms[name].block
+    if name not in rounded:
+        values = values_of(matrix.tensor)
+        rounded[name] = block_codes(values.T if by_column else values, bits, block)
+    codes, scale = rounded[name]
     packed = pack(codes, bits)
     if not plain:
         packed = packed.reshape(rows, -1)
     replace_tensor(weight, ir.Tensor(packed))
     scales = store(model.graph, f"{weight.name}/scale", ir.Tensor(scale))
-    layout = {"bits": bits, "block_size": config.block}
+    layout = {"bits": bits, "block_size": block}
     for node in matrix.products:
         new = Rewrite(node, model.graph)
         sizes = {"K": width, "N": rows, "accuracy_level": ACCURACY, **layout}

@@ -1,4 +1,4 @@
-"""Weights of 4 bits rounded by what they are multiplied by: GPTQ (arXiv 2210.17323) in blocks.
+"""Weights rounded by what they are multiplied by: GPTQ (arXiv 2210.17323) in blocks.
 
 :func:`ffmerge.passes.graph.quantize.quantize` calls :func:`round_on_data` where it has batches of
 the graph's inputs. What a rounded weight does wrong is measured by its Hessian, ``X^T X`` of what
@@ -58,8 +58,7 @@ def round_on_data(
     Raises:
         InputError: a batch is not finite, or not what the model takes.
     """
-    bits, block = 4, config.block
-    assert block is not None
+    assert config.forms is not None
     for batch in config.calibration:
         check_batch(batch)
     batches = [_without_padding(model, batch) for batch in config.calibration]
@@ -78,9 +77,10 @@ def round_on_data(
             values = values_of(matrix.tensor)
             if not matrix.turned:
                 values = values.T
-            codes, scales = gptq_codes(values, hessian, bits, block)
+            form = config.forms[str(matrix.weight.name)]
+            codes, scales = gptq_codes(values, hessian, form.bits, form.block)
             found[str(matrix.weight.name)] = codes, scales
-            matrix.weight.const_value = _values(matrix, codes, scales, bits)
+            matrix.weight.const_value = _values(matrix, codes, scales, form.bits)
         if starts:
             walk.go(starts.pop(0))
     return found

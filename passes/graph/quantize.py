@@ -6,15 +6,17 @@ shared already. It decides which weights are stored in fewer bits, and says why 
 name, so that ties and whatever else knows it stay true.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import onnx_ir as ir
 
 from ffmerge.config import DTYPES, QuantizeConfig
 from ffmerge.errors import InputError
-from ffmerge.models.codes import BLOCKS, FLOOR
+from ffmerge.models.codes import BLOCKS, FLOOR, Form
 from ffmerge.models.manifest import Skip
 from ffmerge.passes.graph import blocks, gptq, int8
+from ffmerge.passes.graph.bits import assign
 from ffmerge.passes.graph.float16 import MASK, to_float16
 from ffmerge.passes.graph.infer import infer_types
 from ffmerge.passes.graph.matrix import Matrix, matrix_of
@@ -53,14 +55,27 @@ def quantize(
     elif precision == "int8-static":
         skipped += int8.to_static(model, matrices, config)
     else:
-        if precision == "int4" and config.calibration:
-            rounded = {} if config.rounded is None else config.rounded
-            left = [matrix for matrix in matrices if matrix.weight.name not in rounded]
-            rounded.update(gptq.round_on_data(model, left, config))
-            config = replace(config, rounded=rounded)
-        for matrix in matrices:
-            blocks.to_blocks(model, matrix, BITS[precision], config)
+        _to_blocks(model, matrices, BITS[precision], config)
     return tuple(skipped)
+
+
+def _to_blocks(
+    model: ir.Model, matrices: Sequence[Matrix], bits: int, config: QuantizeConfig
+) -> None:
+    """Store matrices in blocks; ``config.forms`` and ``config.rounded`` then have what was done."""
+    assert config.block is not None
+    forms = {} if config.forms is None else config.forms
+    if config.budget is not None:
+        forms.update(assign(model, matrices, config))
+    for matrix in matrices:
+        forms.setdefault(str(matrix.weight.name), Form(bits, config.block))
+    rounded = {} if config.rounded is None else config.rounded
+    config = replace(config, forms=forms, rounded=rounded)
+    if bits == 4 and config.calibration:
+        left = [matrix for matrix in matrices if matrix.weight.name not in rounded]
+        rounded.update(gptq.round_on_data(model, left, config))
+    for matrix in matrices:
+        blocks.to_blocks(model, matrix, config)
 
 
 def _check(model: ir.Model, precision: str, config: QuantizeConfig) -> None:

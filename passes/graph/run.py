@@ -7,7 +7,7 @@ and quantizers see; with a ``dtype`` it then goes through
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,10 @@ from onnx_ir.passes.common import (
     TopologicalSortPass,
 )
 
-from ffmerge.config import QuantizeConfig, ShareConfig
+from ffmerge.config import QuantizeConfig, ShareConfig, parse_budget
 from ffmerge.errors import InputError, TieError
 from ffmerge.files import clean_up, refuse_existing
+from ffmerge.models.codes import Form
 from ffmerge.models.manifest import Skip
 from ffmerge.models.record import Tie
 from ffmerge.passes.graph.calibration import read_calibration
@@ -50,7 +51,8 @@ class ShareResult:
     """The model, what was left alone and why, and the content bytes of its tensors.
 
     ``ties`` are those that hold in the model; ties whose tensors were equal have become one.
-    ``files`` are what was written, the graph first; empty for a model in memory.
+    ``files`` are what was written, the graph first; empty for a model in memory. ``forms`` are bits
+    and block of each weight, by name, where they were chosen for a budget.
     """
 
     model: ir.Model
@@ -59,6 +61,7 @@ class ShareResult:
     bytes_after: int
     ties: tuple[Tie, ...]
     files: tuple[Path, ...] = ()
+    forms: Mapping[str, Form] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -70,6 +73,7 @@ class ShareResult:
             "bytes_unique": self.bytes_after,
             "skipped": [asdict(skip) for skip in self.skipped],
             "ties": [tie.to_json() for tie in self.ties],
+            "bits": {name: asdict(form) for name, form in self.forms.items()},
         }
 
 
@@ -188,7 +192,11 @@ def share_file(
         calibration = read_calibration(model, config.data)
     if config.opset is not None:
         model = to_opset(model, config.opset)
-    settings = QuantizeConfig(calibration=calibration, block=config.block)
+    forms: dict[str, Form] = {}
+    settings = QuantizeConfig(calibration=calibration, block=config.block, forms=forms)
+    if config.budget is not None:
+        whole = bytes_stored(model)
+        settings = replace(settings, budget=parse_budget(config.budget, whole))
     result = share_model(model, (), config.dtype, settings, config.resident)
     check = None
     if load:
@@ -197,4 +205,7 @@ def share_file(
         written = write_models({target: result.model}, data, check)
     else:
         written = write_models({target: result.model}, check=check)
-    return replace(result, files=written)
+    result = replace(result, files=written)
+    if config.budget is None:
+        return result
+    return replace(result, forms=forms)

@@ -5,7 +5,7 @@ read is kept (:class:`Walk`): nothing runs twice, and a session holds the weight
 """
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,22 @@ class Walk:
                     ) from error
             yield found
 
+    def trial(
+        self, wanted: Sequence[ir.Value], weights: Sequence[ir.Value]
+    ) -> Callable[[Batch], list[Array]]:
+        """Return what runs the first batch to the values that are wanted, with weights changed.
+
+        It takes arrays by the names of ``weights``; those it is not given are as they are.
+        """
+        session = self._session(wanted, weights)
+        names = [str(value.name) for value in wanted]
+
+        def run(changed: Batch) -> list[Array]:
+            found: list[Array] = session.run(names, {**self.batches[0], **changed})
+            return found
+
+        return run
+
     def go(self, node: ir.Node) -> None:
         """Go on to a node: keep what it and those behind it read.
 
@@ -70,17 +86,20 @@ class Walk:
         other._known = self._known
         return other
 
-    def _session(self, computed: Sequence[ir.Value]) -> Any:
+    def _session(self, computed: Sequence[ir.Value], weights: Sequence[ir.Value] = ()) -> Any:
+        """Return a session from the place reached; ``weights`` are inputs of it that may stay."""
         import onnxruntime
 
-        graph = ir.convenience.extract(self.model.graph, self._known, computed)
+        inputs = [*self._known, *weights]
+        graph = ir.convenience.extract(self.model.graph, inputs, computed)
         for value in graph.inputs:
-            if value.shape is not None:
+            if value.shape is not None and not value.is_initializer():
                 value.shape = ir.Shape([None] * value.shape.rank())
         functions = tuple(self.model.functions.values())
         part = ir.Model(graph, ir_version=self.model.ir_version, functions=functions)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.onnx"
             ir.save(part, path, external_data="data")

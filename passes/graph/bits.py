@@ -1,0 +1,230 @@
+"""Bits for each weight, for a size: what most changes the outputs when it is rounded keeps most.
+
+:func:`ffmerge.passes.graph.quantize.quantize` calls :func:`assign` where it has a budget. Each
+weight is rounded alone, in 4 bits, and a few rows of the data run through the rest of the graph
+(:func:`sensitivities`); how much more or less it loses in other bits and blocks is told by the
+squared error of some of its rows. Then :func:`choose` spends the bytes where they bring most. A
+tied weight is one weight, so all that read it agree.
+"""
+
+from collections.abc import Mapping, Sequence
+from math import prod
+
+import numpy as np
+import onnx_ir as ir
+
+from ffmerge.config import QuantizeConfig
+from ffmerge.errors import InputError
+from ffmerge.files import size_text
+from ffmerge.models.codes import Form, block_codes, block_values
+from ffmerge.models.kv_cache import is_present
+from ffmerge.passes.graph.matrix import Matrix
+from ffmerge.passes.graph.tensors import Array, shape_of, stored, values_of
+from ffmerge.passes.graph.walk import Batch, Walk
+from ffmerge.passes.graph.write import LARGE, PAGE
+
+FORMS = (
+    Form(2, 32), Form(2, 64), Form(4, 32), Form(4, 64), Form(4, 128), Form(8, 64), Form(8, 128),
+)  # fmt: skip
+TRIED = Form(4, 32)  # in which a weight is rounded alone
+TOKENS, ROWS = 256, 8  # of the data that run each time, at most
+SAMPLE = 256  # rows of a weight by which its forms are compared
+PARTS = 12  # of a graph, at whose beginning the data wait
+BESIDE = 600  # bytes that scales and attributes of a matrix take in the graph, at most
+Options = Mapping[Form, tuple[int, float]]  # of a matrix: bytes and loss in each form
+
+
+def assign(model: ir.Model, matrices: Sequence[Matrix], config: QuantizeConfig) -> dict[str, Form]:
+    """Return the form of every matrix, by name, with which the model takes ``config.budget`` bytes.
+
+    Raises:
+        InputError: that is less than the weights take in the fewest bits.
+    """
+    assert config.budget is not None
+    forms = {matrix: _forms(matrix, config) for matrix in matrices}
+    room = config.budget - _beside(model, matrices)
+    least = sum(min(_bytes(matrix, form) for form in forms[matrix]) for matrix in matrices)
+    if room < least:
+        needed = size_text(config.budget - room + least)
+        raise InputError(
+            f"the budget of {size_text(config.budget)} is too small: in the fewest bits the model "
+            f"takes {needed}."
+        )
+    lost = sensitivities(model, matrices, config.calibration)
+    options: list[Options] = []
+    for matrix in matrices:
+        errors = _errors(matrix, forms[matrix])
+        scale = lost[matrix] / max(errors[TRIED], 1e-30)
+        own = {form: (_bytes(matrix, form), scale * errors[form]) for form in forms[matrix]}
+        options.append(own)
+    chosen = choose(options, room)
+    return {str(m.weight.name): form for m, form in zip(matrices, chosen, strict=True)}
+
+
+def choose(options: Sequence[Options], room: int) -> list[Form]:
+    """Return the form of each matrix, so that little is lost in ``room`` bytes.
+
+    From the smallest on, the step that saves most loss for its bytes is taken while one fits. One
+    form for all is returned where it fits and loses less.
+    """
+    chosen = [min(each, key=each.__getitem__) for each in options]
+    used, _ = _total(options, chosen)
+    while step := _best_step(options, chosen, room - used):
+        number, form = step
+        used += options[number][form][0] - options[number][chosen[number]][0]
+        chosen[number] = form
+    for form in FORMS:
+        alike = [form] * len(options)
+        if all(form in each for each in options):
+            size, loss = _total(options, alike)
+            if size <= room and loss < _total(options, chosen)[1]:
+                chosen = alike
+    return chosen
+
+
+def _best_step(
+    options: Sequence[Options], chosen: Sequence[Form], room: int
+) -> tuple[int, Form] | None:
+    """Return which matrix gains most for its bytes in which larger form, None if none fits."""
+    best, step = 0.0, None
+    for number, each in enumerate(options):
+        size, loss = each[chosen[number]]
+        for form, (larger, less) in each.items():
+            more = larger - size
+            if 0 < more <= room and loss - less > best * more:
+                best, step = (loss - less) / more, (number, form)
+    return step
+
+
+def _total(options: Sequence[Options], chosen: Sequence[Form]) -> tuple[int, float]:
+    found = [each[form] for each, form in zip(options, chosen, strict=True)]
+    return sum(size for size, _ in found), sum(loss for _, loss in found)
+
+
+def sensitivities(
+    model: ir.Model, matrices: Sequence[Matrix], batches: Sequence[Batch]
+) -> dict[Matrix, float]:
+    """Return how far the outputs move, as a part of their square, when one matrix is rounded.
+
+    Caches are no outputs here: what they hold is read again.
+
+    Raises:
+        InputError: a batch is not what the graph takes.
+    """
+    model.graph.sort()
+    batch = _few_rows(batches[0])
+    outputs = [value for value in model.graph.outputs if not is_present(str(value.name))]
+    walk, lost = Walk(model, [batch]), {}
+    for first, some in _parts(model, matrices):
+        walk.go(first)
+        run = walk.trial(outputs, [matrix.weight for matrix in some])
+        expected = run({})
+        for matrix in some:
+            rows = _as_rows(matrix)
+            values = block_values(
+                *block_codes(rows, TRIED.bits, TRIED.block), TRIED.bits, rows.shape[1]
+            )
+            if not _rows_are_stored(matrix):
+                values = values.T
+            found = run({str(matrix.weight.name): np.ascontiguousarray(values)})
+            lost[matrix] = _moved(expected, found, batch.get("attention_mask"))
+    return lost
+
+
+def _parts(model: ir.Model, matrices: Sequence[Matrix]) -> list[tuple[ir.Node, list[Matrix]]]:
+    """Return the matrices by where they are read first, some at a time, with the first node."""
+    place = {node: index for index, node in enumerate(model.graph)}
+    firsts = {}
+    for matrix in matrices:
+        nodes = [node for node in (*matrix.products, *matrix.lookups) if node in place]
+        firsts[matrix] = min(nodes, key=place.__getitem__, default=model.graph[0])
+    order = sorted(matrices, key=lambda matrix: place[firsts[matrix]])
+    most = -(-len(order) // PARTS)
+    parts = []
+    for start in range(0, len(order), most):
+        parts.append((firsts[order[start]], order[start : start + most]))
+    return parts
+
+
+def _few_rows(batch: Batch) -> Batch:
+    """Return a few rows of a batch: all of it, where an input has no rows."""
+    sizes = {array.shape[:1] for array in batch.values()}
+    if len(sizes) != 1 or sizes == {()}:
+        return batch
+    tokens = max((array.shape[1] for array in batch.values() if array.ndim == 2), default=1)
+    rows = max(1, min(ROWS, TOKENS // max(tokens, 1)))
+    return {name: array[:rows] for name, array in batch.items()}
+
+
+def _moved(expected: Sequence[Array], found: Sequence[Array], mask: Array | None) -> float:
+    """Return the squared distance of outputs as a part of their squares, summed over them."""
+    total = 0.0
+    for one, other in zip(expected, found, strict=True):
+        if mask is not None and one.ndim > 2 and one.shape[:2] == mask.shape:
+            one, other = one[mask != 0], other[mask != 0]
+        off = np.square(one.astype(np.float64) - other).sum()
+        total += float(off / max(np.square(one.astype(np.float64)).sum(), 1e-30))
+    return total
+
+
+def _forms(matrix: Matrix, config: QuantizeConfig) -> list[Form]:
+    """Return the forms that the readers of a matrix take."""
+    if not matrix.lookups:
+        return list(FORMS)
+    width = _width(matrix)
+    return [form for form in FORMS if form.bits > 2 and width % form.block == 0]
+
+
+def _errors(matrix: Matrix, forms: Sequence[Form]) -> dict[Form, float]:
+    """Return the squared error of each form, on some rows."""
+    rows = _as_rows(matrix)
+    some = np.ascontiguousarray(rows[:: max(1, len(rows) // SAMPLE)])
+    found = {}
+    for form in dict.fromkeys([*forms, TRIED]):
+        codes, scales = block_codes(some, form.bits, form.block)
+        off = block_values(codes, scales, form.bits, some.shape[1]) - some
+        found[form] = float(np.square(off).sum())
+    return found
+
+
+def _rows_are_stored(matrix: Matrix) -> bool:
+    return matrix.turned or not matrix.products
+
+
+def _as_rows(matrix: Matrix) -> Array:
+    """Return a matrix with a row for each output feature, or for each row that is looked up."""
+    values = values_of(matrix.tensor)
+    return values if _rows_are_stored(matrix) else values.T
+
+
+def _width(matrix: Matrix) -> int:
+    return shape_of(matrix.tensor)[1 if _rows_are_stored(matrix) else 0]
+
+
+def _bytes(matrix: Matrix, form: Form) -> int:
+    """Return the bytes of codes and scales, and where they are large of the pages they begin."""
+    width = _width(matrix)
+    size = form.bytes_of(prod(shape_of(matrix.tensor)) // max(width, 1), width)
+    return size + (2 * PAGE if size > LARGE else 0)
+
+
+def _beside(model: ir.Model, matrices: Sequence[Matrix]) -> int:
+    """Return the bytes of all but the matrices: other tensors, and the graph."""
+    chosen = {matrix.weight for matrix in matrices}
+    others = sum(item.tensor.nbytes for item in stored(model) if item.value not in chosen)
+    return others + _graph_bytes(model) + BESIDE * len(matrices)
+
+
+def _graph_bytes(model: ir.Model) -> int:
+    """Return the bytes of the graph without its tensors."""
+    tensors = {item.value: item.tensor for item in stored(model) if item.value.is_initializer()}
+    try:
+        for value, tensor in tensors.items():
+            value.const_value = ir.ExternalTensor(
+                "data", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(shape_of(tensor)),
+                name=str(value.name),
+            )  # fmt: skip
+        return int(ir.to_proto(model).ByteSize())
+    finally:
+        for value, tensor in tensors.items():
+            value.const_value = tensor
