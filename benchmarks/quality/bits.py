@@ -1,0 +1,150 @@
+"""Fewer bits of a trained model: bytes, what is lost on held-out text, and time, for each mode.
+
+``python benchmarks/quality/bits.py PACKAGE CALIBRATION HELD_OUT [MODE ...]`` with a package of
+``ffmerge export`` in fp32, of a folder of ``benchmarks/trained.py``, and two text files. A model
+that gives logits is measured by its perplexity, in windows of 256 tokens; another by the mean
+cosine of sentence embeddings to those of fp32. A mode is a precision, with ``data``, a block or a
+budget after it: ``int4``, ``int4,data``, ``int4,data,128``, ``int4,data,12.2MB``. Prints a table.
+"""
+
+import argparse
+import re
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from transformers import AutoTokenizer
+
+from ffmerge.config import ShareConfig
+from ffmerge.passes.graph.run import share_file
+
+SENTENCES, LENGTH = (512, 256), 128  # to calibrate and to measure with, and tokens of each
+TOKENS, WINDOW = (8192, 2048), 256
+MODES = ("fp32", "int8", "int8-dynamic", "int4", "int4,data", "int4,data,128")
+
+Feeds = dict[str, np.ndarray]
+
+
+def session(path: Path) -> onnxruntime.InferenceSession:
+    """Open a graph; threads that wait take no processor time."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def sentences(path: Path, tokenizer: Any, count: int) -> Feeds:
+    """Return sentences that are neither short nor long, as inputs of an encoder."""
+    parts = re.split(r"(?<=[.!?])\s+|\n\n+", path.read_text())
+    texts = [part.strip() for part in parts if 30 < len(part.strip()) < 400][:count]
+    made = tokenizer(texts, padding=True, truncation=True, max_length=LENGTH, return_tensors="np")
+    return {name: array.astype(np.int64) for name, array in made.items()}
+
+
+def windows(path: Path, tokenizer: Any, count: int) -> Feeds:
+    """Return the first tokens of a text in windows."""
+    ids = np.array(tokenizer(path.read_text())["input_ids"][:count]).reshape(-1, WINDOW)
+    return {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+
+
+def whole(batch: Feeds, opened: onnxruntime.InferenceSession) -> Feeds:
+    """Return all inputs of a graph: positions, and a cache that is empty, beside what is given."""
+    rows, length = batch["input_ids"].shape
+    feeds = {}
+    for each in opened.get_inputs():
+        if each.name == "position_ids":
+            feeds[each.name] = np.tile(np.arange(length), (rows, 1))
+        elif each.name.startswith("past"):
+            feeds[each.name] = np.zeros((rows, each.shape[1], 0, each.shape[3]), np.float32)
+        else:
+            feeds[each.name] = batch[each.name]
+    return feeds
+
+
+def embeddings(path: Path, batch: Feeds) -> np.ndarray:
+    """Return the mean of the last hidden states of each sentence, of length 1."""
+    opened, found = session(path), []
+    for start in range(0, len(batch["input_ids"]), 16):
+        some = {i.name: batch[i.name][start : start + 16] for i in opened.get_inputs()}
+        mask = some["attention_mask"][..., None]
+        mean = (opened.run(None, some)[0] * mask).sum(1) / mask.sum(1)
+        found.append(mean / np.linalg.norm(mean, axis=1, keepdims=True))
+    return np.concatenate(found)
+
+
+def perplexity(path: Path, batch: Feeds) -> float:
+    """Return the perplexity of all tokens but the first of each window."""
+    opened, lost = session(path), []
+    for ids in batch["input_ids"]:
+        row = {"input_ids": ids[None], "attention_mask": np.ones_like(ids)[None]}
+        logits = opened.run(["logits"], whole(row, opened))[0][0, :-1].astype(np.float64)
+        logits -= logits.max(-1, keepdims=True)
+        told = logits[np.arange(len(ids) - 1), ids[1:]] - np.log(np.exp(logits).sum(-1))
+        lost.append(-told)
+    return float(np.exp(np.concatenate(lost).mean()))
+
+
+def config_of(mode: str, rows: Path) -> ShareConfig:
+    """Return what a mode says."""
+    dtype, *more = mode.split(",")
+    settings: dict[str, Any] = {}
+    for each in more:
+        if each == "data":
+            settings["data"] = rows
+        elif each.isdigit():
+            settings["block"] = int(each)
+        else:
+            settings["budget"] = each
+    return ShareConfig(dtype=dtype, **settings)
+
+
+def prepared(
+    graph: Path, tokenizer: Any, texts: tuple[Path, Path], rows: Path
+) -> Callable[[Path], float]:
+    """Write the inputs to calibrate with, and return what measures a graph."""
+    opened = session(graph)
+    if "logits" in [output.name for output in opened.get_outputs()]:
+        np.savez(rows, **whole(windows(texts[0], tokenizer, TOKENS[0]), opened))
+        held_out = windows(texts[1], tokenizer, TOKENS[1])
+        return lambda path: perplexity(path, held_out)
+    np.savez(rows, **sentences(texts[0], tokenizer, SENTENCES[0]))
+    held_out = sentences(texts[1], tokenizer, SENTENCES[1])
+    expected = embeddings(graph, held_out)
+    return lambda path: float((embeddings(path, held_out) * expected).sum(1).mean())
+
+
+def main() -> None:
+    """Print a row for each mode."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name in ("package", "calibration", "held_out"):
+        parser.add_argument(name, type=Path)
+    parser.add_argument("modes", nargs="*", default=MODES)
+    given = parser.parse_args()
+    graph = given.package / "model.onnx"
+    tokenizer = AutoTokenizer.from_pretrained(given.package)
+    print("| mode | bytes | perplexity or cosine | processor time of rounding | peak |")
+    print("|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        texts = given.calibration, given.held_out
+        measure = prepared(graph, tokenizer, texts, folder / "rows.npz")
+        for number, mode in enumerate(given.modes):
+            path, files, start = graph, [graph, Path(f"{graph}_data")], time.process_time()
+            if mode != "fp32":
+                path = folder / f"{number}.onnx"
+                config = config_of(mode, folder / "rows.npz")
+                files = list(share_file(graph, path, config, load=False).files)
+            taken = time.process_time() - start
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            size = sum(file.stat().st_size for file in files)
+            cells = f"{size:,} | {measure(path):.4f} | {taken:.0f} s | {peak / 1e6:,.0f} MB"
+            print(f"| {mode} | {cells} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
