@@ -6,14 +6,19 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
+import tiny
 from graphs import build, normal, ops, run
+from tiny_wider import t5
 
 from ffmerge.config import ExportConfig, ShareConfig
 from ffmerge.errors import InputError
+from ffmerge.exporter.package import export
 from ffmerge.models.codes import Form
+from ffmerge.models.manifest import Manifest
 from ffmerge.passes.graph.audit import audit
 from ffmerge.passes.graph.bits import FORMS, choose
 from ffmerge.passes.graph.run import share_file
+from ffmerge.tables import _bits_rows
 
 TWO, FOUR, EIGHT = FORMS[0], FORMS[2], FORMS[5]
 # of three weights that count alike, W is heard a hundred times as loud, and V is tied
@@ -111,3 +116,34 @@ def test_a_budget_that_means_nothing_is_refused(settings: dict[str, object], rea
             kind(**settings)
     with pytest.raises(InputError, match="give --data"):
         ShareConfig(dtype="int4", budget="6MB")
+
+
+def test_a_package_says_its_bits(tmp_path: Path) -> None:
+    """In the manifest and in JSON; the files of the graphs hold the budget, table and head too."""
+    model = tiny.gpt2(64, 128, 2)
+    ids = np.random.default_rng(0).integers(3, 60, (12, 16))
+    data = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    config = ExportConfig(dtype="int4", budget="90kB")
+    package = export(model, tmp_path / "out", config, data=data)
+    sizes = {file.path: file.bytes for file in package.manifest.files}
+    assert sizes["model.onnx"] + sizes.get("model.onnx_data", 0) <= 90_000
+    bits = package.to_json()["bits"]
+    assert bits and {form["bits"] for form in bits.values()} <= {2, 4, 8}
+    assert bits == {name: vars(form) for name, form in Manifest.read(package.path).bits.items()}
+    assert audit(package.path).ok
+    table = str(_bits_rows(package.manifest.bits))
+    assert all(
+        f"{form['bits']} bits in blocks of {form['block']}" in table for form in bits.values()
+    )
+
+
+def test_a_package_whose_budget_cannot_be_is_refused_before_it_is_traced(tmp_path: Path) -> None:
+    ids = np.arange(3, 51).reshape(3, 16)
+    data = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    config = ExportConfig(dtype="int4", budget="1kB")
+    with pytest.raises(InputError, match="give --data"):
+        export(tiny.gpt2(64, 128, 2), tmp_path / "out", config)
+    with pytest.raises(InputError, match=r"1\.00 kB is too small: in 2 bits the weights take"):
+        export(tiny.gpt2(64, 128, 2), tmp_path / "out", config, data=data)
+    with pytest.raises(InputError, match=r"one graph, this one has [34]"):
+        export(t5(1, 1), tmp_path / "out", config, data={**data, "labels": ids})

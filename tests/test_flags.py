@@ -33,6 +33,9 @@ MISSPELT = [
     (("merge", "gone", "out", "--k", "2", "--learning-rate", "0.1"), "without --recover"),
     (("merge", "gone", "out", "--k", "2", "--recover-labels"), "without --recover"),
     (("share", "gone.onnx", "out.onnx", "--dtype", "int8-static"), "give --data"),
+    (("share", "gone.onnx", "out.onnx", "--dtype", "int4", "--budget", "6MB"), "give --data"),
+    (("export", "gone", "out", "--dtype", "int8", "--budget", "6MB"), "give --dtype int4"),
+    (("export", "gone", "out", "--dtype", "int4", "--budget", "foo"), "'foo'"),
     (
         ("share", "gone.onnx", "out.onnx", "--dtype", "int8", "--data", "x.npz"),
         "only int4 and int8-static",

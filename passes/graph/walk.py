@@ -112,7 +112,7 @@ def _read_from(graph: ir.Graph, first: ir.Node) -> list[ir.Value]:
     behind = nodes[nodes.index(first) :]
     computed = {value for node in behind for value in node.outputs}
     read: dict[ir.Value, None] = {}
-    for node in ir.traversal.RecursiveGraphIterator(behind):
+    for node in ir.traversal.RecursiveGraphIterator(ir.GraphView((), (), nodes=behind)):
         read |= dict.fromkeys(value for value in node.inputs if value is not None)
     return [
         value
