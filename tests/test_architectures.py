@@ -42,6 +42,7 @@ DEAR = {
     "T5ForConditionalGeneration", "SwinForImageClassification", "Qwen3ForCausalLM",
     "FalconForCausalLM", "PhiForCausalLM", "GPTNeoXForCausalLM", "BloomForCausalLM",
     "ElectraForMaskedLM", "DeiTForImageClassification", "DistilBertForMaskedLM",
+    "WhisperForConditionalGeneration",
 }  # fmt: skip
 PARAMETERS = []
 for case in CASES:

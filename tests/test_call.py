@@ -19,7 +19,14 @@ def _served(name: str) -> tuple[Any, Any]:
     return model, ffmerge.load_package(package.path)
 
 
-@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "MarianMTModel", "T5ForConditionalGeneration"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "GPT2LMHeadModel",
+        "MarianMTModel",
+        pytest.param("T5ForConditionalGeneration", marks=pytest.mark.slow),
+    ],
+)
 def test_labels_give_the_loss_of_pytorch(name: str) -> None:
     """Those of a language model are shifted, those of an encoder-decoder become its input."""
     model, served = _served(name)

@@ -102,9 +102,10 @@ def _tied(dims: tuple[int, int], separate: bool) -> Any:
     ("dims", "separate", "optimize", "finding"),
     [
         (ABOVE, False, False, "unshared_at_load"),  # k Transposes of one weight
-        (ABOVE, True, True, "duplicates"),  # the published code's flow: equal but separate
+        # the published code's flow: equal but separate
+        pytest.param(ABOVE, True, True, "duplicates", marks=pytest.mark.slow),
         (BELOW, False, True, "duplicates"),  # the exporter folds small weights per consumer
-        (BELOW, True, False, "duplicates"),
+        pytest.param(BELOW, True, False, "duplicates", marks=pytest.mark.slow),
     ],
 )
 def test_share_repairs_what_other_exports_lose(

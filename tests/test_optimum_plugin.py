@@ -21,7 +21,9 @@ def _optimum_cli(python: Path, *arguments: object) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("environment", ["base", "optimum-onnx"])
+@pytest.mark.parametrize(
+    "environment", [pytest.param("base", marks=pytest.mark.slow), "optimum-onnx"]
+)
 def test_it_takes_the_same_arguments_and_gives_the_same_codes(environment: str) -> None:
     python = Path(sys.executable) if environment == "base" else require_optimum() / "python"
     code, out, err = _optimum_cli(python, "ffmerge", "inspect", MODEL, "--json")

@@ -95,6 +95,7 @@ def test_the_state_of_another_run_is_refused(tmp_path) -> None:
         recover(model, original, arrays, tmp_path, save_every=2)
 
 
+@pytest.mark.slow
 def test_two_processes_of_one_command_do_what_one_does(tmp_path) -> None:
     """Batches of 5 rows of unequal lengths, shared by two; the last process has fewer."""
     from ffmerge import commands

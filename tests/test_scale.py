@@ -116,6 +116,7 @@ for number, (name, count, tokens, _) in enumerate(CASES):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_moments_of_one(tmp_path) -> None:
     """18 positions in a batch of Llama's: the fourth is the last. One process may have none."""
     paths = f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
