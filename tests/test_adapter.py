@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -53,7 +54,6 @@ def _right(folder: Path) -> Any:
 
 
 def test_an_adapter_beside_its_base_is_merged(folder: Path, tmp_path: Path) -> None:
-    pytest.importorskip("peft")
     model = checkpoint.load(folder)
     assert (model(IDS).logits - _right(folder)).abs().max() < 1e-5
     assert type(model) is LlamaForCausalLM
@@ -65,7 +65,6 @@ def test_an_adapter_beside_its_base_is_merged(folder: Path, tmp_path: Path) -> N
 
 
 def test_an_adapter_alone_is_merged_into_the_base_it_names(folder: Path, tmp_path: Path) -> None:
-    pytest.importorskip("peft")
     right = _right(folder)
     alone = tmp_path / "alone"
     alone.mkdir()
@@ -75,7 +74,6 @@ def test_an_adapter_alone_is_merged_into_the_base_it_names(folder: Path, tmp_pat
 
 
 def test_a_trained_head_comes_with_its_adapter(tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     base = tmp_path / "model"
     BertForSequenceClassification(BertConfig(**_SIZES, num_labels=3)).save_pretrained(base)
@@ -119,7 +117,6 @@ def _spoil(folder: Path, what: str) -> None:
     ],
 )  # fmt: skip
 def test_an_adapter_that_does_not_fit_is_refused(what: str, folder: Path) -> None:
-    pytest.importorskip("peft")
     _spoil(folder, what)
     with pytest.raises(InputError, match="adapter") as caught:
         checkpoint.load(folder)

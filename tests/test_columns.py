@@ -146,7 +146,6 @@ def test_a_text_that_ends_in_a_name_is_a_text(folder: Path, tmp_path: Path) -> N
 
 
 def test_a_column_of_paths_is_one_of_sounds(tmp_path: Path) -> None:
-    pytest.importorskip("soundfile")
     Wav2Vec2FeatureExtractor(do_normalize=False).save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text(json.dumps({"label2id": {"no": 0, "yes": 1}}))
     write(tmp_path / "a.wav", tone(40))

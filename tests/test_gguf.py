@@ -4,6 +4,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -36,7 +37,6 @@ def _turned(weight: np.ndarray, heads: int) -> np.ndarray:
 
 def write(model: Any, file: Path, packed: bool = False) -> Path:
     """Write a Llama as llama.cpp does; ``packed`` stores the down projections in 8 bits."""
-    gguf = pytest.importorskip("gguf")
     writer = gguf.GGUFWriter(str(file), "llama")
     writer.add_block_count(2)
     writer.add_context_length(40)
@@ -104,7 +104,6 @@ def test_a_gguf_file_gives_the_model_that_was_packed(
 
 
 def test_what_is_no_gguf_or_several_is_one_sentence(llama: Any, tmp_path: Path) -> None:
-    pytest.importorskip("gguf")
     (tmp_path / "bad.gguf").write_bytes(b"GGUF nothing")
     with pytest.raises(InputError, match=r"bad\.gguf cannot be read as \.gguf") as caught:
         checkpoint.load(tmp_path / "bad.gguf")

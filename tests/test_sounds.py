@@ -44,7 +44,6 @@ def _batch(given: Any, model: Path, task: str = "audio-classification") -> dict[
 
 
 def test_a_folder_of_classes(model: Path, tmp_path: Path) -> None:
-    pytest.importorskip("soundfile")
     write(tmp_path / "d" / "Yes" / "a.wav", tone(800))
     write(tmp_path / "d" / "no" / "b.wav", tone(400))
     batch = _batch(tmp_path / "d", model)
@@ -55,7 +54,6 @@ def test_a_folder_of_classes(model: Path, tmp_path: Path) -> None:
 
 
 def test_channels_are_averaged_and_the_rate_is_the_models(model: Path, tmp_path: Path) -> None:
-    pytest.importorskip("soundfile")
     both = np.stack([tone(400, 8000), np.zeros(400, "<i2")], 1)
     write(tmp_path / "d" / "yes" / "a.wav", both, 8000, 2)
     found = _batch(tmp_path / "d", model)["input_values"][0]
@@ -66,7 +64,6 @@ def test_channels_are_averaged_and_the_rate_is_the_models(model: Path, tmp_path:
 
 @pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
 def test_metadata_names_the_files(name: str, model: Path, tmp_path: Path) -> None:
-    pytest.importorskip("soundfile")
     write(tmp_path / "d" / "clips" / "a.wav", tone(400))
     write(tmp_path / "d" / "b.wav", tone(800))
     rows = [{"file_name": "b.wav", "label": "no"}, {"file_name": "clips/a.wav", "label": "yes"}]
@@ -82,7 +79,6 @@ def test_metadata_names_the_files(name: str, model: Path, tmp_path: Path) -> Non
 
 
 def test_a_column_of_files(model: Path, tmp_path: Path) -> None:
-    pytest.importorskip("soundfile")
     file = write(tmp_path / "a.wav", tone(400))
     contents = [{"bytes": file.read_bytes(), "path": None}, {"bytes": None, "path": str(file)}]
     table = datasets.Dataset.from_dict({"speech": contents, "label": ["yes", "no"]})
@@ -93,7 +89,6 @@ def test_a_column_of_files(model: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"RIFF nothing", b"\0" * 100])
 def test_a_broken_sound_is_named(content: bytes, model: Path, tmp_path: Path) -> None:
-    pytest.importorskip("soundfile")
     (tmp_path / "d" / "yes").mkdir(parents=True)
     (tmp_path / "d" / "yes" / "broken.wav").write_bytes(content)
     with pytest.raises(InputError, match=r"broken\.wav is no sound") as caught:

@@ -1,5 +1,6 @@
 """Node by node, a package computes what PyTorch does in float32, as near as its precision is."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -7,13 +8,15 @@ import numpy as np
 import pytest
 import tamper
 import torch
+from safetensors.numpy import save_file
 from tiny import gpt2, vit
 
 from ffmerge.config import ExportConfig, MergeConfig
 from ffmerge.exporter.package import export
+from ffmerge.exporter.reference import _save
 from ffmerge.models.data import from_arrays
 from ffmerge.models.inputs import to_tensors
-from ffmerge.models.manifest import Manifest
+from ffmerge.models.manifest import REFERENCE, Manifest
 from ffmerge.models.trace import sampled, traced_feeds
 from ffmerge.passes.weights import precision
 from ffmerge.passes.weights.merge import merge_
@@ -91,3 +94,17 @@ def test_a_weight_is_rounded_by_parts_as_at_once(
     whole = precision.to_dtype(weight, dtype)
     monkeypatch.setattr(precision, "AT_ONCE", 200)  # two rows
     assert torch.equal(precision.to_dtype(weight, dtype), whole)
+
+
+def test_the_same_reference_is_the_same_bytes_and_an_older_one_is_read(tmp_path: Path) -> None:
+    """Of several keys of metadata safetensors takes any order: older packages had some."""
+    traced = {f"{name}.onnx/trace": [["v", [2], name]] for name in "abcdef"}
+    tensors = {name: np.ones(2, np.float32) for name in traced}
+    path, written = tmp_path / REFERENCE, set()
+    for _ in range(4):
+        _save(path, tensors, traced)
+        written.add(path.read_bytes())
+    assert len(written) == 1
+    assert read_reference(tmp_path).traces == traced
+    save_file(tensors, path, {name: json.dumps(values) for name, values in traced.items()})
+    assert read_reference(tmp_path).traces == traced
