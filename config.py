@@ -157,8 +157,9 @@ class CompareConfig:
     k: int | None = option(None, "Merge k layers; the best window is chosen.", "--k")
     method: str = option(
         "calibrated",
-        "calibrated; residual keeps more for under 1 % of the parameters; permute is the paper's; "
-        "weights needs no data; average and copy-anchor are baselines.",
+        "calibrated; residual keeps more for under 1 % of the parameters; narrow shares nothing "
+        "but takes neurons; permute is the paper's; weights needs no data; average and copy-anchor "
+        "are baselines.",
     )
     stacks: tuple[str, ...] = option(
         (),
@@ -201,7 +202,7 @@ class MergeConfig(CompareConfig):
         typed=list[str] | None,
         parse=lambda texts: parse_windows(texts or ()),
     )
-    budget: str | None = option(None, "Join layers until the model is this small: 60MB, or -25%.")
+    budget: str | None = option(None, "Join layers, or narrow them, to this size: 60MB, or -25%.")
     auto_precision: bool = option(
         False, "The budget is the package's: its precision is chosen too.", "--auto-precision"
     )

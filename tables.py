@@ -53,13 +53,13 @@ def merge_table(merge: Any, out: Path) -> Group:
         rows.append((name, f"{metric['before']:.4f}", f"{metric['merged']:.4f}"))
         if metric["recovered"] is not None:
             rows.append(("after recovery", "", f"{metric['recovered']:.4f}"))
-    title = f"{out}: {record.method}, {_layers(record.groups)} share"
+    title = f"{out}: {record.method}, {_done(record)}"
     shown: list[Any] = [_table(title, ("", "before", "merged"), rows)]
     if merge.frontier:
         columns = ["layers", "bytes", metric["name"]]
         steps = []
         for point in merge.frontier:
-            steps.append([_layers(point.groups), size_text(point.bytes), f"{point.value:.4f}"])
+            steps.append([_done(point, ""), size_text(point.bytes), f"{point.value:.4f}"])
         if merge.frontier[0].dtype:
             columns.append("dtype")
             for step, point in zip(steps, merge.frontier, strict=True):
@@ -75,6 +75,13 @@ def comparison_table(found: Any) -> Group:
     rows = [(r.name, r.what, size_text(r.bytes), f"{r.value:.4f}") for r in found.rows]
     metric = f"{found.metric} ({found.examples} examples)"
     return Group(_table("At equal size", ("", "layers", "bytes", metric), rows), found.verdict)
+
+
+def _done(found: Any, share: str = " share") -> str:
+    """Return in words what a record or a candidate merged or narrowed."""
+    if found.narrowed:
+        return "; ".join(f"{each.stack} {each.text}" for each in found.narrowed)
+    return f"{_layers(found.groups)}{share}"
 
 
 def _layers(groups: Any) -> str:

@@ -46,11 +46,14 @@ def _merge_text(model: Any) -> str:
     groups = "; ".join(
         f"{', '.join(map(str, g.layers))} of stack {code_span(g.stack)}" for g in record.groups
     )
+    done = f"Feed-forward sublayers of layers {groups} share one set of weights"
+    if record.narrowed:
+        widths = [f"{each.text} in stack {code_span(each.stack)}" for each in record.narrowed]
+        done = f"Feed-forward sublayers are narrowed: {'; '.join(widths)}"
     removed = 1 - record.parameters_after / record.parameters_before
     text = (
-        f"Feed-forward sublayers of layers {groups} share one set of weights (method "
-        f"{code_span(record.method)}): {removed:.2%} of {record.parameters_before:,} parameters "
-        "removed."
+        f"{done} (method {code_span(record.method)}): {removed:.2%} of "
+        f"{record.parameters_before:,} parameters removed."
     )
     metric = record.metric
     if metric["name"]:

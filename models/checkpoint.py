@@ -27,8 +27,9 @@ from transformers.pytorch_utils import Conv1D
 from ffmerge.config import LoadConfig
 from ffmerge.errors import InputError
 from ffmerge.files import read_json, staged, write_json
-from ffmerge.models import adapter, gguf_file, modeling_ffmerge, quantized, ties
+from ffmerge.models import adapter, gguf_file, modeling_ffmerge, narrowed, quantized, ties
 from ffmerge.models.companions import copy_companions
+from ffmerge.models.dataflow import NeedsWeights
 from ffmerge.models.find import find
 from ffmerge.models.finite import check_weights
 from ffmerge.models.record import Group, MergeRecord, merge_record
@@ -51,7 +52,9 @@ def skeleton(source: str | Path, trust_remote_code: bool = False) -> Any:
     model = without_weights(folder, trust_remote_code)
     record = merge_record(model.config)
     if record:
-        _retie_(model, ties.groups_of(find(model), record), record, folder)
+        found = find(model)
+        modeling_ffmerge.narrow_(model, narrowed.rules(model, found, record))
+        _retie_(model, ties.groups_of(found, record), record, folder)
     return model
 
 
@@ -141,16 +144,32 @@ def _filled(
     variant = VARIANT if once else None
     files = weight_files(folder, variant or "")
     quantized.refuse_unreadable(config, folder)
+    made = kind
+    record = merge_record(config)
+    if once and record and record.narrowed:
+        made = modeling_ffmerge.narrow_class(kind, _rules(kind, config, record))
     try:
         with _quiet(), adapter.without_adapter(folder) as shown:
-            model, info = kind.from_pretrained(
+            model, info = made.from_pretrained(
                 shown, config=config, variant=variant, use_safetensors=True,
                 dtype="auto", output_loading_info=True, ignore_mismatched_sizes=once,
             )  # fmt: skip
     except Exception as error:  # whatever a class does with the values of config.json
         raise InputError(f"{folder} cannot be loaded: {first_line(error)}") from error
+    model.__class__ = kind
     model.name_or_path = model.config._name_or_path = str(folder)
     return quantized.plain(model, folder), info, files
+
+
+def _rules(kind: Any, config: Any, record: MergeRecord) -> modeling_ffmerge.Rules:
+    """Return what is narrower than ``config`` says; a model that has to compute gets weights."""
+    try:
+        with torch.device("meta"):
+            full = kind(config).eval()
+        return narrowed.rules(full, find(full), record)
+    except NeedsWeights:
+        full = kind(config).eval()
+        return narrowed.rules(full, find(full), record)
 
 
 def _refuse_unread(model: Any, info: dict[str, Any], files: list[Path], folder: Path) -> None:
@@ -229,7 +248,7 @@ def save(
     """
     record = merge_record(model.config)
     with staged(Path(target)) as folder:
-        if record is None:
+        if record is None or (not record.groups and narrowed.is_plain(model)):
             model.save_pretrained(folder, max_shard_size=max_shard_size)
         else:
             groups = ties.groups_of(find(model), record)
@@ -294,9 +313,12 @@ def _add_code(model: Any, groups: ties.Groups, record: MergeRecord, folder: Path
     config["auto_map"] = dict.fromkeys(autos or ["AutoModel"], f"{CODE.stem}.{name}")
     write_json(folder / "config.json", dict(sorted(config.items())))
     rules = [_rule(members, group) for members, group in zip(groups, record.groups, strict=True)]
+    narrow = narrowed.rules(model, find(model), record)
     code = CODE.read_text(encoding="utf-8").replace("PreTrainedModel", name)
+    code = code.replace("]] = []", f"]] = {rules!r}")
+    code = code.replace("NARROW: Rules = []", f"NARROW: Rules = {narrow!r}")
     (folder / CODE.name).unlink(missing_ok=True)
-    (folder / CODE.name).write_text(code.replace("]] = []", f"]] = {rules!r}"), "utf-8")
+    (folder / CODE.name).write_text(code, "utf-8")
 
 
 def _rule(members: Any, group: Group) -> tuple[tuple[str, ...], int, tuple[int, ...]]:

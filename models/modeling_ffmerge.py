@@ -18,6 +18,9 @@ from transformers.utils import cached_file
 # words that the names of the stack hold, which number in a name counts its layers, the layers that
 # share: the first holds the weights, the others are stored as empty tensors
 GROUPS: list[tuple[tuple[str, ...], int, tuple[int, ...]]] = []
+# layers with narrower maps, found in the same way: which of a layer's linear maps has what shape
+Rules = list[tuple[tuple[str, ...], int, int, dict[int, tuple[int, ...]]]]
+NARROW: Rules = []
 OWN_FILE = "ffmerge.safetensors"  # what layers that share add of their own, if anything
 _PARTS = ("scale", "down", "up", "bias")
 
@@ -58,6 +61,68 @@ def give_own_(module: Any, parts: dict[str, Tensor]) -> None:
     module.__class__ = SharedConv1D if isinstance(module, Conv1D) else SharedLinear
     for part in module.own:
         module.register_parameter(part, nn.Parameter(parts[part]))
+
+
+def fit_sizes_(module: Any) -> None:
+    """Have a linear map know the sizes of the weight that it was given."""
+    if isinstance(module, Conv1D):
+        module.nx, module.nf = module.weight.shape
+    else:
+        module.out_features, module.in_features = module.weight.shape
+
+
+def narrow_class(kind: Any, rules: Rules) -> Any:
+    """Return a class whose models have the narrower maps from the start, as their weights have."""
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        kind.__init__(self, *args, **kwargs)
+        narrow_(self, rules)
+
+    return type(kind.__name__, (kind,), {"__init__": __init__, "__module__": kind.__module__})
+
+
+def narrow_(model: nn.Module, rules: Rules) -> None:
+    """Cut the maps of the layers that ``rules`` name to their shapes, whatever they hold.
+
+    Raises:
+        ValueError: a layer is not there, or could be several.
+    """
+    for words, number, layer, shapes in rules:
+        found = []
+        for path, module in model.named_modules():
+            parts = path.split(".")
+            numbers = _numbers(parts)
+            if numbers[number : number + 1] == [len(parts) - 1] and int(parts[-1]) == layer:
+                maps = [each for each in module.modules() if isinstance(each, (nn.Linear, Conv1D))]
+                if set(words) <= set(parts) and _can_be_cut(maps, shapes):
+                    found.append(maps)
+        if len(found) != 1:
+            raise ValueError(
+                f"layer {layer} {words}, which is narrower, is there {len(found)} times."
+            )
+        for at, shape in shapes.items():
+            _cut_(found[0][at], shape)
+
+
+def _can_be_cut(maps: list[Any], shapes: dict[int, tuple[int, ...]]) -> bool:
+    """Tell whether each map has its shape, or is larger on one side."""
+    for at, shape in shapes.items():
+        if at >= len(maps):
+            return False
+        pairs = [*zip(maps[at].weight.shape, shape, strict=True)]
+        if any(old < new for old, new in pairs) or all(old > new for old, new in pairs):
+            return False
+    return True
+
+
+def _cut_(module: Any, shape: tuple[int, ...]) -> None:
+    rows, columns = shape
+    weight, bias = module.weight, module.bias
+    module.weight = nn.Parameter(weight.detach()[:rows, :columns].clone(), weight.requires_grad)
+    fit_sizes_(module)
+    if bias is not None:
+        size = columns if isinstance(module, Conv1D) else rows
+        module.bias = nn.Parameter(bias.detach()[:size].clone(), bias.requires_grad)
 
 
 def layer_of(name: str) -> tuple[int, int] | None:
@@ -193,7 +258,10 @@ class PreTrainedModel(transformers.PreTrainedModel):
         wants_info = kwargs.pop("output_loading_info", False)
         new_head = kwargs.pop("ignore_mismatched_sizes", False)
         kwargs["variant"] = kwargs.get("variant") or "ffmerge"
-        model, info = transformers.PreTrainedModel.from_pretrained(
+        kind = transformers.PreTrainedModel
+        if NARROW:
+            kind = narrow_class(kind, NARROW)
+        model, info = kind.from_pretrained(
             *args, **kwargs, ignore_mismatched_sizes=True, output_loading_info=True
         )
         unset = {name for name, _ in model.named_parameters()} & set(info["missing_keys"])

@@ -21,13 +21,31 @@ class Group:
     layers: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Narrowed:
+    """Layers of one stack whose sublayers have ``widths`` hidden neurons each, of ``full``."""
+
+    stack: str
+    layers: tuple[int, ...]
+    widths: tuple[int, ...]
+    full: tuple[int, ...]
+
+    @property
+    def text(self) -> str:
+        """How many neurons the layers have, and had."""
+        least, most = min(self.widths), max(self.widths)
+        widths = f"{least:,}" if least == most else f"{least:,} to {most:,}"
+        return f"{widths} of {max(self.full):,} neurons"
+
+
 @dataclass(frozen=True, repr=False)
 class MergeRecord:
     """What a merge did: kept in the checkpoint's ``config.json`` and in the manifest.
 
     Stacks and layers are numbers and stack names, never parameter names: those differ between
     releases of transformers, these do not. ``own`` are the parts that each layer has for itself:
-    ``bias``, ``scale``, and of a low-rank residual ``down`` and ``up``.
+    ``bias``, ``scale``, and of a low-rank residual ``down`` and ``up``. ``narrowed`` tells what has
+    fewer neurons and shares nothing.
     """
 
     method: str
@@ -38,11 +56,15 @@ class MergeRecord:
     bytes_after: int
     metric: Mapping[str, Any]
     own: tuple[str, ...] = ()
+    narrowed: tuple[Narrowed, ...] = ()
 
     def __repr__(self) -> str:
         groups = ", ".join(f"{g.stack} {'+'.join(map(str, g.layers))}" for g in self.groups)
+        done = f"{groups or 'nothing'} shared"
+        if self.narrowed:
+            done = f"{', '.join(each.stack for each in self.narrowed)} narrowed"
         counts = f"{self.parameters_before:,} -> {self.parameters_after:,} parameters"
-        return f"<MergeRecord: {self.method}, {groups or 'nothing'} shared, {counts}>"
+        return f"<MergeRecord: {self.method}, {done}, {counts}>"
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values, the inverse of :func:`from_json`."""

@@ -25,10 +25,14 @@ class Weight:
     blocks: int = 1
 
     def reordered(self, values: Tensor, order: Tensor) -> Tensor:
-        """Return ``values`` with hidden neuron ``order[j]`` in place j, in every block."""
+        """Return ``values`` with hidden neuron ``order[j]`` in place j, in every block.
+
+        Those that ``order`` does not name are left out.
+        """
         if self.neurons is None:
             return values
-        index = torch.cat([order + block * len(order) for block in range(self.blocks)])
+        width = values.shape[self.neurons] // self.blocks
+        index = torch.cat([order + block * width for block in range(self.blocks)])
         return values.index_select(self.neurons, index.to(values.device))
 
 

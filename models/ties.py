@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ffmerge.errors import InputError, TieError
-from ffmerge.models.modeling_ffmerge import give_own_
+from ffmerge.models.modeling_ffmerge import fit_sizes_, give_own_
 from ffmerge.models.record import MergeRecord, Tie
 from ffmerge.models.sublayer import FeedForward, stacks
 
@@ -37,7 +37,8 @@ class SharedWeights:
     """What takes the place of a group's weights: what a merge method returns.
 
     ``shared`` are the tensors that all members use, ``own`` those of each member, in the order of
-    the members. Keys are those of :attr:`FeedForward.keys`: number of the map and part.
+    the members. Keys are those of :attr:`FeedForward.keys`: number of the map and part. Where
+    nothing is shared the members are narrowed: their own weights have fewer neurons.
     """
 
     shared: Mapping[Key, Tensor]
@@ -73,6 +74,7 @@ def _give_own_(
             added.setdefault(path, {})[part] = tensor
         else:
             setattr(module, part, nn.Parameter(tensor, needs_grad))
+            fit_sizes_(module)
     for path, parts in added.items():
         give_own_(model.get_submodule(path), parts)
 

@@ -123,7 +123,7 @@ def losses(stages: Sequence[MetricRow], max_abs: float | None) -> dict[str, Any]
 def made_by(manifest: Manifest, folder: str) -> list[str]:
     """Return the commands that make such a package of MODEL, with the layers that were chosen."""
     model, lines, merge = "MODEL", [], manifest.merge
-    if merge and merge.groups:
+    if merge and (merge.groups or merge.narrowed):
         spans = {group.stack: layers_text(group) for group in merge.groups}
         chosen = f"--budget {merge.bytes_after}B"
         if len(merge.groups) == 1:
@@ -364,8 +364,9 @@ def write_report(
     manifest = after.manifest
     table = {row.name: row for row in cost_rows(before, after)}
     metric = (summary(after)["metric_name"] or "").capitalize()
-    groups = []
+    groups, narrowed = [], ()
     if manifest.merge:
+        narrowed = manifest.merge.narrowed
         groups = [(group, layers_text(group)) for group in manifest.merge.groups]
     shown = dict(
         manifest=manifest,
@@ -376,6 +377,7 @@ def write_report(
         losses=loss_rows(after, stages),
         pictured=("Size on disk", "Memory", "Latency, median", metric),
         groups=groups,
+        narrowed=[(each.stack, each.text) for each in narrowed],
         runtimes=runtime_rows(after),
         output_rows=output_rows,
         number=number,

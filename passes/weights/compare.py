@@ -21,7 +21,8 @@ from ffmerge.passes.weights.methods import Merged, in_place, size_of
 from ffmerge.progress import Progress, silent
 
 _OTHERS = (
-    "residual", "calibrated", "permute", "copy-anchor", "drop-ffn", "drop-layer", "low-rank",
+    "residual", "calibrated", "narrow", "permute", "copy-anchor", "drop-ffn", "drop-layer",
+    "low-rank",
 )  # fmt: skip
 _PRECISIONS = ("int8", "int4")
 
@@ -92,6 +93,8 @@ def compare(
 
 def _layers(record: MergeRecord, k: int) -> str:
     """Return the window of the first stack; nothing for a method that changes all layers."""
+    if record.narrowed:
+        return ""
     layers = record.groups[0].layers
     return "" if len(layers) > k else f"{layers[0]}-{layers[-1]}"
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ffmerge.config import MergeConfig, parse_budget
 from ffmerge.errors import InputError
 from ffmerge.files import plain
-from ffmerge.models import tasks, ties
+from ffmerge.models import narrowed, tasks, ties
 from ffmerge.models.data import Data, examples_for
 from ffmerge.models.examples import Examples
 from ffmerge.models.finite import check_merged, check_weights
@@ -29,11 +29,20 @@ from ffmerge.passes.weights.cache import ActivationCache
 from ffmerge.passes.weights.calibrated import TOKENS
 from ffmerge.passes.weights.evaluate import Score, score_for, warn_near_chance
 from ffmerge.passes.weights.evidence import Statistics
-from ffmerge.passes.weights.methods import METHODS, Merged, Method, in_place, size_of
-from ffmerge.passes.weights.search import Candidate, Trials, groups_of, search_budget
+from ffmerge.passes.weights.methods import (
+    METHODS,
+    Merged,
+    Method,
+    groups_of,
+    in_place,
+    narrowed_of,
+    size_of,
+)
+from ffmerge.passes.weights.search import Candidate, Trials, search_budget, search_widths
 from ffmerge.passes.weights.windows import Choice, Stacks, find_stacks, windows
 from ffmerge.progress import Progress, silent
 
+NARROW = "narrow"  # the method whose budget is met by widths
 __all__ = ["Merge", "choose", "merge_", "rivals"]  # rivals are registered by being imported
 
 
@@ -78,6 +87,8 @@ def merge_(
     for members, weights in merged.items():
         assert isinstance(weights, SharedWeights)  # the method's result can be saved
         ties.tie_(model, [members], [weights])
+    if merge.record.narrowed:
+        narrowed.settle_config_(model)
     if merged:
         model.config.ffmerge = merge.record.to_json()
     return merge
@@ -97,6 +108,7 @@ def choose(
     """
     check_weights(model)
     method, stacks = METHODS[config.method], find_stacks(model, config)
+    _check_fits(method, config)
     searches = _searches(model, stacks, method, config)
     if calibration is None:
         _check_needs_no_data(method, searches)
@@ -110,7 +122,11 @@ def choose(
         warn_near_chance(model, score.name, before.value, len(held_out))
     frontier: tuple[Candidate, ...] = ()
     chosen: dict[str, Any] = {}
-    if config.budget:
+    if config.budget and method.name == NARROW:
+        members = tuple(member for layers in stacks.values() for member in layers)
+        limit = parse_budget(config.budget, before.bytes)
+        merged, now, frontier = search_widths(trials, members, before, limit)
+    elif config.budget:
         units = [(member,) for members in stacks.values() for member in members]
         limit = parse_budget(config.budget, before.bytes)
         merged, now, frontier = search_budget(trials, units, before, limit, config.auto_precision)
@@ -150,6 +166,16 @@ def _tensors_of(merged: Merged) -> Iterator[Mapping[Any, Tensor]]:
             yield from weights.own
 
 
+def _check_fits(method: Method, config: MergeConfig) -> None:
+    """Refuse what narrowing has no use for."""
+    if method.name != NARROW:
+        return
+    if config.window is not None:
+        raise InputError("narrow takes neurons of all layers: give a budget instead of a window.")
+    if config.auto_precision:
+        raise InputError("narrow does not choose a precision: leave out auto_precision.")
+
+
 def _check_needs_no_data(method: Method, searches: Sequence[Sequence[Choice]]) -> None:
     """Refuse without data a method that reads statistics, and windows to choose from."""
     tried = sum(map(len, searches))
@@ -171,6 +197,7 @@ def _record(model: Any, method: Method, merged: Merged, metric: dict[str, Any]) 
         bytes_after=smaller,
         metric=metric,
         own=methods.own_parts(merged),
+        narrowed=narrowed_of(merged),
     )
 
 

@@ -8,8 +8,9 @@ first, and the evidence, and puts what it returns into the model to measure it:
         return SharedWeights({...})
 
 What is tried is every window of k layers of each stack, unless a method brings ``choices`` of its
-own. A method that makes a model smaller in a way that no checkpoint holds returns
-:class:`Temporary`: it can be compared with, not saved (``rivals.py``).
+own. What shares nothing is narrowed: its layers have fewer neurons each (``narrow.py``). A method
+that makes a model smaller in a way that no checkpoint holds returns :class:`Temporary`: it can be
+compared with, not saved (``rivals.py``).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,9 +23,10 @@ from torch import Tensor
 
 from ffmerge.errors import InputError
 from ffmerge.models import ties
-from ffmerge.models.sublayer import FeedForward
+from ffmerge.models.record import Group, Narrowed
+from ffmerge.models.sublayer import FeedForward, stacks
 from ffmerge.models.ties import SharedWeights
-from ffmerge.passes.weights import align, calibrated
+from ffmerge.passes.weights import align, calibrated, narrow, widths
 from ffmerge.passes.weights.evidence import Evidence
 from ffmerge.passes.weights.windows import Choice, Members, Stacks
 
@@ -127,9 +129,40 @@ def own_parts(merged: Merged) -> tuple[str, ...]:
     """Return the names of the parts that members of groups have for themselves."""
     parts: set[str] = set()
     for change in merged.values():
-        if isinstance(change, SharedWeights):
+        if isinstance(change, SharedWeights) and change.shared:
             parts.update(change.parts)
     return tuple(sorted(parts))
+
+
+def groups_of(merged: Merged) -> tuple[Group, ...]:
+    """Return as data which layers share."""
+    groups = []
+    for members, change in merged.items():
+        if isinstance(change, Temporary) or change.shared:
+            groups.append(Group(members[0].stack, tuple(member.layer for member in members)))
+    return tuple(groups)
+
+
+def narrowed_of(merged: Merged) -> tuple[Narrowed, ...]:
+    """Return as data which layers have how many neurons, where none is shared."""
+    found = []
+    for members, change in merged.items():
+        if isinstance(change, SharedWeights) and not change.shared:
+            width = {}
+            for member, parts in zip(members, change.own, strict=True):
+                weight = parts[0, "weight"]
+                width[member] = weight.shape[member.weights[0].neurons or 0]
+                width[member] //= member.weights[0].blocks
+            for stack, layers in stacks(members).items():
+                found.append(
+                    Narrowed(
+                        stack=stack,
+                        layers=tuple(member.layer for member in layers),
+                        widths=tuple(width[member] for member in layers),
+                        full=tuple(member.d_ff for member in layers),
+                    )
+                )
+    return tuple(found)
 
 
 @method("average", source="arXiv 2501.06126, 'vanilla'", statistics=False)
@@ -192,6 +225,26 @@ def residual(model: Any, members: Sequence[FeedForward], evidence: Evidence) -> 
     """Return what ``calibrated`` does with a residual of low rank to each map of each layer."""
     rank = evidence.rank or max(1, members[0].d_model // _DIMENSIONS_PER_RANK)
     return calibrated.fit(model, members, orders(members, evidence), evidence, rank)
+
+
+def _all_sublayers(model: Any, by_stack: Stacks, k: int) -> list[Choice]:
+    """Return one choice: all of them, for as many parameters as merging k of each stack removes."""
+    return [(tuple(member for members in by_stack.values() for member in members),)]
+
+
+@method(
+    "narrow",
+    source="neurons by optimal brain surgery, W_out by ridge regression: see narrow.py",
+    statistics=False,
+    choices=_all_sublayers,
+)
+def narrow_all(model: Any, members: Sequence[FeedForward], evidence: Evidence) -> SharedWeights:
+    """Return the members' own weights with fewer neurons, by as much as merging k would save."""
+    remove = 0
+    for layers in stacks(members).values():
+        remove += ((evidence.k or 1) - 1) * widths.parameters_of(model, layers[0])
+    wide = widths.chosen(model, members, remove, evidence.batches)
+    return narrow.fit(model, members, wide, evidence.batches())
 
 
 def orders(members: Sequence[FeedForward], evidence: Evidence) -> list[Tensor | None]:

@@ -28,7 +28,7 @@ from torch.nn.functional import kl_div
 
 from ffmerge.config import MIXED_PRECISION, RecoverConfig
 from ffmerge.errors import InputError
-from ffmerge.models import tasks, ties
+from ffmerge.models import narrowed, tasks, ties
 from ffmerge.models.data import Data, examples_for
 from ffmerge.models.examples import Examples
 from ffmerge.models.find import find
@@ -151,7 +151,7 @@ def _about(model: Any, original: Any, examples: Examples) -> dict[str, str]:
         "original": _digest(original.state_dict()),
     }
     if record := merge_record(model.config):
-        about["merge"] = f"{record.method}: {record.groups}"
+        about["merge"] = f"{record.method}: {record.groups or record.narrowed}"
     return about
 
 
@@ -203,7 +203,10 @@ def _trained(model: Any, parts: str) -> dict[str, nn.Parameter]:
         record = merge_record(model.config)
         if not record:
             raise InputError("nothing is merged in this model: merge it, or recover all parts.")
-        maps = ties.maps_of(model, ties.groups_of(find(model), record)).values()
+        found = find(model)
+        maps = [*ties.maps_of(model, ties.groups_of(found, record)).values()]
+        for member in narrowed.members(found, record):
+            maps += [model.get_submodule(path) for path in member.maps]
         kept &= {id(parameter) for module in maps for parameter in module.parameters()}
     return {name: p for name, p in model.named_parameters() if id(p) in kept}
 

@@ -19,12 +19,19 @@ from torch import nn
 
 from ffmerge.errors import InputError
 from ffmerge.files import size_text
-from ffmerge.models.record import Group
-from ffmerge.passes.weights import precision
+from ffmerge.models.record import Group, Narrowed
+from ffmerge.passes.weights import narrow, precision, widths
 from ffmerge.passes.weights.cache import ActivationCache
 from ffmerge.passes.weights.evaluate import Score
 from ffmerge.passes.weights.evidence import Statistics
-from ffmerge.passes.weights.methods import Merged, Method, in_place, size_of
+from ffmerge.passes.weights.methods import (
+    Merged,
+    Method,
+    groups_of,
+    in_place,
+    narrowed_of,
+    size_of,
+)
 from ffmerge.passes.weights.processes import join
 from ffmerge.passes.weights.windows import Choice, Members, shape_key
 from ffmerge.progress import Progress
@@ -34,7 +41,7 @@ Option = tuple[Choice, Merged]  # what to merge, while what stands in the model
 
 @dataclass(frozen=True)
 class Candidate:
-    """Groups that were tried; metric and bytes of the merged, untuned model.
+    """Groups that were tried, or widths; metric and bytes of the merged, untuned model.
 
     On the frontier of a budget ``dtype`` is the precision of a package; None: not rounded.
     """
@@ -43,6 +50,7 @@ class Candidate:
     value: float
     bytes: int
     dtype: str | None = None
+    narrowed: tuple[Narrowed, ...] = ()
 
 
 @dataclass
@@ -82,7 +90,8 @@ class Trials:
         value = 0.0
         if self.score:
             value = self.score.measure(self.model)
-        return Candidate(groups_of(merged), value, size_of(self.model, merged)[1])
+        size = size_of(self.model, merged)[1]
+        return Candidate(groups_of(merged), value, size, narrowed=narrowed_of(merged))
 
     def best(
         self, options: Sequence[Option], worth: Callable[[Candidate], float], step: str = "windows"
@@ -182,11 +191,35 @@ def search_budget(
     return states[found[0]], found[1], tuple(point for _, point in frontier)
 
 
-def groups_of(merged: Merged) -> tuple[Group, ...]:
-    """Return the groups as data."""
-    return tuple(
-        Group(members[0].stack, tuple(member.layer for member in members)) for members in merged
-    )
+def search_widths(
+    trials: Trials, members: Members, now: Candidate, limit: int
+) -> tuple[Merged, Candidate, tuple[Candidate, ...]]:
+    """Take neurons until the model has ``limit`` bytes; return as :func:`search_budget`.
+
+    Measured are the widths that are forecast to cost least, and the same part of every sublayer.
+
+    Raises:
+        InputError: the limit is out of reach, or nothing need be narrowed for it.
+    """
+    if now.bytes <= limit:
+        raise _within(now.bytes)
+    model, data = trials.model, trials.statistics
+    size = model.get_parameter(members[0].weights[0].name).element_size()
+    remove = -(-(now.bytes - limit) // size)
+    least = now.bytes - size * widths.most(model, members)
+    if least > limit:
+        raise _out_of_reach(limit, least, "with as few neurons as can be")
+    tried: list[tuple[Candidate, Merged]] = []
+    frontier = [now]
+    for plan in widths.plans(model, members, remove, data.batches, trials.progress):
+        change = narrow.fit(model, members, plan, data.batches(), trials.progress)
+        merged: Merged = {members: change}
+        with in_place(model, merged):
+            tried.append((trials.measured(merged), merged))
+        frontier.append(tried[-1][0])
+    trials.tried += frontier[1:]
+    best, merged = max(tried, key=lambda each: trials.rank(each[0].value))
+    return merged, best, tuple(frontier)
 
 
 def _cheapest_join(
@@ -229,7 +262,7 @@ def _joined(units: Sequence[Members], group: Members) -> list[Members]:
 def _check_reach(model: nn.Module, units: Sequence[Members], now: Candidate, limit: int) -> None:
     """Refuse a limit that needs no join, or that all joins together do not reach."""
     if now.bytes <= limit:
-        raise InputError(f"the model has {size_text(now.bytes)}: it is within that budget.")
+        raise _within(now.bytes)
     while joins := _joins(units):
         units = _joined(units, joins[0])
     least = now.bytes
@@ -240,8 +273,14 @@ def _check_reach(model: nn.Module, units: Sequence[Members], now: Candidate, lim
         raise _out_of_reach(limit, least)
 
 
-def _out_of_reach(limit: int, least: int) -> InputError:
+def _within(size: int) -> InputError:
+    return InputError(f"the model has {size_text(size)}: it is within that budget.")
+
+
+def _out_of_reach(
+    limit: int, least: int, how: str = "with all layers joined that can be"
+) -> InputError:
     return InputError(
-        f"a budget of {size_text(limit)} is out of reach: with all layers joined that can be, the "
+        f"a budget of {size_text(limit)} is out of reach: {how}, the "
         f"smallest size is {size_text(least)} ({least:,} bytes)."
     )
