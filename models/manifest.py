@@ -140,7 +140,10 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write ``ffmerge.json`` into ``folder``."""
-        write_json(folder / NAME, {"schema": SCHEMA, **plain(self)})
+        value = {"schema": SCHEMA, **plain(self)}
+        if self.merge:
+            value["merge"] = self.merge.to_json()
+        write_json(folder / NAME, value)
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":

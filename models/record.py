@@ -67,8 +67,14 @@ class MergeRecord:
         return f"<MergeRecord: {self.method}, {done}, {counts}>"
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values, the inverse of :func:`from_json`."""
-        return plain(self)
+        """Return plain JSON values, the inverse of :func:`from_json`.
+
+        Of what is not narrowed nothing is said: so earlier releases read it too.
+        """
+        value = plain(self)
+        if not self.narrowed:
+            del value["narrowed"]
+        return value
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "MergeRecord":

@@ -46,8 +46,9 @@ def test_a_comparison_measures_what_it_says_and_leaves_the_model() -> None:
     assert getattr(model.config, "ffmerge", None) is None
     rows = {row.name: row for row in found.rows}
     assert [row.name for row in found.rows] == [
-        "original", "calibrated", "residual", "permute", "copy-anchor", "drop-ffn", "drop-layer",
-        "low-rank", "original, int8", "calibrated, int8", "original, int4", "calibrated, int4",
+        "original", "calibrated", "residual", "narrow", "permute", "copy-anchor", "drop-ffn",
+        "drop-layer", "low-rank", "original, int8", "calibrated, int8", "original, int4",
+        "calibrated, int4",
     ]  # fmt: skip
     assert (found.metric, found.examples) == ("accuracy", 50)
 

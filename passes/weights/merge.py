@@ -56,12 +56,13 @@ class Merge:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        found = plain(
-            {**vars(self.record), "candidates": self.candidates, "frontier": self.frontier}
-        )
-        for candidate in found["candidates"]:
+        tried = plain({"candidates": self.candidates, "frontier": self.frontier})
+        for candidate in tried["candidates"]:
             del candidate["dtype"]  # of the frontier only
-        return found
+        for candidate in (*tried["candidates"], *tried["frontier"]):
+            if not candidate["narrowed"]:
+                del candidate["narrowed"]
+        return {**self.record.to_json(), **tried}
 
 
 def merge_(

@@ -1,0 +1,163 @@
+"""What is kept of a trained model at 10, 15 and 20 % of its parameters removed, by each method.
+
+``python benchmarks/real/run.py NAME FOLDER`` measures the checkpoint of FOLDER, which
+``benchmarks/trained.py`` fetches, and adds rows to ``benchmarks/results/real.json``; ``--methods``
+and ``--parts`` choose. ``python benchmarks/real/run.py`` prints the table. Language models are
+measured by the perplexity of windows of 256 tokens, encoders by the cosine of the mean of their
+hidden states with the original's; untuned. Text is what every Python brings (``texts.py``): one
+part calibrates, one chooses windows and widths, one measures.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import texts
+import torch
+from torch.nn.functional import cross_entropy, normalize
+from transformers import AutoTokenizer
+
+import ffmerge
+from ffmerge.config import MergeConfig
+from ffmerge.models.examples import Examples, from_arrays
+from ffmerge.models.find import find
+from ffmerge.passes.weights import merge as merging
+from ffmerge.passes.weights.methods import in_place, size_of
+from ffmerge.passes.weights.widths import parameters_of
+
+RESULTS = Path(__file__).parent.parent / "results" / "real.json"
+METHODS = ("narrow", "calibrated", "permute", "low-rank", "drop-ffn", "drop-layer")
+PARTS = (10, 15, 20)  # percent of all parameters removed
+ROWS = {"calibrate": 768, "validate": 64, "test": 256}  # sentences of an encoder
+WINDOWS = {"calibrate": 64, "validate": 8, "test": 16}  # of a language model
+LENGTH = 256  # tokens of a window
+
+
+def windows(tokenizer: Any, part: str) -> Examples:
+    """Return windows of whole documents, drawn from all of them."""
+    rows = []
+    for text in texts.part(part):
+        ids = tokenizer(text)["input_ids"]
+        rows += [ids[at : at + LENGTH] for at in range(0, len(ids) - LENGTH + 1, LENGTH)]
+    np.random.default_rng(0).shuffle(rows)
+    return from_arrays({"input_ids": np.array(rows[: WINDOWS[part]])})
+
+
+def sentences(tokenizer: Any, part: str) -> Examples:
+    """Return sentences, padded to the longest of them."""
+    lines = texts.sentences(part)
+    np.random.default_rng(0).shuffle(lines)
+    lines = sorted(lines[: ROWS[part]], key=len)
+
+    def take(rows: Any) -> dict[str, Any]:
+        some = [lines[row] for row in rows]
+        found = tokenizer(some, padding=True, truncation=True, max_length=128)
+        return {name: np.asarray(ids) for name, ids in found.items()}
+
+    return Examples(range(len(lines)), take)
+
+
+def perplexity(rows: Examples) -> Callable[[Any], float]:
+    """Return what measures a language model: lower is better."""
+
+    def measure(model: Any) -> float:
+        losses = []
+        for batch in rows.batches(2):
+            ids = torch.as_tensor(batch["input_ids"])
+            with torch.no_grad():
+                logits = model(ids, use_cache=False).logits
+            losses.append(float(cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())))
+        return float(np.exp(np.mean(losses)))
+
+    return measure
+
+
+def cosine(rows: Examples, original: Any) -> Callable[[Any], float]:
+    """Return what measures an encoder by the original's embeddings: higher is better."""
+
+    def embedded(model: Any) -> torch.Tensor:
+        found = []
+        for batch in rows.batches(32):
+            inputs = {name: torch.as_tensor(array) for name, array in batch.items()}
+            with torch.no_grad():
+                states = model(**inputs)[0]
+            mask = inputs["attention_mask"][..., None]
+            found.append(normalize((states * mask).sum(1) / mask.sum(1), dim=-1))
+        return torch.cat(found)
+
+    expected = embedded(original)
+    return lambda model: float((embedded(model) * expected).sum(-1).mean())
+
+
+def rows_of(folder: str, methods: list[str], parts: list[int]) -> Any:
+    """Yield a row for each method and part."""
+    model, tokenizer = ffmerge.load(folder), AutoTokenizer.from_pretrained(folder)
+    is_language = type(model).__name__.endswith("ForCausalLM")
+    read = windows if is_language else sentences
+    calibration, held_out, test = (read(tokenizer, part) for part in ROWS)
+    measure = perplexity(test) if is_language else cosine(test, model)
+    before, count = measure(model), size_of(model)[0]
+    sublayer = parameters_of(model, find(model)[0])
+    for part in parts:
+        for method in methods:
+            asked: dict[str, Any] = {"budget": f"-{part}%"}
+            if method != "narrow":
+                asked = {"k": 1 + round(part / 100 * count / sublayer)}
+            config = MergeConfig(method=method, batch_size=8 if is_language else 32, **asked)
+            start = time.process_time()
+            _, merged = merging.choose(model, calibration, held_out, config)
+            seconds = time.process_time() - start
+            with in_place(model, merged):
+                value, left = measure(model), size_of(model, merged)[0]
+            yield {
+                "method": method, "part": part, "removed": 1 - left / count, "before": before,
+                "after": value, "processor_s": round(seconds), "lower_is_better": is_language,
+            }  # fmt: skip
+
+
+def kept(row: dict[str, Any]) -> str:
+    """Return what the table says: percent of the original's score, and what was removed."""
+    share = row["after"] / row["before"]
+    if row["lower_is_better"]:
+        share = 1 / share
+    return f"{100 * share:.1f} % ({row['after']:.4g} at -{100 * row['removed']:.1f} %)"
+
+
+def table(results: dict[str, list[dict[str, Any]]]) -> str:
+    """Return the Markdown of all models."""
+    lines = ["| model | method | " + " | ".join(f"-{part} %" for part in PARTS) + " |"]
+    lines.append("|---" * (len(PARTS) + 2) + "|")
+    for name, rows in results.items():
+        for method in METHODS:
+            cells = {row["part"]: kept(row) for row in rows if row["method"] == method}
+            if cells:
+                texts_ = " | ".join(cells.get(part, "") for part in PARTS)
+                lines.append(f"| {name} | {method} | {texts_} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure a checkpoint, or print what was measured."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", nargs="?")
+    parser.add_argument("folder", nargs="?")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS])
+    parser.add_argument("--parts", nargs="+", type=int, default=[*PARTS])
+    arguments = parser.parse_args()
+    results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    if arguments.folder:
+        for row in rows_of(arguments.folder, arguments.methods, arguments.parts):
+            print(row, flush=True)
+            rows = results.setdefault(arguments.name, [])
+            rows[:] = [r for r in rows if (r["method"], r["part"]) != (row["method"], row["part"])]
+            rows.append(row)
+            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
