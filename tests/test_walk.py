@@ -14,7 +14,7 @@ CHAIN = """(float[b,8] x, float[b,8] skip) => (float[b,8] y) {
 BRANCH = """(float[b,8] x, bool flag) => (float[b,8] y) {
     a = MatMul(x, W) unused = Tanh(x)
     y = If(flag) <
-        then_branch = g1 () => (float[b,8] z) { z = MatMul(a, W) },
+        then_branch = g1 () => (float[b,8] z) { t = Tanh(a) z = MatMul(t, W) },
         else_branch = g2 () => (float[b,8] z) { z = Add(a, x) }> }"""
 
 
