@@ -69,14 +69,15 @@ MARGIN = 4
 # PyTorch float32 against ONNX Runtime 1.31.1 on a CPU: the trained digits ViT and the two other
 # reference models, merged and not; int8-static: the three unmerged; fp16: the digits ViT (OpenVINO
 # 1.0e-2). float32 on that: ONNX Runtime 9.8e-6, WebGPU 8.1e-6, OpenVINO 6.4e-6, the evaluator
-# 1.2e-5. int8-dynamic was measured in one range for all rows; int8 in blocks is nearer.
+# 1.2e-5. int8 and int8-dynamic on real rows: cosine 0.9999, KL 2e-4; a processor without VNNI
+# multiplies floats in blocks of int8, which moves probabilities by 1e-3.
 # The measured values of each column are in docs/parity.md. The columns: atol, rtol, cosine,
 # measured, agreement, kl, tie, tokens, node.
 TOLERANCES = {
     "fp32": Tolerance(2e-5, RTOL, 0.99999, 1.2e-5, 1.0, 1e-9, 1e-4, 1.0, 1e-5),
     "fp16": Tolerance(2e-2, 5e-3, 0.9999, 1.5e-2, 0.99, 1e-3, 2e-2, 0.9, 2e-2),
-    "int8": Tolerance(1.0, 5e-2, 0.995, 0.6, 0.97, 1.5e-2, 0.25, 0.8, 0.5, real=True),
-    "int8-dynamic": Tolerance(1.0, 5e-2, 0.995, 0.6, 0.97, 1.5e-2, 0.25, 0.8, 0.5, real=True),
+    "int8": Tolerance(0.5, 5e-2, 0.998, 0.13, 0.98, 5e-3, 0.25, 0.8, 0.5, real=True),
+    "int8-dynamic": Tolerance(0.5, 5e-2, 0.998, 0.15, 0.98, 5e-3, 0.25, 0.8, 0.5, real=True),
     "int4": Tolerance(3.0, 1e-1, 0.98, 2.2, 0.95, 5e-2, 0.5, 0.7, 0.5, real=True),
     "int8-static": Tolerance(1.0, 5e-2, 0.99, 0.6, 0.95, 2e-2, 0.25, 0.8, 0.5, real=True),
 }

@@ -17,6 +17,7 @@ from ffmerge.models.codes import Form, block_codes, block_scales, block_values
 from ffmerge.passes.graph.attention import mixed_gram
 from ffmerge.passes.graph.audit import audit
 from ffmerge.passes.graph.gptq import Read, gptq_codes, hessians, inputs_of, round_on_data
+from ffmerge.passes.graph.infer import infer_types
 from ffmerge.passes.graph.matrix import matrix_of
 from ffmerge.passes.graph.run import share_file, share_model
 from ffmerge.passes.graph.walk import Walk
@@ -231,3 +232,22 @@ def test_scores_of_other_sizes_mix_nothing() -> None:
     whole = mixed_gram(x, np.ones((2, 1, 5, 5), np.float32), None)
     assert left_out is not None and whole is not None
     assert np.allclose(whole, 5 * left_out, rtol=1e-4)  # measured 1e-7
+
+
+def test_a_weight_is_rounded_by_what_those_before_it_give_now() -> None:
+    """By hand: its Hessian is that of inputs that the rounded first weight gives, not the whole."""
+    w, v, x = normal(64, 64) / 8, normal(64, 64, seed=1) / 8, correlated(256, 64)
+    text = (
+        """(float[b,64] x) => (float[b,64] y) { p = MatMul(x, W) t = Tanh(p) y = MatMul(t, V) }"""
+    )
+    model = build(text, W=w, V=v)
+    infer_types(model)
+    forms = {name: Form(2, 32) for name in "WV"}
+    matrices = [matrix_of(model.graph.initializers[name]) for name in "WV"]
+    found = round_on_data(model, matrices, QuantizeConfig(calibration=[{"x": x}], forms=forms))
+    equal = []
+    for first in (block_values(*found["W"], 2, 64).T, w):
+        given = np.tanh(x @ first).astype(np.float64)
+        codes, _ = gptq_codes(v.T, given.T @ given, 2, 32)
+        equal.append(float((codes == found["V"][0]).mean()))
+    assert equal[0] > 0.99 and equal[1] < 0.9
