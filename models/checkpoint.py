@@ -277,8 +277,9 @@ def _write_once(
 def _write_expanded(
     model: Any, groups: ties.Groups, record: MergeRecord, folder: Path, shard: int | str
 ) -> None:
-    """Write a merged model as if every member had the weights for itself."""
+    """Write a merged model as if every member had the weights for itself, all neurons of them."""
     state = model.state_dict()
+    narrowed.fill(state, find(model), record)
     if record.own:
         _multiply_out(model, state)
     own = modeling_ffmerge.pop_own(model, ties.maps_of(model, groups), state)
@@ -287,7 +288,7 @@ def _write_expanded(
     # the class that ffmerge writes beside a checkpoint has a variant unless told otherwise
     model.save_pretrained(folder, state_dict=state, variant=None, max_shard_size=shard)
     config = read_json(folder / "config.json")
-    if own:  # the copies differ: there is nothing to tie again
+    if own or record.narrowed:  # the copies differ, or are whole: there is nothing to tie again
         del config["ffmerge"]
     if _is_of_transformers(model):  # no code of ours is needed, should it have been loaded by it
         config.pop("auto_map", None)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
@@ -69,6 +69,14 @@ def _rule(model: nn.Module, member: FeedForward, width: int) -> Any:
             shape[weight.neurons or 0] = width * weight.blocks
             shapes[order.index(path)] = tuple(shape)
     return words, numbers, layer, shapes
+
+
+def fill(state: dict[str, Tensor], sublayers: Sequence[FeedForward], record: MergeRecord) -> None:
+    """Put into ``state`` weights of the width that they once had: what was taken out is 0."""
+    full = [width for narrowed in record.narrowed for width in narrowed.full]
+    for member, width in zip(members(sublayers, record), full, strict=True):
+        for weight in member.weights:
+            state[weight.name] = weight.filled(state[weight.name], width)
 
 
 def settle_config_(model: Any) -> None:

@@ -35,6 +35,17 @@ class Weight:
         index = torch.cat([order + block * width for block in range(self.blocks)])
         return values.index_select(self.neurons, index.to(values.device))
 
+    def filled(self, values: Tensor, width: int) -> Tensor:
+        """Return ``values`` with neurons of zeros behind those of every block, ``width`` in all."""
+        if self.neurons is None:
+            return values
+        blocks = []
+        for block in values.chunk(self.blocks, self.neurons):
+            shape = [*block.shape]
+            shape[self.neurons] = width - shape[self.neurons]
+            blocks += [block, block.new_zeros(shape)]
+        return torch.cat(blocks, self.neurons)
+
 
 @dataclass(frozen=True)
 class FeedForward:

@@ -107,14 +107,14 @@ def _verdict(model: Any, method: str, k: int = 2) -> tuple[str, dict[str, Row]]:
 
 
 def test_the_verdict_names_a_rival_that_loses_nothing() -> None:
-    """A layer's sublayer puts out a constant: to drop it is free, to average it is not."""
+    """A sublayer puts out a constant: to drop or narrow it is free, to average it is not."""
     model = _wild(bert(D, F, 3))
     dead = find(model)[2]
     model.get_submodule(dead.output).weight.data.zero_()
     verdict, rows = _verdict(model, "average")
     value = rows["average"].value
     assert verdict == (
-        f"drop-ffn is better and no larger: fidelity 1.0000 against {value:.4f} of average."
+        f"narrow is better and no larger: fidelity 1.0000 against {value:.4f} of average."
     )
     assert value < 0.99  # measured 0.9856
     assert rows["drop-ffn"].what == "1-2"

@@ -249,6 +249,12 @@ def test_widths_of_their_own_are_loaded_by_ffmerge_and_by_the_code_beside_them(
     other = kind.from_pretrained(tmp_path / "out").eval()
     for loaded in (again, other):
         assert torch.equal(_outputs(loaded, data), _outputs(model, data))
+    checkpoint.save(model, tmp_path / "whole", expanded=True)
+    for kind in (type(model), checkpoint):
+        load = getattr(kind, "from_pretrained", None) or checkpoint.load
+        whole = load(tmp_path / "whole").eval()
+        assert {member.d_ff for member in find(whole)} == {48}
+        assert (_outputs(whole, data) - _outputs(model, data)).abs().max() < 1e-5
     other.save_pretrained(tmp_path / "twice")
     checkpoint.save(again, tmp_path / "thrice")
     for folder in ("twice", "thrice"):

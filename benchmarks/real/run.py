@@ -32,7 +32,7 @@ from ffmerge.passes.weights.widths import parameters_of
 RESULTS = Path(__file__).parent.parent / "results" / "real.json"
 METHODS = ("narrow", "calibrated", "permute", "low-rank", "drop-ffn", "drop-layer")
 PARTS = (10, 15, 20)  # percent of all parameters removed
-ROWS = {"calibrate": 768, "validate": 64, "test": 256}  # sentences of an encoder
+ROWS = {"calibrate": 512, "validate": 64, "test": 256}  # sentences of an encoder
 WINDOWS = {"calibrate": 64, "validate": 8, "test": 16}  # of a language model
 LENGTH = 256  # tokens of a window
 

@@ -57,8 +57,8 @@ def eliminate(damped: Matrix, weight: Matrix, smallest: int) -> Elimination:
         count = min(_BLOCK, len(alive) - smallest)
         costs = np.square(weight).sum(1) / inverse.diagonal()
         cheap = np.sort(np.argsort(costs, kind="stable")[: _LOOKED_AT * count])
-        gone, paid = _one_by_one(inverse[np.ix_(cheap, cheap)], weight[cheap], count)
-        gone = cheap[gone]
+        first, paid = _one_by_one(inverse[np.ix_(cheap, cheap)], weight[cheap], count)
+        gone = cheap[first]
         order += alive[gone].tolist()
         errors += (errors[-1] + np.cumsum(paid)).tolist()
         rest = np.setdiff1d(np.arange(len(alive)), gone)
