@@ -48,6 +48,13 @@ def test_bytes_go_where_they_bring_most() -> None:
     assert choose([one, other], 99) == [EIGHT, EIGHT]
 
 
+def test_one_form_for_all_is_taken_where_it_loses_less() -> None:
+    """The best first step leaves too little for the other weight: 1 + 10 for 4 + 4."""
+    options = [{TWO: (2, 10.0), FOUR: (5, 4.0), EIGHT: (6, 1.0)}] * 2
+    assert choose(options, 10) == [FOUR, FOUR]
+    assert choose(options, 9) == [EIGHT, TWO]
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_no_form_for_all_is_better_and_the_best_is_near(seed: int) -> None:
     random = np.random.default_rng(seed)
@@ -91,6 +98,20 @@ def test_what_the_outputs_hear_keeps_its_bits(tmp_path: Path) -> None:
     assert forms["plain"] == {}
     assert forms["mixed"]["V"]["bits"] < forms["mixed"]["W"]["bits"]
     assert forms["small"]["V"]["bits"] == 2
+
+
+def test_what_stays_in_float_counts(tmp_path: Path) -> None:
+    """64 kB of the budget are a tensor that no product reads, and some are the graph."""
+    text = """(float[b,64,256] x) => (float[b,64,256] y) {
+        s = Mul(x, extra) a = MatMul(s, W) t = Tanh(a) y = MatMul(t, V) }"""
+    weights = {"W": normal(256, 256) / 16, "V": normal(256, 256, seed=1) / 16}
+    ir.save(build(text, **weights, extra=1 + normal(64, 256, seed=2) / 9), tmp_path / "in.onnx")
+    np.savez(tmp_path / "rows.npz", x=inputs())
+    for budget in (110_000, 138_000, 160_000, 210_000):
+        config = ShareConfig(dtype="int4", data=tmp_path / "rows.npz", budget=f"{budget}B")
+        result = share_file(tmp_path / "in.onnx", tmp_path / f"{budget}.onnx", config)
+        size = sum(path.stat().st_size for path in result.files)
+        assert 0.8 * budget < size <= budget
 
 
 def test_a_budget_that_cannot_be_is_refused(tmp_path: Path) -> None:

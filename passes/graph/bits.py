@@ -30,7 +30,7 @@ TRIED = Form(4, 32)  # in which a weight is rounded alone
 TOKENS, ROWS = 256, 8  # of the data that run each time, at most
 SAMPLE = 256  # rows of a weight by which its forms are compared
 PARTS = 12  # of a graph, at whose beginning the data wait
-BESIDE = 600  # bytes that scales and attributes of a matrix take in the graph, at most
+BESIDE = 400  # bytes that scales and attributes of a matrix take in the graph, at most
 Options = Mapping[Form, tuple[int, float]]  # of a matrix: bytes and loss in each form
 
 
