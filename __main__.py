@@ -23,6 +23,7 @@ from ffmerge.config import (
     CheckpointConfig,
     ColumnsConfig,
     CompareConfig,
+    CompressConfig,
     DataConfig,
     DeviceConfig,
     ExportConfig,
@@ -162,6 +163,24 @@ def export(
     return Result({**package.to_json(), "hint": hint}, package_table(package, blind))
 
 
+def compress(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="New folder: the package, and what was narrowed.")],
+    config: CompressConfig,
+    data: DataConfig,
+    load: LoadConfig,
+) -> Result:
+    """Ship a checkpoint under a size: choose what loses least, export, validate.
+
+    Example: [bold]ffmerge compress MODEL small --size 30MB --data validation.csv[/bold]
+    """
+    from ffmerge.compress import compress
+    from ffmerge.tables import compress_table
+
+    result = compress(model, out, config, data, load)
+    return Result(result.to_json(), compress_table(result), result.ok)
+
+
 def share(
     source: Annotated[Path, typer.Argument(help="An ONNX file from any exporter.")],
     target: Annotated[Path, typer.Argument(help="New ONNX file.")],
@@ -241,7 +260,7 @@ def similarity(
     return Result(value, similarity_table(found))
 
 
-for each in (demo, inspect, merge, compare, export, share, audit, validate, similarity):
+for each in (demo, compress, inspect, merge, compare, export, share, audit, validate, similarity):
     flags.command(app, each)
 
 

@@ -68,10 +68,10 @@ def merge(
     if recovery and not paths.data:
         raise InputError("recovery follows the original on data: give --data.")
     with progress.shown() as show:
-        folder, model = _open(source, options)
+        folder, model = open_checkpoint(source, options)
         _place(model, options)
-        task = _task(config.task, model)
-        calibration, held_out = _examples(paths, folder, task)
+        task = task_of(config.task, model)
+        calibration, held_out = examples_of(paths, folder, task)
         original = None
         if recovery:
             original = clone_sharing_parameters(model)
@@ -99,10 +99,10 @@ def compare(
         raise InputError("rivals are compared on data: give --data.")
     methods.get(config.method)
     with progress.shown() as show:
-        folder, model = _open(source, options)
+        folder, model = open_checkpoint(source, options)
         _place(model, options)
-        task = _task(config.task, model)
-        calibration, held_out = _examples(paths, folder, task)
+        task = task_of(config.task, model)
+        calibration, held_out = examples_of(paths, folder, task)
         return comparing.compare(model, calibration, held_out, replace(config, task=task), show)
 
 
@@ -126,7 +126,7 @@ def similarity(
         if out.suffix not in ("", ".svg"):
             raise InputError(f"{out} is no .svg: end in that, or in no suffix for a folder.")
     with progress.shown() as show:
-        folder, model = _open(source, options)
+        folder, model = open_checkpoint(source, options)
         _place(model, options)
         examples = data.read(data_source, folder, tasks.infer(model), columns)
         found = layers.similarity(model, examples, config, show)
@@ -155,12 +155,12 @@ def export(
     One of 16 bits is computed with in float32, whose weights are on disk beside ``out`` meanwhile.
     """
     with progress.shown() as show, scratch(out) as wide:
-        folder, model = _open(source, options)
+        folder, model = open_checkpoint(source, options)
         float32_(model, wide)
         show("tracing and writing", 0, 0)
         rows = None
         if data_source is not None:
-            rows = data.read(data_source, folder, _task(config.task, model), columns)
+            rows = data.read(data_source, folder, task_of(config.task, model), columns)
         result = package.export(model, out, config, folder, rows)
         if not config.prepack:
             return result
@@ -168,7 +168,7 @@ def export(
         return replace(result, costs=_costs(result.manifest, out))
 
 
-def _open(source: str, options: LoadConfig) -> tuple[Path, Any]:
+def open_checkpoint(source: str, options: LoadConfig) -> tuple[Path, Any]:
     """Return the model of a checkpoint, and the folder of what travels with it."""
     disable_progress_bar()  # transformers draws one for every file: one display is enough
     folder = resolve(source, options)
@@ -197,13 +197,13 @@ def _place(model: Any, options: DeviceConfig) -> None:
         raise InputError(f"the model cannot be put on --device {device!r}: {first}") from error
 
 
-def _task(named: str | None, model: Any) -> str:
+def task_of(named: str | None, model: Any) -> str:
     if named:
         return tasks.check(named)
     return tasks.infer(model)
 
 
-def _examples(
+def examples_of(
     paths: DataConfig, folder: Path, task: str
 ) -> tuple[Examples | None, Examples | None]:
     """Return the calibration data and the data that chooses, half of the former if not given."""

@@ -234,6 +234,24 @@ class MergeConfig(CompareConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CompressConfig:
+    """What a package may weigh, and the task that it is measured by.
+
+    ``size`` is that of the files a runtime needs: ``30MB``, or of the float32 weights ``25%``.
+    """
+
+    size: str = option("25%", "What is shipped may weigh so much: 30MB, or 25% of float32.")
+    task: str | None = option(None, "Task by its optimum name; inferred if not given.")
+    batch_size: int = option(32, "Examples per forward pass.")
+
+    def __post_init__(self) -> None:
+        """Refuse a size that is none."""
+        parse_budget(self.size, 1)
+        if self.batch_size < 1:
+            raise InputError("batch_size must be 1 or more.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RecoverConfig:
     """Settings of a recovery.
 

@@ -70,6 +70,22 @@ def merge_table(merge: Any, out: Path) -> Group:
     return Group(*shown)
 
 
+def compress_table(found: Any) -> Group:
+    """Show the ways that were measured, what to ship, and what it keeps."""
+    rows = [("original", size_text(found.before), f"{found.original:.4f}")]
+    for way in found.ways:
+        rows.append((way.text, size_text(way.bytes), f"{way.value:.4f}"))
+    metric = f"{found.metric} ({found.examples} examples)"
+    ship = found.folder / "package"
+    said = f"Ship {', '.join(found.files)} of {ship}: {size_text(found.shipped)}, weights were "
+    said += f"{size_text(found.before)}. {ship / 'report.html'} shows what was checked."
+    if found.shipped > found.size:
+        said += f" That is more than {size_text(found.size)}: ask for a smaller --size."
+    return Group(
+        _table(f"{found.folder}: the first was taken", ("", "weights", metric), rows), said
+    )
+
+
 def comparison_table(found: Any) -> Group:
     """Show every rival of a Comparison, and the verdict."""
     rows = [(r.name, r.what, size_text(r.bytes), f"{r.value:.4f}") for r in found.rows]

@@ -85,6 +85,12 @@ def merge_(
     calibration = examples_for(model, data, config.task)
     held_out = examples_for(model, validation, config.task)
     merge, merged = choose(model, calibration, held_out, config, progress)
+    apply_(model, merge, merged)
+    return merge
+
+
+def apply_(model: Any, merge: Merge, merged: Merged) -> None:
+    """Put what was chosen in its place in the model, and its record into the configuration."""
     for members, weights in merged.items():
         assert isinstance(weights, SharedWeights)  # the method's result can be saved
         ties.tie_(model, [members], [weights])
@@ -92,7 +98,6 @@ def merge_(
         narrowed.settle_config_(model)
     if merged:
         model.config.ffmerge = merge.record.to_json()
-    return merge
 
 
 def choose(

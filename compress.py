@@ -1,0 +1,149 @@
+"""From a checkpoint to a validated package under a size, in one call.
+
+``ffmerge compress`` calls :func:`compress`, which opens the model, measures the ways to the size on
+data (``passes/weights/target.py``), exports the best one and validates it. The new folder appears
+whole: ``package`` is what is shipped, ``checkpoint`` the narrowed model in PyTorch, if it was.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from ffmerge import progress
+from ffmerge.commands import examples_of, open_checkpoint, task_of
+from ffmerge.config import (
+    CompressConfig,
+    DataConfig,
+    ExportConfig,
+    LoadConfig,
+    MergeConfig,
+    parse_budget,
+)
+from ffmerge.errors import InputError
+from ffmerge.exporter import package
+from ffmerge.files import refuse_existing, scratch, staged
+from ffmerge.models import checkpoint
+from ffmerge.models.companions import copy_companions
+from ffmerge.models.examples import Examples
+from ffmerge.models.float32 import float32_
+from ffmerge.models.manifest import REFERENCE
+from ffmerge.passes.weights import merge as merging
+from ffmerge.passes.weights.evaluate import score_for
+from ffmerge.passes.weights.merge import Merge
+from ffmerge.passes.weights.methods import Merged
+from ffmerge.passes.weights.precision import bytes_of
+from ffmerge.passes.weights.target import Way, ways
+from ffmerge.progress import Progress
+from ffmerge.runtime_tests.validate import validate
+
+GRAPH = 1_500  # bytes of a graph for each weight: measured 400 (an encoder) to 1,220 (a Llama)
+_BESIDE = (REFERENCE, "README.md")  # what a runtime does not read
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What was shipped: the folder, its files for a runtime, the way there and the others.
+
+    ``before`` are the bytes of the original's weights in float32, ``shipped`` those of the files,
+    ``original`` the metric of the original, ``ok`` whether the package was valid and fits.
+    """
+
+    folder: Path
+    size: int
+    before: int
+    shipped: int
+    files: tuple[str, ...]
+    metric: str
+    examples: int
+    original: float
+    ways: tuple[Way, ...]
+    ok: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        tried = []
+        for way in self.ways:
+            tried.append({"what": way.text, "bytes": way.bytes, "value": way.value})
+        return {**vars(self), "folder": str(self.folder), "ways": tried}
+
+
+def compress(
+    source: str, out: Path, config: CompressConfig, paths: DataConfig, options: LoadConfig
+) -> Compressed:
+    """Write the best package of the checkpoint ``source`` under a size into the new folder ``out``.
+
+    Raises:
+        InputError: the size is out of reach, there is no data, or ``out`` exists.
+    """
+    refuse_existing(out)
+    if not paths.data:
+        raise InputError("what fits is chosen by what it loses: give --data.")
+    with progress.shown() as show, scratch(out) as wide, staged(out) as target:
+        folder, model = open_checkpoint(source, options)
+        float32_(model, wide)
+        task = task_of(config.task, model)
+        calibration, held_out = examples_of(paths, folder, task)
+        assert calibration is not None and held_out is not None  # there is --data
+        config = replace(config, task=task)
+        found = _package(model, folder, target, config, (calibration, held_out), show)
+        labelled = None
+        if found.metric != "fidelity":
+            labelled = held_out
+        package_folder = target / "package"
+        result = validate(package_folder, data=labelled, progress=lambda step: show(step, 0, 0))
+    return replace(found, folder=out, ok=result.ok and found.shipped <= found.size)
+
+
+def _package(
+    model: Any,
+    folder: Path,
+    target: Path,
+    config: CompressConfig,
+    data: tuple[Examples, Examples],
+    show: Progress,
+) -> Compressed:
+    """Choose a way by the second half of the data, and write its package and checkpoint."""
+    calibration, held_out = data
+    before = bytes_of(model, "fp32")
+    limit = parse_budget(config.size, before)
+    score = score_for(model, str(config.task), held_out, config.batch_size)
+    show("measuring", 0, 0)
+    original = score.measure(model)
+
+    def narrower(kept: int) -> tuple[Merge, Merged]:
+        budget = MergeConfig(
+            method="narrow", budget=f"{kept}B", task=config.task, batch_size=config.batch_size
+        )
+        return merging.choose(model, calibration, held_out, budget, show)
+
+    found = ways(model, limit - _beside(model, folder), score, narrower)
+    best = found[0]
+    if best.merge is not None and best.merged is not None:
+        merging.apply_(model, best.merge, best.merged)
+        checkpoint.save(model, target / "checkpoint", folder)
+    show("tracing and writing", 0, 0)
+    export = ExportConfig(task=config.task, dtype=best.dtype)
+    written = package.export(model, target / "package", export, folder, calibration)
+    files = [file for file in written.manifest.files if file.path not in _BESIDE]
+    return Compressed(
+        folder=target,
+        size=limit,
+        before=before,
+        shipped=sum(file.bytes for file in files),
+        files=tuple(file.path for file in files),
+        metric=score.name,
+        examples=len(held_out),
+        original=original,
+        ways=tuple(found),
+        ok=False,
+    )
+
+
+def _beside(model: Any, folder: Path) -> int:
+    """Return the bytes of what is shipped beside weights: tokenizer and such, and the graph."""
+    count = sum(1 for _ in model.parameters())
+    with TemporaryDirectory() as copied:
+        copy_companions(folder, Path(copied))
+        files = [path for path in Path(copied).rglob("*") if path.is_file()]
+        return sum(path.stat().st_size for path in files) + GRAPH * (count + 10)

@@ -1,0 +1,72 @@
+"""One command from a checkpoint to a package under a size."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from reference.tasks import REFERENCES
+
+import ffmerge
+from ffmerge.passes.weights.precision import bytes_of
+
+DIGITS = REFERENCES["digits"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    arrays = {name: array[:400] for name, array in DIGITS.load("validation").items()}
+    file = tmp_path_factory.mktemp("data") / "digits.npz"
+    np.savez(file, **arrays)
+    return file
+
+
+@pytest.mark.parametrize("size", ["600kB", "390kB"])
+def test_what_is_shipped_fits_and_is_whole(size: str, data: Path, tmp_path: Path, run: Any) -> None:
+    """int8 fits 600 kB as it is; for 390 kB it is narrowed, and int4 is measured beside it."""
+    out = tmp_path / "small"
+    code, found, err = run("compress", DIGITS.folder, out, "--size", size, "--data", data, "--json")
+    assert code == 0, err
+    package = out / "package"
+    shipped = [package / name for name in found["files"]]
+    assert sum(path.stat().st_size for path in shipped) == found["shipped"] <= found["size"]
+    left = {path.name for path in package.iterdir()} - {path.name for path in shipped}
+    assert {"reference.safetensors", "report.html", "ffmerge.json"} <= left
+    assert ffmerge.audit(package).ok
+    ways = [way["what"] for way in found["ways"]]
+    values = [way["value"] for way in found["ways"]]
+    assert values == sorted(values, reverse=True)
+    model = ffmerge.load(DIGITS.folder)
+    assert found["before"] == bytes_of(model, "fp32")
+    if size == "600kB":
+        assert ways[0].startswith("fp32") or ways[0] == "int8"
+    else:
+        assert {way.partition(",")[0] for way in ways} == {"int8", "int4"}
+    narrowed = (out / "checkpoint").exists()
+    assert narrowed == ("neurons" in ways[0])
+    if narrowed:
+        smaller = ffmerge.load(out / "checkpoint")
+        assert sum(p.numel() for p in smaller.parameters()) < sum(
+            p.numel() for p in model.parameters()
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--size", "20kB"], "out of reach"),
+        (["--size", "small"], "not of the form"),
+        (["--size", "300kB", "--task", "no-task"], "no-task"),
+    ],
+)
+def test_what_cannot_be_is_one_sentence(
+    options: list[str], said: str, data: Path, tmp_path: Path, run: Any
+) -> None:
+    code, _, err = run("compress", DIGITS.folder, tmp_path / "out", "--data", data, *options)
+    assert code == 2 and said in err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_it_is_chosen_on_data(tmp_path: Path, run: Any) -> None:
+    code, _, err = run("compress", DIGITS.folder, tmp_path / "out", "--size", "300kB")
+    assert code == 2 and "give --data" in err
