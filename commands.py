@@ -26,7 +26,7 @@ from ffmerge.config import (
     RecoverConfig,
     SimilarityConfig,
 )
-from ffmerge.errors import InputError
+from ffmerge.errors import InputError, first_line
 from ffmerge.exporter import package
 from ffmerge.exporter.package import Package
 from ffmerge.exporter.write import WEIGHTS
@@ -193,8 +193,9 @@ def _place(model: Any, options: DeviceConfig) -> None:
         else:
             model.to(device)
     except (RuntimeError, AssertionError) as error:  # the latter where PyTorch has no CUDA
-        first = str(error).splitlines()[0]
-        raise InputError(f"the model cannot be put on --device {device!r}: {first}") from error
+        raise InputError(
+            f"the model cannot be put on --device {device!r}: {first_line(error)}"
+        ) from error
 
 
 def task_of(named: str | None, model: Any) -> str:

@@ -48,3 +48,9 @@ class NotInstalled(RuntimeCheckError):
 
 class FfmergeWarning(UserWarning):
     """Something the user should know of a result that is whole; one line on the command line."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error of others says, or its type where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -19,12 +19,11 @@ from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.utils import ModelOutput
 
-from ffmerge.errors import InputError
+from ffmerge.errors import InputError, first_line
 from ffmerge.models import call, checkpoint, kv_cache
 from ffmerge.models.inputs import StopForward
 from ffmerge.models.kv_cache import DECODER, ENCODER, FLAG, PRESENT
 from ffmerge.models.manifest import GraphRecord, Manifest
-from ffmerge.models.source import first_line
 from ffmerge.runtime_tests.runtimes.base import Session
 from ffmerge.runtime_tests.runtimes.registry import find_runtime
 

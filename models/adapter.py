@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ffmerge.errors import InputError
+from ffmerge.errors import InputError, first_line
 from ffmerge.files import read_json
 from ffmerge.models.stored import is_inside
 
@@ -82,5 +82,6 @@ def merged(model: Any, folder: Path) -> Any:
     except InputError:
         raise
     except Exception as error:  # each kind of adapter raises errors of its own
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"the adapter in {folder} cannot be merged: {lines[0]}") from error
+        raise InputError(
+            f"the adapter in {folder} cannot be merged: {first_line(error)}"
+        ) from error

@@ -25,7 +25,7 @@ from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
 from ffmerge.config import LoadConfig
-from ffmerge.errors import InputError
+from ffmerge.errors import InputError, first_line
 from ffmerge.files import read_json, staged, write_json
 from ffmerge.models import adapter, gguf_file, modeling_ffmerge, narrowed, quantized, ties
 from ffmerge.models.companions import copy_companions
@@ -35,7 +35,6 @@ from ffmerge.models.finite import check_weights
 from ffmerge.models.record import Group, MergeRecord, merge_record
 from ffmerge.models.source import (
     CODE,
-    first_line,
     model_class,
     read_config,
     resolve,

@@ -18,7 +18,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer
 
-from ffmerge.errors import InputError
+from ffmerge.errors import InputError, first_line
 from ffmerge.models.stored import GGUF
 
 _opened: dict[Path, TemporaryDirectory[str]] = {}  # by file; each is removed when the process ends
@@ -90,5 +90,4 @@ def _one_sentence(file: Path) -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     except Exception as error:  # a reader of others, for a format of many forms
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"{file} cannot be read as {GGUF}: {lines[0]}") from error
+        raise InputError(f"{file} cannot be read as {GGUF}: {first_line(error)}") from error

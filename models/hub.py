@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ffmerge.config import LoadConfig
-from ffmerge.errors import InputError
+from ffmerge.errors import InputError, first_line
 from ffmerge.models.adapter import ADAPTER
 from ffmerge.models.companions import is_companion, modules_of
 from ffmerge.models.modeling_ffmerge import OWN_FILE
@@ -31,9 +31,9 @@ def fetch(name: str, options: LoadConfig, weights: bool) -> Path:
     except InputError:
         raise
     except Exception as error:  # the hub client's errors have no common head across its releases
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(
-            f"{name} is not a local folder, and fetching it from the hub failed: {lines[0]}"
+            f"{name} is not a local folder, and fetching it from the hub failed: "
+            f"{first_line(error)}"
         ) from error
 
 

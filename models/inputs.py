@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ffmerge.errors import InputError
+from ffmerge.errors import InputError, first_line
 from ffmerge.models.derive import input_specs, not_derived, probe
 from ffmerge.models.probe import Array
 
@@ -65,7 +65,7 @@ def forward(model: Any, batch: Mapping[str, Array], **options: Any) -> Any:
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         shapes = ", ".join(f"{name} {tuple(array.shape)}" for name, array in inputs.items())
         raise InputError(
-            f"{type(model).__name__} does not take this data ({shapes}): {_first_line(error)}"
+            f"{type(model).__name__} does not take this data ({shapes}): {first_line(error)}"
         ) from error
 
 
@@ -74,12 +74,8 @@ def refused(model: Any, inputs: Mapping[str, Any], error: BaseException) -> str:
     shapes = ", ".join(f"{name} {tuple(array.shape)}" for name, array in inputs.items())
     return (
         f"{type(model).__name__} does not run on the inputs derived for it ({shapes}; "
-        f"{_first_line(error)}): {not_derived(model)}"
+        f"{first_line(error)}): {not_derived(model)}"
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 @contextmanager

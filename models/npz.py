@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ffmerge.errors import InputError
+from ffmerge.errors import InputError, first_line
 from ffmerge.files import size_text
 from ffmerge.models.probe import Array
 
@@ -39,8 +39,7 @@ def read_npz(path: Path) -> dict[str, Array]:
     except InputError:
         raise
     except Exception as error:  # zip, decompressors and numpy each raise errors of their own
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        reason = lines[0].rstrip(".")
+        reason = first_line(error).rstrip(".")
         raise InputError(f"{path} cannot be read as an .npz of arrays: {reason}.") from error
 
 

@@ -7,7 +7,7 @@ everything behind it merges and exports weights of 16 or 32 bits.
 from pathlib import Path
 from typing import Any
 
-from ffmerge.errors import InputError
+from ffmerge.errors import InputError, first_line
 
 
 def method_of(config: Any) -> str | None:
@@ -34,9 +34,8 @@ def refuse_unreadable(config: Any, folder: Path) -> None:
         quantizer = AutoHfQuantizer.from_config(config.quantization_config, pre_quantized=True)
         quantizer.validate_environment(device_map=None)
     except Exception as error:  # a library that is missing, a device, a method that is unknown
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(
-            f"{folder} is quantized by {method}, which cannot be read here: {lines[0]}"
+            f"{folder} is quantized by {method}, which cannot be read here: {first_line(error)}"
         ) from error
 
 
@@ -52,10 +51,9 @@ def plain(model: Any, folder: Path) -> Any:
     try:
         model = model.dequantize()
     except Exception as error:  # NotImplementedError, and whatever a library raises
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(
-            f"{folder} is quantized by {method}, which transformers cannot undo ({lines[0]}): give "
-            "the checkpoint that was quantized."
+            f"{folder} is quantized by {method}, which transformers cannot undo "
+            f"({first_line(error)}): give the checkpoint that was quantized."
         ) from error
     del model.hf_quantizer
     return model

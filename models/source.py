@@ -16,7 +16,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto import modeling_auto
 
 from ffmerge.config import LoadConfig
-from ffmerge.errors import InputError
+from ffmerge.errors import InputError, first_line
 from ffmerge.files import read_json, sha256
 from ffmerge.models import gguf_file, modeling_ffmerge
 from ffmerge.models.adapter import SETTINGS
@@ -146,9 +146,3 @@ def fingerprint(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of the weight files of a checkpoint, by file name."""
     files = [*folder.glob("*.safetensors"), *folder.glob(f"*{GGUF}")]
     return {path.name: sha256(path) for path in sorted(files)}
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its type where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ffmerge.config import ColumnsConfig
-from ffmerge.errors import InputError
+from ffmerge.errors import InputError, first_line
 from ffmerge.models import pictures, sounds, texts
 from ffmerge.models.batching import array_of, stacked
 from ffmerge.models.columns import (
@@ -113,7 +113,7 @@ def _reason(path: Path, error: BaseException) -> str:
         return wrong
     while error.__cause__ is not None:  # datasets puts an error without a reason around it
         error = error.__cause__
-    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    said = first_line(error)
     if "no data" in said or isinstance(error, StopIteration):
         return "it is empty."
     return said

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from ffmerge.errors import InputError
+from ffmerge.errors import InputError, first_line
 from ffmerge.models.data import read
 from ffmerge.models.examples import Examples
 from ffmerge.passes.graph.tensors import Array
@@ -84,8 +84,9 @@ def measure_ranges(
         try:
             seen = session.run([value.name for value in values], dict(batch))
         except Exception as error:  # ONNX Runtime's errors have no common class of their own
-            reason = str(error).splitlines()[0]
-            raise InputError(f"the calibration data does not fit the model: {reason}") from error
+            raise InputError(
+                f"the calibration data does not fit the model: {first_line(error)}"
+            ) from error
         for value, array in zip(values, seen, strict=True):
             if value not in found:
                 continue

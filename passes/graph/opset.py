@@ -9,7 +9,7 @@ import onnx.version_converter
 import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
-from ffmerge.errors import InputError
+from ffmerge.errors import InputError, first_line
 from ffmerge.passes.graph.infer import weights_taken_out
 from ffmerge.passes.graph.prepare import inline, make_constant
 from ffmerge.passes.graph.tensors import is_op
@@ -57,7 +57,7 @@ def _converted(model: ir.Model, target: int, refusal: str) -> ir.Model:
             proto = onnx.version_converter.convert_version(ir.to_proto(model), target)
             converted = ir.from_proto(proto)
         except Exception as error:  # the converter raises whatever its C++ asserts
-            reason = str(error).splitlines()[0].split("failed: ")[-1].rstrip(".").replace("$", "")
+            reason = first_line(error).split("failed: ")[-1].rstrip(".").replace("$", "")
             raise InputError(f"{refusal}: {reason}.") from error
     for name, tensor in weights.items():
         if name in converted.graph.initializers:

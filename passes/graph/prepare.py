@@ -5,7 +5,7 @@ from collections.abc import Callable, Container
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, RemoveUnusedFunctionsPass
 
-from ffmerge.errors import InputError
+from ffmerge.errors import InputError, first_line
 from ffmerge.passes.graph.infer import infer_types
 from ffmerge.passes.graph.tensors import graphs, is_op, stored_in
 
@@ -61,7 +61,7 @@ def inline(model: ir.Model, functions: Container[ir.OperatorIdentifier] | None =
     try:
         InlinePass(chosen)(model)
     except (ir.passes.PassError, ir.passes.PreconditionError, ValueError) as error:
-        reason = str(error.__cause__ or error).splitlines()[0].rstrip(".")
+        reason = first_line(error.__cause__ or error).rstrip(".")
         raise InputError(f"a function of the model cannot be inlined: {reason}.") from error
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from ffmerge.errors import InputError
+from ffmerge.errors import InputError, first_line
 from ffmerge.files import open_inside
 from ffmerge.passes.graph.tensors import Array, graphs, shape_of
 
@@ -121,7 +121,7 @@ def _parsed(path: Path) -> ir.Model:
     except InputError:
         raise
     except Exception as error:  # onnx, protobuf and onnx_ir raise whatever the broken part hits
-        raise InputError(f"{path} is truncated or not ONNX: {_first_line(error)}.") from error
+        raise InputError(f"{path} is truncated or not ONNX: {_cause(error)}.") from error
     if not proto.ir_version or not proto.opset_import or not proto.graph.output:
         raise InputError(f"{path} is truncated or not ONNX: no version, opset or output in it.")
     if proto.graph.sparse_initializer:
@@ -184,7 +184,7 @@ def _checked(
             tensor.numpy()
         except Exception as error:  # as above
             what = f"{path}: tensor {tensor.name!r} is not what its shape says"
-            raise InputError(f"{what}: {_first_line(error)}.") from error
+            raise InputError(f"{what}: {_cause(error)}.") from error
     return tensor
 
 
@@ -205,7 +205,8 @@ def _open_data(path: Path, tensor: ir.ExternalTensor, files: dict[str, DataFile]
     return file
 
 
-def _first_line(error: Exception) -> str:
+def _cause(error: Exception) -> str:
+    """Return what the error that began it says."""
     while isinstance(error.__cause__, Exception):
         error = error.__cause__
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    return first_line(error).rstrip(".")
