@@ -8,7 +8,6 @@ reads it; the keys are in ``models/manifest.py`` and ``models/trace.py``.
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -21,7 +20,7 @@ from ffmerge.models.float64 import rounded_off
 from ffmerge.models.manifest import LABELS, RTOL, MetricResult, input_key, reference_key
 from ffmerge.models.metrics import for_task
 from ffmerge.models.probe import Array, stored_elements
-from ffmerge.models.trace import GREEDY, TRACES, Trace, trace_key
+from ffmerge.models.trace import GREEDY, TRACES, Description, Trace, described, joined, trace_key
 from ffmerge.passes.weights.evaluate import score_for
 
 
@@ -36,7 +35,7 @@ def write_reference(
     tensors = {f"{GREEDY}{name}": array for name, array in plan.greedy.items()}
     if has_labels(plan) and "labels" in plan.rows:
         tensors[LABELS] = plan.rows["labels"]
-    traced: dict[str, list[list[Any]]] = {}
+    traced: dict[str, list[Description]] = {}
     rounding: list[dict[str, float]] = []
     for graph, file in zip(plan.graphs, files, strict=True):
         real = plan.real.get(graph.name, {})
@@ -47,14 +46,15 @@ def write_reference(
         if plan.config.dtype == "fp32":
             rounding[-1] = _rounding(graph, real)
         if graph.name in traces:
-            trace = traces[graph.name]
-            traced[trace_key(file)] = [[v.name, v.shape, v.layer] for v in trace.values]
-            tensors[trace_key(file)] = np.concatenate([*trace.samples, np.empty(0, np.float32)])
+            traced[trace_key(file)] = described(traces[graph.name])
+            tensors[trace_key(file)] = joined(traces[graph.name])
     _save(path, tensors, traced)
     return rounding
 
 
-def _save(path: Path, tensors: Mapping[str, Array], traced: Mapping[str, Any]) -> None:
+def _save(
+    path: Path, tensors: Mapping[str, Array], traced: Mapping[str, Sequence[Description]]
+) -> None:
     """Write the file, the same bytes for the same content: of several keys the order would vary."""
     about = {TRACES: json.dumps(traced)}
     save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, path, about)

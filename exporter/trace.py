@@ -42,7 +42,7 @@ def record_trace(graph: Graph, program: Any, model: ir.Model, real: Mapping[str,
     recorder = _Recorder(program.graph_module, names)
     with torch.no_grad():
         recorder.run(*arguments)
-    return Trace(tuple(recorder.values), tuple(recorder.samples))
+    return recorder.trace
 
 
 class _Recorder(torch.fx.Interpreter):
@@ -51,8 +51,7 @@ class _Recorder(torch.fx.Interpreter):
     def __init__(self, module: torch.fx.GraphModule, names: set[str]) -> None:
         super().__init__(module)
         self.names = names
-        self.values: list[TracedValue] = []
-        self.samples: list[Array] = []
+        self.trace: list[TracedValue] = []
 
     def run_node(self, node: torch.fx.Node) -> Any:
         """Compute one node, as the interpreter does."""
@@ -60,8 +59,9 @@ class _Recorder(torch.fx.Interpreter):
         wanted = node.op == "call_function" and node.name in self.names
         if wanted and isinstance(value, torch.Tensor) and value.is_floating_point():
             if value.numel():
-                self.values.append(TracedValue(node.name, tuple(value.shape), _layer_of(node)))
-                self.samples.append(sampled(value.float().cpu().numpy()))
+                sample = sampled(value.float().cpu().numpy())
+                shape = tuple(value.shape)
+                self.trace.append(TracedValue(node.name, shape, _layer_of(node), sample))
         return value
 
 

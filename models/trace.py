@@ -4,6 +4,7 @@ The exporter records it, and where a package differs from PyTorch ``runtime_test
 in it for the first node that does.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,23 +16,20 @@ SAMPLED = 64  # elements of each value
 TRACED = 2  # rows of the case
 TRACES = "traces"  # the key of what is said of all traces of a package
 GREEDY = "greedy/"  # what names begin with that belong to greedy decoding
+Description = tuple[str, Sequence[int], str]  # of a value: name, shape, layer
 
 
 @dataclass(frozen=True)
 class TracedValue:
-    """A value of the graph by name, its shape, and the PyTorch module that made it."""
+    """A value of the graph by name, its shape, the PyTorch module that made it, and a sample."""
 
     name: str
     shape: tuple[int, ...]
     layer: str
+    sample: Array
 
 
-@dataclass(frozen=True)
-class Trace:
-    """The values in the order in which PyTorch made them, and a sample of each."""
-
-    values: tuple[TracedValue, ...]
-    samples: tuple[Array, ...]
+Trace = Sequence[TracedValue]  # in the order in which PyTorch made them
 
 
 def sampled(value: Array) -> Array:
@@ -41,10 +39,24 @@ def sampled(value: Array) -> Array:
     return flat[at].astype(np.float32)
 
 
-def split(values: Sequence[TracedValue], flat: Array) -> Trace:
-    """Return the trace of values whose samples lie in one array."""
-    sizes = [min(int(np.prod(value.shape)), SAMPLED) for value in values]
-    return Trace(tuple(values), tuple(np.split(flat, np.cumsum(sizes)[:-1])))
+def described(trace: Trace) -> list[Description]:
+    """Return what is told of each value of a trace beside its sample."""
+    return [(value.name, value.shape, value.layer) for value in trace]
+
+
+def joined(trace: Trace) -> Array:
+    """Return the samples of a trace in one array."""
+    return np.concatenate([*(value.sample for value in trace), np.empty(0, np.float32)])
+
+
+def split(values: Sequence[Description], flat: Array) -> Trace:
+    """Return the trace that :func:`described` and :func:`joined` were made of."""
+    trace, start = [], 0
+    for name, shape, layer in values:
+        end = start + min(math.prod(shape), SAMPLED)
+        trace.append(TracedValue(name, tuple(shape), layer, flat[start:end]))
+        start = end
+    return trace
 
 
 def traced_feeds(probe: Probe, stored: Mapping[str, Array]) -> dict[str, Array]:

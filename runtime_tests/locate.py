@@ -61,7 +61,7 @@ def locate(
         layers: dict[str, str] = {}
         judge, found = "PyTorch", None
         if trace := reference.trace(graph):
-            layers = {value.name: value.layer for value in trace.values}
+            layers = {value.name: value.layer for value in trace}
             feeds = traced_feeds(graph.probe, reference.real(graph))
             values = partial(run, runtime, optimization, feeds)
             found = _first_off_trace(names, trace, values, bound)
@@ -86,8 +86,8 @@ def _first_off_trace(
 ) -> tuple[str, float, list[str]] | None:
     """Return what :func:`_first_off` does, of the values that PyTorch's samples are known of."""
     right, shapes = {}, {}
-    for value, sample in zip(trace.values, trace.samples, strict=True):
-        right[value.name], shapes[value.name] = sample, value.shape
+    for value in trace:
+        right[value.name], shapes[value.name] = value.sample, value.shape
 
     def samples(wanted: Sequence[str]) -> dict[str, Array]:
         got = {}

@@ -21,19 +21,16 @@ from ffmerge.models.manifest import (
     reference_key,
 )
 from ffmerge.models.probe import Array
-from ffmerge.models.trace import GREEDY, TRACES, Trace, TracedValue, split, trace_key
+from ffmerge.models.trace import GREEDY, TRACES, Description, Trace, split, trace_key
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The tensors of the file in ``folder`` by name, and of each trace what is in it.
-
-    That is a list of name, shape and layer, by the trace's own name.
-    """
+    """The tensors of the file in ``folder`` by name, and what each trace among them is of."""
 
     folder: Path
     tensors: Mapping[str, Array]
-    traces: Mapping[str, Sequence[tuple[str, Sequence[int], str]]]
+    traces: Mapping[str, Sequence[Description]]
 
     def feeds(self, graph: GraphRecord, case: int) -> dict[str, Array]:
         """Return the inputs of one case of a graph.
@@ -77,8 +74,7 @@ class Reference:
         key = trace_key(graph.path)
         if key not in self.traces:
             return None
-        values = [TracedValue(name, tuple(shape), at) for name, shape, at in self.traces[key]]
-        return split(values, self.tensors[key])
+        return split(self.traces[key], self.tensors[key])
 
     def _below(self, prefix: str) -> dict[str, Array]:
         return {

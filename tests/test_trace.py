@@ -42,8 +42,8 @@ def test_every_node_is_near_pytorchs(package: Path) -> None:
     manifest, stored = Manifest.read(package), read_reference(package)
     (graph,) = manifest.graphs
     trace = stored.trace(graph)
-    assert trace is not None and len(trace.values) > 50
-    assert {"transformer.h.2.mlp.c_fc", "transformer.ln_f"} <= {v.layer for v in trace.values}
+    assert trace is not None and len(trace) > 50
+    assert {"transformer.h.2.mlp.c_fc", "transformer.ln_f"} <= {v.layer for v in trace}
     runtime = find_runtime("cpu")
     assert locate(graph, stored, runtime, "all", 0.1) is None  # measured 0.042
     assert locate(graph, stored, runtime, "all", 1e-4) is not None
@@ -67,9 +67,9 @@ def test_the_trace_is_pytorchs_float32_in_every_precision(dtype: str, tmp_path: 
     )
     with torch.no_grad():
         model(**to_tensors(traced_feeds(graph.probe, {}), model))
-    at = next(i for i, value in enumerate(trace.values) if value.layer == layer)
-    assert trace.values[at].shape == seen["value"].shape
-    assert np.abs(trace.samples[at] - sampled(seen["value"])).max() < 2e-6  # the same kernels
+    at = next(i for i, value in enumerate(trace) if value.layer == layer)
+    assert trace[at].shape == seen["value"].shape
+    assert np.abs(trace[at].sample - sampled(seen["value"])).max() < 2e-6  # the same kernels
 
 
 def test_its_quality_and_its_greedy_ids_hold(package: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ffmerge.models.manifest import Skip
-from ffmerge.passes.graph.kernels import Form, Kernels, plain_type
+from ffmerge.passes.graph.kernels import HalfForm, Kernels, plain_type
 from ffmerge.passes.graph.rewrite import cast
 from ffmerge.passes.graph.share import names_of
 from ffmerge.passes.graph.tensors import (
@@ -44,7 +44,7 @@ SCORES = 3  # the output of Attention that gives what its softmax reads
 _RANGE = np.finfo(np.float16)
 
 _Weights = Mapping[ir.Value, ir.TensorProtocol]
-_Forms = dict[ir.Node, Form]
+_Forms = dict[ir.Node, HalfForm]
 
 
 def to_float16(model: ir.Model) -> Iterator[Skip]:
@@ -127,7 +127,7 @@ def _cast_input(
     value: ir.Value | None,
     halves: set[ir.Value],
     floats: set[ir.Value],
-    form: Form | None,
+    form: HalfForm | None,
     casts: dict[ir.Value, ir.Value],
 ) -> None:
     """Let a node read an input in the precision in which it computes."""
@@ -196,10 +196,10 @@ def _read_by(wide: set[ir.Node], nodes: Sequence[ir.Node]) -> set[ir.Node]:
     return found
 
 
-def _form(node: ir.Node, kernels: Kernels) -> Form | None:
+def _form(node: ir.Node, kernels: Kernels) -> HalfForm | None:
     """Return the float16 form of a node, None where it has none or may not compute in it."""
     if is_op(node, "ConstantOfShape"):
-        return Form(frozenset(), frozenset({0}) if _is_float(node.outputs[0]) else frozenset())
+        return HalfForm(frozenset(), frozenset({0}) if _is_float(node.outputs[0]) else frozenset())
     if (
         is_op(node, *SENSITIVE, *LACKING)
         or node.attributes.get_string("reduction", "none") != "none"
@@ -215,13 +215,13 @@ def _form(node: ir.Node, kernels: Kernels) -> Form | None:
     return None if squared else kernels.form(node)
 
 
-def _form_of_cast(node: ir.Node) -> Form | None:
+def _form_of_cast(node: ir.Node) -> HalfForm | None:
     """A Cast of a number that counts is not made float16, which counts to 2,048."""
     given, made = (plain_type(value) for value in (node.inputs[0], node.outputs[0]) if value)
     if given not in (_FLOAT, _HALF, ir.DataType.BOOL):
         return None
     inputs = frozenset({0}) if given == _FLOAT else frozenset[int]()
-    return Form(inputs, frozenset({0}) if made == _FLOAT else frozenset())
+    return HalfForm(inputs, frozenset({0}) if made == _FLOAT else frozenset())
 
 
 def _lossy(tensor: ir.TensorProtocol) -> bool:
@@ -232,7 +232,7 @@ def _lossy(tensor: ir.TensorProtocol) -> bool:
     return bool((beyond | lost).any())
 
 
-def _halve(node: ir.Node, form: Form) -> set[ir.Value]:
+def _halve(node: ir.Node, form: HalfForm) -> set[ir.Value]:
     """Let a node compute in float16; return its outputs that are no longer float32."""
     if is_op(node, "Cast") and form.outputs:
         node.attributes.add(ir.AttrInt64("to", _HALF))

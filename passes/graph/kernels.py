@@ -21,7 +21,7 @@ SHAPES = 4096  # bytes of a constant that a node may have to know when it is loa
 
 
 @dataclass(frozen=True)
-class Form:
+class HalfForm:
     """The float32 inputs and outputs of a node that are float16 in its float16 form, by place."""
 
     inputs: frozenset[int]
@@ -42,7 +42,7 @@ class Kernels:
         self.model = model
         self._known: dict[Any, frozenset[int] | None] = {}
 
-    def form(self, node: ir.Node) -> Form | None:
+    def form(self, node: ir.Node) -> HalfForm | None:
         """Return the float16 form of a node; None where it has none, or types are not known."""
         if any(attribute.type in _GRAPHS for attribute in node.attributes.values()):
             return None  # what is in the bodies has forms of its own
@@ -56,7 +56,7 @@ class Kernels:
         if key not in self._known:
             self._known[key] = self._loaded(node, halves)
         outputs = self._known[key]
-        return None if outputs is None else Form(frozenset(halves), outputs)
+        return None if outputs is None else HalfForm(frozenset(halves), outputs)
 
     def _takes(self, node: ir.Node, index: int) -> bool:
         """Say whether an input may be float16 by the schema; yes where there is none."""
