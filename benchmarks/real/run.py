@@ -26,14 +26,15 @@ from ffmerge.config import MergeConfig
 from ffmerge.models.examples import Examples, from_arrays
 from ffmerge.models.find import find
 from ffmerge.passes.weights import merge as merging
+from ffmerge.passes.weights import narrow, widths
 from ffmerge.passes.weights.methods import in_place, size_of
 from ffmerge.passes.weights.widths import parameters_of
 
 RESULTS = Path(__file__).parent.parent / "results" / "real.json"
-METHODS = ("narrow", "calibrated", "permute", "low-rank", "drop-ffn", "drop-layer")
+METHODS = ("narrow", "narrow, even", "calibrated", "permute", "low-rank", "drop-ffn", "drop-layer")
 PARTS = (10, 15, 20)  # percent of all parameters removed
 ROWS = {"calibrate": 512, "validate": 64, "test": 256}  # sentences of an encoder
-WINDOWS = {"calibrate": 64, "validate": 8, "test": 16}  # of a language model
+WINDOWS = {"calibrate": 48, "validate": 8, "test": 16}  # of a language model
 LENGTH = 256  # tokens of a window
 
 
@@ -93,6 +94,14 @@ def cosine(rows: Examples, original: Any) -> Callable[[Any], float]:
     return lambda model: float((embedded(model) * expected).sum(-1).mean())
 
 
+def evenly(model: Any, calibration: Examples, part: int) -> Any:
+    """Return what rids every sublayer of the same part of its neurons: no widths are searched."""
+    members = find(model)
+    remove = part * size_of(model)[0] // 100
+    plan = widths.cheapest(model, widths.even(model, members), remove)
+    return {members: narrow.fit(model, members, plan, calibration.batches(8))}
+
+
 def rows_of(folder: str, methods: list[str], parts: list[int]) -> Any:
     """Yield a row for each method and part."""
     model, tokenizer = ffmerge.load(folder), AutoTokenizer.from_pretrained(folder)
@@ -105,11 +114,14 @@ def rows_of(folder: str, methods: list[str], parts: list[int]) -> Any:
     for part in parts:
         for method in methods:
             asked: dict[str, Any] = {"budget": f"-{part}%"}
-            if method != "narrow":
+            if method not in ("narrow", "narrow, even"):
                 asked = {"k": 1 + round(part / 100 * count / sublayer)}
-            config = MergeConfig(method=method, batch_size=8 if is_language else 32, **asked)
             start = time.process_time()
-            _, merged = merging.choose(model, calibration, held_out, config)
+            if method == "narrow, even":
+                merged = evenly(model, calibration, part)
+            else:
+                config = MergeConfig(method=method, batch_size=8 if is_language else 32, **asked)
+                _, merged = merging.choose(model, calibration, held_out, config)
             seconds = time.process_time() - start
             with in_place(model, merged):
                 value, left = measure(model), size_of(model, merged)[0]
