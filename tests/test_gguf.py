@@ -91,6 +91,7 @@ def test_a_gguf_file_gives_the_model_that_was_packed(
     for source in (file, tmp_path):  # a path, and a folder with one such file
         found = checkpoint.load(source)
         assert found.dtype == torch.float32
+        assert getattr(found, "hf_quantizer", None) is None
         assert type(found.model.layers[0].mlp.down_proj) is torch.nn.Linear
         bound = 2e-3 if packed else 1e-5  # eight bits; measured 5e-4 and 1e-7
         assert (found(ids).logits - llama(ids).logits).abs().max() < bound

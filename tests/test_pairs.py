@@ -1,6 +1,7 @@
 """Pairs of texts, in the layouts of public data sets, become what an encoder-decoder learns."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,20 @@ def test_what_pytorch_makes_of_the_labels_is_the_decoders_input(folder: Path) ->
             batch["decoder_input_ids"], shifted,
         ),
     )  # fmt: skip
+
+
+def test_a_decoders_padding_is_the_models_own(folder: Path, tmp_path: Path) -> None:
+    """Where the tokenizer has another: as transformers shifts the labels."""
+    other = tmp_path / "model"
+    shutil.copytree(folder, other)
+    config = BartConfig(**{**_SIZES, "pad_token_id": 5})
+    config.save_pretrained(other)
+    table = datasets.Dataset.from_dict({"source": READ, "target": ["eins zwei drei", "drei"]})
+    found = _read(table, other)
+    model = BartForConditionalGeneration(config)
+    shifted = model.prepare_decoder_input_ids_from_labels(torch.as_tensor(found["labels"]))
+    assert found["decoder_input_ids"] == shifted.tolist()
+    assert found["decoder_input_ids"][1] == [2, 9, 2, 5]
 
 
 def test_rows_without_one_side_are_left_out(folder: Path) -> None:
