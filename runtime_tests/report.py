@@ -364,9 +364,9 @@ def write_report(
     manifest = after.manifest
     table = {row.name: row for row in cost_rows(before, after)}
     metric = (summary(after)["metric_name"] or "").capitalize()
-    groups, narrowed = [], ()
+    groups, narrowed = [], []
     if manifest.merge:
-        narrowed = manifest.merge.narrowed
+        narrowed = [(each.stack, each.text) for each in manifest.merge.narrowed]
         groups = [(group, layers_text(group)) for group in manifest.merge.groups]
     shown = dict(
         manifest=manifest,
@@ -377,7 +377,7 @@ def write_report(
         losses=loss_rows(after, stages),
         pictured=("Size on disk", "Memory", "Latency, median", metric),
         groups=groups,
-        narrowed=[(each.stack, each.text) for each in narrowed],
+        narrowed=narrowed,
         runtimes=runtime_rows(after),
         output_rows=output_rows,
         number=number,

@@ -128,17 +128,10 @@ def choose(
         warn_near_chance(model, score.name, before.value, len(held_out))
     frontier: tuple[Candidate, ...] = ()
     chosen: dict[str, Any] = {}
-    if config.budget and method.name == NARROW:
-        members = tuple(member for layers in stacks.values() for member in layers)
+    if config.budget:
         limit = parse_budget(config.budget, before.bytes)
-        merged, now, frontier = search_widths(trials, members, before, limit)
-    elif config.budget:
-        units = [(member,) for members in stacks.values() for member in members]
-        limit = parse_budget(config.budget, before.bytes)
-        merged, now, frontier = search_budget(trials, units, before, limit, config.auto_precision)
-        if config.auto_precision:
-            chosen = {"dtype": now.dtype, "rounded": now.value}
-        now = next(point for point in frontier if point.groups == now.groups)  # not rounded
+        members = [member for layers in stacks.values() for member in layers]
+        merged, now, frontier, chosen = _search_size(trials, members, before, limit, config)
     else:
         now, merged = _search_windows(trials, searches)
     check_merged(method.name, _tensors_of(merged))
@@ -218,6 +211,28 @@ def _searches(
     if config.sync:
         return [windows(stacks, config)]
     return [windows({name: members}, config) for name, members in stacks.items()]
+
+
+def _search_size(
+    trials: Trials,
+    members: Sequence[FeedForward],
+    before: Candidate,
+    limit: int,
+    config: MergeConfig,
+) -> tuple[Merged, Candidate, tuple[Candidate, ...], dict[str, Any]]:
+    """Search for a model of ``limit`` bytes: groups, candidate, frontier, and the precision.
+
+    What is said of the precision is empty unless it is chosen with the groups.
+    """
+    if trials.method.name == NARROW:
+        return *search_widths(trials, tuple(members), before, limit), {}
+    units = [(member,) for member in members]
+    merged, now, frontier = search_budget(trials, units, before, limit, config.auto_precision)
+    chosen = {}
+    if config.auto_precision:
+        chosen = {"dtype": now.dtype, "rounded": now.value}
+    now = next(point for point in frontier if point.groups == now.groups)  # not rounded
+    return merged, now, frontier, chosen
 
 
 def _search_windows(
