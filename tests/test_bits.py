@@ -2,6 +2,7 @@
 
 from itertools import product
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import onnx_ir as ir
@@ -15,6 +16,7 @@ from ffmerge.errors import InputError
 from ffmerge.exporter.package import export
 from ffmerge.models.codes import Form
 from ffmerge.models.manifest import Manifest
+from ffmerge.passes.graph import bits
 from ffmerge.passes.graph.audit import audit
 from ffmerge.passes.graph.bits import FORMS, choose
 from ffmerge.passes.graph.run import share_file
@@ -100,6 +102,18 @@ def test_what_the_outputs_hear_keeps_its_bits(tmp_path: Path) -> None:
     assert forms["small"]["V"]["bits"] == 2
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_what_fits_the_outputs_decide(order: int, tmp_path: Path) -> None:
+    """Whatever was thought of weights alone: what moves the outputs least on the data is stored."""
+    ir.save(loud(), tmp_path / "in.onnx")
+    np.savez(tmp_path / "rows.npz", x=inputs())
+    config = ShareConfig(dtype="int4", data=tmp_path / "rows.npz", budget="140kB")
+    tried = [dict.fromkeys("WVU", form) for form in (TWO, FOUR)]
+    with mock.patch.object(bits, "assign", lambda *_: tried[::order]):
+        result = share_file(tmp_path / "in.onnx", tmp_path / "out.onnx", config)
+    assert set(result.forms.values()) == {FOUR}
+
+
 def test_what_stays_in_float_counts(tmp_path: Path) -> None:
     """64 kB of the budget are a tensor that no product reads, and some are the graph."""
     text = """(float[b,64,256] x) => (float[b,64,256] y) {
@@ -148,13 +162,13 @@ def test_a_package_says_its_bits(tmp_path: Path) -> None:
     package = export(model, tmp_path / "out", config, data=data)
     sizes = {file.path: file.bytes for file in package.manifest.files}
     assert sizes["model.onnx"] + sizes.get("model.onnx_data", 0) <= 90_000
-    bits = package.to_json()["bits"]
-    assert bits and {form["bits"] for form in bits.values()} <= {2, 4, 8}
-    assert bits == {name: vars(form) for name, form in Manifest.read(package.path).bits.items()}
+    chosen = package.to_json()["bits"]
+    assert chosen and {form["bits"] for form in chosen.values()} <= {2, 4, 8}
+    assert chosen == {name: vars(form) for name, form in Manifest.read(package.path).bits.items()}
     assert audit(package.path).ok
     table = str(_bits_rows(package.manifest.bits))
     assert all(
-        f"{form['bits']} bits in blocks of {form['block']}" in table for form in bits.values()
+        f"{form['bits']} bits in blocks of {form['block']}" in table for form in chosen.values()
     )
 
 

@@ -34,8 +34,12 @@ BESIDE = 400  # bytes that scales and attributes of a matrix take in the graph, 
 Options = Mapping[Form, tuple[int, float]]  # of a matrix: bytes and loss in each form
 
 
-def assign(model: ir.Model, matrices: Sequence[Matrix], config: QuantizeConfig) -> dict[str, Form]:
-    """Return the form of every matrix, by name, with which the model takes ``config.budget`` bytes.
+def assign(
+    model: ir.Model, matrices: Sequence[Matrix], config: QuantizeConfig
+) -> list[dict[str, Form]]:
+    """Return forms of all matrices, by name, with which the model takes ``config.budget`` bytes.
+
+    The first are chosen one by one; then one form for all, the best that fits, if one does.
 
     Raises:
         InputError: that is less than the weights take in the fewest bits.
@@ -57,8 +61,32 @@ def assign(model: ir.Model, matrices: Sequence[Matrix], config: QuantizeConfig) 
         scale = lost[matrix] / max(errors[TRIED], 1e-30)
         own = {form: (_bytes(matrix, form), scale * errors[form]) for form in forms[matrix]}
         options.append(own)
-    chosen = choose(options, room)
-    return {str(m.weight.name): form for m, form in zip(matrices, chosen, strict=True)}
+    names = [str(matrix.weight.name) for matrix in matrices]
+    found = [dict(zip(names, choose(options, room), strict=True))]
+    form = _best_alike(options, room)
+    if form and set(found[0].values()) != {form}:
+        found.append(dict.fromkeys(names, form))
+    return found
+
+
+def moved(model: ir.Model, expected: Sequence[Batch], batches: Sequence[Batch]) -> float:
+    """Return how far the outputs for batches are from what is expected of them."""
+    total = 0.0
+    for one, other, batch in zip(expected, outputs_of(model, batches), batches, strict=True):
+        total += _moved(list(one.values()), list(other.values()), batch.get("attention_mask"))
+    return total
+
+
+def outputs_of(model: ir.Model, batches: Sequence[Batch]) -> list[Batch]:
+    """Return what a graph puts out for batches, its caches left out."""
+    outputs = [value for value in model.graph.outputs if not is_present(str(value.name))]
+    return list(Walk(model, batches).run(outputs))
+
+
+def few(batches: Sequence[Batch]) -> list[Batch]:
+    """Return a few rows from the beginning, the middle and the end of the data."""
+    places = sorted({0, len(batches) // 2, len(batches) - 1})
+    return [_few_rows(batches[place]) for place in places]
 
 
 def choose(options: Sequence[Options], room: int) -> list[Form]:
@@ -73,13 +101,22 @@ def choose(options: Sequence[Options], room: int) -> list[Form]:
         number, form = step
         used += options[number][form][0] - options[number][chosen[number]][0]
         chosen[number] = form
-    for form in FORMS:
+    if form := _best_alike(options, room):
         alike = [form] * len(options)
-        if all(form in each for each in options):
-            size, loss = _total(options, alike)
-            if size <= room and loss < _total(options, chosen)[1]:
-                chosen = alike
+        if _total(options, alike)[1] < _total(options, chosen)[1]:
+            return alike
     return chosen
+
+
+def _best_alike(options: Sequence[Options], room: int) -> Form | None:
+    """Return the form in which all matrices fit and lose least, None if none fits."""
+    best, least = None, float("inf")
+    for form in FORMS:
+        if all(form in each for each in options):
+            size, loss = _total(options, [form] * len(options))
+            if size <= room and loss < least:
+                best, least = form, loss
+    return best
 
 
 def _best_step(
@@ -120,15 +157,17 @@ def sensitivities(
         run = walk.trial(outputs, [matrix.weight for matrix in some])
         expected = run({})
         for matrix in some:
-            rows = _as_rows(matrix)
-            values = block_values(
-                *block_codes(rows, TRIED.bits, TRIED.block), TRIED.bits, rows.shape[1]
-            )
-            if not _rows_are_stored(matrix):
-                values = values.T
-            found = run({str(matrix.weight.name): np.ascontiguousarray(values)})
+            found = run({str(matrix.weight.name): rounded(matrix, TRIED)})
             lost[matrix] = _moved(expected, found, batch.get("attention_mask"))
     return lost
+
+
+def rounded(matrix: Matrix, form: Form) -> Array:
+    """Return a matrix rounded to the nearest codes of a form, as it is stored."""
+    rows = _as_rows(matrix)
+    codes, scales = block_codes(rows, form.bits, form.block)
+    values = block_values(codes, scales, form.bits, rows.shape[1])
+    return np.ascontiguousarray(values if _rows_are_stored(matrix) else values.T)
 
 
 def _parts(model: ir.Model, matrices: Sequence[Matrix]) -> list[tuple[ir.Node, list[Matrix]]]:

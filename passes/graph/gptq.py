@@ -32,6 +32,7 @@ class Read(NamedTuple):
     scores: ir.Value | None
 
 
+Rounded = dict[str, tuple[Array, Array]]  # codes and scales by the name of a weight
 Inputs = tuple[Read, ...]  # of the products of a weight
 
 DAMPING = 0.01  # of the mean of a Hessian's diagonal

@@ -15,8 +15,7 @@ from ffmerge.config import DTYPES, QuantizeConfig
 from ffmerge.errors import InputError
 from ffmerge.models.codes import BLOCKS, FLOOR, Form
 from ffmerge.models.manifest import Skip
-from ffmerge.passes.graph import blocks, gptq, int8
-from ffmerge.passes.graph.bits import assign
+from ffmerge.passes.graph import bits, blocks, gptq, int8
 from ffmerge.passes.graph.float16 import MASK, to_float16
 from ffmerge.passes.graph.infer import infer_types
 from ffmerge.passes.graph.matrix import Matrix, matrix_of
@@ -60,22 +59,54 @@ def quantize(
 
 
 def _to_blocks(
-    model: ir.Model, matrices: Sequence[Matrix], bits: int, config: QuantizeConfig
+    model: ir.Model, matrices: Sequence[Matrix], width: int, config: QuantizeConfig
 ) -> None:
-    """Store matrices in blocks; ``config.forms`` and ``config.rounded`` then have what was done."""
+    """Store matrices in blocks, of ``width`` bits if not for a budget.
+
+    ``config.forms`` and ``config.rounded`` then have what was done.
+    """
     assert config.block is not None
     forms = {} if config.forms is None else config.forms
-    if config.budget is not None:
-        forms.update(assign(model, matrices, config))
-    for matrix in matrices:
-        forms.setdefault(str(matrix.weight.name), Form(bits, config.block))
     rounded = {} if config.rounded is None else config.rounded
+    if config.budget is not None:
+        chosen, codes = _best_for_budget(model, matrices, config)
+        forms.update(chosen)
+        rounded.update(codes)
+    for matrix in matrices:
+        forms.setdefault(str(matrix.weight.name), Form(width, config.block))
     config = replace(config, forms=forms, rounded=rounded)
-    if bits == 4 and config.calibration:
+    if width == 4 and config.calibration:
         left = [matrix for matrix in matrices if matrix.weight.name not in rounded]
         rounded.update(gptq.round_on_data(model, left, config))
     for matrix in matrices:
         blocks.to_blocks(model, matrix, config)
+
+
+def _best_for_budget(
+    model: ir.Model, matrices: Sequence[Matrix], config: QuantizeConfig
+) -> tuple[dict[str, Form], gptq.Rounded]:
+    """Return forms that fit, and codes: of those to try the ones that move the outputs least.
+
+    Both are rounded by the data and run: what rounding each weight alone does is not all.
+    """
+    whole = [(matrix.weight, matrix.tensor) for matrix in matrices]
+    rows, best = bits.few(config.calibration), None
+    least = float("inf")
+    tried = bits.assign(model, matrices, config)
+    expected = bits.outputs_of(model, rows)
+    for forms in tried:
+        codes = gptq.round_on_data(model, matrices, replace(config, forms=forms))
+        for matrix in matrices:
+            name = str(matrix.weight.name)
+            if name not in codes:
+                matrix.weight.const_value = ir.Tensor(bits.rounded(matrix, forms[name]))
+        off = bits.moved(model, expected, rows)
+        for weight, tensor in whole:
+            weight.const_value = tensor
+        if best is None or off < least:
+            best, least = (forms, codes), off
+    assert best is not None
+    return best
 
 
 def _check(model: ir.Model, precision: str, config: QuantizeConfig) -> None:
