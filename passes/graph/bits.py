@@ -101,8 +101,8 @@ def choose(options: Sequence[Options], room: int) -> list[Form]:
         number, form = step
         used += options[number][form][0] - options[number][chosen[number]][0]
         chosen[number] = form
-    if form := _best_alike(options, room):
-        alike = [form] * len(options)
+    if best := _best_alike(options, room):
+        alike = [best] * len(options)
         if _total(options, alike)[1] < _total(options, chosen)[1]:
             return alike
     return chosen
