@@ -269,7 +269,7 @@ def restored(kind: Any, value: Any) -> Any:
     if origin is Mapping:
         _check_kind(value, dict)
         return {name: restored(members[1], item) for name, item in value.items()}
-    if is_dataclass(kind):
+    if isinstance(kind, type) and is_dataclass(kind):
         _check_kind(value, dict)
         kinds = get_type_hints(kind)
         return kind(**{name: restored(kinds[name], item) for name, item in value.items()})

@@ -12,7 +12,7 @@ every group still shares, empty the members. Either finds the sublayers once.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from ffmerge.models.source import (
     resolve,
 )
 from ffmerge.models.stored import weight_files
+from ffmerge.models.sublayer import FeedForward
 
 VARIANT = "ffmerge"
 _NAMED = 3  # tensors in a sentence
@@ -250,19 +251,19 @@ def save(
         if record is None or (not record.groups and narrowed.is_plain(model)):
             model.save_pretrained(folder, max_shard_size=max_shard_size)
         else:
-            groups = ties.groups_of(find(model), record)
-            ties.check(model, groups, record.own)
+            found = find(model)
+            ties.check(model, ties.groups_of(found, record), record.own)
             write = _write_expanded if expanded else _write_once
-            write(model, groups, record, folder, max_shard_size)
+            write(model, found, record, folder, max_shard_size)
         if companions_from:
             copy_companions(companions_from, folder)
 
 
 def _write_once(
-    model: Any, groups: ties.Groups, record: MergeRecord, folder: Path, shard: int | str
+    model: Any, found: Sequence[FeedForward], record: MergeRecord, folder: Path, shard: int | str
 ) -> None:
     """Write a merged model with empty tensors in place of all members but the anchors."""
-    state = model.state_dict()
+    groups, state = ties.groups_of(found, record), model.state_dict()
     own = modeling_ffmerge.pop_own(model, ties.maps_of(model, groups), state)
     for name in ties.dropped_names(groups, record.own):
         state[name] = state[name].new_empty(0)
@@ -270,15 +271,15 @@ def _write_once(
     if own:
         save_file(own, folder / modeling_ffmerge.OWN_FILE)
     if _is_of_transformers(model):
-        _add_code(model, groups, record, folder)
+        _add_code(model, found, record, folder)
 
 
 def _write_expanded(
-    model: Any, groups: ties.Groups, record: MergeRecord, folder: Path, shard: int | str
+    model: Any, found: Sequence[FeedForward], record: MergeRecord, folder: Path, shard: int | str
 ) -> None:
     """Write a merged model as if every member had the weights for itself, all neurons of them."""
-    state = model.state_dict()
-    narrowed.fill(state, find(model), record)
+    groups, state = ties.groups_of(found, record), model.state_dict()
+    narrowed.fill(state, found, record)
     if record.own:
         _multiply_out(model, state)
     own = modeling_ffmerge.pop_own(model, ties.maps_of(model, groups), state)
@@ -299,7 +300,7 @@ def _is_of_transformers(model: Any) -> bool:
     return isinstance(model, getattr(transformers, type(model).__name__, ()))
 
 
-def _add_code(model: Any, groups: ties.Groups, record: MergeRecord, folder: Path) -> None:
+def _add_code(model: Any, found: Sequence[FeedForward], record: MergeRecord, folder: Path) -> None:
     """Let ``from_pretrained(..., trust_remote_code=True)`` find a class that ties."""
     name = type(model).__name__
     autos = []
@@ -312,8 +313,9 @@ def _add_code(model: Any, groups: ties.Groups, record: MergeRecord, folder: Path
     config = read_json(folder / "config.json")
     config["auto_map"] = dict.fromkeys(autos or ["AutoModel"], f"{CODE.stem}.{name}")
     write_json(folder / "config.json", dict(sorted(config.items())))
+    groups = ties.groups_of(found, record)
     rules = [_rule(members, group) for members, group in zip(groups, record.groups, strict=True)]
-    narrow = narrowed.rules(model, find(model), record)
+    narrow = narrowed.rules(model, found, record)
     code = CODE.read_text(encoding="utf-8").replace("PreTrainedModel", name)
     code = code.replace("]] = []", f"]] = {rules!r}")
     code = code.replace("NARROW: Rules = []", f"NARROW: Rules = {narrow!r}")
