@@ -36,12 +36,15 @@ def main() -> None:
     """Kill every command at all its file events, and at random moments."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--random", type=int, default=100, help="kills at random moments, in all")
+    parser.add_argument("--only", default="", help="a command")
     parser.add_argument("--json", type=Path, help="where the figures go")
     arguments = parser.parse_args()
     counts: dict[str, Counter[str]] = {}
     with tempfile.TemporaryDirectory() as folder:
         commands = write_commands(Path(folder))
         for name, words in commands.items():
+            if arguments.only not in ("", name):
+                continue
             counts[name] = kill_everywhere(Path(folder) / name, words)
             moments = arguments.random // len(commands)
             counts[name] += kill_at_random(Path(folder) / name, words, moments)
