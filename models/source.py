@@ -23,6 +23,7 @@ from ffmerge.models.adapter import SETTINGS
 from ffmerge.models.hub import fetch
 from ffmerge.models.stored import GGUF
 
+_LAYERS = 10_000  # more are a mistake
 CODE = Path(modeling_ffmerge.__file__)
 
 # Where config.json names no class, the first of these that knows the model type decides.
@@ -75,6 +76,7 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
     if not path.is_file():
         raise InputError(f"{folder} holds no config.json: give the folder of a transformers model.")
     stored = read_json(path)
+    _check_depth(path, stored)
     try:
         if stored.get("model_type") not in CONFIG_MAPPING and not trust_remote_code:
             _refuse_code(folder, stored.get("auto_map"))
@@ -83,6 +85,16 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
         raise
     except Exception as error:  # each class checks its values in a way of its own
         raise InputError(f"{path} cannot be used: {first_line(error)}") from error
+
+
+def _check_depth(path: Path, stored: Any) -> None:
+    """Raise InputError at a number of layers that no model has: it would be made layer by layer."""
+    if not isinstance(stored, dict):
+        return
+    for name, value in stored.items():
+        _check_depth(path, value)
+        if "layer" in name and isinstance(value, int) and value > _LAYERS:
+            raise InputError(f"{path} cannot be used: {name} is {value}.")
 
 
 def model_class(config: Any, folder: Path, trust_remote_code: bool = False) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ffmerge.errors import FfmergeWarning, InputError
+from ffmerge.errors import FfmergeWarning, InputError, first_line
 from ffmerge.files import read_json
 from ffmerge.models.examples import Examples
 from ffmerge.models.metrics import IGNORED
@@ -136,10 +136,7 @@ class Targets:
 
     def ids(self, texts: Sequence[str]) -> dict[str, Array]:
         """Return labels, and where it is known what a decoder begins with also its inputs."""
-        written = self.tokenizer(
-            text_target=list(texts), return_tensors="np", padding=True, truncation=True,
-            max_length=self.longest,
-        )  # fmt: skip
+        written = called(self.tokenizer, self.longest, text_target=list(texts))
         ids, mask = written["input_ids"], written["attention_mask"]
         if self.start is not None and (ids[:, 0] == self.start).all():
             ids, mask = ids[:, 1:], mask[:, 1:]
@@ -185,8 +182,21 @@ def _config(folder: str | Path | None) -> dict[str, Any]:
 
 
 def _tokens(tokenizer: Any, longest: int, *texts: Sequence[str]) -> dict[str, Array]:
-    """Return texts, or pairs of them, as a person calls the tokenizer."""
-    lists = [list(column) for column in texts]
-    return dict(
-        tokenizer(*lists, return_tensors="np", padding=True, truncation=True, max_length=longest)
-    )
+    """Return texts, or pairs of them, as model inputs."""
+    return dict(called(tokenizer, longest, *(list(column) for column in texts)))
+
+
+def called(tokenizer: Any, longest: int, *texts: Any, **more: Any) -> Any:
+    """Return what a tokenizer returns for a batch, called as a person calls it.
+
+    Raises:
+        InputError: it cannot read the texts, for example for want of a token for unknown words.
+    """
+    try:
+        return tokenizer(
+            *texts, **more, return_tensors="np", padding=True, truncation=True, max_length=longest
+        )
+    except Exception as error:  # those of the tokenizers library have no class of their own
+        raise InputError(
+            f"the tokenizer in {tokenizer.name_or_path} cannot read this text: {first_line(error)}."
+        ) from error

@@ -16,7 +16,7 @@ from ffmerge.models.labels import label_ids
 from ffmerge.models.metrics import IGNORED
 from ffmerge.models.packages import package
 from ffmerge.models.probe import Array
-from ffmerge.models.texts import tokenizer_of
+from ffmerge.models.texts import called, tokenizer_of
 
 _WORD_COLUMNS = ("tokens", "words")
 _TAG_COLUMNS = ("ner_tags", "tags", "labels", "pos_tags", "chunk_tags")
@@ -70,10 +70,7 @@ def of_words(table: Any, words: str, tags: str, source: str, folder: str | Path 
 
     def take(chosen: Sequence[int]) -> dict[str, Array]:
         part = table[list(chosen)]
-        encoded = tokenizer(
-            part[words], is_split_into_words=True, return_tensors="np", padding=True,
-            truncation=True, max_length=longest,
-        )  # fmt: skip
+        encoded = called(tokenizer, longest, part[words], is_split_into_words=True)
         labels = np.full(encoded["input_ids"].shape, IGNORED)
         for row, theirs in enumerate(part[tags]):
             for position, word in _first_pieces(encoded.word_ids(row)):

@@ -193,3 +193,14 @@ def test_tags_that_do_not_fit_are_refused(tags: Any, message: str, tagger: Path)
     table = datasets.Dataset.from_dict({"tokens": [["one", "two"], ["four"]], "ner_tags": tags})
     with pytest.raises(InputError, match=message):
         _batch(table, tagger, "token-classification")
+
+
+def test_a_tokenizer_without_a_token_for_unknown_words_is_one_sentence(tmp_path: Path) -> None:
+    """What the tokenizers library raises has no class of its own."""
+    words = {word: number for number, word in enumerate(WORDS) if word != "<unk>"}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>").save_pretrained(tmp_path)
+    table = datasets.Dataset.from_dict({"text": ["one more"]})
+    with pytest.raises(InputError, match="cannot read this text: WordLevel error"):
+        _batch(table, tmp_path, "text-generation")

@@ -154,3 +154,17 @@ def test_it_is_short_in_a_shell_and_a_table_in_a_notebook() -> None:
     model = vit(layers=3)
     model.vit.layers[1].mlp.activation_fn = _InPlace()
     assert "reordering its hidden neurons" in inspect(model)._repr_html_()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"model_type": "vit", "num_hidden_layers": 2**63},
+        {"model_type": "gpt2", "n_layer": 10_001},
+        {"model_type": "clip", "text_config": {"num_hidden_layers": 1 << 40}},
+    ],
+)
+def test_more_layers_than_any_model_has_are_refused_at_once(values: dict, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(InputError, match=r"config\.json cannot be used: n\w+ is \d{5,}"):
+        inspect(tmp_path)
