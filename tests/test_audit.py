@@ -305,6 +305,17 @@ def test_a_broken_file_is_one_clear_sentence(tmp_path, damage, message):
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize("texts", [[], [b"one"]])
+def test_texts_that_are_fewer_than_a_shape_says(texts, tmp_path):
+    tensor = onnx.TensorProto(name="T", dims=[2], data_type=onnx.TensorProto.STRING)
+    tensor.string_data.extend(texts)
+    proto = ir.to_proto(build("(float[4] x) => (float[4] y) {y = Add(x, W)}", W=normal(4)))
+    proto.graph.initializer.append(tensor)
+    (tmp_path / "m.onnx").write_bytes(proto.SerializeToString())
+    with pytest.raises(InputError, match=f"tensor 'T' is not what its shape says: {len(texts)} te"):
+        audit(tmp_path / "m.onnx")
+
+
 def test_a_tensor_shorter_than_its_shape(tmp_path):
     proto = ir.to_proto(
         build("(float[4] x) => (float[4] y) {y = Add(x, W)}", W=np.float32([1, 2, 3, 4]))

@@ -179,11 +179,15 @@ def _checked(
     """Return the tensor, mapped if its data is external; what it holds fits its shape."""
     if isinstance(tensor, ir.ExternalTensor):
         return MappedTensor(tensor, _open_data(path, tensor, files))
-    if tensor.dtype != ir.DataType.STRING:
+    what = f"{path}: tensor {tensor.name!r} is not what its shape says"
+    if tensor.dtype == ir.DataType.STRING:
+        strings: Any = tensor
+        if len(strings.string_data()) != tensor.size:
+            raise InputError(f"{what}: {len(strings.string_data())} texts of {tensor.size}.")
+    else:
         try:
             tensor.numpy()
         except Exception as error:  # as above
-            what = f"{path}: tensor {tensor.name!r} is not what its shape says"
             raise InputError(f"{what}: {_cause(error)}.") from error
     return tensor
 
