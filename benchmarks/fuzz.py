@@ -31,9 +31,11 @@ from typing import Any
 
 import numpy as np
 import onnx
+import torch
 from onnx import TensorProto, helper, numpy_helper
 
 SECONDS = 20
+GRACE = 5  # seconds more until a child is killed in which no alarm rings
 CHUNK = 50  # cases of one child process
 MEMORY = 12 << 30  # bytes of addresses a child may have
 SECRET = "secret"  # name of the folder beside the inputs that nothing may open
@@ -83,6 +85,7 @@ RIGHT = ("done", "a check failed", "one sentence")
 
 def run(folder: Path, numbers: Iterable[int], only: str = "") -> list[tuple[int, str, str]]:
     """Return number, kind and outcome of the cases."""
+    torch.set_num_threads(1)  # a child that is forked would wait for threads that it has not
     targets = write_inputs(folder / "inputs", only)
     (folder / SECRET).mkdir()
     (folder / SECRET / "file").write_text("nobody is to read this")
@@ -101,16 +104,25 @@ def run(folder: Path, numbers: Iterable[int], only: str = "") -> list[tuple[int,
 def _in_child(
     folder: Path, targets: list[Target], numbers: list[int]
 ) -> list[tuple[int, str, str]]:
-    """Return the outcomes of some cases; where a child dies, each is run in one of its own."""
+    """Return the outcomes of some cases; where a child dies, each is run in one of its own.
+
+    An alarm in the child ends what takes too long, unless native code never comes back: then the
+    child is killed from here.
+    """
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(1, context) as pool:
+        children = pool.submit(_cases, folder, targets, numbers)
         try:
-            return pool.submit(_cases, folder, targets, numbers).result()
+            return children.result(timeout=len(numbers) * (SECONDS + GRACE))
         except BrokenProcessPool:
-            pass
+            ended = "died"
+        except TimeoutError:
+            ended = "took too long"
+            for child in multiprocessing.active_children():
+                child.kill()
     if len(numbers) == 1:
         target = targets[numbers[0] % len(targets)]
-        return [(numbers[0], target.kind, "died")]
+        return [(numbers[0], target.kind, ended)]
     found = []
     for number in numbers:
         found += _in_child(folder, targets, [number])

@@ -27,6 +27,7 @@ from typing import Any
 
 import fuzz
 import numpy as np
+import torch
 
 WRITES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree")
 _TARGET = "out"
@@ -34,6 +35,7 @@ _TARGET = "out"
 
 def main() -> None:
     """Kill every command at all its file events, and at random moments."""
+    torch.set_num_threads(1)  # a child that is forked would wait for threads that it has not
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--random", type=int, default=100, help="kills at random moments, in all")
     parser.add_argument("--only", default="", help="a command")

@@ -130,5 +130,5 @@ def test_a_search_is_the_same_without_it(name: str, monkeypatch: pytest.MonkeyPa
     (ours, weights), (theirs, expected) = found
     assert passes[0] == 0 < passes[1]
     for own, other in zip(ours, theirs, strict=True):
-        assert own.value == pytest.approx(other.value, rel=1e-6)
-    assert difference(weights, expected) < 1e-6  # both measured 0
+        assert own.value == pytest.approx(other.value, rel=1e-6)  # measured 0
+    assert difference(weights, expected) < 1e-6  # measured 0

@@ -1,5 +1,7 @@
 """A short part of ``benchmarks/fuzz.py``: changed inputs end well or in one sentence."""
 
+import signal
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -32,3 +34,18 @@ def test_what_a_case_opens_outside_its_folder_is_seen(
         monkeypatch.setattr(command_line, "main", bad)
         with pytest.raises(RuntimeError, match=found):
             fuzz.run(room, range(1), "graph")
+
+
+def test_a_hang_that_no_alarm_ends_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of native code that waits for ever."""
+    import ffmerge.__main__ as command_line
+
+    def hangs(words: list[str]) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
+        time.sleep(600)
+
+    monkeypatch.setattr(command_line, "main", hangs)
+    monkeypatch.setattr(fuzz, "SECONDS", 1)
+    monkeypatch.setattr(fuzz, "GRACE", 1)
+    with pytest.raises(RuntimeError, match="took too long"):
+        fuzz.run(tmp_path, range(1), "graph")
