@@ -69,6 +69,26 @@ def forward(model: Any, batch: Mapping[str, Array], **options: Any) -> Any:
         ) from error
 
 
+def main_output(output: Mapping[str, Any]) -> Tensor:
+    """Return what a model is for: its logits, else the first output of more than one dimension.
+
+    That leaves out the loss, which comes first where a model is told what it should foretell. The
+    parameters of a distribution, a tuple, stand side by side in the last dimension.
+
+    Raises:
+        InputError: there is none.
+    """
+    if "logits" in output:
+        logits: Tensor = output["logits"]
+        return logits
+    for value in output.values():
+        if isinstance(value, tuple) and all(isinstance(part, Tensor) for part in value):
+            value = torch.stack(value, -1)
+        if isinstance(value, Tensor) and value.ndim > 1:
+            return value
+    raise InputError("the model gives no output of more than one dimension to compare.")
+
+
 def refused(model: Any, inputs: Mapping[str, Any], error: BaseException) -> str:
     """Say that a model does not run on inputs that were derived for it."""
     shapes = ", ".join(f"{name} {tuple(array.shape)}" for name, array in inputs.items())

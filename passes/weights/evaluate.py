@@ -11,7 +11,7 @@ import torch
 
 from ffmerge.errors import FfmergeWarning, InputError
 from ffmerge.models.examples import Examples
-from ffmerge.models.inputs import forward
+from ffmerge.models.inputs import forward, main_output
 from ffmerge.models.metrics import IGNORED, Metric, for_task, labels_of
 from ffmerge.models.probe import Array
 from ffmerge.models.tasks import base
@@ -154,9 +154,8 @@ def _parts(model: Any, examples: Examples, batch_size: int) -> Iterator[dict[str
 
 def _output(model: Any, batch: dict[str, Array]) -> Array:
     with torch.no_grad():
-        output = forward(model, batch)
-    first = output["logits"] if "logits" in output else output[0]
-    return np.asarray(first.float().cpu().numpy())
+        output = main_output(forward(model, batch))
+    return np.asarray(output.float().cpu().numpy())
 
 
 def _finite(value: float) -> float:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ffmerge.models.inputs import forward, unchunked
+from ffmerge.models.inputs import forward, main_output, unchunked
 from ffmerge.models.sublayer import FeedForward
 from ffmerge.passes.weights import narrow
 from ffmerge.passes.weights.abreast import Batch
@@ -158,6 +158,6 @@ def _drawn(out: Any, generator: torch.Generator) -> Tensor:
         logs = out["logits"].flatten(0, -2).float().log_softmax(-1)
         labels = torch.multinomial(logs.detach().exp().cpu(), 1, generator=generator)
         return logs.gather(-1, labels.to(logs.device)).sum()
-    vectors = torch.nn.functional.normalize(out[0].float(), dim=-1)
+    vectors = torch.nn.functional.normalize(main_output(out).float(), dim=-1)
     direction = torch.randn(vectors.shape, generator=generator)
     return (vectors * direction.to(vectors.device)).sum()
