@@ -58,7 +58,7 @@ RUNS = 5
 def main() -> None:
     """Run all and print the table, or bring one file through one tool."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cache", type=Path, help="where packages are kept")
+    parser.add_argument("--cache", type=Path, required=True, help="where packages are kept")
     parser.add_argument("--only", default="", help="part of the names of the files")
     parser.add_argument("--json", type=Path, help="where the figures go")
     parser.add_argument("--tool", nargs=3, metavar=("NAME", "SOURCE", "TARGET"))
