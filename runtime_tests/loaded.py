@@ -14,11 +14,11 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from ffmerge.errors import InputError, RuntimeCheckError
-from ffmerge.passes.graph.audit import NOTABLE, Audit, Loaded, Unshared
+from ffmerge.passes.graph.audit import Audit, Loaded, Unshared
 from ffmerge.passes.graph.audit import audit as audit_files
 from ffmerge.passes.graph.read import read_model
 from ffmerge.passes.graph.resident import LARGE
-from ffmerge.passes.graph.tensors import Stored, find_copies, graphs, is_op, stored
+from ffmerge.passes.graph.tensors import NOTABLE, Stored, find_copies, graphs, is_op, stored
 from ffmerge.runtime_tests.footprint import TRIVIAL, answer, in_fresh_process
 from ffmerge.runtime_tests.memory import growth, resident
 from ffmerge.runtime_tests.runtimes.registry import find_runtime

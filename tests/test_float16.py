@@ -6,6 +6,7 @@ import onnx.parser
 import onnx_ir as ir
 import pytest
 from graphs import build, normal, ops, run
+from onnx.reference import ReferenceEvaluator
 
 from ffmerge.models.record import Tie
 from ffmerge.passes.graph.audit import audit
@@ -92,6 +93,30 @@ def test_ranges_and_digits_that_float16_lacks_are_kept(nodes, constants, scale):
     (got,) = run(model, x=x)
     # measured 0; float16 all through gives inf, NaN or noise
     assert np.abs(got - expected).max() < 5e-6
+
+
+COUNTS = {
+    "sizes": """s = Shape(x) f = Cast<to = 1>(s) h = Mul(f, half) i = Cast<to = 7>(h)
+        y = Expand(one, i)""",
+    "positions": """n = Cast<to = 1>(x) m = Add(n, one) c = Less(n, m) y = Cast<to = 1>(c)""",
+    "constants": """h = Mul(area, aspect) i = Cast<to = 7>(h) g = Shape(x) k = Mul(i, g)
+        y = Cast<to = 1>(k)""",
+}
+
+
+@pytest.mark.parametrize("kind", COUNTS)
+def test_what_counts_is_exact_beyond_what_float16_counts(kind):
+    """As of sizes for Reshape and Resize, of causal masks, of the square root of an area."""
+    size = 2 * 2051  # float16 knows 2,048, 2,050 and 2,052
+    text = f"(int64[n] x) => (float[m] y) {{ {COUNTS[kind]} }}"
+    constants = {"half": np.float32(0.5), "one": np.float32(1), "area": np.float32(999)}
+    constants["aspect"] = np.float32(2.5)  # 2497.5 together
+    constants = {name: value for name, value in constants.items() if name in COUNTS[kind]}
+    x = np.arange(size)
+    (expected,) = run(build(text, **constants), x=x)
+    model = ir.to_proto(half(text, **constants).model)
+    (got,) = ReferenceEvaluator(model).run(None, {"x": x})  # rounds where ONNX Runtime may not
+    assert np.array_equal(got, expected)
 
 
 def test_a_mask_stays_finite_and_masks():

@@ -17,11 +17,14 @@ from ffmerge.models import manifest
 from ffmerge.models.record import Tie
 from ffmerge.passes.graph.contract import VIEWS, TieCheck, check_ties, read_ties
 from ffmerge.passes.graph.read import read_model
-from ffmerge.passes.graph.tensors import Stored, find_copies, is_op, location_of, stored
-
-# Added bytes from which a copy at load is a finding: exporters reshape and transpose scalars for
-# their shape arithmetic in every layer, and runtimes fold those.
-NOTABLE = 1024
+from ffmerge.passes.graph.tensors import (
+    NOTABLE,
+    Stored,
+    find_copies,
+    is_op,
+    location_of,
+    stored,
+)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from ffmerge.passes.graph.kernels import HalfForm, Kernels, plain_type
 from ffmerge.passes.graph.rewrite import cast
 from ffmerge.passes.graph.share import names_of
 from ffmerge.passes.graph.tensors import (
+    NOTABLE,
     Array,
     is_op,
     rewritten,
@@ -37,7 +38,6 @@ SENSITIVE = {
 }  # fmt: skip
 # What other runtimes lack in float16 (WebGPU), though ONNX Runtime loads it on a CPU.
 LACKING = ("Resize", "Upsample")
-SMALL = 1024  # bytes up to which a constant is cast for some of its consumers
 # From where on a constant is a mask's minus infinity, and what it becomes: two may be added.
 MASK, LIMIT = 1e30, 32768
 SCORES = 3  # the output of Attention that gives what its softmax reads
@@ -63,7 +63,7 @@ def to_float16(model: ir.Model) -> Iterator[Skip]:
         if not blocked and weight.graph is model.graph and not _seen_outside(weight):
             weight.const_value = rewritten(tensor, _halved, _HALF, shape_of(tensor))
             halves.add(weight)
-        elif tensor.nbytes > SMALL:
+        elif tensor.nbytes >= NOTABLE:
             reason = f"FLOAT: {_reader(blocked, forms)} reads it in float32"
             yield from (Skip(name, reason) for name in names_of(weight))
     floats = {value for node in nodes for value in node.inputs if value and _is_float(value)}
@@ -162,7 +162,7 @@ def _narrow(forms: _Forms, nodes: Sequence[ir.Node], weights: _Weights) -> _Form
     All others are float32: those without a form, what reads a weight that one of those reads,
     and what lies between them, but for what reads a weight of its own.
     """
-    large = [weight for weight, tensor in weights.items() if tensor.nbytes > SMALL]
+    large = [weight for weight, tensor in weights.items() if tensor.nbytes >= NOTABLE]
     reading = {node for weight in large for node in weight.consumers()}
     free = [node for node in nodes if node not in reading]
     wide = set(nodes) - forms.keys()
@@ -177,11 +177,11 @@ def _narrow(forms: _Forms, nodes: Sequence[ir.Node], weights: _Weights) -> _Form
 
 
 def _fed_by(wide: set[ir.Node], nodes: Sequence[ir.Node], weights: _Weights) -> set[ir.Node]:
-    """Return the nodes all of whose float32 values come from ``wide`` ones, and those."""
+    """Return the nodes all of whose float32 values come from ``wide`` ones or are constants."""
     found = set(wide)
     for node in nodes:
         floats = [v for v in node.inputs if v and _is_float(v) and v not in weights]
-        if floats and all(value.producer() in found for value in floats):
+        if all(value.producer() in found for value in floats):
             found.add(node)
     return found
 
@@ -212,13 +212,23 @@ def _form(node: ir.Node, kernels: Kernels) -> HalfForm | None:
     squared = is_op(node, "Mul", "Pow") and any(
         use.node.op_type.startswith("Reduce") for use in node.outputs[0].uses()
     )
-    return None if squared else kernels.form(node)
+    return None if squared or _decides(node) else kernels.form(node)
+
+
+def _decides(node: ir.Node) -> bool:
+    """Say whether a node makes truth values or integers of values: comparisons, casts to integers.
+
+    float16 counts to 2,048: sizes, positions and lengths beyond would be compared or rounded wrong.
+    """
+    decisions = (ir.DataType.BOOL, ir.DataType.INT32, ir.DataType.INT64)
+    made = {plain_type(output) for output in node.outputs}
+    return made.issubset(decisions) and not is_op(node, "Shape", "Size")
 
 
 def _form_of_cast(node: ir.Node) -> HalfForm | None:
     """A Cast of a number that counts is not made float16, which counts to 2,048."""
     given, made = (plain_type(value) for value in (node.inputs[0], node.outputs[0]) if value)
-    if given not in (_FLOAT, _HALF, ir.DataType.BOOL):
+    if given not in (_FLOAT, _HALF, ir.DataType.BOOL) or _decides(node):
         return None
     inputs = frozenset({0}) if given == _FLOAT else frozenset[int]()
     return HalfForm(inputs, frozenset({0}) if made == _FLOAT else frozenset())
@@ -228,7 +238,7 @@ def _lossy(tensor: ir.TensorProtocol) -> bool:
     """Say whether float16 loses a constant: beyond its range, or a small tensor's value to 0."""
     sizes = np.abs(values_of(tensor))
     beyond = (sizes > _RANGE.max) & (sizes < MASK)
-    lost = (sizes > 0) & (sizes < _RANGE.smallest_subnormal) & (tensor.nbytes <= SMALL)
+    lost = (sizes > 0) & (sizes < _RANGE.smallest_subnormal) & (tensor.nbytes < NOTABLE)
     return bool((beyond | lost).any())
 
 

@@ -18,6 +18,9 @@ Array = npt.NDArray[Any]
 CHUNK = 1 << 22  # bytes compared, turned or written at a time
 LINE = 64  # bytes of columns turned at a time, a cache line: numpy's own copy is 5 x slower
 FEW = 8  # candidates up to which comparing is cheaper than a hash of all bytes
+# Bytes from which a tensor is named where it is stored or made twice, or left as it was: exporters
+# compute with scalars in every layer, and runtimes fold those.
+NOTABLE = 1024
 SAMPLES = 16  # elements that must be equal before tensors are read to the end
 _SAMPLE = "ffmerge.sample"
 T = TypeVar("T")

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ffmerge.models.manifest import Skip
-from ffmerge.passes.graph.tensors import Array, is_op, rewritten, shape_of
+from ffmerge.passes.graph.tensors import NOTABLE, Array, is_op, rewritten, shape_of
 from ffmerge.passes.graph.transposed import obstacle, read_transposed
 
 Effects = dict[ir.Node, Any]  # what each node does to the weight that it reads
@@ -138,7 +138,7 @@ def _merge_equal(effects: Effects, main: ir.Graph) -> bool:
 def _remaining(weight: ir.Value, model: ir.Model) -> Iterator[Skip]:
     """Yield why nodes are left between a weight and its consumers."""
     tensor, views, name = weight.const_value, _views(weight), weight.name or ""
-    if tensor is None or not views:
+    if tensor is None or not views or tensor.nbytes < NOTABLE:
         return
     if reason := _seen_outside(weight):
         yield Skip(name, f"{_says(views[0])} reads it, but it is {reason}")
