@@ -205,7 +205,9 @@ def test_an_old_opset_has_no_gemm_without_bias():
 def test_int4_is_left_alone():
     codes = [1, -2, 3, 4, 5, 6, 7, -8] * 256  # 1,024 bytes; less is not named
     packed = onnx.helper.make_tensor("W", onnx.TensorProto.INT4, [1024, 2], codes)
-    model = build("() => (float[2,1024] y) {t = Transpose(W) y = Cast<to=1>(t)}", opset=21, W=packed)
+    model = build(
+        "() => (float[2,1024] y) {t = Transpose(W) y = Cast<to=1>(t)}", opset=21, W=packed
+    )
     modified, skipped = untangle(model)
     assert not modified and "INT4" in skipped[0].reason
 
