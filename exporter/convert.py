@@ -15,8 +15,7 @@ from ffmerge.exporter.torch_onnx import to_onnx
 from ffmerge.exporter.trace import record_trace
 from ffmerge.models.trace import Trace
 from ffmerge.passes.graph.opset import to_opset
-from ffmerge.passes.graph.quantize import quantize
-from ffmerge.passes.graph.run import ShareResult, share_model
+from ffmerge.passes.graph.run import ShareResult, bring_to, share_model
 from ffmerge.passes.graph.tensors import is_op
 
 DIRECT = 18  # the first opset that PyTorch's exporter writes by itself; older ones are converted
@@ -56,7 +55,7 @@ def convert(plan: Plan) -> tuple[dict[str, ShareResult], dict[str, Trace]]:
 
 
 def _quantized(results: Mapping[str, ShareResult], plan: Plan) -> dict[str, ShareResult]:
-    """Return shared graphs in the plan's precision, shared again."""
+    """Return shared graphs in the plan's precision."""
     common = QuantizeConfig(
         multiplied=_multiplied(results.values()),
         plain_lookups=plan.config.layout == "transformers.js",
@@ -68,10 +67,7 @@ def _quantized(results: Mapping[str, ShareResult], plan: Plan) -> dict[str, Shar
     done = {}
     for name, before in results.items():
         config = replace(common, calibration=plan.calibration.get(name, ()))
-        skipped = quantize(before.model, plan.config.dtype, config)
-        after = share_model(before.model)
-        reasons = dict.fromkeys((*before.skipped, *skipped, *after.skipped))
-        done[name] = replace(after, skipped=tuple(reasons), bytes_before=before.bytes_before)
+        done[name] = bring_to(before, plan.config.dtype, config)
         if common.budget is not None and common.forms:
             done[name] = replace(done[name], forms=common.forms)
     return done

@@ -74,7 +74,7 @@ def make_plan(model: Any, config: ExportConfig, source: Path | None, data: Data 
     found = processing.load(source, arguments(model))
     specs, rows = _inputs(model, config, found)
     task = tasks.fit(config.task, model, lambda: names_given(model, probe(model, specs)))
-    planned = _graphs(model, task, specs, found)
+    planned = _settled_graphs(model, task, specs, found)
     if config.budget is not None:
         _check_budget(model, config.budget, len(planned))
     plan = Plan(model, task, config, source, planned, left_out(model, specs))
@@ -116,7 +116,7 @@ def _inputs(
     return input_specs(model, made), {name: first for name, (first, _) in made.items()}
 
 
-def _graphs(
+def _settled_graphs(
     model: Any, task: str, specs: tuple[InputSpec, ...], found: processing.Processors
 ) -> tuple[Graph, ...]:
     """Return the graphs of the task, their inputs settled and drawn as the checkpoint has them."""

@@ -100,16 +100,14 @@ def check(
     progress("checking the files")
     manifest.check_files(folder)
     check_outputs(folder, manifest)
-    for name in config.providers:
-        find_runtime(name)
-    reference = read_reference(folder)
     names = list(config.providers)
     if config.installed:
         names += RUNTIMES
+    runtimes = {name: find_runtime(name) for name in names}
+    reference = read_reference(folder)
     results: list[ProviderResult] = []
     absent: dict[str, str] = {}
-    for name in dict.fromkeys(names):
-        runtime = find_runtime(name)
+    for name, runtime in runtimes.items():
         result = ProviderResult(
             name=name,
             requested=runtime.requested,

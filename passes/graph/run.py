@@ -126,11 +126,22 @@ def share_model(
     make_constant(model)
     if dtype is None or dtype == "fp32":
         return _share(model, ties, resident)
-    first = _share(model, ties, resident=False)
-    skipped = quantize(model, dtype, config)
-    last = _share(model, (), resident)
-    reasons = dict.fromkeys((*first.skipped, *skipped, *last.skipped))
-    return replace(last, skipped=tuple(reasons), bytes_before=first.bytes_before)
+    return bring_to(_share(model, ties, resident=False), dtype, config, resident)
+
+
+def bring_to(
+    shared: ShareResult, dtype: str, config: QuantizeConfig, resident: bool = True
+) -> ShareResult:
+    """Return a shared model in a precision, in place, its new weights shared again.
+
+    Raises:
+        InputError: the model cannot be brought to ``dtype``.
+    """
+    skipped = quantize(shared.model, dtype, config)
+    make_constant(shared.model)
+    last = _share(shared.model, (), resident)
+    reasons = dict.fromkeys((*shared.skipped, *skipped, *last.skipped))
+    return replace(last, skipped=tuple(reasons), bytes_before=shared.bytes_before)
 
 
 def _share(model: ir.Model, ties: Sequence[Tie], resident: bool) -> ShareResult:
