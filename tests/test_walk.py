@@ -1,5 +1,8 @@
 """Graphs in parts: the values of the whole graph, and only what is still read is kept."""
 
+import tempfile
+from pathlib import Path
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -43,6 +46,19 @@ def test_parts_compute_what_the_whole_does() -> None:
     for place in (walk, ahead):
         for got, wanted in zip(place.run([model.graph.outputs[0]]), expected, strict=True):
             assert np.allclose(got["y"], wanted, rtol=1e-5, atol=1e-5)  # measured 0
+
+
+def test_batches_wait_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is read when it is asked for, and nothing is left when the walk is over."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    model = typed(CHAIN)
+    walk = Walk(model, [{"x": normal(3, 8), "skip": normal(3, 8)}] * 4)
+    walk.go(node(model, "c"))
+    assert walk.batches[1]["b"] is not walk.batches[1]["b"]
+    sizes = [path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(sizes) == 4 and min(sizes) >= 2 * 3 * 8 * 4
+    del walk
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_rounded_on_the_way_counts() -> None:

@@ -194,8 +194,10 @@ def _add(found: dict[Inputs, Array], wanted: Sequence[Inputs], read: Read, gram:
     """Add what is multiplied to the Hessian of every weight that is multiplied by it."""
     for inputs in wanted:
         if read in inputs:
-            total = found.setdefault(inputs, np.zeros(gram.shape))
-            total += gram * np.float32(inputs.count(read))
+            if inputs not in found:
+                found[inputs] = np.zeros(gram.shape)
+            for _ in range(inputs.count(read)):
+                found[inputs] += gram
 
 
 def _without_padding(model: ir.Model, batch: Batch) -> Batch:
@@ -261,10 +263,10 @@ def _inverse_root(hessian: Array) -> Array:
     """Return the upper triangular U with ``U^T U`` the inverse of the damped Hessian."""
     from scipy.linalg import cholesky, lapack
 
-    damped = hessian.astype(np.float64)
+    # of the rows and columns in reverse L L^T is the Hessian: then L^-1, reversed, is upper, is U
+    damped = np.array(hessian[::-1, ::-1], np.float64, order="F")
     mean = damped.trace() / len(damped)
     damped[np.diag_indices_from(damped)] += DAMPING * mean if mean > 0 else 1.0
-    factor = cholesky(damped, lower=True, check_finite=False)
-    inverse, _ = lapack.dpotri(factor, lower=True)
-    inverse = np.tril(inverse) + np.tril(inverse, -1).T
-    return cholesky(inverse, check_finite=False).astype(np.float32)
+    factor = cholesky(damped, lower=True, overwrite_a=True, check_finite=False)
+    inverse, _ = lapack.dtrtri(factor, lower=True, overwrite_c=True)
+    return np.ascontiguousarray(inverse[::-1, ::-1], np.float32)

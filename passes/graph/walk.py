@@ -1,20 +1,46 @@
 """A graph that runs front to back in parts, on batches of its inputs.
 
 ``gptq.py`` rounds the weights of a part, then lets the batches go on through it. What later parts
-read is kept (:class:`Walk`): nothing runs twice, and a session holds the weights of one part.
+read is kept on disk (:class:`Walk`): nothing runs twice, a session holds the weights of one part,
+and in memory are the values of one batch.
 """
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from ffmerge.errors import InputError
 from ffmerge.passes.graph.tensors import Array
 
 Batch = Mapping[str, Array]
+
+
+class Kept(Sequence[Batch]):
+    """Batches in a folder of their own, which goes with them; each is read when it is asked for."""
+
+    def __init__(self, batches: Iterable[Batch]) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self._names: list[list[str]] = []
+        for number, batch in enumerate(batches):
+            self._names.append(list(batch))
+            with open(self._path(number), "wb") as file:
+                for array in batch.values():
+                    np.save(file, array)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, number: Any) -> Any:
+        names = self._names[number]
+        with open(self._path(number), "rb") as file:
+            return {name: np.load(file) for name in names}
+
+    def _path(self, number: int) -> Path:
+        return Path(self._folder.name) / str(number)
 
 
 class Walk:
@@ -77,7 +103,7 @@ class Walk:
         """
         kept = _read_from(self.model.graph, node)
         if all(value.type is not None for value in kept):  # what a session can be given
-            self.batches = list(self.run(kept))
+            self.batches = Kept(self.run(kept))
             self._known = kept
 
     def fork(self) -> "Walk":
