@@ -1,5 +1,6 @@
 """Narrowing against ridge regression written out in NumPy, and its exact cases."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,16 @@ MODELS: dict[str, Any] = {
     "t5": lambda: t5(2, 2),
     "t5-gated": lambda: t5(2, 2, feed_forward_proj="gated-gelu"),
 }
+# Of a sublayer's map f -> d the end of its path, and that of what is given what it is added to.
+STREAMS = {
+    "vit": ("mlp.fc2", "layernorm_after"),
+    "gpt2": ("mlp.c_proj", "ln_2"),
+    "bert": ("output.dense", "intermediate"),
+    "llama": ("mlp.down_proj", "post_attention_layernorm"),
+    "phi3": ("mlp.down_proj", "post_attention_layernorm"),
+    "t5": ("DenseReluDense.wo", "layer_norm"),
+    "t5-gated": ("DenseReluDense.wo", "layer_norm"),
+}
 
 
 def _data(model: Any, rows: int = 24, seed: int = 1) -> dict[str, np.ndarray]:
@@ -47,8 +58,10 @@ def _outputs(model: Any, data: dict[str, np.ndarray]) -> torch.Tensor:
         return model(**{name: torch.from_numpy(array) for name, array in data.items()})[0]
 
 
-def _through(model: Any, data: dict[str, np.ndarray]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Return what each map f -> d is given and puts out, (positions, width) in float64."""
+def _through(
+    model: Any, data: dict[str, np.ndarray], paths: Sequence[str]
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return what each module is given and puts out, (positions, width) in float64."""
     found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     def keep(path: str, args: Any, out: torch.Tensor) -> None:
@@ -56,10 +69,10 @@ def _through(model: Any, data: dict[str, np.ndarray]) -> dict[str, tuple[np.ndar
         found[path] = flat[0], flat[1]
 
     handles = [
-        model.get_submodule(m.output).register_forward_hook(
-            lambda _, args, out, path=m.output: keep(path, args, out)
+        model.get_submodule(path).register_forward_hook(
+            lambda _, args, out, path=path: keep(path, args, out)
         )
-        for m in find(model)
+        for path in paths
     ]
     _outputs(model, data)
     for handle in handles:
@@ -70,7 +83,7 @@ def _through(model: Any, data: dict[str, np.ndarray]) -> dict[str, tuple[np.ndar
 def _narrow(model: Any, data: dict[str, np.ndarray], width: int) -> Any:
     """Narrow every sublayer of a model to a width, in place; return its sublayers before that."""
     members = find(model)
-    found = narrow.fit(model, members, dict.fromkeys(members, width), [data])
+    [found] = narrow.fit(model, members, [dict.fromkeys(members, width)], [data])
     ties.tie_(model, [members], [found])
     return members
 
@@ -85,13 +98,16 @@ def _w_out(model: Any, member: Any) -> tuple[np.ndarray, np.ndarray | None]:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_w_out_is_the_ridge_regression_of_numpy(name: str) -> None:
-    """On what the narrowed model has there, of what the original puts out, layer for layer."""
+    """On what the narrowed model has there, for the stream of the original, layer for layer."""
     model, original = MODELS[name](), MODELS[name]()
     data = _data(model)
     members = _narrow(model, data, width=30)
-    seen, wanted = _through(model, data), _through(original, data)
+    stream = {m: m.output.replace(*STREAMS[name]) for m in members}
+    paths = [*stream.values(), *(member.output for member in members)]
+    seen, wanted = _through(model, data, paths), _through(original, data, paths)
     for member in members:
         hidden, target = seen[member.output][0], wanted[member.output][1]
+        target = target + wanted[stream[member]][0] - seen[stream[member]][0]
         assert hidden.shape[1] == 30
         old, old_bias = _w_out(original, member)
         new, bias = _w_out(model, member)
@@ -193,10 +209,10 @@ def test_many_batches_of_padded_rows_are_as_one(tmp_path: Path) -> None:
     wide = dict.fromkeys(members, 40)
     data["attention_mask"] = np.ones_like(data["input_ids"])
     data["attention_mask"][::3, 6:] = 0
-    once = narrow.fit(model, members, wide, [data])
+    [once] = narrow.fit(model, members, [wide], [data])
     data["input_ids"][::3, 6:] = 7  # padding
     parts = [{name: array[i : i + 5] for name, array in data.items()} for i in range(0, 24, 5)]
-    again = narrow.fit(model, members, wide, parts)
+    [again] = narrow.fit(model, members, [wide], parts)
     for one, other in zip(once.own, again.own, strict=True):
         for key, tensor in one.items():
             assert (tensor - other[key]).abs().max() < 1e-4

@@ -99,7 +99,8 @@ def evenly(model: Any, calibration: Examples, part: int) -> Any:
     members = find(model)
     remove = part * size_of(model)[0] // 100
     plan = widths.cheapest(model, widths.even(model, members), remove)
-    return {members: narrow.fit(model, members, plan, calibration.batches(8))}
+    [found] = narrow.fit(model, members, [plan], calibration.batches(8))
+    return {members: found}
 
 
 def rows_of(folder: str, methods: list[str], parts: list[int]) -> Any:

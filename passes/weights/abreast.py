@@ -6,7 +6,7 @@ told what each has come to, and answers with what the map shall put out there. B
 pass holds what the model itself hands on from layer to layer, and what is hidden where it stops.
 """
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -26,11 +26,15 @@ Batch = Mapping[str, Array]
 
 @dataclass(frozen=True)
 class Stop:
-    """Where a pass stands: a map by its path, what it was given and what it put out."""
+    """Where a pass stands: a map by its path, what it was given and what it put out.
+
+    ``stream`` is what that is going to be added to, where it is known (``stream.py``).
+    """
 
     path: str
     given: Tensor
     out: Tensor
+    stream: Tensor | None
 
 
 class Pass(Thread):
@@ -40,6 +44,7 @@ class Pass(Thread):
         """Run to the first stop."""
         super().__init__(daemon=True)
         self.model, self.batch = model, batch
+        self.stream: Tensor | None = None
         self._stops: SimpleQueue[Stop | BaseException] = SimpleQueue()
         self._answers: SimpleQueue[Tensor | StopForward | None] = SimpleQueue()
         self.start()
@@ -54,9 +59,10 @@ class Pass(Thread):
         except BaseException as error:  # raised again where it is waited for
             self._stops.put(error)
 
-    def stop(self, stop: Stop) -> Tensor | None:
+    def stop(self, path: str, given: Tensor, out: Tensor) -> Tensor | None:
         """Stop, in this thread, until it is answered what shall be put out: None, what is."""
-        self._stops.put(stop)
+        self._stops.put(Stop(path, given, out, self.stream))
+        self.stream = None
         answer = self._answers.get()
         if isinstance(answer, StopForward):
             raise answer
@@ -80,20 +86,30 @@ class Pass(Thread):
 
 
 @contextmanager
-def abreast(model: Any, paths: Sequence[str]) -> Generator[Callable[[Batch], Pass], None, None]:
-    """Give what starts a pass that stops behind each of the maps; all end with the block."""
+def abreast(
+    model: Any, paths: Iterable[str], streams: Iterable[str]
+) -> Generator[Callable[[Batch], Pass], None, None]:
+    """Give what starts a pass that stops behind each of the maps; all end with the block.
+
+    ``streams`` are the modules that are given the stream, each before its map.
+    """
     passes: list[Pass] = []
+
+    def keep(path: str, _: Any, args: tuple[Tensor, ...], out: Tensor) -> None:
+        found = current_thread()
+        assert isinstance(found, Pass)
+        found.stream = args[0]
 
     def stop(path: str, _: Any, args: tuple[Tensor, ...], out: Tensor) -> Tensor | None:
         found = current_thread()
         assert isinstance(found, Pass)  # nothing else runs the model meanwhile
-        return found.stop(Stop(path, args[0], out))
+        return found.stop(path, args[0], out)
 
     def start(batch: Batch) -> Pass:
         passes.append(Pass(model, batch))
         return passes[-1]
 
-    with hooked(model, paths, stop), unchunked(model):
+    with hooked(model, streams, keep), hooked(model, paths, stop), unchunked(model):
         try:
             yield start
         finally:

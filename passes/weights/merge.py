@@ -121,7 +121,10 @@ def choose(
     elif held_out is None:
         calibration, held_out = calibration.halves()
     score = _score(model, held_out, config)
-    statistics = Statistics(model, calibration, stacks, config, progress)
+    watched = stacks
+    if method.name == NARROW:  # one sublayer at a time
+        watched = {name: members[:1] for name, members in stacks.items()}
+    statistics = Statistics(model, calibration, watched, config, progress)
     trials = Trials(model, method, statistics, score, progress)
     before = trials.measured({})
     if score and held_out is not None:

@@ -2,11 +2,12 @@
 
 The method ``narrow`` calls :func:`fit` with the width of each sublayer, which ``widths.py`` chooses
 by :func:`forecast`. Those neurons of a sublayer are taken out whose work the others do best
-(``elimination.py``). W_out and its bias solve a ridge regression of what the *original* model puts
-out there on what the neurons that stay give in the *narrowed* model, so each sublayer makes up for
-what was lost before it (for one sublayer: arXiv 2602.05243). All batches are on their way twice, in
-the original and narrowed (``abreast.py``); the sums of a sublayer, (f, f) and (f, d), are held
-while it is its turn.
+(``elimination.py``). W_out and its bias solve a ridge regression on what the neurons that stay give
+in the *narrowed* model. Its target is what the *original* model puts out there, and what the stream
+that it is added to (``stream.py``) is short of in the narrowed model: so each sublayer makes up for
+what was lost before it, in attention too (for one sublayer: arXiv 2602.05243). All batches are on
+their way in the original and narrowed, once for each set of widths (``abreast.py``); the sums of a
+sublayer, (f, f) and (f, d), are held while it is its turn.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,7 @@ from ffmerge.passes.weights.abreast import Batch, Pass, abreast
 from ffmerge.passes.weights.activations import Batches, positions
 from ffmerge.passes.weights.elimination import Elimination, Matrix, eliminate
 from ffmerge.passes.weights.least_squares import Regression
+from ffmerge.passes.weights.stream import streams
 from ffmerge.progress import Progress, silent
 
 TOKENS = 16_384  # positions that W_out is solved over
@@ -49,8 +51,7 @@ class Problem:
     weight: Matrix
     mean: Matrix
     target: Matrix | None
-    count: int
-    energy: float
+    count: float
 
     def eliminated(self, width: int) -> Elimination:
         """Return which neurons go, the first first, down to a width."""
@@ -68,33 +69,35 @@ class Problem:
 def fit(
     model: Any,
     members: Sequence[FeedForward],
-    widths: Mapping[FeedForward, int],
+    plans: Sequence[Mapping[FeedForward, int]],
     batches: Batches,
     progress: Progress = silent,
-) -> SharedWeights:
-    """Return the members' own weights at their widths; the model stays as it is.
+) -> list[SharedWeights]:
+    """Return for each plan the members' own weights at its widths; the model stays as it is.
 
     Raises:
         InputError: a member cannot be narrowed, or the data does not fit the model.
     """
     _check(model, members)
     by_path = {member.output: member for member in members}
-    found: dict[FeedForward, dict[Key, Tensor]] = {}
-    with abreast(model, [*by_path]) as start:
+    found: list[dict[FeedForward, dict[Key, Tensor]]] = [{} for _ in plans]
+    with abreast(model, by_path, streams(model, members).values()) as start:
         original = _started(model, members, batches, start)
-        narrow = [start(each.batch) for each in original]
+        narrowed = [[start(each.batch) for each in original] for _ in plans]
         while True:
             member = by_path[original[0].at.path]
-            width = widths[member]
-            problem = _problem(model, member, original, narrow)
-            kept = problem.eliminated(width).kept(width, member.d_ff)
-            found[member] = _cut(model, member, kept, *problem.solved(kept))
-            progress("narrowing", len(found), len(members))
-            if len(found) == len(members):
-                return SharedWeights({}, [found[member] for member in members])
-            for one, other in zip(original, narrow, strict=True):
-                one.go_on()
-                other.go_on(_put_out(member, found[member], kept, other.at.given))
+            solved = []
+            for plan, parts, passes in zip(plans, found, narrowed, strict=True):
+                parts[member], kept = _solved(model, member, plan[member], original, passes)
+                solved.append((passes, parts[member], kept))
+            progress("narrowing", len(found[0]), len(members))
+            if len(found[0]) == len(members):
+                return [SharedWeights({}, [parts[m] for m in members]) for parts in found]
+            for each in original:
+                each.go_on()
+            for passes, own, kept in solved:
+                for each in passes:
+                    each.go_on(_put_out(member, own, kept, each.at.given))
 
 
 def forecast(
@@ -110,7 +113,7 @@ def forecast(
     _check(model, members)
     by_path = {member.output: member for member in members}
     found: dict[FeedForward, Matrix] = {}
-    with abreast(model, [*by_path]) as start:
+    with abreast(model, by_path, streams(model, members).values()) as start:
         original = _started(model, members, batches, start)
         while True:
             member = by_path[original[0].at.path]
@@ -165,19 +168,34 @@ def _counted(model: Any, member: FeedForward, at: Pass) -> Tensor:
     return counted.to(at.at.out.device)
 
 
+def _solved(
+    model: Any,
+    member: FeedForward,
+    width: int,
+    original: Sequence[Pass],
+    narrowed: Sequence[Pass],
+) -> tuple[dict[Key, Tensor], Any]:
+    """Return a member's weights at a width, and which of its neurons stay."""
+    problem = _problem(model, member, original, narrowed)
+    kept = problem.eliminated(width).kept(width, member.d_ff)
+    return _cut(model, member, kept, *problem.solved(kept)), kept
+
+
 def _problem(
-    model: Any, member: FeedForward, original: Sequence[Pass], narrow: Sequence[Pass]
+    model: Any, member: FeedForward, original: Sequence[Pass], narrowed: Sequence[Pass]
 ) -> Problem:
-    """Add up what the narrowed passes have hidden and the original ones put out."""
+    """Add up what the narrowed passes have hidden and what they are short of."""
     weight, bias = _w_out(model, member)
     zeros = weight.new_zeros
     sums = Regression(zeros(member.d_ff, member.d_ff), zeros(member.d_ff, member.d_model))
-    energy = 0.0
-    for one, other in zip(original, narrow, strict=True):
+    for one, other in zip(original, narrowed, strict=True):
         counted = _counted(model, member, one)
-        hidden, target = other.at.given[counted].float(), one.at.out[counted].float()
-        sums.update(0, hidden, target - linear(hidden, weight.T, bias))
-        energy += float(target.double().square().sum())
+        hidden = other.at.given[counted].float()
+        short = one.at.out[counted].float() - other.at.out[counted].float()
+        if one.at.stream is not None and other.at.stream is not None:
+            stream = one.at.stream.float() - other.at.stream.float()
+            short += stream.view_as(one.at.out)[counted]
+        sums.update(0, hidden, short)
     gram, cross = (_whole(sums.gram), sums.cross.double().cpu().numpy())
     hidden_mean, missing = sums.hidden[0].cpu().numpy(), sums.target[0].cpu().numpy()
     if bias is None:
@@ -194,7 +212,7 @@ def _problem(
     if bias is not None:
         put_out = missing + bias.double().cpu().numpy() + hidden_mean @ old
     best = old + cho_solve(cho_factor(gram, lower=True), cross)
-    return Problem(gram, best, hidden_mean, put_out, sums.counts[0], energy)
+    return Problem(gram, best, hidden_mean, put_out, sums.counts[0])
 
 
 def _whole(lower: Tensor) -> Matrix:

@@ -211,8 +211,8 @@ def search_widths(
         raise _out_of_reach(limit, least, "with as few neurons as can be")
     tried: list[tuple[Candidate, Merged]] = []
     frontier = [now]
-    for plan in widths.plans(model, members, remove, data.batches, trials.progress):
-        change = narrow.fit(model, members, plan, data.batches(), trials.progress)
+    plans = widths.plans(model, members, remove, data.batches, trials.progress)
+    for change in narrow.fit(model, members, plans, data.batches(), trials.progress):
         merged: Merged = {members: change}
         with in_place(model, merged):
             tried.append((trials.measured(merged), merged))

@@ -7,7 +7,7 @@ they cost least for each parameter.
 """
 
 import heapq
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,13 +37,13 @@ def plans(
     remove: int,
     batches: Callable[[], Batches],
     progress: Progress = silent,
-) -> Iterator[Widths]:
-    """Yield widths that take ``remove`` parameters: those that are forecast best, and even ones."""
-    first = chosen(model, members, remove, batches, progress)
-    yield first
+) -> list[Widths]:
+    """Return widths that take ``remove`` parameters: the best by forecast, and even ones."""
+    found = [chosen(model, members, remove, batches, progress)]
     equal = cheapest(model, even(model, members), remove)
-    if equal != first:
-        yield equal
+    if equal not in found:
+        found.append(equal)
+    return found
 
 
 def chosen(
