@@ -1,8 +1,9 @@
 """The memory of this process, as the system counts it."""
 
-import ctypes
 import gc
 from pathlib import Path
+
+from ffmerge.models import heap
 
 Resident = tuple[int, int]  # bytes in memory: all, and the part that no file backs
 
@@ -16,9 +17,8 @@ def resident(trim: bool = True) -> Resident | None:
     if not rollup.exists():
         return None
     gc.collect()
-    give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl has not
-    if give_back and trim:
-        give_back(0)
+    if trim:
+        heap.trim()
     sizes = {}
     try:
         for line in rollup.read_text().splitlines():

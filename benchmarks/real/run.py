@@ -2,10 +2,11 @@
 
 ``python benchmarks/real/run.py NAME FOLDER`` measures the checkpoint of FOLDER, which
 ``benchmarks/trained.py`` fetches, and adds rows to ``benchmarks/results/real.json``; ``--methods``
-and ``--parts`` choose. ``python benchmarks/real/run.py`` prints the table. Language models are
-measured by the perplexity of windows of 256 tokens, encoders by the cosine of the mean of their
-hidden states with the original's; untuned. Text is what every Python brings (``texts.py``): one
-part calibrates, one chooses windows and widths, one measures.
+and ``--parts`` choose. ``python benchmarks/real/run.py --picture docs/frontier.svg`` prints the
+table and draws it. Language models are measured by the perplexity of windows of 256 tokens,
+encoders by the cosine of the mean of their hidden states with the original's; untuned. Text is what
+every Python brings (``texts.py``): one part calibrates, one chooses windows and widths, one
+measures.
 """
 
 import argparse
@@ -33,7 +34,8 @@ from ffmerge.passes.weights.widths import parameters_of
 RESULTS = Path(__file__).parent.parent / "results" / "real.json"
 METHODS = ("narrow", "narrow, even", "calibrated", "permute", "low-rank", "drop-ffn", "drop-layer")
 PARTS = (10, 15, 20)  # percent of all parameters removed
-ROWS = {"calibrate": 512, "validate": 64, "test": 256}  # sentences of an encoder
+ROWS = {"calibrate": 1024, "validate": 64, "test": 256}  # sentences of an encoder
+BATCH = 32  # sentences
 WINDOWS = {"calibrate": 48, "validate": 8, "test": 16}  # of a language model
 LENGTH = 256  # tokens of a window
 
@@ -49,10 +51,14 @@ def windows(tokenizer: Any, part: str) -> Examples:
 
 
 def sentences(tokenizer: Any, part: str) -> Examples:
-    """Return sentences, padded to the longest of them."""
+    """Return sentences, those of like length side by side, for they are padded to the longest."""
     lines = texts.sentences(part)
-    np.random.default_rng(0).shuffle(lines)
+    generator = np.random.default_rng(0)
+    generator.shuffle(lines)
     lines = sorted(lines[: ROWS[part]], key=len)
+    batches = [lines[start : start + BATCH] for start in range(0, len(lines), BATCH)]
+    generator.shuffle(batches)
+    lines = [line for batch in batches for line in batch]
 
     def take(rows: Any) -> dict[str, Any]:
         some = [lines[row] for row in rows]
@@ -82,7 +88,7 @@ def cosine(rows: Examples, original: Any) -> Callable[[Any], float]:
 
     def embedded(model: Any) -> torch.Tensor:
         found = []
-        for batch in rows.batches(32):
+        for batch in rows.batches(BATCH):
             inputs = {name: torch.as_tensor(array) for name, array in batch.items()}
             with torch.no_grad():
                 states = model(**inputs)[0]
@@ -121,7 +127,7 @@ def rows_of(folder: str, methods: list[str], parts: list[int]) -> Any:
             if method == "narrow, even":
                 merged = evenly(model, calibration, part)
             else:
-                config = MergeConfig(method=method, batch_size=8 if is_language else 32, **asked)
+                config = MergeConfig(method=method, batch_size=8 if is_language else BATCH, **asked)
                 _, merged = merging.choose(model, calibration, held_out, config)
             seconds = time.process_time() - start
             with in_place(model, merged):
@@ -132,12 +138,17 @@ def rows_of(folder: str, methods: list[str], parts: list[int]) -> Any:
             }  # fmt: skip
 
 
-def kept(row: dict[str, Any]) -> str:
-    """Return what the table says: percent of the original's score, and what was removed."""
+def kept(row: dict[str, Any]) -> float:
+    """Return the percent of the original's score that is left; of a perplexity its inverse."""
     share = row["after"] / row["before"]
     if row["lower_is_better"]:
         share = 1 / share
-    return f"{100 * share:.1f} % ({row['after']:.4g} at -{100 * row['removed']:.1f} %)"
+    return float(100 * share)
+
+
+def cell(row: dict[str, Any]) -> str:
+    """Return what the table says: percent of the original's score, and what was removed."""
+    return f"{kept(row):.1f} % ({row['after']:.4g} at -{100 * row['removed']:.1f} %)"
 
 
 def table(results: dict[str, list[dict[str, Any]]]) -> str:
@@ -146,11 +157,29 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
     lines.append("|---" * (len(PARTS) + 2) + "|")
     for name, rows in results.items():
         for method in METHODS:
-            cells = {row["part"]: kept(row) for row in rows if row["method"] == method}
+            cells = {row["part"]: cell(row) for row in rows if row["method"] == method}
             if cells:
                 texts_ = " | ".join(cells.get(part, "") for part in PARTS)
                 lines.append(f"| {name} | {method} | {texts_} |")
     return "\n".join(lines)
+
+
+def draw(results: dict[str, list[dict[str, Any]]], file: str) -> None:
+    """Draw what is left of the score over what was removed."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    for plot, (name, rows) in zip(figure.subplots(1, len(results)), results.items(), strict=True):
+        for method in METHODS:
+            points = sorted((r["removed"], kept(r)) for r in rows if r["method"] == method)
+            points.insert(0, (0.0, 100.0))
+            plot.plot([100 * x for x, _ in points], [y for _, y in points], ".-", label=method)
+        plot.set(title=name, xlabel="% of all parameters removed", ylim=(0, 102))
+    figure.axes[0].set_ylabel("% of the original's score")
+    figure.axes[0].legend(fontsize="small")
+    with matplotlib.rc_context({"svg.hashsalt": "ffmerge"}):
+        figure.savefig(file, metadata={"Date": None})
 
 
 def main() -> None:
@@ -160,6 +189,7 @@ def main() -> None:
     parser.add_argument("folder", nargs="?")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS])
     parser.add_argument("--parts", nargs="+", type=int, default=[*PARTS])
+    parser.add_argument("--picture", help="also draw an .svg")
     arguments = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     if arguments.folder:
@@ -170,6 +200,8 @@ def main() -> None:
             rows.append(row)
             RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))
+    if arguments.picture:
+        draw(results, arguments.picture)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ffmerge.errors import InputError
-from ffmerge.models import ties
+from ffmerge.models import heap, ties
 from ffmerge.models.offload import device_of
 from ffmerge.models.sublayer import FeedForward
 from ffmerge.models.ties import Key, SharedWeights
@@ -32,8 +32,9 @@ from ffmerge.passes.weights.least_squares import Regression
 from ffmerge.passes.weights.stream import streams
 from ffmerge.progress import Progress, silent
 
-TOKENS = 16_384  # positions that W_out is solved over
-RIDGE = 1e-3  # of each neuron's own sum of squares
+TOKENS = 32_768  # positions that W_out is solved over
+FORECAST = 8_192  # positions that tell what a width costs
+RIDGE = 1e-2  # of each neuron's own sum of squares
 _TINY = 1e-6  # of the mean one: so much is added too, for neurons that are never active
 
 
@@ -82,7 +83,7 @@ def fit(
     by_path = {member.output: member for member in members}
     found: list[dict[FeedForward, dict[Key, Tensor]]] = [{} for _ in plans]
     with abreast(model, by_path, streams(model, members).values()) as start:
-        original = _started(model, members, batches, start)
+        original = _started(model, members, batches, start, TOKENS)
         narrowed = [[start(each.batch) for each in original] for _ in plans]
         while True:
             member = by_path[original[0].at.path]
@@ -98,6 +99,7 @@ def fit(
             for passes, own, kept in solved:
                 for each in passes:
                     each.go_on(_put_out(member, own, kept, each.at.given))
+                heap.trim()
 
 
 def forecast(
@@ -114,7 +116,7 @@ def forecast(
     by_path = {member.output: member for member in members}
     found: dict[FeedForward, Matrix] = {}
     with abreast(model, by_path, streams(model, members).values()) as start:
-        original = _started(model, members, batches, start)
+        original = _started(model, members, batches, start, FORECAST)
         while True:
             member = by_path[original[0].at.path]
             problem = _problem(model, member, original, original)
@@ -124,6 +126,7 @@ def forecast(
                 return found
             for each in original:
                 each.go_on()
+            heap.trim()
 
 
 def _check(model: Any, members: Sequence[FeedForward]) -> None:
@@ -147,15 +150,16 @@ def _started(
     members: Sequence[FeedForward],
     batches: Batches,
     start: Callable[[Batch], Pass],
+    tokens: int,
 ) -> list[Pass]:
-    """Return passes at their first stop, as many as bring ``TOKENS`` positions there, or all."""
+    """Return passes at their first stop, as many as bring so many positions there, or all."""
     passes: list[Pass] = []
     count = 0
     by_path = {member.output: member for member in members}
     for batch in batches:
         passes.append(start(batch))
         count += int(_counted(model, by_path[passes[-1].at.path], passes[-1]).sum())
-        if count >= TOKENS:
+        if count >= tokens:
             break
     if count < 2:
         raise InputError("narrow is fitted on data of two positions and more: give --data.")
