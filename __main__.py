@@ -33,8 +33,9 @@ from ffmerge.config import (
     ShareConfig,
     SimilarityConfig,
     ValidateConfig,
+    check_source,
 )
-from ffmerge.errors import FfmergeError, FfmergeWarning
+from ffmerge.errors import FfmergeError, FfmergeWarning, InputError
 from ffmerge.escapes import printable
 from ffmerge.flags import Result
 
@@ -154,6 +155,7 @@ def export(
 
     Example: [bold]ffmerge export merged package[/bold]
     """
+    check_source(data)
     from ffmerge import commands
     from ffmerge.tables import WITHOUT_DATA, package_table
 
@@ -174,6 +176,8 @@ def compress(
 
     Example: [bold]ffmerge compress MODEL small --size 30MB --data validation.csv[/bold]
     """
+    if not data.data:
+        raise InputError("what fits is chosen by what it loses: give --data.")
     from ffmerge.compress import compress
     from ffmerge.tables import compress_table
 
@@ -251,6 +255,7 @@ def similarity(
 
     Example: [bold]ffmerge similarity gpt2 --data validation.txt --out gpt2.svg[/bold]
     """
+    check_source(data)
     from ffmerge import commands
     from ffmerge.tables import similarity_table
 

@@ -5,6 +5,7 @@ data (``passes/weights/target.py``), exports the best one and validates it. The 
 whole: ``package`` is what is shipped, ``checkpoint`` the narrowed model in PyTorch, if it was.
 """
 
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,7 +21,6 @@ from ffmerge.config import (
     MergeConfig,
     parse_budget,
 )
-from ffmerge.errors import InputError
 from ffmerge.exporter import package
 from ffmerge.files import refuse_existing, scratch, staged
 from ffmerge.models import checkpoint
@@ -74,19 +74,26 @@ def compress(
     """Write the best package of the checkpoint ``source`` under a size into the new folder ``out``.
 
     Raises:
-        InputError: the size is out of reach, there is no data, or ``out`` exists.
+        InputError: the size is out of reach, or ``out`` exists.
     """
     refuse_existing(out)
-    if not paths.data:
-        raise InputError("what fits is chosen by what it loses: give --data.")
     with progress.shown() as show, scratch(out) as wide, staged(out) as target:
         folder, model = open_checkpoint(source, options)
         float32_(model, wide)
         task = task_of(config.task, model)
         calibration, held_out = examples_of(paths, folder, task)
-        assert calibration is not None and held_out is not None  # there is --data
-        config = replace(config, task=task)
-        found = _package(model, folder, target, config, (calibration, held_out), show)
+        assert calibration is not None and held_out is not None  # --data was asked for
+        config, data = replace(config, task=task), (calibration, held_out)
+        found = _package(model, folder, target, config, data, show)
+        if found.shipped > found.size:  # what is beside the weights is known now
+            less = replace(config, size=f"{2 * found.size - found.shipped}B")
+            for path in target.iterdir():
+                shutil.rmtree(path)
+            folder, model = open_checkpoint(source, options)
+            (wide / "again").mkdir()
+            float32_(model, wide / "again")
+            again = _package(model, folder, target, less, data, show)
+            found = replace(again, size=found.size)
         labelled = None
         if found.metric != "fidelity":
             labelled = held_out
@@ -117,7 +124,7 @@ def _package(
         )
         return merging.choose(model, calibration, held_out, budget, show)
 
-    found = ways(model, limit - _beside(model, folder), score, narrower)
+    found = ways(model, limit, _beside(model, folder), score, narrower)
     best = found[0]
     if best.merge is not None and best.merged is not None:
         merging.apply_(model, best.merge, best.merged)

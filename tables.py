@@ -82,7 +82,7 @@ def compress_table(found: Any) -> Group:
     if found.shipped > found.size:
         said += f" That is more than {size_text(found.size)}: ask for a smaller --size."
     return Group(
-        _table(f"{found.folder}: the first was taken", ("", "weights", metric), rows), said
+        _table(f"{found.folder}: {found.ways[0].text}", ("", "weights", metric), rows), said
     )
 
 

@@ -1,16 +1,24 @@
-"""The model card of a package."""
+"""The model card of a package: what the hub reads of it, what it is, how it is used and cited.
 
+``exporter/write.py`` writes :func:`card` as ``README.md``. Licence, languages, data sets and base
+model are those of the checkpoint's own card.
+"""
+
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub.repocard import metadata_load
+
 from ffmerge.escapes import code_span, markdown
-from ffmerge.models.record import merge_record
+from ffmerge.models.record import MergeRecord, merge_record
 from ffmerge.models.tasks import base
 
+_INHERITED = ("license", "license_name", "license_link", "language", "datasets", "base_model")
 _CARD = """---
-library_name: onnxruntime
-pipeline_tag: {task}
-tags: [onnx, ffmerge]
+{metadata}
 ---
 # {architecture}, {parameters:,} parameters
 
@@ -25,22 +33,100 @@ ffmerge audit .      # is anything stored twice, is every tie intact
 ffmerge validate .   # does ONNX Runtime compute what PyTorch computed
 python -c "import ffmerge; model = ffmerge.load_package('.')"   # {architecture} on ONNX Runtime
 ```
+{browser}
+The sharing of feed-forward sublayers is from [arXiv 2501.06126](https://arxiv.org/abs/2501.06126):
+please cite it where you use a merged model.
 """
+_BROWSER = """
+In a browser or Node.js, from the folder that holds this one:
+
+```js
+import {{ pipeline, env }} from "@huggingface/transformers";
+env.localModelPath = "./";
+const model = await pipeline("{task}", "FOLDER", {{ dtype: "{dtype}" }});
+```
+"""
+# What transformers.js calls the precisions, of which a package has one.
+_DTYPES = {"fp32": "fp32", "fp16": "fp16", "int8": "q8", "int4": "q4"}
 
 
-def card(model: Any, task: str, graphs: Sequence[str]) -> str:
-    """Return the Markdown model card, with the metadata block the hub reads."""
+def card(
+    model: Any, task: str, graphs: Sequence[str], dtype: str = "fp32", source: Path | None = None
+) -> str:
+    """Return the Markdown model card, with the metadata block the hub reads.
+
+    ``source`` is the folder of the checkpoint, whose card tells licence, data and base model.
+    """
+    record = merge_record(model.config)
+    library, browser = "onnxruntime", ""
+    if all(path.startswith("onnx/") for path in graphs) and graphs:
+        library = "transformers.js"
+        browser = _BROWSER.format(task=base(task), dtype=_DTYPES.get(dtype, dtype))
+    metadata = ModelCardData(
+        library_name=library,
+        pipeline_tag=base(task),
+        tags=["onnx", "ffmerge"],
+        **_inherited(source),
+        **_relation(dtype, record),
+        **_results(model, task, record),
+    )
     return _CARD.format(
-        task=base(task),
+        metadata=metadata.to_yaml(),
         graphs=", ".join(f"`{path}`" for path in graphs),
         architecture=type(model).__name__,
         parameters=sum(p.numel() for p in model.parameters()),
-        merge=_merge_text(model),
+        merge=_merge_text(record),
+        browser=browser,
     )
 
 
-def _merge_text(model: Any) -> str:
-    record = merge_record(model.config)
+def _inherited(source: Path | None) -> dict[str, Any]:
+    """Return what the card of a checkpoint says that holds for a package of it as well.
+
+    A checkpoint fetched from the hub is the base model; of another one it is that of its card.
+    """
+    if source is None:
+        return {}
+    try:
+        found = metadata_load(source / "README.md") or {}
+    except Exception:  # there is none, or it is no YAML: a card says nothing that must be there
+        found = {}
+    inherited = {}
+    for key in _INHERITED:
+        value = found.get(key)
+        if isinstance(value, str) or (
+            isinstance(value, list) and all(isinstance(each, str) for each in value)
+        ):
+            inherited[key] = value
+    if fetched := re.search(r"models--(.+?)--(.+?)/snapshots/", f"{source.as_posix()}/"):
+        inherited["base_model"] = "/".join(fetched.groups())
+    return inherited
+
+
+def _relation(dtype: str, record: MergeRecord | None) -> dict[str, str]:
+    """Return what a package is to its base model, in the hub's words."""
+    if dtype != "fp32":
+        return {"base_model_relation": "quantized"}
+    if record is not None:
+        return {"base_model_relation": "finetune"}
+    return {}
+
+
+def _results(model: Any, task: str, record: MergeRecord | None) -> dict[str, Any]:
+    """Return what the merged model was measured to keep, if it was, as the hub shows results."""
+    if record is None or not record.metric["name"]:
+        return {}
+    measured = EvalResult(
+        task_type=base(task),
+        dataset_type="custom",
+        dataset_name=f"{record.metric['examples']} validation examples",
+        metric_type=record.metric["name"],
+        metric_value=round(record.metric["merged"], 4),
+    )
+    return {"model_name": type(model).__name__, "eval_results": [measured]}
+
+
+def _merge_text(record: MergeRecord | None) -> str:
     if record is None:
         return "Exported by ffmerge; no feed-forward sublayers are merged."
     groups = "; ".join(

@@ -50,7 +50,7 @@ def write_files(
     _write_config(folder, plan.model)
     if plan.source:
         copy_companions(plan.source, folder)
-    text = card(plan.model, plan.task, paths)
+    text = card(plan.model, plan.task, paths, plan.config.dtype, plan.source)
     (folder / "README.md").write_text(text, encoding="utf-8")
     return records, variants
 

@@ -4,15 +4,16 @@
 ``ColumnsConfig`` says; one that is named and not there is an error.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from ffmerge.config import ColumnsConfig
-from ffmerge.errors import InputError
+from ffmerge.errors import FfmergeWarning, InputError
 from ffmerge.models import texts
-from ffmerge.models.labels import Numbered, is_class, is_regression, label_ids
+from ffmerge.models.labels import Numbered, are_classes, is_class, is_regression, label_ids
 from ffmerge.models.tasks import base
 
 _TEXT_COLUMNS = ("text", "sentence", "content")
@@ -84,12 +85,30 @@ def labels_of(
     table: Any, source: str, folder: str | Path | None, columns: ColumnsConfig
 ) -> tuple[str, Numbered] | None:
     """Return the column of the classes and what numbers them; None if there are none."""
+    if is_regression(folder):
+        return None
     column = columns.label_column or first_of(LABEL_COLUMNS, table)
-    if column is None or is_regression(folder):
+    column = column or _column_of_classes(table, folder)
+    if column is None:
+        if len(table.column_names) > 1:
+            warnings.warn(
+                f"no column of {source} is known to hold the classes, it has "
+                f"{', '.join(table.column_names)}: name it by --label-column.",
+                FfmergeWarning,
+                stacklevel=2,
+            )
         return None
     if not is_class(table, column):
         raise InputError(f"the column {column!r} of {source} holds no classes: name another one.")
     return column, label_ids(column, table, source, folder)
+
+
+def _column_of_classes(table: Any, folder: str | Path | None) -> str | None:
+    """Return the first column that holds nothing but names of the model's classes."""
+    for name in _strings(table):
+        if are_classes(table[name][:1], folder) and are_classes(table.unique(name), folder):
+            return name
+    return None
 
 
 def pair_of(

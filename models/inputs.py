@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +23,8 @@ def to_tensors(arrays: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]
     first = next(model.parameters())
     tensors = {}
     for name, array in arrays.items():
+        if isinstance(array, np.ndarray) and not array.flags.writeable:
+            array = array.copy()  # of a file that is mapped; PyTorch takes no other
         tensor = torch.as_tensor(array)
         if tensor.is_floating_point():
             tensor = tensor.to(first.dtype)

@@ -42,6 +42,12 @@ def is_class(table: Any, column: str) -> bool:
     return kind.startswith(("int", "uint", "string", "large_string", "bool"))
 
 
+def are_classes(values: Sequence[Any], folder: str | Path | None) -> bool:
+    """Tell whether all of these, of which there are some, are names of the model's classes."""
+    known = _known(folder) or {}
+    return bool(values) and all(_by_name(str(value), known) is not None for value in values)
+
+
 def is_regression(folder: str | Path | None) -> bool:
     """Tell whether a model gives one number, for which there are no classes."""
     known = _known(folder)

@@ -131,7 +131,8 @@ def check(
     why = None
     if writes(manifest):
         why = why_not(folder)
-    return Validation(manifest, tuple(results), absent, why, _environment())
+    name = f"{manifest.model_type} of {manifest.parameters:,} parameters"
+    return Validation(manifest, tuple(results), absent, why, _environment(), label=name)
 
 
 def measured_again(folder: Path, validation: Validation) -> Validation:

@@ -8,6 +8,7 @@ import pytest
 from reference.tasks import REFERENCES
 
 import ffmerge
+from ffmerge import compress
 from ffmerge.passes.weights.precision import bytes_of
 
 DIGITS = REFERENCES["digits"]
@@ -49,6 +50,22 @@ def test_what_is_shipped_fits_and_is_whole(size: str, data: Path, tmp_path: Path
         assert sum(p.numel() for p in smaller.parameters()) < sum(
             p.numel() for p in model.parameters()
         )
+
+
+def test_a_size_is_kept_where_the_graph_is_larger_than_expected(
+    data: Path, tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """int8 weights fit 370 kB and the package would not: int4 is taken."""
+    monkeypatch.setattr(compress, "GRAPH", 0)
+    out = tmp_path / "small"
+    code, found, err = run(
+        "compress", DIGITS.folder, out, "--size", "370kB", "--data", data, "--json"
+    )
+    assert code == 0, err
+    assert found["size"] == 370_000 >= found["shipped"]
+    shipped = [out / "package" / name for name in found["files"]]
+    assert sum(path.stat().st_size for path in shipped) == found["shipped"]
+    assert found["ways"][0]["what"] != "int8"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast, ViTImageProcessor
 
 from ffmerge.config import ColumnsConfig
-from ffmerge.errors import InputError
+from ffmerge.errors import FfmergeWarning, InputError
 from ffmerge.models.data import as_examples, read
 from ffmerge.models.metrics import ACCURACY, TARGET_PERPLEXITY
 
@@ -50,6 +50,41 @@ def test_folders_go_by_their_names(tmp_path: Path) -> None:
     assert _labels(data, model, "image-classification") == [1, 2, 0]
     with pytest.raises(InputError, match="'grey', which is none of the model's: zebra, ant"):
         _labels(_pictures(tmp_path / "e", "ant", "grey"), model, "image-classification")
+
+
+def test_a_column_of_the_models_classes_needs_no_known_name(tmp_path: Path) -> None:
+    model = _model(tmp_path / "m", good=0, bad=1)
+    rows = {
+        "text": ["one", "two", "three"],
+        "topic": ["a", "b", "c"],
+        "mood": ["Bad", "good", "BAD"],
+    }
+    assert _labels(datasets.Dataset.from_dict(rows), model) == [1, 0, 1]
+    del rows["mood"]
+    with pytest.warns(FfmergeWarning, match="it has text, topic: name it by --label-column"):
+        (batch,) = as_examples(
+            datasets.Dataset.from_dict(rows), model, "text-classification"
+        ).batches(9)
+    assert "labels" not in batch
+
+
+def test_grey_pictures_go_to_a_processor_of_one_channel(tmp_path: Path) -> None:
+    model = _model(tmp_path / "m", a=0, b=1)
+    size = {"height": 7, "width": 9}
+    ViTImageProcessor(size=size, image_mean=[0.5], image_std=[0.5]).save_pretrained(model)
+    (batch,) = as_examples(
+        _pictures(tmp_path / "d", "a", "b"), model, "image-classification"
+    ).batches(9)
+    assert batch["pixel_values"].shape == (2, 1, 7, 9)
+    assert np.allclose(batch["pixel_values"], 9 / 127.5 - 1, atol=1e-6)  # (v / 255 - 0.5) / 0.5
+
+
+def test_a_processor_that_does_not_take_the_pictures_is_named(tmp_path: Path) -> None:
+    model = _model(tmp_path / "m", a=0, b=1)
+    ViTImageProcessor(image_mean=[0.5, 0.5], image_std=[0.5, 0.5]).save_pretrained(model)
+    data = as_examples(_pictures(tmp_path / "d", "a", "b"), model, "image-classification")
+    with pytest.raises(InputError, match="does not take the pictures"):
+        next(data.batches(9))
 
 
 def test_a_model_without_names_takes_the_order_of_as_many_folders(tmp_path: Path) -> None:

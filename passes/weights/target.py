@@ -43,13 +43,16 @@ class Way:
         return f"{self.dtype}, {self.merge.record.narrowed[0].text}"
 
 
-def ways(model: Any, room: int, score: Score, narrower: Narrower) -> list[Way]:
-    """Return the ways to weights of ``room`` bytes, the best first; the model stays as it is.
+def ways(model: Any, size: int, beside: int, score: Score, narrower: Narrower) -> list[Way]:
+    """Return the ways to ``size`` bytes, the best first; the model stays as it is.
+
+    ``beside`` of them are not for the weights.
 
     Raises:
         InputError: so few are out of reach.
     """
     found = []
+    room = size - beside
     larger = None
     for dtype in DTYPES:
         size = bytes_of(model, dtype)
@@ -62,10 +65,11 @@ def ways(model: Any, room: int, score: Score, narrower: Narrower) -> list[Way]:
         with in_place(model, merged):
             found.append(_measured(model, larger, score, merge, merged))
     if not found:
-        least = bytes_of(model, DTYPES[-1])
+        least = int((1 - MOST) * bytes_of(model, DTYPES[-1]))
         raise InputError(
-            f"that size is out of reach: it leaves {size_text(max(room, 0))} for the weights, "
-            f"which are {size_text(least)} in {DTYPES[-1]}, and at most {MOST:.0%} of them go."
+            f"{size_text(size)} is out of reach: graph and tokenizer take about "
+            f"{size_text(beside)}, and the weights in {DTYPES[-1]} with {MOST:.0%} of them gone "
+            f"{size_text(least)}: give more than {size_text(beside + least)}."
         )
     return sorted(found, key=lambda way: score.rank(way.value), reverse=True)
 

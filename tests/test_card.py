@@ -1,0 +1,65 @@
+"""The model card: what the hub reads of a package is what the checkpoint's card says, and true."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny import vit
+
+from ffmerge.exporter.card import card
+from ffmerge.models.record import Group, MergeRecord
+
+RECORD = MergeRecord("calibrated", (Group("layers", (0, 1)),), 9, 5, 36, 20, {"name": None})
+MEASURED = {"name": "accuracy", "examples": 50, "before": 0.9, "merged": 0.875, "recovered": None}
+
+
+def metadata(source: Path | None = None, **options: Any) -> dict[str, Any]:
+    """Return the metadata block of a card, as a YAML parser reads it."""
+    model = options.pop("model", vit(32, 64, 2))
+    graphs = options.pop("graphs", ("model.onnx",))
+    text = card(model, "image-classification", graphs, source=source, **options)
+    found: dict[str, Any] = yaml.safe_load(text.split("---\n")[1])
+    return found
+
+
+def test_licence_data_and_base_are_those_of_the_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(
+        "---\nlicense: mit\ndatasets: [mnist]\nbase_model: org/base\ntags: [x]\n"
+        "model-index: [1]\nlanguage: {a: b}\n---\n# of it\n"
+    )
+    found = metadata(tmp_path, dtype="int8")
+    assert found["license"] == "mit" and found["datasets"] == ["mnist"]
+    assert found["base_model"] == "org/base" and found["base_model_relation"] == "quantized"
+    assert found["tags"] == ["onnx", "ffmerge"] and found["library_name"] == "onnxruntime"
+    assert "language" not in found and "model-index" not in found
+
+
+@pytest.mark.parametrize("text", ["no block", "---\na: [\n---\n", "---\n- a\n---\n", None])
+def test_a_checkpoint_whose_card_says_nothing_has_none(text: str | None, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "README.md").write_text(text)
+    assert set(metadata(tmp_path)) == {"library_name", "pipeline_tag", "tags"}
+
+
+def test_what_was_fetched_from_the_hub_is_the_base(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--org--a-name" / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    assert metadata(snapshot)["base_model"] == "org/a-name"
+
+
+def test_results_are_those_of_the_merge() -> None:
+    model = vit(32, 64, 2)
+    model.config.ffmerge = replace(RECORD, metric=MEASURED).to_json()
+    found = metadata(model=model)
+    (result,) = found["model-index"][0]["results"]
+    assert result["metrics"] == [{"type": "accuracy", "value": 0.875}]
+    assert found["base_model_relation"] == "finetune"
+
+
+def test_a_folder_for_the_browser_is_called_so() -> None:
+    graphs = ("onnx/model_quantized.onnx",)
+    assert metadata(graphs=graphs, dtype="int8")["library_name"] == "transformers.js"
+    text = card(vit(32, 64, 2), "image-classification", graphs, "int8")
+    assert 'pipeline("image-classification", "FOLDER", { dtype: "q8" })' in text
