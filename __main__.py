@@ -7,6 +7,7 @@ runs: ``ffmerge --help`` and the device's commands need no torch.
 import errno
 import json
 import os
+import shlex
 import sys
 import traceback
 import warnings
@@ -38,6 +39,7 @@ from ffmerge.config import (
 from ffmerge.errors import FfmergeError, FfmergeWarning, InputError
 from ffmerge.escapes import printable
 from ffmerge.flags import Result
+from ffmerge.models.manifest import REFERENCE
 
 app = typer.Typer(
     help="Merge the feed-forward sublayers of a Transformer and ship the shared weights once.",
@@ -50,6 +52,11 @@ app = typer.Typer(
 Model = Annotated[str, typer.Argument(help="A checkpoint folder or a hub id.")]
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _DATA = "Calibration data, as for merge."
+
+
+def _quoted(path: str | Path) -> str:
+    """Return a path as a shell takes it."""
+    return shlex.quote(str(path))
 
 
 def _version(wanted: bool) -> None:
@@ -85,7 +92,7 @@ def demo(
     from ffmerge.demo import demo
 
     result = demo(out)
-    return Result(result.to_json(), result.table(), result.ok)
+    return Result(result.to_json(), result.table(), result.ok, f"Look: {_quoted(out)}/report.html")
 
 
 def inspect(
@@ -104,7 +111,10 @@ def inspect(
 
     folder = resolve(model, load, weights=False)
     found = inspect(folder, load.trust_remote_code)
-    return Result(found.to_json(), inspection_table(found))
+    then = (
+        f"Next: ffmerge compress {_quoted(model)} OUT --size 30MB --data DATA, or merge, or compare"
+    )
+    return Result(found.to_json(), inspection_table(found), last=then)
 
 
 def merge(
@@ -123,7 +133,10 @@ def merge(
     from ffmerge.tables import merge_table
 
     result = commands.merge(model, out, config, data, recovery, checkpoint)
-    return Result(result.to_json(), merge_table(result, out))
+    then = f"Next: ffmerge export {_quoted(out)} PACKAGE"
+    if dtype := result.record.metric.get("dtype"):
+        then += f" --dtype {dtype}"
+    return Result(result.to_json(), merge_table(result, out), last=then)
 
 
 def compare(model: Model, config: CompareConfig, data: DataConfig, device: DeviceConfig) -> Result:
@@ -162,7 +175,9 @@ def export(
     package = commands.export(model, out, config, load, data, columns)
     blind = config.dtype == "int4" and data is None
     hint = WITHOUT_DATA if blind else None
-    return Result({**package.to_json(), "hint": hint}, package_table(package, blind))
+    value = {**package.to_json(), "hint": hint}
+    then = f"Next: ffmerge validate {_quoted(out)}; a runtime needs no {REFERENCE} and no README.md"
+    return Result(value, package_table(package, blind), last=then)
 
 
 def compress(
@@ -200,7 +215,9 @@ def share(
     result = share_file(source, target, config)
     blind = config.dtype == "int4" and config.data is None
     hint = WITHOUT_DATA if blind else None
-    return Result({**result.to_json(), "hint": hint}, share_table(result, target, blind))
+    then = f"Next: ffmerge audit {_quoted(target)}"
+    value = {**result.to_json(), "hint": hint}
+    return Result(value, share_table(result, target, blind), last=then)
 
 
 def audit(
@@ -237,7 +254,8 @@ def validate(
 
     with progress.shown() as show:
         result = validate(package, config, progress=lambda step: show(step, 0, 0))
-    return Result(result.to_json(), validation_table(result), result.ok)
+    wrote = f"Wrote report.html, report.md and validation.json into {_quoted(package)}"
+    return Result(result.to_json(), validation_table(result), result.ok, wrote)
 
 
 def similarity(
@@ -262,7 +280,10 @@ def similarity(
     found, files = commands.similarity(model, data, config, out, device, columns)
     stacks = [stack.to_json() for stack in found]
     value = {"stacks": stacks, "files": [str(file) for file in files]}
-    return Result(value, similarity_table(found))
+    wrote = ""
+    if files:
+        wrote = f"Wrote {', '.join(map(_quoted, files))}"
+    return Result(value, similarity_table(found), last=wrote)
 
 
 for each in (demo, compress, inspect, merge, compare, export, share, audit, validate, similarity):

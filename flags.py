@@ -16,6 +16,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 
 from ffmerge.errors import InputError
+from ffmerge.escapes import printable
 from ffmerge.files import FIRST_PROCESS
 
 # what the extra ffmerge[torch] brings and modules import at their head
@@ -28,11 +29,15 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 
 @dataclass(frozen=True)
 class Result:
-    """What a command prints, for machines and for people; ``ok`` False is exit code 1."""
+    """What a command prints, for machines and for people; ``ok`` False is exit code 1.
+
+    ``last`` is the last line for people: what was written, or the command that comes next.
+    """
 
     value: dict[str, Any]
     table: Any
     ok: bool = True
+    last: str = ""
 
 
 def command(app: typer.Typer, function: Callable[..., Result]) -> None:
@@ -79,6 +84,8 @@ def show(result: Result, as_json: bool) -> None:
     from rich.console import Console
 
     Console().print(result.table)
+    if result.last:
+        print(printable(result.last))
 
 
 def _missing(command: str, error: ModuleNotFoundError) -> Exception:

@@ -42,7 +42,7 @@ def inspection_table(found: Any) -> Group:
 
 
 def merge_table(merge: Any, out: Path) -> Group:
-    """Show before and after of a Merge, of a budget every step, and what to run next."""
+    """Show before and after of a Merge, and of a budget every step."""
     record, metric = merge.record, merge.record.metric
     rows = [
         ("parameters", f"{record.parameters_before:,}", f"{record.parameters_after:,}"),
@@ -65,8 +65,6 @@ def merge_table(merge: Any, out: Path) -> Group:
             for step, point in zip(steps, merge.frontier, strict=True):
                 step.append(point.dtype)
         shown.append(_table("Frontier", columns, steps))
-    if metric.get("dtype"):
-        shown.append(f"Next: ffmerge export {out} PACKAGE --dtype {metric['dtype']}")
     return Group(*shown)
 
 
@@ -111,7 +109,7 @@ def package_table(package: Any, blind: bool = False) -> Table:
     manifest = package.manifest
     rows = [(file.path, size_text(file.bytes)) for file in manifest.files]
     rows.append(("all files", size_text(manifest.bytes_total)))
-    rows.append(("distinct parameters", size_text(manifest.parameter_bytes)))
+    rows.append(("distinct weights", size_text(manifest.bytes_unique)))
     if package.defaults:
         rows.append(("no inputs, at their default", ", ".join(package.defaults)))
     for path, cost in package.costs.items():

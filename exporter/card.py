@@ -66,8 +66,7 @@ def card(
         library_name=library,
         pipeline_tag=base(task),
         tags=["onnx", "ffmerge"],
-        **_inherited(source),
-        **_relation(dtype, record),
+        **_base(source, dtype, record),
         **_results(model, task, record),
     )
     return _CARD.format(
@@ -103,13 +102,15 @@ def _inherited(source: Path | None) -> dict[str, Any]:
     return inherited
 
 
-def _relation(dtype: str, record: MergeRecord | None) -> dict[str, str]:
-    """Return what a package is to its base model, in the hub's words."""
-    if dtype != "fp32":
-        return {"base_model_relation": "quantized"}
-    if record is not None:
-        return {"base_model_relation": "finetune"}
-    return {}
+def _base(source: Path | None, dtype: str, record: MergeRecord | None) -> dict[str, Any]:
+    """Return what is inherited, and what the package is to its base model, in the hub's words."""
+    inherited = _inherited(source)
+    if "base_model" in inherited:
+        if dtype != "fp32":
+            inherited["base_model_relation"] = "quantized"
+        elif record is not None:
+            inherited["base_model_relation"] = "finetune"
+    return inherited
 
 
 def _results(model: Any, task: str, record: MergeRecord | None) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def test_a_size_is_kept_where_the_graph_is_larger_than_expected(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--size", "20kB"], "out of reach"),
+        (["--size", "20kB"], "20.0 kB is out of reach"),
         (["--size", "small"], "not of the form"),
         (["--size", "300kB", "--task", "no-task"], "no-task"),
     ],

@@ -40,12 +40,17 @@ MISSPELT = [
         ("share", "gone.onnx", "out.onnx", "--dtype", "int8", "--data", "x.npz"),
         "only int4 and int8-static",
     ),
-    (("compare", "gone", "--k", "2", "--data", "x.npz", "--method", "foo"), "'foo'"),
+    (("compare", "gone", "--k", "2", "--data", "any:train", "--method", "foo"), "'foo'"),
+    (("merge", "gone", "out", "--k", "2", "--data", "no.csv"), "no.csv is not a data file"),
+    (("merge", "gone", "out", "--k", "2", "--validation", "no"), "no is not a data file"),
+    (("export", "gone", "out", "--data", "no.csv"), "no.csv is not a data file"),
+    (("compress", "gone", "out", "--size", "1MB", "--data", "no"), "no is not a data file"),
+    (("compress", "gone", "out", "--size", "1MB"), "give --data"),
     (("export", "gone", "out", "--dtype", "foo"), "'foo'"),
     (("export", "gone", "out", "--layout", "foo"), "'foo'"),
     (("export", "gone", "out", "--opset", "99"), "99"),
     (("share", "gone.onnx", "out.onnx", "--dtype", "foo"), "'foo'"),
-    (("similarity", "gone", "--data", "x.npz", "--reach", "-1"), "reach"),
+    (("similarity", "gone", "--data", "any:train", "--reach", "-1"), "reach"),
 ]
 
 

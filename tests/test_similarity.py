@@ -177,7 +177,7 @@ def cells(picture: Path) -> list[float]:
     [
         (["--tokens", "1"], "tokens must be 2 or more"),
         (["--out", "heat.png"], "is no .svg"),
-        (["--data", "nothing.npz"], "cannot be read"),
+        (["--data", "nothing.npz"], "is not a data file"),
     ],
 )
 def test_bad_input_is_one_sentence(

@@ -55,8 +55,7 @@ def ways(model: Any, size: int, beside: int, score: Score, narrower: Narrower) -
     room = size - beside
     larger = None
     for dtype in DTYPES:
-        size = bytes_of(model, dtype)
-        if size <= room:
+        if bytes_of(model, dtype) <= room:
             found.append(_measured(model, dtype, score))
             break
         larger = dtype
