@@ -15,9 +15,10 @@ import ffmerge
 from ffmerge.config import CompareConfig, ExportConfig, MergeConfig
 from ffmerge.errors import InputError
 from ffmerge.models import checkpoint, ties
+from ffmerge.models.examples import from_arrays
 from ffmerge.models.find import find
 from ffmerge.models.record import merge_record
-from ffmerge.passes.weights import narrow, widths
+from ffmerge.passes.weights import cost, narrow, widths
 from ffmerge.passes.weights.compare import compare
 from ffmerge.passes.weights.elimination import eliminate
 from ffmerge.passes.weights.merge import merge_
@@ -216,6 +217,41 @@ def test_many_batches_of_padded_rows_are_as_one(tmp_path: Path) -> None:
     for one, other in zip(once.own, again.own, strict=True):
         for key, tensor in one.items():
             assert (tensor - other[key]).abs().max() < 1e-4
+
+
+def test_plans_side_by_side_are_as_one_by_one() -> None:
+    """None of them sees what another has put out."""
+    model = MODELS["llama"]()
+    data = _data(model)
+    members = find(model)
+    plans = [dict.fromkeys(members, 40), dict.fromkeys(members, 24)]
+    together = narrow.fit(model, members, plans, [data])
+    for plan, found in zip(plans, together, strict=True):
+        [alone] = narrow.fit(model, members, [plan], [data])
+        for one, other in zip(found.own, alone.own, strict=True):
+            for key, tensor in one.items():
+                assert torch.equal(tensor, other[key])
+
+
+def test_batches_are_as_large_as_one_sublayer_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not as all together do: each pass has a thread."""
+    model = gpt2(32, 48, layers=4)
+    members = find(model)
+    data = from_arrays(_data(model))
+    row = 9 * cost._position_bytes(members[:1])
+    monkeypatch.setattr(cost, "BATCH", 8 * row)
+    assert cost.rows_at_a_time(model, data, 16, {"all": members}) == 2
+    seen: list[int] = []
+    fit = narrow.fit
+
+    def counting(model: Any, members: Any, plans: Any, batches: Any, progress: Any) -> Any:
+        batches = [*batches]
+        seen.extend(len(batch["input_ids"]) for batch in batches)
+        return fit(model, members, plans, batches, progress)
+
+    monkeypatch.setattr(narrow, "fit", counting)
+    merge_(model, data, MergeConfig(method="narrow", budget="-5%", batch_size=16), data)
+    assert seen == [8, 8, 8]
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "phi3", "t5"])
