@@ -6,7 +6,7 @@ PYTEST = FFMERGE_OPTIMUM=required FFMERGE_DEVICE=required FFMERGE_OPENVINO=requi
 
 NODE_MODULES := examples/web/node_modules/.package-lock.json
 
-.PHONY: install install-optimum install-device demo web test test-fast test-web test-webgpu slow check lint types wheel clean
+.PHONY: install install-optimum install-device demo web test test-fast test-web test-webgpu slow check lint types wheel docs clean
 
 install: .venv/installed
 
@@ -72,6 +72,12 @@ slow: install install-optimum install-device
 	$(PYTEST) -m slow
 
 check: lint types wheel
+
+# The pages of docs as a site in build/site; a link that leads nowhere is an error.
+docs:
+	test -d .venv-docs || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install -q mkdocs-material==9.8.2
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
 
 lint: install
 	$(BIN)/ruff format --check .
