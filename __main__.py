@@ -258,6 +258,25 @@ def validate(
     return Result(result.to_json(), validation_table(result), result.ok, wrote)
 
 
+def push(
+    package: Annotated[Path, typer.Argument(help="A package folder.")],
+    repository: Annotated[str, typer.Argument(help="ORG/NAME on the Hugging Face hub.")],
+    private: Annotated[bool, typer.Option("--private", help="Make it private.")] = False,
+    token: Annotated[
+        str | None, typer.Option(help="Of the hub; by default what hf auth login left.")
+    ] = None,
+) -> Result:
+    """Upload a package to the Hugging Face hub, after seeing that it is whole.
+
+    Example: [bold]ffmerge push package ORG/NAME[/bold]
+    """
+    from ffmerge.push import push
+    from ffmerge.tables import pushed_table
+
+    found = push(package, repository, private, token)
+    return Result(found.to_json(), pushed_table(found))
+
+
 def similarity(
     model: Model,
     config: SimilarityConfig,
@@ -286,7 +305,19 @@ def similarity(
     return Result(value, similarity_table(found), last=wrote)
 
 
-for each in (demo, compress, inspect, merge, compare, export, share, audit, validate, similarity):
+for each in (
+    demo,
+    compress,
+    inspect,
+    merge,
+    compare,
+    export,
+    share,
+    audit,
+    validate,
+    push,
+    similarity,
+):
     flags.command(app, each)
 
 

@@ -187,6 +187,11 @@ def audit_table(found: Any) -> Group:
     )
 
 
+def pushed_table(found: Any) -> Table:
+    """Show where a package was pushed, and its files there."""
+    return _table(found.url, ("file",), [(name,) for name in found.files])
+
+
 def _verdict(ok: bool) -> str:
     if ok:
         return "ok"

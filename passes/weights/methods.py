@@ -16,6 +16,7 @@ compared with, not saved (``rivals.py``).
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from typing import Any
 
 import torch
@@ -92,9 +93,15 @@ def method(
 def get(name: str) -> Method:
     """Return by name a method whose result can be saved.
 
+    One that another package registers is found by its entry point of the group
+    ``ffmerge.methods``, whose module is imported only then.
+
     Raises:
         InputError: there is no such method.
     """
+    if name not in METHODS:
+        for found in entry_points(group="ffmerge.methods", name=name):
+            found.load()
     known = [each.name for each in METHODS.values() if each.saved]
     if name not in known:
         raise InputError(f"there is no method {name!r}: choose one of {', '.join(known)}.")
