@@ -22,10 +22,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-@pytest.mark.parametrize("size", ["600kB", "390kB"])
-def test_what_is_shipped_fits_and_is_whole(size: str, data: Path, tmp_path: Path, run: Any) -> None:
-    """int8 fits 600 kB as it is; for 390 kB it is narrowed, and int4 is measured beside it."""
-    out = tmp_path / "small"
+def test_what_is_shipped_fits_and_is_whole(data: Path, tmp_path: Path, run: Any) -> None:
+    """For 390 kB int8 is narrowed, and int4 is measured beside it."""
+    out, size = tmp_path / "small", "390kB"
     code, found, err = run("compress", DIGITS.folder, out, "--size", size, "--data", data, "--json")
     assert code == 0, err
     package = out / "package"
@@ -39,10 +38,7 @@ def test_what_is_shipped_fits_and_is_whole(size: str, data: Path, tmp_path: Path
     assert values == sorted(values, reverse=True)
     model = ffmerge.load(DIGITS.folder)
     assert found["before"] == bytes_of(model, "fp32")
-    if size == "600kB":
-        assert ways[0].startswith("fp32") or ways[0] == "int8"
-    else:
-        assert {way.partition(",")[0] for way in ways} == {"int8", "int4"}
+    assert {way.partition(",")[0] for way in ways} == {"int8", "int4"}
     narrowed = (out / "checkpoint").exists()
     assert narrowed == ("neurons" in ways[0])
     if narrowed:
