@@ -18,11 +18,11 @@ Command = Callable[..., tuple[int, str, str]]
 # them because they export models or start processes. What they test is in `make test`.
 HEAVY = frozenset(
     """
-    architectures bits call cli compare compress demo device engines export float32 fuzz golden gptq hooks inputs large_file
-    loaded loaders narrow narrow_rows offload optimum optimum_plugin own_export own_parts packaging
-    properties quantize quantize_models real_inputs recover recover_runs remote_code rivals
-    runtime_footprint runtimes scale search serving tampering translation tutorials variants versions
-    vit_base walk
+    architectures bits call cli compare compress demo device engines export float32 fuzz golden
+    gptq hooks inputs large_file loaded loaders narrow narrow_rows offload optimum
+    optimum_plugin own_export own_parts packaging properties quantize quantize_models
+    real_inputs recover recover_runs remote_code rivals runtime_footprint runtimes scale search
+    serving tampering translation tutorials variants versions vit_base walk
     """.split()
 )
 
