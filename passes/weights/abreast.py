@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ffmerge.errors import InputError
+from ffmerge.models import heap
 from ffmerge.models.inputs import StopForward, forward, unchunked
 from ffmerge.models.probe import Array
 from ffmerge.passes.weights.activations import hooked
@@ -74,9 +75,10 @@ class Pass(Thread):
         self.at = self._next()
 
     def end(self) -> None:
-        """Go no further."""
+        """Go no further, and hold nothing any more."""
         self._answers.put(StopForward())
         self.join()
+        del self.at
 
     def _next(self) -> Stop:
         found = self._stops.get()
@@ -115,3 +117,4 @@ def abreast(
         finally:
             for each in passes:
                 each.end()
+            heap.trim()
