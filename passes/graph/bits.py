@@ -3,8 +3,9 @@
 :func:`ffmerge.passes.graph.quantize.quantize` calls :func:`assign` where it has a budget. Each
 weight is rounded alone, in 4 bits, and a few rows of the data run through the rest of the graph
 (:func:`sensitivities`); how much more or less it loses in other bits and blocks is told by the
-squared error of some of its rows. Then :func:`choose` spends the bytes where they bring most. A
-tied weight is one weight, so all that read it agree.
+squared error of some of its rows. Then :func:`choose` spends the bytes where they bring most, once
+from the fewest bits on and once from the best single form. A tied weight is one weight, so all that
+read it agree.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,7 +40,7 @@ def assign(
 ) -> list[dict[str, Form]]:
     """Return forms of all matrices, by name, with which the model takes ``config.budget`` bytes.
 
-    The first are chosen one by one; then one form for all, the best that fits, if one does.
+    These are those of :func:`choose`, one or two.
 
     Raises:
         InputError: that is less than the weights take in the fewest bits.
@@ -62,11 +63,7 @@ def assign(
         own = {form: (_bytes(matrix, form), scale * errors[form]) for form in forms[matrix]}
         options.append(own)
     names = [str(matrix.weight.name) for matrix in matrices]
-    found = [dict(zip(names, choose(options, room), strict=True))]
-    form = _best_alike(options, room)
-    if form and set(found[0].values()) != {form}:
-        found.append(dict.fromkeys(names, form))
-    return found
+    return [dict(zip(names, chosen, strict=True)) for chosen in choose(options, room)]
 
 
 def moved(model: ir.Model, expected: Sequence[Batch], batches: Sequence[Batch]) -> float:
@@ -89,23 +86,29 @@ def few(batches: Sequence[Batch]) -> list[Batch]:
     return [_few_rows(batches[place]) for place in places]
 
 
-def choose(options: Sequence[Options], room: int) -> list[Form]:
-    """Return the form of each matrix, so that little is lost in ``room`` bytes.
+def choose(options: Sequence[Options], room: int) -> list[list[Form]]:
+    """Return forms of the matrices so that little is lost in ``room`` bytes, one or two ways.
 
-    From the smallest on, the step that saves most loss for its bytes is taken while one fits. One
-    form for all is returned where it fits and loses less.
+    The first begins with the smallest of each; the second with one form for all, the best that
+    fits, if one does: no matrix is stored worse than in that.
     """
-    chosen = [min(each, key=each.__getitem__) for each in options]
-    used, _ = _total(options, chosen)
-    while step := _best_step(options, chosen, room - used):
-        number, form = step
-        used += options[number][form][0] - options[number][chosen[number]][0]
-        chosen[number] = form
+    found = [_filled(options, [min(each, key=each.__getitem__) for each in options], room)]
     if best := _best_alike(options, room):
-        alike = [best] * len(options)
-        if _total(options, alike)[1] < _total(options, chosen)[1]:
-            return alike
-    return chosen
+        raised = _filled(options, [best] * len(options), room)
+        if raised not in found:
+            found.append(raised)
+    return found
+
+
+def _filled(options: Sequence[Options], chosen: Sequence[Form], room: int) -> list[Form]:
+    """Return forms no smaller than these: while one fits, what saves most for its bytes."""
+    forms = list(chosen)
+    used = sum(each[form][0] for each, form in zip(options, forms, strict=True))
+    while step := _best_step(options, forms, room - used):
+        number, form = step
+        used += options[number][form][0] - options[number][forms[number]][0]
+        forms[number] = form
+    return forms
 
 
 def _best_alike(options: Sequence[Options], room: int) -> Form | None:
