@@ -21,6 +21,7 @@ import typer
 import ffmerge
 from ffmerge import flags
 from ffmerge.config import (
+    FOUR_BITS,
     CheckpointConfig,
     ColumnsConfig,
     CompareConfig,
@@ -173,7 +174,7 @@ def export(
     from ffmerge.tables import WITHOUT_DATA, package_table
 
     package = commands.export(model, out, config, load, data, columns)
-    blind = config.dtype == "int4" and data is None
+    blind = config.dtype in FOUR_BITS and data is None
     hint = WITHOUT_DATA if blind else None
     value = {**package.to_json(), "hint": hint}
     then = f"Next: ffmerge validate {_quoted(out)}; a runtime needs no {REFERENCE} and no README.md"
@@ -213,7 +214,7 @@ def share(
     from ffmerge.tables import WITHOUT_DATA, share_table
 
     result = share_file(source, target, config)
-    blind = config.dtype == "int4" and config.data is None
+    blind = config.dtype in FOUR_BITS and config.data is None
     hint = WITHOUT_DATA if blind else None
     then = f"Next: ffmerge audit {_quoted(target)}"
     value = {**result.to_json(), "hint": hint}

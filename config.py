@@ -20,14 +20,15 @@ Default = TypeVar("Default")
 CRITERIA = ("metric", "fidelity")
 PARTS = ("merged", "all")  # of a model, to recover
 MIXED_PRECISION = ("no", "bf16")
-BLOCKED, BLOCKS = ("int8", "int4"), (32, 64, 128)  # of weights in blocks
-BLOCK_HELP = "Weights that share a scale in int8 (else 64) and int4 (else 32): 32, 64 or 128."
+FOUR_BITS = ("int4", "q4f16")  # with activations in float32, or in float16
+BLOCKED, BLOCKS = ("int8", *FOUR_BITS), (32, 64, 128)  # of weights in blocks
+BLOCK_HELP = "Weights that share a scale in int8 (else 64) and 4 bits (else 32): 32, 64 or 128."
 BUDGET_HELP = (
     "With --dtype int4 and --data: 2, 4 or 8 bits for each weight, as many as the size has room "
     "for: 60MB, or -25%."
 )
-CALIBRATED = ("int8-static", "int4")  # what reads data; int4 need not
-DTYPES = ("fp32", "fp16", "int8", "int8-dynamic", "int8-static", "int4")
+CALIBRATED = ("int8-static", *FOUR_BITS)  # what reads data; four bits need not
+DTYPES = ("fp32", "fp16", "int8", "int8-dynamic", "int8-static", *FOUR_BITS)
 LAYOUTS = ("optimum", "transformers.js")
 OPSETS = range(7, 24)  # ONNX Runtime still runs 7; 23 is the last that PyTorch exports
 
@@ -347,7 +348,7 @@ class ExportConfig:
     opset: int = option(20, f"ONNX operator set, {OPSETS[0]} to {OPSETS[-1]}.")
     dtype: str = option(
         "fp32",
-        "Precision of the weights; int8-static needs --data, int4 is better with it.",
+        "Precision of the weights; int8-static needs --data, int4 and q4f16 are better with it.",
         choices=DTYPES,
     )
     block: int | None = option(None, BLOCK_HELP)
@@ -376,7 +377,7 @@ class ShareConfig:
     """Settings of sharing in an ONNX file: ``dtype`` and ``opset`` None are the file's own.
 
     With ``resident`` a tied embedding is in memory once, too. ``data`` is an ``.npz`` of the
-    graph's inputs, from which ``int8-static`` takes its ranges and by which ``int4`` is rounded.
+    graph's inputs, from which ``int8-static`` takes its ranges and by which 4 bits are rounded.
     """
 
     dtype: str | None = option(
@@ -390,7 +391,9 @@ class ShareConfig:
     opset: int | None = option(None, "ONNX operator set; the file's if not given.")
     block: int | None = option(None, BLOCK_HELP)
     budget: str | None = option(None, BUDGET_HELP)
-    data: Path | None = option(None, "Inputs of the graph as .npz, for int4 and int8-static.")
+    data: Path | None = option(
+        None, "Inputs of the graph as .npz, for int4, q4f16 and int8-static."
+    )
 
     def __post_init__(self) -> None:
         """Refuse a precision there is not, and data that would not be read."""
@@ -404,7 +407,7 @@ class ShareConfig:
             raise InputError("int8-static takes its ranges from inputs of the graph: give --data.")
         if self.dtype not in CALIBRATED and self.data is not None:
             raise InputError(
-                "only int4 and int8-static read data: leave it out, or give one of them."
+                f"only {_named(CALIBRATED)} read data: leave it out, or give one of them."
             )
 
 
@@ -412,11 +415,11 @@ class ShareConfig:
 class QuantizeConfig:
     """How weights are stored in fewer bits, for those who call the graph passes.
 
-    ``block`` input features share a scale in int8 and int4, by default as many as
+    ``block`` input features share a scale in blocks, by default as many as
     ``models/codes.py`` says. ``calibration`` are the batches from which int8-static takes its
-    ranges and by which int4 is rounded, inputs of the graph by name. ``multiplied`` names weights
-    that another graph of the package multiplies by: a table among them is stored as it is there.
-    ``plain_lookups`` unpacks the rows of every table in blocks by standard operators:
+    ranges and by which 4 bits are rounded, inputs of the graph by name. ``multiplied`` names
+    weights that another graph of the package multiplies by: a table among them is stored as it
+    is there. ``plain_lookups`` unpacks the rows of every table in blocks by standard operators:
     onnxruntime-web has no GatherBlockQuantized for wasm. ``rounded`` is where codes and
     scales in blocks are found and left, by the name of a weight, and ``forms`` where bits and block
     are: they are then the same in all graphs. ``budget`` are bytes for which int4 chooses these.
@@ -466,10 +469,15 @@ def check_dtype(dtype: str) -> None:
         raise InputError(f"no dtype {dtype!r}: there is {', '.join(DTYPES)}.")
 
 
+def _named(names: tuple[str, ...]) -> str:
+    """Return names as a sentence has them."""
+    return f"{', '.join(names[:-1])} and {names[-1]}"
+
+
 def check_block(block: int | None, dtype: str | None) -> None:
     """Raise InputError unless weights of this precision can share a scale so."""
     if block is not None and dtype not in BLOCKED:
-        raise InputError("only int8 and int4 have blocks: leave it out, or give one of them.")
+        raise InputError(f"only {_named(BLOCKED)} have blocks: leave it out, or give one of them.")
     if block is not None and block not in BLOCKS:
         raise InputError(f"a block of {block} weights is not one of 32, 64 and 128.")
 

@@ -105,7 +105,7 @@ def _layers(groups: Any) -> str:
 
 
 def package_table(package: Any, blind: bool = False) -> Table:
-    """Show the files of a Package; ``blind``: int4 was rounded without data."""
+    """Show the files of a Package; ``blind``: 4 bits are not by data."""
     manifest = package.manifest
     rows = [(file.path, size_text(file.bytes)) for file in manifest.files]
     rows.append(("all files", size_text(manifest.bytes_total)))
@@ -118,7 +118,7 @@ def package_table(package: Any, blind: bool = False) -> Table:
         rows.append((path, f"{text}, {cost['median_ms']:.3g} ms run"))
     rows += _bits_rows(manifest.bits)
     if blind:
-        rows.append(("int4 without data", WITHOUT_DATA))
+        rows.append(("4 bits without data", WITHOUT_DATA))
     return _table(f"{package.path}: {manifest.task}", ("file", "size"), rows)
 
 
@@ -149,7 +149,7 @@ def _bits_rows(forms: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def share_table(result: Any, target: Path, blind: bool = False) -> Table:
-    """Show what sharing saved and what was left alone; ``blind``: int4 was rounded without data."""
+    """Show what sharing saved and what was left alone; ``blind``: 4 bits are not by data."""
     rows = [
         ("weights before", size_text(result.bytes_before)),
         ("weights after", size_text(result.bytes_after)),
@@ -158,7 +158,7 @@ def share_table(result: Any, target: Path, blind: bool = False) -> Table:
         rows.append((f"left alone: {skip.name}", skip.reason))
     rows += _bits_rows(result.forms)
     if blind:
-        rows.append(("int4 without data", WITHOUT_DATA))
+        rows.append(("4 bits without data", WITHOUT_DATA))
     return _table(str(target), ("", ""), rows)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ffmerge.config import CALIBRATED, ExportConfig, parse_budget
+from ffmerge.config import CALIBRATED, FOUR_BITS, ExportConfig, parse_budget
 from ffmerge.errors import InputError
 from ffmerge.exporter.graphs import Graph, graphs, names_given
 from ffmerge.exporter.greedy import generates, greedy
@@ -44,7 +44,7 @@ class Plan:
     ``defaults`` are the arguments of ``forward`` that no graph reads.
     ``rows`` are a few rows of the data as the model takes them, with labels where they are known;
     ``real`` is what each graph is given of them. ``greedy`` are prompts and PyTorch's ids. From
-    ``calibration``, batches by graph, int8-static takes its ranges, and by it int4 is rounded.
+    ``calibration``, batches by graph, int8-static takes its ranges, and by it 4 bits are rounded.
     ``source`` is the folder of the checkpoint, if there is one.
     """
 
@@ -182,7 +182,7 @@ def _with_rows(plan: Plan, examples: Examples) -> Plan:
     for graph in plan.graphs:
         probed.append(replace(graph, probe=replace(graph.probe, real=int(graph.name in real))))
     calibration: Mapping[str, Sequence[Feeds]] = {}
-    if calibrating is not None and plan.config.dtype == "int4":
+    if calibrating is not None and plan.config.dtype in FOUR_BITS:
         calibration = _rounding_feeds(plan, calibrating)
     elif calibrating is not None:
         others = real_rows(calibrating, plan.model, plan.task)

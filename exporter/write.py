@@ -27,7 +27,10 @@ WEIGHTS = "model.onnx_data"  # of all graphs, each weight once
 # layout -> folder of the graphs, suffix of their names by dtype
 LAYOUTS: dict[str, tuple[str, Mapping[str, str]]] = {
     "optimum": ("", {}),
-    "transformers.js": ("onnx/", {"fp16": "_fp16", "int8": "_quantized", "int4": "_q4"}),
+    "transformers.js": (
+        "onnx/",
+        {"fp16": "_fp16", "int8": "_quantized", "int4": "_q4", "q4f16": "_q4f16"},
+    ),
 }
 
 

@@ -79,6 +79,7 @@ TOLERANCES = {
     "int8": Tolerance(0.5, 5e-2, 0.998, 0.13, 0.98, 5e-3, 0.25, 0.8, 0.5, real=True),
     "int8-dynamic": Tolerance(0.5, 5e-2, 0.998, 0.15, 0.98, 5e-3, 0.25, 0.8, 0.5, real=True),
     "int4": Tolerance(3.0, 1e-1, 0.98, 2.2, 0.95, 5e-2, 0.5, 0.7, 0.5, real=True),
+    "q4f16": Tolerance(3.0, 1e-1, 0.98, 2.2, 0.95, 5e-2, 0.5, 0.7, 0.5, real=True),
     "int8-static": Tolerance(1.0, 5e-2, 0.99, 0.6, 0.95, 2e-2, 0.25, 0.8, 0.5, real=True),
 }
 

@@ -171,7 +171,7 @@ def test_larger_blocks_have_fewer_scales(block: int, tmp_path: Path) -> None:
     assert result.bytes_after == 256 * 64 // 2 + 4 * 256 * 64 // block
     with pytest.raises(InputError, match="not one of 32, 64 and 128"):
         ShareConfig(dtype="int4", block=48)
-    with pytest.raises(InputError, match="only int8 and int4 have blocks"):
+    with pytest.raises(InputError, match="only int8, int4 and q4f16 have blocks"):
         ExportConfig(dtype="fp16", block=64)
 
 

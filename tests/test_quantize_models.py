@@ -81,7 +81,7 @@ def test_families_are_whole_and_close(family, precision, tmp_path):
                 if value.const_value is not None and value.const_value.dtype == ir.DataType.FLOAT:
                     assert value.name in listed or value.name.endswith("/scale")
     got = run(result.model, **feeds)[0].ravel()
-    if precision == "int4":  # what float32 computes with the values that are stored
+    if precision in ("int4", "q4f16"):  # what float32 computes with the values that are stored
         expected = run(
             decoded(ir.from_proto(onnx.ModelProto.FromString(proto)), result.model), **feeds
         )[0].ravel()
@@ -117,7 +117,7 @@ def test_result_does_not_depend_on_the_hash_seed():
     assert len(outputs) == 1
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "int8", "int4"])
+@pytest.mark.parametrize("dtype", ["fp16", "int8", "int4", "q4f16"])
 def test_package_of_a_lower_dtype_validates(dtype, tmp_path):
     model = tiny.vit(128, 512)
     merge_(model, None, MergeConfig(window=(1, 4), method="average"))
@@ -125,7 +125,7 @@ def test_package_of_a_lower_dtype_validates(dtype, tmp_path):
     assert package.manifest.dtype == dtype
     assert validate(package.path).ok
     assert audit(package.path).ok
-    per_weight = {"fp16": 2.0, "int8": 1.0, "int4": 0.5 + 4 / 32}[dtype]
+    per_weight = {"fp16": 2.0, "int8": 1.0, "int4": 0.5 + 4 / 32, "q4f16": 0.5 + 2 / 32}[dtype]
     assert package.manifest.bytes_unique < 1.1 * per_weight * package.manifest.parameters
 
 
