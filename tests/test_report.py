@@ -277,7 +277,7 @@ def test_bars_start_at_zero_and_keep_their_proportion(tmp_path: Path) -> None:
     assert widths["--after"] / widths["--before"] == pytest.approx(0.62, abs=1e-8)  # measured 0
     assert 'aria-label="Size on disk: Before 10.0 MB, After 6.20 MB"' in size
     alone = write_report(tmp_path, AFTER).read_text()
-    assert alone.count('height="26"') == 4 and "--before)" not in alone.split("<svg", 1)[1]
+    assert 'height="26"' not in alone  # one bar says nothing
 
 
 def test_what_every_runtime_did_is_told(package: Path) -> None:
