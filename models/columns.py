@@ -59,9 +59,13 @@ def texts_of(table: Any, source: str, task: str | None, columns: ColumnsConfig) 
         return [name for name in named if name]
     strings = _strings(table)
     if base(task or "") in _READ_PAIRS:
-        for pair in (*_PAIRS, *_numbered_pairs(strings)):
-            if set(pair) <= {*strings}:
-                return [*pair]
+        for pair in _PAIRS:
+            named = [name for name in called(pair, table) if name in strings]
+            if len(named) == len(pair):
+                return named
+        for first, second in _numbered_pairs(strings):
+            if second in strings:
+                return [first, second]
     if text := first_of(_TEXT_COLUMNS, table):
         return [text]
     known = (*_TEXT_COLUMNS, *IMAGE_COLUMNS, *SOUND_COLUMNS)
@@ -121,8 +125,8 @@ def pair_of(
     """
     choices = texts.languages(table) or _strings(table)
     first = columns.text_column or first_of((*_SOURCE_COLUMNS, *_TEXT_COLUMNS), table)
-    known = [name for name in _TARGET_COLUMNS if texts.is_text(table, name)]
-    second = columns.target_column or first_of(known, table)
+    known = [name for name in called(_TARGET_COLUMNS, table) if texts.is_text(table, name)]
+    second = columns.target_column or next(iter(known), None)
     if not first and not second and len(choices) == 2:
         return texts.direction(choices, source, folder)
     first = first or _only_other(choices, second)
@@ -160,11 +164,18 @@ def array_columns(table: Any) -> list[str]:
     return found
 
 
+def called(names: Sequence[str], table: Any) -> list[str]:
+    """Return the columns that are called so, in upper case or lower, in the order of ``names``."""
+    there: dict[str, str] = {}
+    for column in table.column_names:
+        there.setdefault(column.strip().casefold(), column)
+    return [there[name] for name in names if name in there]
+
+
 def first_of(names: Sequence[str], table: Any, kind: str = "") -> str | None:
     """Return the first column with one of the names, else the first that holds a ``kind``."""
-    for name in names:
-        is_kind = not kind or type(table.features.get(name)).__name__ == kind
-        if name in table.column_names and is_kind:
+    for name in called(names, table):
+        if not kind or type(table.features[name]).__name__ == kind:
             return name
     for name, feature in table.features.items():
         if kind and type(feature).__name__ == kind:

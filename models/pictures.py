@@ -77,14 +77,16 @@ def _stored(table: Any, image: str) -> Any:
 def _opened(
     content: Mapping[str, Any] | None, row: int, source: str, mode: str | None = None
 ) -> Any:
-    """Return a picture in a mode of Pillow's; without one only see that its file begins as one."""
+    """Return a picture, upright, in a mode of Pillow's; without one see that its file begins so."""
     pillow = package("PIL.Image", source)
     content = content or {}
     name = content.get("path") or f"row {row} of {source}, counted from 0,"
     try:
         file = BytesIO(content["bytes"]) if content.get("bytes") else content["path"]
         with pillow.open(file) as picture:
-            return picture.convert(mode) if mode else None
+            if mode is None:
+                return None
+            return package("PIL.ImageOps", source).exif_transpose(picture).convert(mode)
     except Exception as error:  # PIL and its decoders raise errors of their own
         raise InputError(
             f"{name} is no picture that can be read: {type(error).__name__}."

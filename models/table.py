@@ -30,7 +30,7 @@ from ffmerge.models.columns import (
     texts_of,
 )
 from ffmerge.models.examples import Examples, check_finite
-from ffmerge.models.listed import with_files
+from ffmerge.models.listed import picture_suffixes, with_files
 from ffmerge.models.packages import package
 from ffmerge.models.probe import Array
 from ffmerge.models.tasks import base
@@ -75,21 +75,35 @@ def read_table(source: str, path: Path) -> Any:
 
 def _loaded(datasets: Any, source: str, path: Path) -> Any:
     if path.is_dir():
-        return datasets.load_dataset("imagefolder", data_dir=str(path), split="train")
-    if path.suffix in _BUILDERS and path.is_file():
+        return _folder(datasets, source, path)
+    suffix = path.suffix.lower()
+    if suffix in _BUILDERS and path.is_file():
         if not path.stat().st_size:
             raise InputError(f"the data in {source} is empty.")
-        if path.suffix != ".parquet":
+        if suffix != ".parquet":
             with path.open("rb") as lines:
                 for line in lines:
                     line.decode()  # now, and not when a row is asked for
-        options = {"sep": "\t"} if path.suffix == ".tsv" else {}
-        builder = _BUILDERS[path.suffix]
+        options = {"sep": "\t"} if suffix == ".tsv" else {}
+        builder = _BUILDERS[suffix]
         return datasets.load_dataset(builder, data_files=str(path), split="train", **options)
     name, _, split = source.partition(":")
-    if path.suffix in _BUILDERS or not split:
+    if suffix in _BUILDERS or not split:
         raise InputError(f"{source} is not a data file, a folder, or a hub data set ID:SPLIT.")
     return datasets.load_dataset(name, split=split)
+
+
+def _folder(datasets: Any, source: str, path: Path) -> Any:
+    """Return a folder of pictures, or what ``Dataset.save_to_disk`` left."""
+    if (path / "dataset_dict.json").is_file():
+        splits = ", ".join(sorted(each.name for each in path.iterdir() if each.is_dir()))
+        raise InputError(f"{source} holds several data sets: give one of its folders {splits}.")
+    if (path / "state.json").is_file():
+        return datasets.load_from_disk(str(path))
+    pictures_there = picture_suffixes()
+    if not any(each.suffix.lower() in pictures_there for each in path.rglob("*")):
+        raise InputError(f"{source} holds no pictures, no sounds and no saved data set.")
+    return datasets.load_dataset("imagefolder", data_dir=str(path), split="train")
 
 
 @contextmanager

@@ -95,6 +95,33 @@ def test_what_reads_single_texts_reads_no_pair(folder: Path) -> None:
     assert batch["input_ids"] == [[0, 4, 2, 1], [0, 5, 6, 2]]
 
 
+def test_names_of_columns_and_files_may_be_in_capitals(folder: Path, tmp_path: Path) -> None:
+    rows = {"Premise": FIRST, "HYPOTHESIS": SECOND}
+    file = tmp_path / "DATA.CSV"
+    datasets.Dataset.from_dict(rows).to_csv(str(file))
+    small = {name.lower(): texts for name, texts in rows.items()}
+    known = _batch(datasets.Dataset.from_dict(small), folder, "text-classification")
+    assert _batch(file, folder, "text-classification") == known
+
+
+def test_a_saved_data_set_is_read_and_of_several_one_is_asked_for(
+    folder: Path, tmp_path: Path
+) -> None:
+    rows = datasets.Dataset.from_dict({"text": FIRST})
+    datasets.DatasetDict(train=rows, test=rows).save_to_disk(str(tmp_path / "all"))
+    known = _batch(rows, folder, "text-generation")
+    assert _batch(tmp_path / "all" / "test", folder, "text-generation") == known
+    with pytest.raises(InputError, match="give one of its folders test, train"):
+        _batch(tmp_path / "all", folder, "text-generation")
+
+
+def test_a_folder_of_something_else_says_so(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "train.csv").write_text("text\na\n")
+    with pytest.raises(InputError, match="holds no pictures, no sounds and no saved data set"):
+        _batch(tmp_path / "d", folder, "text-generation")
+
+
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
     """A table of pictures below its folder, and the model's processor beside them."""

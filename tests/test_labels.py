@@ -68,6 +68,18 @@ def test_a_column_of_the_models_classes_needs_no_known_name(tmp_path: Path) -> N
     assert "labels" not in batch
 
 
+def test_a_photograph_is_turned_as_its_camera_says(tmp_path: Path) -> None:
+    model = _model(tmp_path / "m", a=0, b=1)
+    data = _pictures(tmp_path / "d", "a", "b")
+    upright = Image.fromarray(np.random.default_rng(0).integers(0, 256, (4, 4, 3), np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be seen, it is turned by 90 degrees clockwise
+    upright.rotate(90, expand=True).save(data / "a" / "1.png", exif=exif)
+    upright.save(data / "b" / "1.png")
+    (batch,) = as_examples(data, model, "image-classification").batches(9)
+    assert np.array_equal(*batch["pixel_values"])
+
+
 def test_grey_pictures_go_to_a_processor_of_one_channel(tmp_path: Path) -> None:
     model = _model(tmp_path / "m", a=0, b=1)
     size = {"height": 7, "width": 9}
