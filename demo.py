@@ -1,9 +1,11 @@
 """``ffmerge demo``: the whole pipeline on a model and pictures that ffmerge ships."""
 
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rich.console import Group
 from transformers.utils.logging import disable_progress_bar
 
 from ffmerge import progress
@@ -13,14 +15,15 @@ from ffmerge.files import plain, staged
 from ffmerge.models import checkpoint, digits
 from ffmerge.models.examples import Examples, from_arrays
 from ffmerge.models.manifest import MetricResult
-from ffmerge.passes.weights.evaluate import score_for
+from ffmerge.passes.weights.evaluate import Score, score_for
 from ffmerge.passes.weights.merge import Merge, merge_
+from ffmerge.passes.weights.precision import bytes_of, rounded
 from ffmerge.passes.weights.similarity import similarity
 from ffmerge.runtime_tests import report
 from ffmerge.runtime_tests import validate as validation
 from ffmerge.runtime_tests.results import MetricRow, Validation, metric_row
 from ffmerge.runtime_tests.words import layers_text
-from ffmerge.tables import cost_table
+from ffmerge.tables import cost_table, points_table
 
 MODEL = Path(__file__).parent / "models" / "digits_vit"
 K = 3
@@ -28,16 +31,31 @@ TEST = "test pictures"
 
 
 @dataclass(frozen=True)
+class Point:
+    """A way to make the model smaller: the bytes of its weights, and its metric in PyTorch.
+
+    ``best``: no other one is smaller and at least as good.
+    """
+
+    what: str
+    bytes: int
+    value: float
+    best: bool = False
+
+
+@dataclass(frozen=True)
 class Demo:
     """The demo's packages before and after, and the metric in three ``stages``.
 
-    ``ok`` is true when both packages compute what PyTorch computes.
+    ``points`` are other ways to a smaller model. ``ok`` is true when both packages compute what
+    PyTorch computes.
     """
 
     before: Validation
     after: Validation
     stages: tuple[MetricRow, ...]
     merge: Merge
+    points: tuple[Point, ...]
 
     @property
     def ok(self) -> bool:
@@ -53,17 +71,19 @@ class Demo:
                 "after": report.summary(self.after),
                 "losses": report.losses(self.stages, self.after.max_abs),
                 "merge": self.merge.to_json(),
+                "points": self.points,
             }
         )
 
     def table(self) -> Any:
-        """Return the before/after table for a terminal."""
+        """Return the before/after table for a terminal, and what else there is."""
         record, first = self.merge.record, self.stages[0]
         title = (
             f"ViT on digits: layers {layers_text(record.groups[0])} of 6 share one "
             f"feed-forward sublayer ({record.method}, untuned; {first.examples} test pictures)"
         )
-        return cost_table(report.rows(self.before, self.after, self.stages), title)
+        costs = cost_table(report.rows(self.before, self.after, self.stages), title)
+        return Group(costs, points_table(self.points, str(first.name), first.examples))
 
 
 def demo(out: Path) -> Demo:
@@ -98,7 +118,33 @@ def demo(out: Path) -> Demo:
             stages.append(metric_row("served", "cpu", TEST, after.metric))
         alike = [stack.to_json() for stack in similarity(original, calibration)]
         report.write_report(folder, after, before, stages, ["ffmerge demo"], alike)
-    return Demo(before, after, tuple(stages), result)
+        show("narrowing", 0, 0)
+        narrowed = checkpoint.load(MODEL)
+        budget = f"{result.record.bytes_after}B"
+        merge_(narrowed, calibration, MergeConfig(method="narrow", budget=budget), held_out)
+        models = {"original": original, "merged": merged, "narrowed": narrowed}
+        points = _points(models, score, show)
+    return Demo(before, after, tuple(stages), result, points)
+
+
+def _points(models: dict[str, Any], score: Score, show: progress.Progress) -> tuple[Point, ...]:
+    """Return each model in each precision, the largest first."""
+    points = []
+    for name, model in models.items():
+        for dtype in ("fp32", "int8", "int4"):
+            show(f"measuring {name}, {dtype}", 0, 0)
+            with ExitStack() as stack:
+                if dtype != "fp32":
+                    stack.enter_context(rounded(model, dtype))
+                point = Point(f"{name}, {dtype}", bytes_of(model, dtype), score.measure(model))
+            points.append(point)
+    points.sort(key=lambda point: (-point.bytes, point.value))
+    found: list[Point] = []
+    least = 0.0
+    for point in reversed(points):
+        found.append(replace(point, best=point.value > least))
+        least = max(least, point.value)
+    return tuple(reversed(found))
 
 
 def _validated(labels: dict[Path, str], test: Examples) -> list[Validation]:

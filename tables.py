@@ -187,6 +187,16 @@ def audit_table(found: Any) -> Group:
     )
 
 
+def points_table(points: Iterable[Any], metric: str, examples: int) -> Table:
+    """Show other ways to a smaller model; those that no smaller one beats are marked."""
+    rows = []
+    for point in points:
+        mark = "*" * point.best
+        rows.append((point.what, size_text(point.bytes), f"{point.value:.2%}", mark))
+    columns = ("weights", "bytes", f"{metric} ({examples:,} examples)", "best for its size")
+    return _table("What else makes it smaller", columns, rows)
+
+
 def pushed_table(found: Any) -> Table:
     """Show where a package was pushed, and its files there."""
     return _table(found.url, ("file",), [(name,) for name in found.files])

@@ -37,6 +37,11 @@ def test_the_demo_keeps_its_promises(
     assert "How alike the sublayers were" in (tmp_path / "d" / "report.html").read_text()
     assert audit(tmp_path / "d" / "merged").ok
     assert json.loads((tmp_path / "d" / "merged" / "validation.json").read_text())["ok"] is True
+    points = result["points"]
+    assert len(points) == 9 and points[0]["what"] == "original, fp32"
+    assert [p["bytes"] for p in points] == sorted((p["bytes"] for p in points), reverse=True)
+    assert min(point["value"] for point in points) > 0.94  # measured 0.959, merged in int4
+    assert points[-1]["best"] and points[-1]["bytes"] < points[0]["bytes"] / 7  # measured 7.2
     golden_result("demo", golden.kinds(result))
     golden_result("demo-search", result["merge"], PICTURES)
     for name in ("original", "merged"):
