@@ -20,7 +20,7 @@ HEAVY = frozenset(
     """
     architectures bits call cli compare compress demo device engines export float32 fuzz golden
     gptq hooks inputs large_file loaded loaders narrow narrow_rows offload optimum
-    optimum_plugin own_export own_parts packaging properties quantize quantize_models
+    optimum_plugin own_export own_parts packaging properties quantize quantize_models quickstart
     real_inputs recover recover_runs remote_code rivals runtime_footprint runtimes scale search
     serving tampering translation tutorials variants versions vit_base walk
     """.split()

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from ffmerge.config import MergeConfig, parse_budget
 from ffmerge.errors import InputError
-from ffmerge.files import plain
+from ffmerge.files import plain, size_text
 from ffmerge.models import narrowed, tasks, ties
 from ffmerge.models.data import Data, examples_for
 from ffmerge.models.examples import Examples
 from ffmerge.models.finite import check_merged, check_weights
+from ffmerge.models.notebook import html_of
 from ffmerge.models.record import MergeRecord
 from ffmerge.models.sublayer import FeedForward
 from ffmerge.models.ties import SharedWeights
@@ -46,13 +47,26 @@ NARROW = "narrow"  # the method whose budget is met by widths
 __all__ = ["Merge", "choose", "merge_", "rivals"]  # rivals are registered by being imported
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Merge:
     """What was done, all that was tried, and of a budget the size and quality after each step."""
 
     record: MergeRecord
     candidates: tuple[Candidate, ...]
     frontier: tuple[Candidate, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"<Merge: {self.record!r}, {len(self.candidates)} tried>"
+
+    def _repr_html_(self) -> str:
+        record, metric = self.record, self.record.metric
+        rows = [
+            ("parameters", f"{record.parameters_before:,}", f"{record.parameters_after:,}"),
+            ("bytes", size_text(record.bytes_before), size_text(record.bytes_after)),
+        ]
+        if metric["name"]:
+            rows.append((metric["name"], f"{metric['before']:.4f}", f"{metric['merged']:.4f}"))
+        return html_of([(repr(record), ("", "before", "after"), rows)])
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""

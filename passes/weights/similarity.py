@@ -19,6 +19,7 @@ import torch
 from ffmerge.config import SimilarityConfig
 from ffmerge.errors import InputError
 from ffmerge.files import plain
+from ffmerge.heatmap import picture
 from ffmerge.models.data import Data, examples_for
 from ffmerge.models.finite import check_weights
 from ffmerge.models.prove import proven
@@ -35,7 +36,7 @@ Pairs = dict[tuple[str, str], list[tuple[int, int]]]  # layers, by stack and wha
 _OUTPUTS, _FEATURES = "outputs", "features"  # of Activations
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Similarity:
     """What was found for one stack.
 
@@ -49,6 +50,12 @@ class Similarity:
     positions: int
     cka: Matrix
     correlation: Matrix
+
+    def __repr__(self) -> str:
+        return f"<Similarity: {self.name}, {len(self.layers)} layers, {self.positions:,} positions>"
+
+    def _repr_html_(self) -> str:
+        return picture([self.to_json()])
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values; NaN becomes null."""
