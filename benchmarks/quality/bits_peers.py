@@ -23,6 +23,7 @@ from onnxruntime.quantization import matmul_nbits_quantizer as nbits
 from transformers import AutoTokenizer
 
 BLOCK, ROWS = 32, 8  # of a scale, and of a batch
+FEW = 8  # batches for a tool that runs the whole graph anew for each product
 TABLES = ("Gather",)
 
 Feeds = dict[str, np.ndarray]
@@ -73,24 +74,31 @@ def gptq(symmetric: bool) -> Tool:
     """Return rounding by data."""
 
     def tool(graph: Path, target: Path, batches: list[Feeds]) -> None:
-        algorithm = nbits.GPTQWeightOnlyQuantConfig(calibration_data_reader=batches)
+        algorithm = nbits.GPTQWeightOnlyQuantConfig(calibration_data_reader=batches[:FEW])
         with_nbits(graph, target, [algorithm, default(symmetric, *TABLES)], symmetric)
 
     return tool
 
 
 def nncf(**settings: Any) -> Tool:
-    """Return NNCF's compression of weights, of all layers in the same four bits."""
+    """Return NNCF's compression of weights: products in four bits, tables in eight.
+
+    What it writes is valid from opset 21 on, so the graph is brought to that before. With tables in
+    four bits (``all_layers``) ONNX Runtime refuses the scales of one of them.
+    """
 
     def tool(graph: Path, target: Path, batches: list[Feeds]) -> None:
         import nncf
 
+        newer = target.parent / "opset21.onnx"
+        if not newer.exists():
+            share(graph, newer, ["--opset", "21"])
         given = dict(settings)
         if given:
             given["dataset"] = nncf.Dataset(batches)
         model = nncf.compress_weights(
-            onnx.load(graph), mode=nncf.CompressWeightsMode.INT4_SYM, group_size=BLOCK, ratio=1.0,
-            all_layers=True, **given,
+            onnx.load(newer), mode=nncf.CompressWeightsMode.INT4_SYM, group_size=BLOCK, ratio=1.0,
+            **given,
         )  # fmt: skip
         onnx.save(model, target, save_as_external_data=True, location=f"{target.name}_data")
 

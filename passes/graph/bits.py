@@ -31,7 +31,9 @@ TRIED = Form(4, 32)  # in which a weight is rounded alone
 TOKENS, ROWS = 256, 8  # of the data that run each time, at most
 SAMPLE = 256  # rows of a weight by which its forms are compared
 PARTS = 12  # of a graph, at whose beginning the data wait
-BESIDE = 400  # bytes that scales and attributes of a matrix take in the graph, at most
+# Bytes in the graph, at most: of a matrix beside its name (twice), its rows' nodes where they are
+# unpacked by standard operators, and a name of the data file.
+BESIDE, UNPACKED, DATA = 150, 1000, "data" * 10
 Options = Mapping[Form, tuple[int, float]]  # of a matrix: bytes and loss in each form
 
 
@@ -254,7 +256,10 @@ def _beside(model: ir.Model, matrices: Sequence[Matrix]) -> int:
     """Return the bytes of all but the matrices: other tensors, and the graph."""
     chosen = {matrix.weight for matrix in matrices}
     others = sum(item.tensor.nbytes for item in stored(model) if item.value not in chosen)
-    return others + _graph_bytes(model) + BESIDE * len(matrices)
+    added = 0
+    for matrix in matrices:
+        added += BESIDE + 2 * len(str(matrix.weight.name)) + UNPACKED * len(matrix.lookups)
+    return others + _graph_bytes(model) + added
 
 
 def _graph_bytes(model: ir.Model) -> int:
@@ -263,7 +268,7 @@ def _graph_bytes(model: ir.Model) -> int:
     try:
         for value, tensor in tensors.items():
             value.const_value = ir.ExternalTensor(
-                "data", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(shape_of(tensor)),
+                DATA, 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(shape_of(tensor)),
                 name=str(value.name),
             )  # fmt: skip
         return int(ir.to_proto(model).ByteSize())
