@@ -1,5 +1,6 @@
 """Narrowing against ridge regression written out in NumPy, and its exact cases."""
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -231,6 +232,20 @@ def test_plans_side_by_side_are_as_one_by_one() -> None:
         for one, other in zip(found.own, alone.own, strict=True):
             for key, tensor in one.items():
                 assert torch.equal(tensor, other[key])
+
+
+def test_a_fit_that_is_broken_off_leaves_no_thread_and_no_hook() -> None:
+    model = MODELS["llama"]()
+    members = find(model)
+    threads = threading.active_count()
+
+    def stop(step: str, done: int, of: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        narrow.fit(model, members, [dict.fromkeys(members, 40)] * 2, [_data(model)], stop)
+    assert threading.active_count() == threads
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_batches_are_as_large_as_one_sublayer_allows(monkeypatch: pytest.MonkeyPatch) -> None:
