@@ -112,6 +112,7 @@ def abreast(
         return passes[-1]
 
     with hooked(model, streams, keep), hooked(model, paths, stop), unchunked(model):
+        heap.trim()
         try:
             yield start
         finally:
