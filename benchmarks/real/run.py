@@ -171,13 +171,15 @@ def draw(results: dict[str, list[dict[str, Any]]], file: str) -> None:
 
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     for plot, (name, rows) in zip(figure.subplots(1, len(results)), results.items(), strict=True):
-        for method in METHODS:
+        for number, method in enumerate(METHODS):
             points = sorted((r["removed"], kept(r)) for r in rows if r["method"] == method)
-            points.insert(0, (0.0, 100.0))
-            plot.plot([100 * x for x, _ in points], [y for _, y in points], ".-", label=method)
+            if points:
+                x = [0.0, *(100 * removed for removed, _ in points)]
+                y = [100.0, *(share for _, share in points)]
+                plot.plot(x, y, ".-", color=f"C{number}", label=method)
         plot.set(title=name, xlabel="% of all parameters removed", ylim=(0, 102))
+        plot.legend(fontsize="small")
     figure.axes[0].set_ylabel("% of the original's score")
-    figure.axes[0].legend(fontsize="small")
     with matplotlib.rc_context({"svg.hashsalt": "ffmerge"}):
         figure.savefig(file, metadata={"Date": None})
 
