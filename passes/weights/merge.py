@@ -135,10 +135,7 @@ def choose(
     elif held_out is None:
         calibration, held_out = calibration.halves()
     score = _score(model, held_out, config)
-    watched = stacks
-    if method.name == NARROW:  # one sublayer at a time
-        watched = {name: members[:1] for name, members in stacks.items()}
-    statistics = Statistics(model, calibration, watched, config, progress)
+    statistics = Statistics(model, calibration, _watched(method, stacks), config, progress)
     trials = Trials(model, method, statistics, score, progress)
     before = trials.measured({})
     if score and held_out is not None:
@@ -180,6 +177,13 @@ def _tensors_of(merged: Merged) -> Iterator[Mapping[Any, Tensor]]:
         if isinstance(weights, SharedWeights):
             yield weights.shared
             yield from weights.own
+
+
+def _watched(method: Method, stacks: Stacks) -> Stacks:
+    """Return the sublayers of which all that goes through them is held at a time."""
+    if method.name == NARROW:
+        return {name: members[:1] for name, members in stacks.items()}
+    return stacks
 
 
 def _check_fits(method: Method, config: MergeConfig) -> None:

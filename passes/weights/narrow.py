@@ -84,7 +84,7 @@ def fit(
     found: list[dict[FeedForward, dict[Key, Tensor]]] = [{} for _ in plans]
     with abreast(model, by_path, streams(model, members).values()) as start:
         original = _started(model, members, batches, start, TOKENS)
-        narrowed = [[start(each.batch) for each in original] for _ in plans]
+        narrowed = [_again(original, start) for _ in plans]
         while True:
             member = by_path[original[0].at.path]
             solved = []
@@ -93,13 +93,11 @@ def fit(
                 solved.append((passes, parts[member], kept))
             progress("narrowing", len(found[0]), len(members))
             if len(found[0]) == len(members):
-                return [SharedWeights({}, [parts[m] for m in members]) for parts in found]
+                return [_in_order(members, parts) for parts in found]
             for each in original:
                 each.go_on()
             for passes, own, kept in solved:
-                for each in passes:
-                    each.go_on(_put_out(member, own, kept, each.at.given))
-                heap.trim()
+                _go_on(member, passes, own, kept)
 
 
 def forecast(
@@ -166,10 +164,22 @@ def _started(
     return passes
 
 
+def _again(passes: Sequence[Pass], start: Callable[[Batch], Pass]) -> list[Pass]:
+    """Return new passes of the same batches."""
+    return [start(each.batch) for each in passes]
+
+
 def _counted(model: Any, member: FeedForward, at: Pass) -> Tensor:
     """Return which positions count, where a pass stands."""
     counted = positions(model, at.batch, member.reads, at.at.out.shape[:-1])
     return counted.to(at.at.out.device)
+
+
+def _in_order(
+    members: Sequence[FeedForward], parts: Mapping[FeedForward, dict[Key, Tensor]]
+) -> SharedWeights:
+    """Return the members' own weights, in the order of the members."""
+    return SharedWeights({}, [parts[member] for member in members])
 
 
 def _solved(
@@ -252,6 +262,15 @@ def _cut(
         else:
             parts[key] = weight.reordered(value, order)
     return parts
+
+
+def _go_on(
+    member: FeedForward, passes: Sequence[Pass], parts: Mapping[Key, Tensor], kept: Any
+) -> None:
+    """Have narrowed passes go on with what the narrowed member puts out."""
+    for each in passes:
+        each.go_on(_put_out(member, parts, kept, each.at.given))
+    heap.trim()
 
 
 def _put_out(member: FeedForward, parts: Mapping[Key, Tensor], kept: Any, hidden: Tensor) -> Tensor:
