@@ -60,9 +60,9 @@ def texts_of(table: Any, source: str, task: str | None, columns: ColumnsConfig) 
     strings = _strings(table)
     if base(task or "") in _READ_PAIRS:
         for pair in _PAIRS:
-            named = [name for name in called(pair, table) if name in strings]
-            if len(named) == len(pair):
-                return named
+            there = [name for name in called(pair, table) if name in strings]
+            if len(there) == len(pair):
+                return there
         for first, second in _numbered_pairs(strings):
             if second in strings:
                 return [first, second]

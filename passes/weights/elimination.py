@@ -57,8 +57,8 @@ def eliminate(damped: Matrix, weight: Matrix, smallest: int) -> Elimination:
         count = min(_BLOCK, len(alive) - smallest)
         costs = np.square(weight).sum(1) / inverse.diagonal()
         cheap = np.sort(np.argsort(costs, kind="stable")[: _LOOKED_AT * count])
-        _, rows = np.linalg.qr(weight[cheap].T)  # of the same products, so of the same costs
-        first, paid = _one_by_one(inverse[np.ix_(cheap, cheap)], rows.T, count)
+        rows = np.asarray(np.linalg.qr(weight[cheap].T, mode="r")).T  # with the same products
+        first, paid = _one_by_one(inverse[np.ix_(cheap, cheap)], rows, count)
         gone = cheap[first]
         order += alive[gone].tolist()
         errors += (errors[-1] + np.cumsum(paid)).tolist()
