@@ -113,9 +113,8 @@ def test_the_verdict_names_a_rival_that_loses_nothing() -> None:
     model.get_submodule(dead.output).weight.data.zero_()
     verdict, rows = _verdict(model, "average")
     value = rows["average"].value
-    assert verdict == (
-        f"narrow is better and no larger: fidelity 1.0000 against {value:.4f} of average."
-    )
+    said = f" is better and no larger: fidelity 1.0000 against {value:.4f} of average."
+    assert verdict in ("narrow" + said, "drop-ffn" + said)  # which, is the last bit of a kernel's
     assert value < 0.99  # measured 0.9856
     assert rows["drop-ffn"].what == "1-2"
 

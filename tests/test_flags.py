@@ -38,7 +38,7 @@ MISSPELT = [
     (("export", "gone", "out", "--dtype", "int4", "--budget", "foo"), "'foo'"),
     (
         ("share", "gone.onnx", "out.onnx", "--dtype", "int8", "--data", "x.npz"),
-        "only int4 and int8-static",
+        "only int8-static, int4 and q4f16 read data",
     ),
     (("compare", "gone", "--k", "2", "--data", "any:train", "--method", "foo"), "'foo'"),
     (("merge", "gone", "out", "--k", "2", "--data", "no.csv"), "no.csv is not a data file"),

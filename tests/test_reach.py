@@ -33,20 +33,20 @@ def test_equal_reshapes_are_stored(allow):
 
 
 def test_equal_reshapes_of_a_weight_used_otherwise_are_one(tmp_path):
-    text = """(float[2,6] x) => (float[2,4] a, float[2,4] b, float[6,2,2] c) {
+    text = """(float[2,64] x) => (float[2,4] a, float[2,4] b, float[64,2,2] c) {
         r = Reshape(W, S)  a = MatMul(x, r)  s = Reshape(W, T)  p = Relu(x)
         b = MatMul(p, s)  c = Neg(W)}"""
-    model = build(text, W=normal(6, 2, 2), S=np.array([6, 4]), T=np.array([6, -1]))
-    before = run(model, x=normal(2, 6, seed=1))
+    model = build(text, W=normal(64, 2, 2), S=np.array([64, 4]), T=np.array([64, -1]))
+    before = run(model, x=normal(2, 64, seed=1))
     (skip,) = share_model(model).skipped
     assert ops(model)["Reshape"] == 1 and "used" not in skip.reason and "stays" in skip.reason
-    same(before, run(model, x=normal(2, 6, seed=1)))
+    same(before, run(model, x=normal(2, 64, seed=1)))
 
 
 def test_a_reshape_to_a_computed_shape_stays():
     model = build(
-        "(float[3,4] x) => (float[3,4] y) {s = Shape(x)  r = Reshape(W, s)  y = Add(x, r)}",
-        W=normal(4, 3),
+        "(float[8,32] x) => (float[8,32] y) {s = Shape(x)  r = Reshape(W, s)  y = Add(x, r)}",
+        W=normal(32, 8),
     )
     (skip,) = share_model(model).skipped
     assert "its shape is not known here" in skip.reason and ops(model)["Reshape"] == 1

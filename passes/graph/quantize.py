@@ -63,8 +63,8 @@ def quantize(
 def _rest_to_float16(model: ir.Model, skipped: Sequence[Skip]) -> list[Skip]:
     """Bring all but the blocks to float16; return what is skipped, called by what it is now.
 
-    In float16 ONNX Runtime's CPU is told no accuracy level: level 4 gave a ViT with a tied weight
-    logits of cosine 0.73 to those of int4, 0.9999 without (1.31.1).
+    In float16 ONNX Runtime's CPU is told no accuracy level: with level 4 the logits of a merged ViT
+    had a cosine of 0.73 to those of int4, of 0.9999 without (1.31.1; why, is not known).
     """
     infer_types(model)
     wide = list(to_float16(model))
