@@ -48,6 +48,7 @@ def test_what_is_shipped_fits_and_is_whole(data: Path, tmp_path: Path, run: Any)
         )
 
 
+@pytest.mark.slow
 def test_a_size_is_kept_where_the_graph_is_larger_than_expected(
     data: Path, tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

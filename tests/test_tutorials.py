@@ -21,9 +21,10 @@ def is_told(said: str, page: str) -> bool:
     return " ".join(words(said)) in " ".join(words(page))
 
 
-@pytest.mark.parametrize(
-    "name", ["pictures", "texts", "writer", pytest.param("translator", marks=pytest.mark.slow)]
-)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("texts", "writer", "translator")]
+
+
+@pytest.mark.parametrize("name", ["pictures", *SLOW])
 def test_a_person_gets_from_a_checkpoint_to_a_package_under_a_size(
     name: str, tmp_path: Path, command: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
