@@ -35,7 +35,7 @@ from ffmerge.config import (
     ShareConfig,
     SimilarityConfig,
     ValidateConfig,
-    check_source,
+    check_sources,
 )
 from ffmerge.errors import FfmergeError, FfmergeWarning, InputError
 from ffmerge.escapes import printable
@@ -130,6 +130,7 @@ def merge(
 
     Example: [bold]ffmerge merge gpt2 merged --k 5 --data validation.txt[/bold]
     """
+    check_sources(data.data, data.validation)
     from ffmerge import commands
     from ffmerge.tables import merge_table
 
@@ -145,6 +146,7 @@ def compare(model: Model, config: CompareConfig, data: DataConfig, device: Devic
 
     Example: [bold]ffmerge compare gpt2 --k 5 --data validation.txt[/bold]
     """
+    check_sources(data.data, data.validation)
     from ffmerge import commands
     from ffmerge.tables import comparison_table
 
@@ -169,7 +171,7 @@ def export(
 
     Example: [bold]ffmerge export merged package[/bold]
     """
-    check_source(data)
+    check_sources(data)
     from ffmerge import commands
     from ffmerge.tables import WITHOUT_DATA, package_table
 
@@ -192,6 +194,7 @@ def compress(
 
     Example: [bold]ffmerge compress MODEL small --size 30MB --data validation.csv[/bold]
     """
+    check_sources(data.data, data.validation)
     if not data.data:
         raise InputError("what fits is chosen by what it loses: give --data.")
     from ffmerge.compress import compress
@@ -293,7 +296,7 @@ def similarity(
 
     Example: [bold]ffmerge similarity gpt2 --data validation.txt --out gpt2.svg[/bold]
     """
-    check_source(data)
+    check_sources(data)
     from ffmerge import commands
     from ffmerge.tables import similarity_table
 

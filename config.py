@@ -150,15 +150,12 @@ class DataConfig(ColumnsConfig):
     )
     validation: str | None = option(None, "Data that chooses the layers; else half of --data.")
 
-    def __post_init__(self) -> None:
-        for source in (self.data, self.validation):
-            check_source(source)
 
-
-def check_source(source: str | None) -> None:
+def check_sources(*sources: str | None) -> None:
     """Raise InputError at data that is no file or folder that is there, and no ``ID:SPLIT``."""
-    if source and ":" not in source and not Path(source).expanduser().exists():
-        raise InputError(f"{source} is not a data file, a folder, or a hub data set ID:SPLIT.")
+    for source in sources:
+        if source and ":" not in source and not Path(source).expanduser().exists():
+            raise InputError(f"{source} is not a data file, a folder, or a hub data set ID:SPLIT.")
 
 
 @dataclass(frozen=True, kw_only=True)
