@@ -58,7 +58,7 @@ RUNS = 5
 def main() -> None:
     """Run all and print the table, or bring one file through one tool."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cache", type=Path, required=True, help="where packages are kept")
+    parser.add_argument("--cache", type=Path, help="where packages are kept")
     parser.add_argument("--only", default="", help="part of the names of the files")
     parser.add_argument("--json", type=Path, help="where the figures go")
     parser.add_argument("--tool", nargs=3, metavar=("NAME", "SOURCE", "TARGET"))
@@ -72,6 +72,8 @@ def main() -> None:
         np.savez(Path(target).with_suffix(".npz"), *outputs)
         print(ms)
         return
+    if arguments.cache is None:
+        parser.error("say where packages are kept: --cache FOLDER")
     rows = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, file in files(arguments.cache, Path(folder)):
