@@ -119,6 +119,16 @@ def test_what_counts_is_exact_beyond_what_float16_counts(kind):
     assert np.array_equal(got, expected)
 
 
+def test_between_float32_nodes_no_island_is_made_for_a_kilobyte():
+    """A vector of 256 is cast for its reader, which stays float32; one of more is halved."""
+    for size, made in ((256, ir.DataType.FLOAT), (512, F16)):
+        text = f"""(float[n,{size}] x) => (float[n,{size}] y) {{
+            s = Sin(x) m = Mul(s, w) y = Sin(m) }}"""
+        model = half(text, w=normal(size)).model
+        (mul,) = [node for node in model.graph if node.op_type == "Mul"]
+        assert mul.outputs[0].dtype == made
+
+
 def test_a_mask_stays_finite_and_masks():
     text = """(float[2,8] x, bool[2,8] keep) => (float[2,8] y) {
         m = Where(keep, zero, low) s = Add(x, m) t = Add(s, m) y = Softmax(t) }"""

@@ -63,7 +63,7 @@ def to_float16(model: ir.Model) -> Iterator[Skip]:
         if not blocked and weight.graph is model.graph and not _seen_outside(weight):
             weight.const_value = rewritten(tensor, _halved, _HALF, shape_of(tensor))
             halves.add(weight)
-        elif tensor.nbytes >= NOTABLE:
+        elif tensor.nbytes > NOTABLE:
             reason = f"FLOAT: {_reader(blocked, forms)} reads it in float32"
             yield from (Skip(name, reason) for name in names_of(weight))
     floats = {value for node in nodes for value in node.inputs if value and _is_float(value)}
@@ -162,7 +162,7 @@ def _narrow(forms: _Forms, nodes: Sequence[ir.Node], weights: _Weights) -> _Form
     All others are float32: those without a form, what reads a weight that one of those reads,
     and what lies between them, but for what reads a weight of its own.
     """
-    large = [weight for weight, tensor in weights.items() if tensor.nbytes >= NOTABLE]
+    large = [weight for weight, tensor in weights.items() if tensor.nbytes > NOTABLE]
     reading = {node for weight in large for node in weight.consumers()}
     free = [node for node in nodes if node not in reading]
     wide = set(nodes) - forms.keys()
@@ -238,7 +238,7 @@ def _lossy(tensor: ir.TensorProtocol) -> bool:
     """Say whether float16 loses a constant: beyond its range, or a small tensor's value to 0."""
     sizes = np.abs(values_of(tensor))
     beyond = (sizes > _RANGE.max) & (sizes < MASK)
-    lost = (sizes > 0) & (sizes < _RANGE.smallest_subnormal) & (tensor.nbytes < NOTABLE)
+    lost = (sizes > 0) & (sizes < _RANGE.smallest_subnormal) & (tensor.nbytes <= NOTABLE)
     return bool((beyond | lost).any())
 
 
