@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import gpt2
 from transformers import BertConfig, BertForSequenceClassification
+from transformers.quantizers import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ffmerge.errors import FfmergeWarning, InputError
-from ffmerge.models import checkpoint
+from ffmerge.models import checkpoint, quantized
 from ffmerge.models.companions import LARGEST, copy_companions, is_companion
 
 
@@ -152,6 +154,29 @@ def test_a_quantized_checkpoint_is_refused_by_name(
     stored = {**config, "quantization_config": settings}
     (folder / "config.json").write_text(json.dumps(stored))
     _refused(folder, word)
+
+
+class NoWayBack(HfQuantizer):
+    """A quantizer of transformers that, like most, has nothing to undo its work with."""
+
+    is_trainable = False
+
+    def __init__(self, config: QuantizationConfigMixin) -> None:
+        self.quantization_config = config
+
+    def is_serializable(self, *_: object) -> bool:
+        return False
+
+
+def test_a_quantization_without_a_way_back_is_refused_by_name() -> None:
+    model = gpt2(layers=1)
+    config = QuantizationConfigMixin("aqlm")
+    model.config.quantization_config, model.hf_quantizer = config, NoWayBack(config)
+    with pytest.raises(InputError, match="by aqlm, which transformers cannot undo") as told:
+        quantized.plain(model, Path("folder"))
+    assert isinstance(told.value.__cause__, NotImplementedError)
+    del model.hf_quantizer
+    assert quantized.plain(model, Path("folder")) is model
 
 
 @pytest.mark.parametrize(
