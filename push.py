@@ -4,6 +4,7 @@
 ``hf auth login`` left, or is given.
 """
 
+import glob
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,7 @@ def push(folder: Path, repository: str, private: bool = False, token: str | None
         api.upload_folder(
             repo_id=made.repo_id,
             folder_path=folder,
-            allow_patterns=names,
+            allow_patterns=[glob.escape(name) for name in names],
             commit_message=f"{manifest.model_type} in {manifest.dtype}, by ffmerge",
         )
     except Exception as error:  # the hub client's errors have no common head across its releases

@@ -1,9 +1,11 @@
 """What ``push`` sends: the package's files and no others, to a stand-in of the hub's interface."""
 
 import base64
+import hashlib
 import json
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ import pytest
 from graphs import normal
 from huggingface_hub import constants
 from packages import linear_package
+
+from ffmerge.models.manifest import FileRecord, Manifest
 
 COMMIT = "a" * 40
 
@@ -95,6 +99,18 @@ def test_the_files_of_the_package_are_sent_and_no_others(
     for name, content in hub.sent.items():
         assert content == (package / name).read_bytes()
     assert {authorization for _, authorization in hub.calls} == {"Bearer hf_x"}
+
+
+def test_a_name_is_no_pattern(hub: type[Hub], package: Path, run: Any) -> None:
+    (package / "odd[1].txt").write_text("of the package")
+    (package / "odd1.txt").write_text("not of the package")
+    content = (package / "odd[1].txt").read_bytes()
+    record = FileRecord("odd[1].txt", len(content), hashlib.sha256(content).hexdigest())
+    manifest = Manifest.read(package)
+    replace(manifest, files=(*manifest.files, record)).write(package)
+    code, _, err = run("push", package, "org/name", "--token", "hf_x", "--json")
+    assert code == 0, err
+    assert "odd[1].txt" in hub.sent and "odd1.txt" not in hub.sent
 
 
 def test_a_package_that_is_not_whole_stays_here(hub: type[Hub], package: Path, run: Any) -> None:
