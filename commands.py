@@ -32,7 +32,7 @@ from ffmerge.exporter.package import Package
 from ffmerge.exporter.write import WEIGHTS
 from ffmerge.files import FIRST_PROCESS, refuse_existing, scratch, staged, write_json, write_whole
 from ffmerge.models import checkpoint, data, tasks
-from ffmerge.models.examples import Examples
+from ffmerge.models.examples import Examples, with_held_out
 from ffmerge.models.float32 import float32_
 from ffmerge.models.manifest import Manifest
 from ffmerge.models.offload import offload_
@@ -53,9 +53,9 @@ def merge(
     source: str,
     out: Path,
     config: MergeConfig,
-    paths: DataConfig,
+    data_config: DataConfig,
     recovery: RecoverConfig | None,
-    options: CheckpointConfig,
+    load_config: CheckpointConfig,
 ) -> Merge:
     """Merge the checkpoint ``source`` and save it as the new folder ``out``.
 
@@ -65,13 +65,14 @@ def merge(
     """
     refuse_existing(out)
     methods.get(config.method)
-    if recovery and not paths.data:
+    if recovery and not data_config.data:
         raise InputError("recovery follows the original on data: give --data.")
     with progress.shown() as show:
-        folder, model = open_checkpoint(source, options)
-        _place(model, options)
-        task = task_of(config.task, model)
-        calibration, held_out = examples_of(paths, folder, task)
+        folder, model = open_checkpoint(source, load_config)
+        _place(model, load_config)
+        task = tasks.task_of(model, config.task)
+        config = replace(config, task=task)
+        calibration, held_out = examples_of(data_config, folder, task)
         original = None
         if recovery:
             original = clone_sharing_parameters(model)
@@ -86,23 +87,23 @@ def merge(
             result = replace(result, record=replace(result.record, metric=metric))
             model.config.ffmerge = result.record.to_json()
         if FIRST_PROCESS:
-            checkpoint.save(model, out, folder, expanded=options.expanded)
+            checkpoint.save(model, out, folder, expanded=load_config.expanded)
             shutil.rmtree(state, ignore_errors=True)
     return result
 
 
 def compare(
-    source: str, config: CompareConfig, paths: DataConfig, options: DeviceConfig
+    source: str, config: CompareConfig, data_config: DataConfig, load_config: DeviceConfig
 ) -> Comparison:
     """Compare merging of the checkpoint ``source`` with its rivals; nothing is written."""
-    if not paths.data:
+    if not data_config.data:
         raise InputError("rivals are compared on data: give --data.")
     methods.get(config.method)
     with progress.shown() as show:
-        folder, model = open_checkpoint(source, options)
-        _place(model, options)
-        task = task_of(config.task, model)
-        calibration, held_out = examples_of(paths, folder, task)
+        folder, model = open_checkpoint(source, load_config)
+        _place(model, load_config)
+        task = tasks.task_of(model, config.task)
+        calibration, held_out = examples_of(data_config, folder, task)
         return comparing.compare(model, calibration, held_out, replace(config, task=task), show)
 
 
@@ -111,7 +112,7 @@ def similarity(
     data_source: str,
     config: SimilarityConfig,
     out: Path | None,
-    options: DeviceConfig,
+    load_config: DeviceConfig,
     columns: ColumnsConfig = ColumnsConfig(),
 ) -> tuple[tuple[Similarity, ...], list[Path]]:
     """Return how alike the sublayers of the checkpoint ``source`` are, and the files written.
@@ -126,9 +127,9 @@ def similarity(
         if out.suffix not in ("", ".svg"):
             raise InputError(f"{out} is no .svg: end in that, or in no suffix for a folder.")
     with progress.shown() as show:
-        folder, model = open_checkpoint(source, options)
-        _place(model, options)
-        examples = data.read(data_source, folder, tasks.infer(model), columns)
+        folder, model = open_checkpoint(source, load_config)
+        _place(model, load_config)
+        examples = data.read(data_source, folder, tasks.task_of(model), columns)
         found = layers.similarity(model, examples, config, show)
     if out is None:
         return found, []
@@ -146,7 +147,7 @@ def export(
     source: str,
     out: Path,
     config: ExportConfig,
-    options: LoadConfig,
+    load_config: LoadConfig,
     data_source: str | None = None,
     columns: ColumnsConfig = ColumnsConfig(),
 ) -> Package:
@@ -155,12 +156,12 @@ def export(
     One of 16 bits is computed with in float32, whose weights are on disk beside ``out`` meanwhile.
     """
     with progress.shown() as show, scratch(out) as wide:
-        folder, model = open_checkpoint(source, options)
+        folder, model = open_checkpoint(source, load_config)
         float32_(model, wide)
         show("tracing and writing", 0, 0)
         rows = None
         if data_source is not None:
-            rows = data.read(data_source, folder, task_of(config.task, model), columns)
+            rows = data.read(data_source, folder, tasks.task_of(model, config.task), columns)
         result = package.export(model, out, config, folder, rows)
         if not config.prepack:
             return result
@@ -168,12 +169,15 @@ def export(
         return replace(result, costs=_costs(result.manifest, out))
 
 
-def open_checkpoint(source: str, options: LoadConfig) -> tuple[Path, Any]:
+def open_checkpoint(source: str, load_config: LoadConfig) -> tuple[Path, Any]:
     """Return the model of a checkpoint, and the folder of what travels with it."""
     disable_progress_bar()  # transformers draws one for every file: one display is enough
-    folder = resolve(source, options)
+    folder = resolve(source, load_config)
     model = checkpoint.load(
-        folder, options.trust_remote_code, options.ignore_unexpected, token=options.token
+        folder,
+        load_config.trust_remote_code,
+        load_config.ignore_unexpected,
+        token=load_config.token,
     )
     if not (
         folder / "config.json"
@@ -182,13 +186,13 @@ def open_checkpoint(source: str, options: LoadConfig) -> tuple[Path, Any]:
     return folder, model
 
 
-def _place(model: Any, options: DeviceConfig) -> None:
+def _place(model: Any, load_config: DeviceConfig) -> None:
     """Let the model compute on the device, in place."""
     processes.rank_and_world_size()  # gives each of several processes a GPU of its own
-    device = options.device
+    device = load_config.device
     try:
         torch.empty(0, device=device)
-        if options.offload:
+        if load_config.offload:
             offload_(model, device)
         else:
             model.to(device)
@@ -198,24 +202,16 @@ def _place(model: Any, options: DeviceConfig) -> None:
         ) from error
 
 
-def task_of(named: str | None, model: Any) -> str:
-    if named:
-        return tasks.check(named)
-    return tasks.infer(model)
-
-
 def examples_of(
-    paths: DataConfig, folder: Path, task: str
+    data_config: DataConfig, folder: Path, task: str
 ) -> tuple[Examples | None, Examples | None]:
     """Return the calibration data and the data that chooses, half of the former if not given."""
     calibration = held_out = None
-    if paths.data:
-        calibration = data.read(paths.data, folder, task, paths)
-    if paths.validation:
-        held_out = data.read(paths.validation, folder, task, paths)
-    elif calibration:
-        calibration, held_out = calibration.halves()
-    return calibration, held_out
+    if data_config.data:
+        calibration = data.read(data_config.data, folder, task, data_config)
+    if data_config.validation:
+        held_out = data.read(data_config.validation, folder, task, data_config)
+    return with_held_out(calibration, held_out)
 
 
 def _costs(manifest: Manifest, folder: Path) -> dict[str, Any]:

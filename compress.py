@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ffmerge import progress
-from ffmerge.commands import examples_of, open_checkpoint, task_of
+from ffmerge.commands import examples_of, open_checkpoint
 from ffmerge.config import (
     CompressConfig,
     DataConfig,
@@ -28,6 +28,7 @@ from ffmerge.models.companions import copy_companions
 from ffmerge.models.examples import Examples
 from ffmerge.models.float32 import float32_
 from ffmerge.models.manifest import REFERENCE
+from ffmerge.models.tasks import task_of
 from ffmerge.passes.weights import merge as merging
 from ffmerge.passes.weights.evaluate import score_for
 from ffmerge.passes.weights.merge import Merge
@@ -81,7 +82,7 @@ def compress(
     with progress.shown() as show, scratch(out) as wide, staged(out) as target:
         folder, model = open_checkpoint(source, options)
         float32_(model, wide)
-        task = task_of(config.task, model)
+        task = task_of(model, config.task)
         calibration, held_out = examples_of(paths, folder, task)
         assert calibration is not None and held_out is not None  # --data was asked for
         config, data = replace(config, task=task), (calibration, held_out)

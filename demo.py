@@ -151,7 +151,7 @@ def _validated(labels: dict[Path, str], test: Examples) -> list[Validation]:
     """Return what was found of each package, whose costs are measured twice, some time apart."""
     found = []
     for path, label in labels.items():
-        found.append(replace(validation.check(path, examples=test), label=label))
+        found.append(replace(validation.check_package(path, examples=test), label=label))
     again = []
     for path, once in zip(labels, found, strict=True):
         again.append(validation.measured_again(path, once))

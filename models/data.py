@@ -20,7 +20,7 @@ from ffmerge.models.examples import Examples, check_finite, from_arrays
 from ffmerge.models.npz import read_npz
 from ffmerge.models.probe import Array
 from ffmerge.models.table import of_table, read_table
-from ffmerge.models.tasks import infer
+from ffmerge.models.tasks import task_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -78,7 +78,7 @@ def examples_for(model: Any, data: Data | None, task: str | None = None) -> Exam
         return data
     if isinstance(data, Mapping):
         return as_examples(data)
-    return as_examples(data, model.name_or_path, task or infer(model))
+    return as_examples(data, model.name_or_path, task_of(model, task))
 
 
 def read(

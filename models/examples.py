@@ -42,6 +42,15 @@ class Examples:
         return Examples(self.rows[::2], self.take), Examples(odd, self.take)
 
 
+def with_held_out(
+    calibration: Examples | None, held_out: Examples | None
+) -> tuple[Examples | None, Examples | None]:
+    """Return both; where nothing is held out, every other row of the calibration is."""
+    if calibration is None or held_out is not None:
+        return calibration, held_out
+    return calibration.halves()
+
+
 def check_finite(batch: Mapping[str, Array], rows: Sequence[int]) -> None:
     """Raise InputError, naming input and row, if a value of a batch is NaN or infinite."""
     for name, array in batch.items():

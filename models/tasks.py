@@ -70,6 +70,17 @@ def base(task: str) -> str:
     return task.removesuffix(PAST)
 
 
+def task_of(model: Any, named: str | None = None) -> str:
+    """Return the task that is named for a model, or else the one that it serves.
+
+    Raises:
+        InputError: ffmerge serves no such task, or no task of this model.
+    """
+    if named is None:
+        return infer(model)
+    return check(named)
+
+
 def infer(model: Any) -> str:
     """Return the task of a transformers model, as optimum and transformers' registries tell it.
 

@@ -1,6 +1,6 @@
 """Does the package compute what PyTorch computed? Every output, element by element.
 
-:func:`check_graph` runs one graph on all its cases and keeps of each output the elements that the
+:func:`parity_of` runs one graph on all its cases and keeps of each output the elements that the
 package stores of PyTorch's; :func:`_judged` then holds an output against its tolerance. In float64.
 """
 
@@ -47,24 +47,24 @@ def check_parity(
         InputError: the package has no readable reference, or names no output.
         RuntimeCheckError: the provider was not used, or the model does not load or run.
     """
-    check_outputs(folder, manifest)
+    refuse_without_outputs(folder, manifest)
     runtime = find_runtime(provider)
     tolerance = for_dtype(manifest.dtype, runtime.arithmetic)
     reference = read_reference(folder)
     found: list[OutputParity] = []
     for graph in manifest.graphs:
         session = runtime.open(folder / graph.path, optimization)
-        found += check_graph(graph, session, reference, optimization, tolerance)
+        found += parity_of(graph, session, reference, optimization, tolerance)
     return found
 
 
-def check_outputs(folder: Path, manifest: Manifest) -> None:
+def refuse_without_outputs(folder: Path, manifest: Manifest) -> None:
     """Raise InputError if there is nothing to compare."""
     if not any(graph.outputs for graph in manifest.graphs):
         raise InputError(f"the manifest in {folder} names no output: export the package again.")
 
 
-def check_graph(
+def parity_of(
     graph: GraphRecord,
     session: Session,
     reference: Reference,

@@ -1,9 +1,9 @@
 """Does a package keep its promises on this machine? Parity, task metric, memory, latency.
 
 ``ffmerge validate`` and ``ffmerge.validate`` are :func:`validate`: it checks the package on every
-runtime that is asked for (:func:`check`), measures the package it was made smaller than, and writes
-``validation.json``, ``report.html`` and ``report.md`` into it. The manifest and the reference are
-read once; on each runtime, and at each of its optimization levels, a graph is opened once.
+runtime that is asked for (:func:`check_package`), measures the package it was made smaller than,
+and writes ``validation.json``, ``report.html`` and ``report.md`` into it. The reference is read
+once; on each runtime, and at each of its optimization levels, a graph is opened once.
 Nothing here needs torch.
 """
 
@@ -29,7 +29,7 @@ from ffmerge.runtime_tests.decode import Served, check_generation
 from ffmerge.runtime_tests.footprint import measure_footprint
 from ffmerge.runtime_tests.locate import locate
 from ffmerge.runtime_tests.metric import measure_metric, measure_texts, writes
-from ffmerge.runtime_tests.parity import check_graph, check_outputs
+from ffmerge.runtime_tests.parity import parity_of, refuse_without_outputs
 from ffmerge.runtime_tests.reference import Reference, read_reference
 from ffmerge.runtime_tests.results import (
     GIVEN,
@@ -77,7 +77,7 @@ def validate(
         data = config.data
     if data is not None:
         examples = as_examples(data, folder, manifest.task, config)
-    result = check(folder, config, examples, progress)
+    result = check_package(folder, config, examples, progress)
     write_validation(folder, result)
     if original and config.against:
         progress(f"measuring {config.against}")
@@ -89,7 +89,7 @@ def validate(
     return result
 
 
-def check(
+def check_package(
     folder: Path,
     config: ValidateConfig = ValidateConfig(),
     examples: Examples | None = None,
@@ -99,7 +99,7 @@ def check(
     manifest = Manifest.read(folder)
     progress("checking the files")
     manifest.check_files(folder)
-    check_outputs(folder, manifest)
+    refuse_without_outputs(folder, manifest)
     names = list(config.providers)
     if config.installed:
         names += RUNTIMES
@@ -168,7 +168,7 @@ def _check_on(
         sessions = {}
         for graph in manifest.graphs:
             session = runtime.open(reference.folder / graph.path, level)
-            result.outputs += check_graph(graph, session, reference, level, tolerance)
+            result.outputs += parity_of(graph, session, reference, level, tolerance)
             result.used = runtime.requested  # open lets no other one through
             if graph.path in together:
                 sessions[graph.path] = session

@@ -14,7 +14,7 @@ from tiny import bert
 from ffmerge.config import CompareConfig, MergeConfig
 from ffmerge.models.examples import from_arrays
 from ffmerge.models.find import find
-from ffmerge.passes.weights.compare import Row, compare
+from ffmerge.passes.weights.compare import Compared, compare
 from ffmerge.passes.weights.compare import _verdict as _said
 from ffmerge.passes.weights.evaluate import Score
 from ffmerge.passes.weights.merge import merge_
@@ -99,7 +99,7 @@ def test_a_comparison_measures_what_it_says_and_leaves_the_model() -> None:
     assert found.to_json()["rows"][0] == vars(rows["original"])
 
 
-def _verdict(model: Any, method: str, k: int = 2) -> tuple[str, dict[str, Row]]:
+def _verdict(model: Any, method: str, k: int = 2) -> tuple[str, dict[str, Compared]]:
     data, held_out = (from_arrays(data_of(model, 40, seed)) for seed in (1, 2))
     config = MergeConfig(k=k, method=method, criterion="fidelity")
     found = compare(model, data, held_out, config)
@@ -148,7 +148,7 @@ def test_only_what_shows_and_is_no_larger_is_better(
 ) -> None:
     sign = 1 if higher else -1
     found = [("original", 200, 1.0), ("permute", 100, 0.8), ("low-rank", size, value)]
-    rows = [Row(name, "", count, sign * x) for name, count, x in found]
+    rows = [Compared(name, "", count, sign * x) for name, count, x in found]
     said = _said(rows, Score("accuracy", lambda model: 0.0, higher))
     assert said.startswith("low-rank is better" if better else "permute is the best")
 

@@ -24,7 +24,7 @@ from ffmerge.runtime_tests.results import (
     ProviderResult,
     Validation,
 )
-from ffmerge.runtime_tests.validate import check, validate
+from ffmerge.runtime_tests.validate import check_package, validate
 from ffmerge.runtime_tests.words import time_text
 from ffmerge.tables import cost_table
 
@@ -281,7 +281,7 @@ def test_bars_start_at_zero_and_keep_their_proportion(tmp_path: Path) -> None:
 
 
 def test_what_every_runtime_did_is_told(package: Path) -> None:
-    found = check(package)
+    found = check_package(package)
     (cpu,) = found.providers
     divergence = Divergence(
         "model.onnx", "all", "node_7", "MatMul", "value_7", "layer.3.up", ("layer.3.up.weight",),
@@ -369,7 +369,7 @@ def test_the_commands_name_the_layers_of_every_stack() -> None:
 
 
 def test_summary_and_losses_come_from_the_package(package: Path) -> None:
-    found = check(package)
+    found = check_package(package)
     (cpu,) = found.providers
     cpu.metric = MetricResult("accuracy", 0.969, 50)
     after = summary(found)

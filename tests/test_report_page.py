@@ -13,7 +13,7 @@ from web_env import ROOT, require_browser
 
 from ffmerge.models.record import Group, MergeRecord
 from ffmerge.runtime_tests.report import write_report
-from ffmerge.runtime_tests.validate import check
+from ffmerge.runtime_tests.validate import check_package
 
 pytestmark = pytest.mark.web
 OUT = ROOT / "build" / "web"
@@ -35,7 +35,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     merge = MergeRecord("calibrated", groups, 9, 5, 36, 20, {"name": None})
     eye = np.eye(4, dtype=np.float32)
     linear_package(folder / "package", eye, np.zeros(4, np.float32), merge=merge)
-    found = check(folder / "package")
+    found = check_package(folder / "package")
     after = replace(found, manifest=replace(found.manifest, files=AFTER.manifest.files))
     alike = [{"name": "encoder", "layers": list(range(16)), "cka": np.eye(16).tolist()}]
     commands = ["ffmerge export merged package --task image-classification --opset 20 --dtype int8"]

@@ -17,7 +17,7 @@ from ffmerge.models.manifest import Manifest
 from ffmerge.models.probe import Array
 from ffmerge.runtime_tests import reference
 from ffmerge.runtime_tests.runtimes.registry import RUNTIMES, find_runtime
-from ffmerge.runtime_tests.validate import check, validate
+from ffmerge.runtime_tests.validate import check_package, validate
 
 EYE, ZEROS = np.eye(4, dtype=np.float32), np.zeros(4, np.float32)
 
@@ -64,7 +64,7 @@ def test_a_good_package_is_ok_on_every_level(package: Path) -> None:
 
 def test_what_is_found_is_written_into_the_package(package: Path) -> None:
     before = sorted(p.name for p in package.iterdir())
-    check(package)
+    check_package(package)
     assert sorted(p.name for p in package.iterdir()) == before
     written = ["report.html", "report.md", "validation.json"]
     for _ in range(2):  # the second replaces the first

@@ -23,7 +23,7 @@ from ffmerge.passes.weights.merge import merge_
 from ffmerge.runtime_tests.locate import locate
 from ffmerge.runtime_tests.reference import read_reference
 from ffmerge.runtime_tests.runtimes.registry import find_runtime
-from ffmerge.runtime_tests.validate import check
+from ffmerge.runtime_tests.validate import check_package
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_the_trace_is_pytorchs_float32_in_every_precision(dtype: str, tmp_path: 
 
 
 def test_its_quality_and_its_greedy_ids_hold(package: Path) -> None:
-    (cpu,) = check(package).providers
+    (cpu,) = check_package(package).providers
     assert cpu.ok, cpu.reason
     for generation in cpu.generation:
         assert generation.tokens == 16 and generation.prompts == 4
@@ -82,7 +82,7 @@ def test_its_quality_and_its_greedy_ids_hold(package: Path) -> None:
 def test_wrong_scales_are_found(package: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(package, tmp_path / "p"))
     tamper.doubled(folder, "transformer.h.0.mlp.c_fc.weight")
-    (cpu,) = check(folder).providers
+    (cpu,) = check_package(folder).providers
     assert not cpu.ok
 
 

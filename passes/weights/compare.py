@@ -13,6 +13,7 @@ from ffmerge.errors import InputError
 from ffmerge.files import plain
 from ffmerge.models import tasks
 from ffmerge.models.data import Data, examples_for
+from ffmerge.models.examples import with_held_out
 from ffmerge.models.record import MergeRecord
 from ffmerge.passes.weights import methods, precision
 from ffmerge.passes.weights.evaluate import Score, score_for
@@ -28,7 +29,7 @@ _PRECISIONS = ("int8", "int4")
 
 
 @dataclass(frozen=True)
-class Row:
+class Compared:
     """A model: how it was made, of which layers, its size and its metric."""
 
     name: str
@@ -43,7 +44,7 @@ class Comparison:
 
     metric: str
     examples: int
-    rows: tuple[Row, ...]
+    rows: tuple[Compared, ...]
     verdict: str
 
     def to_json(self) -> dict[str, Any]:
@@ -69,25 +70,25 @@ def compare(
         raise InputError("rivals are compared at one size: give the number k of layers to merge.")
     methods.get(config.method)
     asked = MergeConfig(**{"sync": True, **vars(config)})  # as drop-layer has to
-    calibration = examples_for(model, data, config.task)
-    held_out = examples_for(model, validation, config.task)
-    if held_out is None:
-        calibration, held_out = calibration.halves()
-    task = config.task or tasks.infer(model)
+    calibration, held_out = with_held_out(
+        examples_for(model, data, config.task), examples_for(model, validation, config.task)
+    )
+    assert calibration is not None and held_out is not None  # data was given
+    task = tasks.task_of(model, config.task)
     score = score_for(model, task, held_out, config.batch_size, asked.criterion)
-    rows = [Row("original", "", size_of(model)[1], score.measure(model))]
+    rows = [Compared("original", "", size_of(model)[1], score.measure(model))]
     merged: dict[str, Merged] = {"original": {}}
     for name in dict.fromkeys((config.method, *_OTHERS)):
         each = replace(asked, method=name)
         found, merged[name] = choose(model, calibration, held_out, each, progress)
         record = found.record
         layers = _layers(record, config.k)
-        rows.append(Row(name, layers, record.bytes_after, record.metric["merged"]))
+        rows.append(Compared(name, layers, record.bytes_after, record.metric["merged"]))
     for dtype in _PRECISIONS:
         for name in ("original", config.method):
             with in_place(model, merged[name]), precision.rounded(model, dtype):
                 size, value = precision.bytes_of(model, dtype), score.measure(model)
-            rows.append(Row(f"{name}, {dtype}", "", size, value))
+            rows.append(Compared(f"{name}, {dtype}", "", size, value))
     return Comparison(score.name, len(held_out), tuple(rows), _verdict(rows, score))
 
 
@@ -99,7 +100,7 @@ def _layers(record: MergeRecord, k: int) -> str:
     return "" if len(layers) > k else f"{layers[0]}-{layers[-1]}"
 
 
-def _verdict(rows: Sequence[Row], score: Score) -> str:
+def _verdict(rows: Sequence[Compared], score: Score) -> str:
     """Return in a sentence whether a model as small as the merged one, or smaller, is better."""
     rank = {row: score.rank(round(row.value, 4)) for row in rows}  # as it is shown
     merged = rows[1]

@@ -19,7 +19,7 @@ from ffmerge.errors import InputError
 from ffmerge.files import plain, size_text
 from ffmerge.models import narrowed, tasks, ties
 from ffmerge.models.data import Data, examples_for
-from ffmerge.models.examples import Examples
+from ffmerge.models.examples import Examples, with_held_out
 from ffmerge.models.finite import check_merged, check_weights
 from ffmerge.models.notebook import html_of
 from ffmerge.models.record import MergeRecord
@@ -96,8 +96,9 @@ def merge_(
         InputError: the window does not fit the model, or the data does not.
     """
     methods.get(config.method)
-    calibration = examples_for(model, data, config.task)
-    held_out = examples_for(model, validation, config.task)
+    calibration, held_out = with_held_out(
+        examples_for(model, data, config.task), examples_for(model, validation, config.task)
+    )
     merge, merged = choose(model, calibration, held_out, config, progress)
     apply_(model, merge, merged)
     return merge
@@ -123,6 +124,8 @@ def choose(
 ) -> tuple[Merge, Merged]:
     """Return what :func:`merge_` would do, and what would take the place of which weights.
 
+    ``held_out`` measures; without it nothing is, and there must be one window.
+
     Raises:
         InputError: as :func:`merge_`.
     """
@@ -132,8 +135,6 @@ def choose(
     searches = _searches(model, stacks, method, config)
     if calibration is None:
         _check_needs_no_data(method, searches)
-    elif held_out is None:
-        calibration, held_out = calibration.halves()
     score = _score(model, held_out, config)
     statistics = Statistics(model, calibration, _watched(method, stacks), config, progress)
     trials = Trials(model, method, statistics, score, progress)
@@ -157,7 +158,7 @@ def choose(
 def _score(model: Any, held_out: Examples | None, config: MergeConfig) -> Score | None:
     """Return what candidates are measured by, None without data."""
     if held_out is not None:
-        task = config.task or tasks.infer(model)
+        task = tasks.task_of(model, config.task)
         return score_for(model, task, held_out, config.batch_size, config.criterion)
     if config.budget:
         raise InputError("a budget is met by measuring what is lost: it needs data.")

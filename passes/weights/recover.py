@@ -129,7 +129,7 @@ def _task(model: Any, config: RecoverConfig) -> str | None:
     """Return the task whose labels are learnt; what is given where none are."""
     if not config.labels:
         return config.task
-    task = config.task or tasks.infer(model)
+    task = tasks.task_of(model, config.task)
     if not for_task(task):
         raise InputError(f"{task} has no loss on labels here: recover without labels.")
     return task
