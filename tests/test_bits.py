@@ -10,6 +10,7 @@ import onnx_ir as ir
 import pytest
 import tiny
 from graphs import build, normal, ops, run
+from scipy.special import rel_entr, softmax
 from tiny_wider import t5
 
 from ffmerge.config import ExportConfig, ShareConfig
@@ -102,6 +103,24 @@ def test_what_the_outputs_hear_keeps_its_bits(tmp_path: Path) -> None:
     assert forms["plain"] == {}
     assert forms["mixed"]["V"]["bits"] < forms["mixed"]["W"]["bits"]
     assert forms["small"]["V"]["bits"] == 2
+
+
+def test_logits_are_told_apart_by_what_they_say() -> None:
+    """A constant says nothing; the divergence of words is that of scipy, without padding."""
+    name, inputs = "logits", "(float[b,s,5] x, int64[b,s] attention_mask)"
+    model = build(
+        inputs + " => (float[b,s,5] logits) {logits = MatMul(x, W)}", W=np.eye(5, dtype="f")
+    )
+    logits, off = normal(2, 3, 5), normal(2, 3, 5, seed=1)
+    mask = np.array([[1, 1, 1], [1, 0, 0]])
+    expected = [{name: logits.astype(np.float32)}]
+    for moved, least in ((logits + 3, 0.0), (off, None)):
+        batch = {"x": moved.astype(np.float32), "attention_mask": mask}
+        found = bits.moved(model, expected, [batch])
+        if least is None:
+            words, others = softmax(logits, -1), softmax(off, -1)
+            least = rel_entr(words, others).sum(-1)[mask != 0].mean()
+        np.testing.assert_allclose(found, least, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("order", [1, -1])

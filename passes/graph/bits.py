@@ -3,12 +3,13 @@
 :func:`ffmerge.passes.graph.quantize.quantize` calls :func:`assign` where it has a budget. Each
 weight is rounded alone, in 4 bits, and a few rows of the data run through the rest of the graph
 (:func:`sensitivities`); how much more or less it loses in other bits and blocks is told by the
-squared error of some of its rows. Then :func:`choose` spends the bytes where they bring most, once
-from the fewest bits on and once from the best single form. A tied weight is one weight, so all that
-read it agree.
+squared error of some of its rows. What outputs lose is a part of their square; of logits, how far
+what they say diverges, which is what a perplexity hears (:func:`moved`). Then :func:`choose` spends
+the bytes where they bring most, once from the fewest bits on and once from the best single form. A
+tied weight is one weight, so all that read it agree.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 
 import numpy as np
@@ -21,7 +22,7 @@ from ffmerge.models.codes import Form, block_codes, block_values
 from ffmerge.models.kv_cache import is_present
 from ffmerge.passes.graph.matrix import Matrix
 from ffmerge.passes.graph.tensors import Array, shape_of, stored, values_of
-from ffmerge.passes.graph.walk import Batch, Walk
+from ffmerge.passes.graph.walk import Batch, Kept, Walk
 from ffmerge.passes.graph.write import LARGE, PAGE
 
 FORMS = (
@@ -30,6 +31,7 @@ FORMS = (
 TRIED = Form(4, 32)  # in which a weight is rounded alone
 TOKENS, ROWS = 256, 8  # of the data that run each time, at most
 SAMPLE = 256  # rows of a weight by which its forms are compared
+PLACES = 8  # of the data, from which rows are taken to choose between ways
 PARTS = 12  # of a graph, at whose beginning the data wait
 # Bytes in the graph, at most: of a matrix beside its name (twice), its rows' nodes where they are
 # unpacked by standard operators, and a name of the data file.
@@ -71,21 +73,25 @@ def assign(
 def moved(model: ir.Model, expected: Sequence[Batch], batches: Sequence[Batch]) -> float:
     """Return how far the outputs for batches are from what is expected of them."""
     total = 0.0
-    for one, other, batch in zip(expected, outputs_of(model, batches), batches, strict=True):
-        total += _moved(list(one.values()), list(other.values()), batch.get("attention_mask"))
+    for one, other, batch in zip(expected, _outputs(model, batches), batches, strict=True):
+        total += _moved(one, other, batch.get("attention_mask"))
     return total
 
 
-def outputs_of(model: ir.Model, batches: Sequence[Batch]) -> list[Batch]:
-    """Return what a graph puts out for batches, its caches left out."""
-    outputs = [value for value in model.graph.outputs if not is_present(str(value.name))]
-    return list(Walk(model, batches).run(outputs))
+def outputs_of(model: ir.Model, batches: Sequence[Batch]) -> Sequence[Batch]:
+    """Return what a graph puts out for batches, its caches left out; it waits on disk."""
+    return Kept(_outputs(model, batches))
 
 
 def few(batches: Sequence[Batch]) -> list[Batch]:
-    """Return a few rows from the beginning, the middle and the end of the data."""
-    places = sorted({0, len(batches) // 2, len(batches) - 1})
+    """Return a few rows from places all over the data."""
+    places = np.linspace(0, len(batches) - 1, min(PLACES, len(batches))).astype(int)
     return [_few_rows(batches[place]) for place in places]
+
+
+def _outputs(model: ir.Model, batches: Sequence[Batch]) -> Iterator[Batch]:
+    outputs = [value for value in model.graph.outputs if not is_present(str(value.name))]
+    return Walk(model, batches).run(outputs)
 
 
 def choose(options: Sequence[Options], room: int) -> list[list[Form]]:
@@ -160,9 +166,11 @@ def sensitivities(
     for first, some in _parts(model, matrices):
         walk.go(first)
         run = walk.trial(outputs, [matrix.weight for matrix in some])
-        expected = run({})
+        names = [str(value.name) for value in outputs]
+        expected = dict(zip(names, run({}), strict=True))
         for matrix in some:
-            found = run({str(matrix.weight.name): rounded(matrix, TRIED)})
+            arrays = run({str(matrix.weight.name): rounded(matrix, TRIED)})
+            found = dict(zip(names, arrays, strict=True))
             lost[matrix] = _moved(expected, found, batch.get("attention_mask"))
     return lost
 
@@ -200,15 +208,39 @@ def _few_rows(batch: Batch) -> Batch:
     return {name: array[:rows] for name, array in batch.items()}
 
 
-def _moved(expected: Sequence[Array], found: Sequence[Array], mask: Array | None) -> float:
-    """Return the squared distance of outputs as a part of their squares, summed over them."""
+def _moved(expected: Batch, found: Batch, mask: Array | None) -> float:
+    """Return how far outputs are from what is expected, summed over them.
+
+    Logits of each position are held against each other as distributions: the mean divergence. Of
+    all else it is the squared distance as a part of its square.
+    """
     total = 0.0
-    for one, other in zip(expected, found, strict=True):
+    for name, one in expected.items():
+        other = found[name]
         if mask is not None and one.ndim > 2 and one.shape[:2] == mask.shape:
             one, other = one[mask != 0], other[mask != 0]
-        off = np.square(one.astype(np.float64) - other).sum()
-        total += float(off / max(np.square(one.astype(np.float64)).sum(), 1e-30))
+        if name == "logits" and expected[name].ndim == 3 and one.shape[-1] > 1:
+            total += _divergence(one.reshape(-1, one.shape[-1]), other.reshape(-1, one.shape[-1]))
+        else:
+            off = np.square(one.astype(np.float64) - other).sum()
+            total += float(off / max(np.square(one.astype(np.float64)).sum(), 1e-30))
     return total
+
+
+def _divergence(expected: Array, found: Array) -> float:
+    """Return the mean over rows of logits of the Kullback-Leibler divergence."""
+    total = 0.0
+    for one, other in zip(expected, found, strict=True):
+        logs, others = _logs(one), _logs(other)
+        total += float((np.exp(logs) * (logs - others)).sum())
+    return total / max(len(expected), 1)
+
+
+def _logs(logits: Array) -> Array:
+    """Return the logarithms of what the classes of logits are given."""
+    wide = logits.astype(np.float64)
+    wide -= wide.max()
+    return wide - np.log(np.exp(wide).sum())
 
 
 def _forms(matrix: Matrix, config: QuantizeConfig) -> list[Form]:
