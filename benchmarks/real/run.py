@@ -10,12 +10,16 @@ measures.
 """
 
 import argparse
+import copy
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import finercut
 import numpy as np
 import texts
 import torch
@@ -24,6 +28,7 @@ from transformers import AutoTokenizer
 
 import ffmerge
 from ffmerge.config import MergeConfig
+from ffmerge.models import checkpoint
 from ffmerge.models.examples import Examples, from_arrays
 from ffmerge.models.find import find
 from ffmerge.passes.weights import merge as merging
@@ -32,7 +37,10 @@ from ffmerge.passes.weights.methods import in_place, size_of
 from ffmerge.passes.weights.widths import parameters_of
 
 RESULTS = Path(__file__).parent.parent / "results" / "real.json"
-METHODS = ("narrow", "narrow, even", "calibrated", "permute", "low-rank", "drop-ffn", "drop-layer")
+METHODS = (
+    "narrow", "narrow, even", "calibrated", "permute", "low-rank", "drop-ffn", "drop-layer",
+    "finercut",
+)  # fmt: skip
 PARTS = (10, 15, 20)  # percent of all parameters removed
 ROWS = {"calibrate": 1024, "validate": 64, "test": 256}  # sentences of an encoder
 BATCH = 32  # sentences
@@ -109,33 +117,54 @@ def evenly(model: Any, calibration: Examples, part: int) -> Any:
     return {members: found}
 
 
-def rows_of(folder: str, methods: list[str], parts: list[int]) -> Any:
-    """Yield a row for each method and part."""
+def rows_of(folder: str, methods: list[str], parts: list[int], save: Path | None) -> Any:
+    """Yield a row for each method and part; ``save`` becomes the first checkpoint, narrowed."""
     model, tokenizer = ffmerge.load(folder), AutoTokenizer.from_pretrained(folder)
     is_language = type(model).__name__.endswith("ForCausalLM")
     read = windows if is_language else sentences
-    calibration, held_out, test = (read(tokenizer, part) for part in ROWS)
+    data = [read(tokenizer, part) for part in ROWS]
+    test = data.pop()
     measure = perplexity(test) if is_language else cosine(test, model)
     before, count = measure(model), size_of(model)[0]
-    sublayer = parameters_of(model, find(model)[0])
-    for part in parts:
-        for method in methods:
-            asked: dict[str, Any] = {"budget": f"-{part}%"}
-            if method not in ("narrow", "narrow, even"):
-                asked = {"k": 1 + round(part / 100 * count / sublayer)}
-            start = time.process_time()
-            if method == "narrow, even":
-                merged = evenly(model, calibration, part)
-            else:
-                config = MergeConfig(method=method, batch_size=8 if is_language else BATCH, **asked)
-                _, merged = merging.choose(model, calibration, held_out, config)
+    for part, method in product(parts, methods):
+        start = time.process_time()
+        with reduced(model, method, part, data, save) as left:
             seconds = time.process_time() - start
-            with in_place(model, merged):
-                value, left = measure(model), size_of(model, merged)[0]
-            yield {
-                "method": method, "part": part, "removed": 1 - left / count, "before": before,
-                "after": value, "processor_s": round(seconds), "lower_is_better": is_language,
-            }  # fmt: skip
+            value = measure(model)
+        yield {
+            "method": method, "part": part, "removed": 1 - left / count, "before": before,
+            "after": value, "processor_s": round(seconds), "lower_is_better": is_language,
+        }  # fmt: skip
+
+
+@contextmanager
+def reduced(
+    model: Any, method: str, part: int, data: list[Examples], save: Path | None
+) -> Iterator[int]:
+    """Have a model smaller by a method, for the length of the block; give its parameters."""
+    calibration, held_out = data
+    is_language = type(model).__name__.endswith("ForCausalLM")
+    count = size_of(model)[0]
+    if method == "finercut":
+        rows = Examples(held_out.rows[: 1 if is_language else BATCH], held_out.take)
+        paths, gone = finercut.chosen(model, [*rows.batches(BATCH)], part * count // 100)
+        with finercut.without(model, paths):
+            yield count - gone
+        return
+    if method == "narrow, even":
+        merged = evenly(model, calibration, part)
+    else:
+        asked: dict[str, Any] = {"budget": f"-{part}%"}
+        if method != "narrow":
+            asked = {"k": 1 + round(part / 100 * count / parameters_of(model, find(model)[0]))}
+        config = MergeConfig(method=method, batch_size=8 if is_language else BATCH, **asked)
+        merge, merged = merging.choose(model, calibration, held_out, config)
+        if save and not save.exists():
+            smaller = copy.deepcopy(model)
+            merging.apply_(smaller, merge, merged)
+            checkpoint.save(smaller, save, Path(model.name_or_path))
+    with in_place(model, merged):
+        yield size_of(model, merged)[0]
 
 
 def kept(row: dict[str, Any]) -> float:
@@ -191,11 +220,13 @@ def main() -> None:
     parser.add_argument("folder", nargs="?")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS])
     parser.add_argument("--parts", nargs="+", type=int, default=[*PARTS])
+    parser.add_argument("--save", type=Path, help="also write the first checkpoint that is made")
     parser.add_argument("--picture", help="also draw an .svg")
     arguments = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     if arguments.folder:
-        for row in rows_of(arguments.folder, arguments.methods, arguments.parts):
+        asked = arguments.methods, arguments.parts, arguments.save
+        for row in rows_of(arguments.folder, *asked):
             print(row, flush=True)
             rows = results.setdefault(arguments.name, [])
             rows[:] = [r for r in rows if (r["method"], r["part"]) != (row["method"], row["part"])]
