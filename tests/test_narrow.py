@@ -114,9 +114,14 @@ def test_w_out_is_the_ridge_regression_of_numpy(name: str) -> None:
         old, old_bias = _w_out(original, member)
         new, bias = _w_out(model, member)
         kept = _kept(original, model, member)
-        mean, mean_target = hidden.mean(0), target.mean(0)
+        weights = np.ones(len(hidden))
+        if name == "bert":  # a norm comes after the sum, and divides by its standard deviation
+            total = wanted[stream[member]][0] + wanted[member.output][1]
+            weights = 1 / total.var(1, ddof=1)
+        mean, mean_target = (np.average(each, 0, weights) for each in (hidden, target))
         if old_bias is not None:
             hidden, target = hidden - mean, target - mean_target
+        hidden, target = (each * np.sqrt(weights)[:, None] for each in (hidden, target))
         gram = hidden.T @ hidden
         ridge = np.diag(narrow.RIDGE * gram.diagonal())
         expected = np.linalg.solve(gram + ridge, hidden.T @ target + ridge @ old[kept])

@@ -3,10 +3,10 @@
 ``python benchmarks/quality/bits.py PACKAGE CALIBRATION HELD_OUT [MODE ...]`` with a package of
 ``ffmerge export`` in fp32, of a folder of ``benchmarks/trained.py``, and two text files. A model
 that gives logits is measured by its perplexity, in windows of 256 tokens; another by the mean
-cosine of sentence embeddings to those of fp32. A mode is a precision, with ``data``, a block or a
-budget after it: ``int4``, ``int4,data``, ``int4,data,128``, ``int4,data,12.2MB``. Each is made by
-``ffmerge share`` in a process of its own, whose processor time and largest memory are told. Prints
-a table.
+cosine of sentence embeddings to those of fp32: with ``--original`` to those of another package, for
+one that was narrowed or merged. A mode is a precision, with ``data``, a block or a budget after it:
+``int4``, ``int4,data``, ``int4,data,128``, ``int4,data,12.2MB``. Each is made by ``ffmerge share``
+in a process of its own, whose processor time and largest memory are told. Prints a table.
 """
 
 import argparse
@@ -121,7 +121,7 @@ def share(graph: Path, path: Path, flags: list[str]) -> tuple[float, int]:
 def prepared(
     graph: Path, tokenizer: Any, texts: tuple[Path, Path], rows: Path
 ) -> Callable[[Path], float]:
-    """Write the inputs to calibrate with, and return what measures a graph."""
+    """Write the inputs to calibrate with, and return what holds a graph against ``graph``."""
     opened = session(graph)
     if "logits" in [output.name for output in opened.get_outputs()]:
         np.savez(rows, **whole(windows(texts[0], tokenizer, TOKENS[0]), opened))
@@ -138,6 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for name in ("package", "calibration", "held_out"):
         parser.add_argument(name, type=Path)
+    parser.add_argument("--original", type=Path, help="package that cosines are held against")
     parser.add_argument("modes", nargs="*", default=MODES)
     given = parser.parse_args()
     graph = given.package / "model.onnx"
@@ -147,7 +148,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         texts = given.calibration, given.held_out
-        measure = prepared(graph, tokenizer, texts, folder / "rows.npz")
+        original = (given.original or given.package) / "model.onnx"
+        measure = prepared(original, tokenizer, texts, folder / "rows.npz")
         for number, mode in enumerate(given.modes):
             path, taken, peak = graph, 0.0, 0
             if mode != "fp32":

@@ -28,17 +28,25 @@ class Regression:
 
     gram: Tensor
     cross: Tensor
-    counts: dict[int, int] = field(default_factory=dict)
+    counts: dict[int, float] = field(default_factory=dict)
     hidden: dict[int, Tensor] = field(default_factory=dict)
     target: dict[int, Tensor] = field(default_factory=dict)
 
-    def update(self, layer: int, hidden: Tensor, target: Tensor) -> None:
-        """Add a batch of a layer: (n, f) and (n, d)."""
-        n, seen = len(hidden), self.counts.get(layer, 0)
+    def update(
+        self, layer: int, hidden: Tensor, target: Tensor, weights: Tensor | None = None
+    ) -> None:
+        """Add a batch of a layer: (n, f) and (n, d), all rows alike or by ``weights`` (n,)."""
+        n, seen = float(len(hidden)), self.counts.get(layer, 0.0)
         if n == 0:
             return
         h, y = hidden.double().mean(0), target.double().mean(0)
+        if weights is not None:
+            n = float(weights.double().sum())
+            h, y = (weights.double() @ each.double() / n for each in (hidden, target))
         dh, dy = (hidden - h).float(), (target - y).float()
+        if weights is not None:
+            root = weights.float().sqrt()[:, None]
+            dh, dy = dh * root, dy * root
         for start in range(0, len(self.gram), _STRIPE):
             stripe = dh[:, start : start + _STRIPE]
             self.gram[start:, start : start + _STRIPE].addmm_(dh[:, start:].T, stripe)

@@ -5,9 +5,10 @@ by :func:`forecast`. Those neurons of a sublayer are taken out whose work the ot
 (``elimination.py``). W_out and its bias solve a ridge regression on what the neurons that stay give
 in the *narrowed* model. Its target is what the *original* model puts out there, and what the stream
 that it is added to (``stream.py``) is short of in the narrowed model: so each sublayer makes up for
-what was lost before it, in attention too (for one sublayer: arXiv 2602.05243). All batches are on
-their way in the original and narrowed, once for each set of widths (``abreast.py``); the sums of a
-sublayer, (f, f) and (f, d), are held while it is its turn.
+what was lost before it, in attention too (for one sublayer: arXiv 2602.05243). Where that sum is
+normalized, an error counts by what it is divided by. All batches are on their way in the original
+and narrowed, once for each set of widths (``abreast.py``); the sums of a sublayer, (f, f) and (f,
+d), are held while it is its turn.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -80,16 +81,18 @@ def fit(
         InputError: a member cannot be narrowed, or the data does not fit the model.
     """
     _check(model, members)
-    by_path = {member.output: member for member in members}
+    by_path, known = {member.output: member for member in members}, streams(model, members)
+    normalized = {member for member, stream in known.items() if stream.normalized}
     found: list[dict[FeedForward, dict[Key, Tensor]]] = [{} for _ in plans]
-    with abreast(model, by_path, streams(model, members).values()) as start:
+    with abreast(model, by_path, [stream.given for stream in known.values()]) as start:
         original = _started(model, members, batches, start, TOKENS)
         narrowed = [_again(original, start) for _ in plans]
         while True:
             member = by_path[original[0].at.path]
             solved = []
             for plan, parts, passes in zip(plans, found, narrowed, strict=True):
-                parts[member], kept = _solved(model, member, plan[member], original, passes)
+                asked = member, plan[member], original, passes, member in normalized
+                parts[member], kept = _solved(model, *asked)
                 solved.append((passes, parts[member], kept))
             progress("narrowing", len(found[0]), len(members))
             if len(found[0]) == len(members):
@@ -188,17 +191,25 @@ def _solved(
     width: int,
     original: Sequence[Pass],
     narrowed: Sequence[Pass],
+    normalized: bool,
 ) -> tuple[dict[Key, Tensor], Any]:
     """Return a member's weights at a width, and which of its neurons stay."""
-    problem = _problem(model, member, original, narrowed)
+    problem = _problem(model, member, original, narrowed, normalized)
     kept = problem.eliminated(width).kept(width, member.d_ff)
     return _cut(model, member, kept, *problem.solved(kept)), kept
 
 
 def _problem(
-    model: Any, member: FeedForward, original: Sequence[Pass], narrowed: Sequence[Pass]
+    model: Any,
+    member: FeedForward,
+    original: Sequence[Pass],
+    narrowed: Sequence[Pass],
+    normalized: bool = False,
 ) -> Problem:
-    """Add up what the narrowed passes have hidden and what they are short of."""
+    """Add up what the narrowed passes have hidden and what they are short of.
+
+    Where the sum with the stream is ``normalized``, a position counts by what it is divided by.
+    """
     weight, bias = _w_out(model, member)
     zeros = weight.new_zeros
     sums = Regression(zeros(member.d_ff, member.d_ff), zeros(member.d_ff, member.d_model))
@@ -209,7 +220,7 @@ def _problem(
         if one.at.stream is not None and other.at.stream is not None:
             stream = one.at.stream.float() - other.at.stream.float()
             short += stream.view_as(one.at.out)[counted]
-        sums.update(0, hidden, short)
+        sums.update(0, hidden, short, _weights(one, counted) if normalized else None)
     gram, cross = (_whole(sums.gram), sums.cross.double().cpu().numpy())
     hidden_mean, missing = sums.hidden[0].cpu().numpy(), sums.target[0].cpu().numpy()
     if bias is None:
@@ -227,6 +238,13 @@ def _problem(
         put_out = missing + bias.double().cpu().numpy() + hidden_mean @ old
     best = old + cho_solve(cho_factor(gram, lower=True), cross)
     return Problem(gram, best, hidden_mean, put_out, sums.counts[0])
+
+
+def _weights(at: Pass, counted: Tensor) -> Tensor:
+    """Return what an error counts at each position whose sum with the stream is normalized."""
+    assert at.at.stream is not None
+    total = at.at.stream.float().view_as(at.at.out) + at.at.out.float()
+    return 1 / total[counted].var(-1).clamp_min(_TINY)
 
 
 def _whole(lower: Tensor) -> Matrix:
