@@ -28,7 +28,7 @@ def to_tensors(arrays: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]
         tensor = torch.as_tensor(array)
         if tensor.is_floating_point():
             tensor = tensor.to(first.dtype)
-        tensors[name] = tensor.to(first.device)
+        tensors[name] = tensor.to(getattr(model, "device", first.device))  # a package is on meta
     return tensors
 
 

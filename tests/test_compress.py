@@ -1,10 +1,12 @@
 """One command from a checkpoint to a package under a size."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from reference.tasks import REFERENCES
 
 import ffmerge
@@ -38,7 +40,7 @@ def test_what_is_shipped_fits_and_is_whole(data: Path, tmp_path: Path, run: Any)
     assert values == sorted(values, reverse=True)
     model = ffmerge.load(DIGITS.folder)
     assert found["before"] == bytes_of(model, "fp32")
-    assert {way.partition(",")[0] for way in ways} == {"int8", "int4"}
+    assert {way.partition(",")[0] for way in ways} == {"int8", "int4", "2"}
     narrowed = (out / "checkpoint").exists()
     assert narrowed == ("neurons" in ways[0])
     if narrowed:
@@ -46,6 +48,29 @@ def test_what_is_shipped_fits_and_is_whole(data: Path, tmp_path: Path, run: Any)
         assert sum(p.numel() for p in smaller.parameters()) < sum(
             p.numel() for p in model.parameters()
         )
+
+
+def test_mixed_bits_are_shipped_where_they_keep_most(data: Path, tmp_path: Path, run: Any) -> None:
+    """What is told of them is what ONNX Runtime computes with the package."""
+    out = tmp_path / "small"
+    words = ("compress", DIGITS.folder, out, "--size", "345kB", "--data", data, "--json")
+    code, found, err = run(*words)
+    assert code == 0, err
+    best, others = found["ways"][0], found["ways"][1:]
+    assert best["what"] == "2, 4 and 8 bits by data" and found["shipped"] <= 345_000
+    assert others and all(way["value"] <= best["value"] for way in others)
+    assert not (out / "checkpoint").exists()
+    bits = {
+        form["bits"]
+        for form in json.loads((out / "package/ffmerge.json").read_text())["bits"].values()
+    }
+    assert len(bits) > 1
+    with np.load(data) as arrays:
+        half = {name: arrays[name][1::2] for name in arrays.files}
+    served = ffmerge.load_package(out / "package")
+    logits = served(pixel_values=torch.from_numpy(half["pixel_values"])).logits
+    right = float((logits.argmax(-1).numpy() == half["labels"]).mean())
+    assert right == pytest.approx(best["value"])
 
 
 @pytest.mark.slow

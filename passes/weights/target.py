@@ -27,17 +27,23 @@ MOST = 0.4  # of all parameters: more are not taken out
 
 @dataclass(frozen=True)
 class Way:
-    """A precision, its bytes and metric, and what is narrowed for it, if anything."""
+    """A precision, its bytes and metric, and what is narrowed for it, if anything.
+
+    ``mixed`` are 2, 4 and 8 bits, chosen for each weight and rounded by data.
+    """
 
     dtype: str
     bytes: int
     value: float
     merge: Merge | None = None
     merged: Merged | None = None
+    mixed: bool = False
 
     @property
     def text(self) -> str:
         """What is done to the model."""
+        if self.mixed:
+            return "2, 4 and 8 bits by data"
         if self.merge is None:
             return self.dtype
         return f"{self.dtype}, {self.merge.record.narrowed[0].text}"
