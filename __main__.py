@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 
 import ffmerge
-from ffmerge import flags
+from ffmerge import flags, progress
 from ffmerge.config import (
     FOUR_BITS,
     CheckpointConfig,
@@ -52,6 +52,7 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Argument(help="A checkpoint folder or a hub id.")]
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_ANYWHERE = ("--debug", "-v", "-q")
 _DATA = "Calibration data, as for merge."
 
 
@@ -73,6 +74,12 @@ def about(
     ] = False,
     debug: Annotated[
         bool, typer.Option("--debug", help="Show the traceback of an error; anywhere in a command.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("-v", help="Tell every step as a line; anywhere in a command.")
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("-q", help="Tell no steps and no warnings; anywhere in a command.")
     ] = False,
 ) -> None:
     """Take the options of ffmerge itself.
@@ -189,18 +196,29 @@ def compress(
     config: CompressConfig,
     data: DataConfig,
     load: LoadConfig,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Tell the steps, sizes and time, and write nothing.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Do all anew, and replace what it once wrote.")
+    ] = False,
 ) -> Result:
     """Ship a checkpoint under a size: choose what loses least, export, validate.
+
+    Stopped, the same command goes on where it was: what is done is kept beside OUT until the end.
 
     Example: [bold]ffmerge compress MODEL small --size 30MB --data validation.csv[/bold]
     """
     check_sources(data.data, data.validation)
     if not data.data:
         raise InputError("what fits is chosen by what it loses: give --data.")
-    from ffmerge.compress import compress
-    from ffmerge.tables import compress_table
+    from ffmerge.compress import compress, outline
+    from ffmerge.tables import compress_table, outline_table
 
-    result = compress(model, out, config, data, load)
+    if dry_run:
+        told = outline(model, out, config, data, load, overwrite)
+        return Result(told.to_json(), outline_table(told))
+    result = compress(model, out, config, data, load, overwrite)
     return Result(result.to_json(), compress_table(result), result.ok)
 
 
@@ -252,7 +270,6 @@ def validate(
 
     Example: [bold]ffmerge validate package --provider cpu[/bold]
     """
-    from ffmerge import progress
     from ffmerge.runtime_tests.validate import validate
     from ffmerge.tables import validation_table
 
@@ -328,6 +345,9 @@ for each in (
 @app.command()
 def run(
     recipe: Annotated[Path, typer.Argument(help="YAML: a list of `command: {option: value}`.")],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check all steps and list them, and do none.")
+    ] = False,
     as_json: flags.Json = False,
 ) -> None:
     """Do the steps of a recipe in order, until one fails; options are those of the commands.
@@ -340,7 +360,13 @@ def run(
     commands = {name: command for name, command in group.commands.items() if name != "run"}
     results: list[dict[str, Any]] = []
     code = 0
-    for name, *words in steps(recipe, commands):
+    planned = steps(recipe, commands)
+    for number, (name, *words) in enumerate(planned, 1):
+        typed = " ".join([name, *(_as_typed(word) for word in words if word != "--")])
+        progress.announce(f"step {number} of {len(planned)}: {typed}")
+        if dry_run:
+            results.append({"command": typed})
+            continue
         said = StringIO()
         out = sys.stdout
         if as_json:
@@ -358,6 +384,13 @@ def run(
         raise typer.Exit(code)
 
 
+def _as_typed(word: str) -> str:
+    """Return a word of a step as it is told: a token stays secret."""
+    if word.startswith("--token="):
+        return "--token=***"
+    return shlex.quote(word)
+
+
 def _formatted(message: Warning | str, category: type[Warning], *place: Any) -> str:
     """Return a warning as it is shown: one of ffmerge's as one line, like its errors."""
     if issubclass(category, FfmergeWarning):
@@ -372,11 +405,14 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line; an error is one sentence, and with ``--debug`` its traceback."""
     words = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in words
+    progress.tell(verbose="-v" in words, quiet="-q" in words)
+    if "-q" in words:
+        warnings.simplefilter("ignore", FfmergeWarning)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     warnings.formatwarning = _formatted  # type: ignore[assignment]
     try:
-        app([word for word in words if word != "--debug"], prog_name="ffmerge")
+        app([word for word in words if word not in _ANYWHERE], prog_name="ffmerge")
     except Exception as error:  # whatever leaves a command is told, and is no success
         if debug:
             traceback.print_exc()

@@ -84,6 +84,26 @@ def compress_table(found: Any) -> Group:
     )
 
 
+def outline_table(found: Any) -> Group:
+    """Show the steps that a compress would do, with what they take."""
+    rows = []
+    for step in found.steps:
+        took = _time(step.seconds)
+        if step.done:
+            took = "done already"
+        rows.append((step.what, step.size, took))
+    said = f"About {_time(found.seconds)} on this machine, by one batch that was timed."
+    title = f"{found.folder}: {size_text(found.size)} of {size_text(found.before)} of weights"
+    return Group(_table(title, ("step", "to ship", "about"), rows), said)
+
+
+def _time(seconds: float) -> str:
+    """Return about how long, in words."""
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} minutes"
+
+
 def comparison_table(found: Any) -> Group:
     """Show every rival of a Comparison, and the verdict."""
     rows = [(r.name, r.what, size_text(r.bytes), f"{r.value:.4f}") for r in found.rows]

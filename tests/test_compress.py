@@ -11,6 +11,8 @@ from reference.tasks import REFERENCES
 
 import ffmerge
 from ffmerge import compress
+from ffmerge.config import CompressConfig, DataConfig, LoadConfig
+from ffmerge.exporter import package
 from ffmerge.passes.weights.precision import bytes_of
 
 DIGITS = REFERENCES["digits"]
@@ -109,3 +111,58 @@ def test_what_cannot_be_is_one_sentence(
 def test_it_is_chosen_on_data(tmp_path: Path, run: Any) -> None:
     code, _, err = run("compress", DIGITS.folder, tmp_path / "out", "--size", "300kB")
     assert code == 2 and "give --data" in err
+
+
+def test_the_same_call_goes_on_where_it_was_stopped(
+    data: Path, tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped before the validation: nothing is exported again, and another size begins anew."""
+    out = tmp_path / "small"
+    words = ["compress", DIGITS.folder, out, "--data", data, "--json", "--size"]
+    validate, export = compress.validate, package.export
+    exported: list[str] = []
+
+    def counted(*given: Any) -> Any:
+        exported.append(given[2].dtype)
+        return export(*given)
+
+    def stopped(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(package, "export", counted)
+    monkeypatch.setattr(compress, "validate", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        compress.compress(
+            str(DIGITS.folder),
+            out,
+            CompressConfig(size="600kB"),
+            DataConfig(data=str(data)),
+            LoadConfig(),
+        )
+    assert exported == ["int8"] and not out.exists()
+    monkeypatch.setattr(compress, "validate", validate)
+    code, told, err = run(*words, "600kB", "--dry-run")
+    assert code == 0, err
+    done = {step["what"]: step["done"] for step in told["steps"]}
+    assert done["export the best"] and not done["validate it"]
+    assert not out.exists()
+    code, found, err = run(*words, "600kB")
+    assert code == 0 and exported == ["int8"] and "best is done already" in err
+    assert ffmerge.audit(out / "package").ok
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+
+    code, _, err = run(*words, "1.4MB")
+    assert code == 2 and "exists already" in err
+    code, found, err = run(*words, "1.4MB", "--overwrite")
+    assert code == 0, err
+    assert exported == ["int8", "fp32"] and found["ways"][0]["what"] == "fp32"
+    assert not (out / "step.json").exists()
+
+
+def test_what_compress_did_not_write_is_not_replaced(data: Path, tmp_path: Path, run: Any) -> None:
+    out = tmp_path / "small"
+    out.mkdir()
+    (out / "mine").write_text("")
+    code, _, err = run("compress", DIGITS.folder, out, "--data", data, "--overwrite")
+    assert code == 2 and "not what compress wrote" in err
+    assert [path.name for path in out.iterdir()] == ["mine"]

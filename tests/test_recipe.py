@@ -8,10 +8,13 @@ import numpy as np
 import onnx
 import pytest
 import typer
+from reference.tasks import REFERENCES
 from tiny import vit
 
 from ffmerge.__main__ import app
 from ffmerge.recipe import steps
+
+DIGITS = REFERENCES["digits"]
 
 RECIPE = """
 - merge: {{model: {0}/vit, out: {0}/merged, budget: -5%, data: {0}/data.npz, batch-size: 4}}
@@ -105,5 +108,32 @@ def test_it_stops_at_the_step_that_fails(folder: Path, command: Any) -> None:
     step = f"- audit: {{path: {folder}/twice.onnx, load: no}}\n"
     (folder / "r.yaml").write_text(f"{step}- inspect: {{model: {folder}/vit}}\n")
     code, out, err = command("run", folder / "r.yaml", "--json")
-    assert (code, err) == (1, "")
+    assert code == 1 and err.startswith("ffmerge: step 1 of 2: audit --no-load")
+    assert len(err.splitlines()) == 1
     assert [(s["command"], s["exit_code"]) for s in json.loads(out)["steps"]] == [("audit", 1)]
+
+
+def test_steps_are_announced_and_a_dry_run_does_none(tmp_path: Path, command: Any) -> None:
+    model, out = DIGITS.folder, tmp_path / "package"
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"- inspect: {{model: {model}}}\n- export: {{model: {model}, out: {out}}}\n")
+    code, _, err = command("run", recipe, "--dry-run")
+    lines = err.splitlines()
+    assert code == 0 and not out.exists()
+    assert lines == [
+        f"ffmerge: step 1 of 2: inspect {model}",
+        f"ffmerge: step 2 of 2: export {model} {out}",
+    ]
+    code, _, err = command("run", recipe, "--dry-run", "-q")
+    assert code == 0 and err == ""
+    recipe.write_text("- push: {package: p, repository: a/b, token: hf_secret}\n")
+    code, out, err = command("run", recipe, "--dry-run", "--json")
+    assert code == 0 and "secret" not in out + err and "push --token=*** p a/b" in err
+
+
+def test_verbose_tells_every_step_and_quiet_none(tmp_path: Path, command: Any) -> None:
+    model = DIGITS.folder
+    code, _, err = command("export", model, tmp_path / "a", "-v")
+    assert code == 0 and "tracing and writing (" in err
+    code, _, err = command("-q", "export", model, tmp_path / "b")
+    assert code == 0 and err == ""
