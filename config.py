@@ -30,6 +30,8 @@ BUDGET_HELP = (
 CALIBRATED = ("int8-static", *FOUR_BITS)  # what reads data; four bits need not
 DTYPES = ("fp32", "fp16", "int8", "int8-dynamic", "int8-static", *FOUR_BITS)
 LAYOUTS = ("optimum", "transformers.js")
+PROFILES = ("portable", "cpu")  # what a package is to run on best
+PLAIN_OPSET, FUSED_OPSET = 20, 23  # of the two
 OPSETS = range(7, 24)  # ONNX Runtime still runs 7; 23 is the last that PyTorch exports
 
 
@@ -342,7 +344,18 @@ class ExportConfig:
     example: Path | None = option(
         None, "A row or more of every input as .npz, for a model whose inputs cannot be derived."
     )
-    opset: int = option(20, f"ONNX operator set, {OPSETS[0]} to {OPSETS[-1]}.")
+    profile: str = option(
+        "portable",
+        "What the package is for: portable, whatever runs ONNX, or cpu, ONNX Runtime's: attention, "
+        "RMS norms and rotation as one operator each.",
+        "--for",
+        choices=PROFILES,
+    )
+    opset: int | None = option(
+        None,
+        f"ONNX operator set, {OPSETS[0]} to {OPSETS[-1]}; {PLAIN_OPSET} if not given, for cpu "
+        f"{FUSED_OPSET}.",
+    )
     dtype: str = option(
         "fp32",
         "Precision of the weights; int8-static needs --data, int4 and q4f16 are better with it.",
@@ -360,13 +373,28 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         """Refuse what there is not."""
-        if self.opset not in OPSETS:
+        if self.opset is not None and self.opset not in OPSETS:
             raise InputError(f"opset {self.opset} is not one of {OPSETS[0]} to {OPSETS[-1]}.")
+        if self.profile not in PROFILES:
+            raise InputError(f"no profile {self.profile!r}: there is {', '.join(PROFILES)}.")
+        if self.profile == "cpu" and self.opset not in (None, FUSED_OPSET):
+            raise InputError(
+                f"for cpu the opset is {FUSED_OPSET}, not {self.opset}: leave out one of the two."
+            )
         check_dtype(self.dtype)
         check_block(self.block, self.dtype)
         check_budget(self.budget, self.dtype, self.block)
         if self.layout not in LAYOUTS:
             raise InputError(f"no layout {self.layout!r}: there is {', '.join(LAYOUTS)}.")
+
+    @property
+    def operators(self) -> int:
+        """The opset of the graphs."""
+        if self.opset is not None:
+            return self.opset
+        if self.profile == "cpu":
+            return FUSED_OPSET
+        return PLAIN_OPSET
 
 
 @dataclass(frozen=True, kw_only=True)

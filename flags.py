@@ -10,6 +10,7 @@ import inspect
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import Field, dataclass, fields, is_dataclass
+from keyword import iskeyword
 from types import NoneType, UnionType
 from typing import Annotated, Any, get_args, get_type_hints
 
@@ -113,7 +114,10 @@ def _options(kind: Any) -> Iterator[tuple[str, Field[Any], Any]]:
     for each in fields(kind):
         if "help" in each.metadata:
             names = each.metadata["names"] or (each.name,)
-            yield names[0].lstrip("-").replace("-", "_"), each, hints[each.name]
+            name = names[0].lstrip("-").replace("-", "_")
+            if iskeyword(name):  # no parameter can be called so
+                name += "_"
+            yield name, each, hints[each.name]
 
 
 def _flags(kind: Any, optional: bool) -> Iterator[inspect.Parameter]:
@@ -154,7 +158,7 @@ def _argument(name: str, hint: Any, typed: dict[str, Any]) -> Any:
 
 
 def _flag(option: str) -> str:
-    return "--" + option.replace("_", "-")
+    return "--" + option.rstrip("_").replace("_", "-")
 
 
 def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:

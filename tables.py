@@ -132,6 +132,9 @@ def package_table(package: Any, blind: bool = False) -> Table:
     rows.append(("distinct weights", size_text(manifest.bytes_unique)))
     if package.defaults:
         rows.append(("no inputs, at their default", ", ".join(package.defaults)))
+    for skip in manifest.skipped:
+        if skip.name == "attention":  # of --for cpu: what is slower for it
+            rows.append((skip.name, skip.reason))
     for path, cost in package.costs.items():
         text = f"{_size(cost['bytes'])} on disk, {_size(cost['rss_bytes'])} resident"
         text += f", {_size(cost['anonymous_bytes'])} anonymous, {cost['load_s']:.2f} s load"

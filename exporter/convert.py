@@ -8,11 +8,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from ffmerge.config import QuantizeConfig, parse_budget
+from ffmerge.config import PLAIN_OPSET, QuantizeConfig, parse_budget
+from ffmerge.errors import ExportError
+from ffmerge.exporter.fused import check_fused
 from ffmerge.exporter.merged import merge_decoders
 from ffmerge.exporter.plan import Plan
-from ffmerge.exporter.torch_onnx import to_onnx
+from ffmerge.exporter.torch_onnx import SizeError, to_onnx
 from ffmerge.exporter.trace import record_trace
+from ffmerge.models.manifest import Skip
 from ffmerge.models.trace import Trace
 from ffmerge.passes.graph.opset import to_opset
 from ffmerge.passes.graph.run import ShareResult, bring_to, share_model
@@ -29,19 +32,8 @@ def convert(plan: Plan) -> tuple[dict[str, ShareResult], dict[str, Trace]]:
         TieError: a shared weight would be stored twice.
         InputError: a graph cannot be of the opset or the precision.
     """
-    results: dict[str, ShareResult] = {}
-    programs: dict[str, Any] = {}
-    quantized = plan.config.dtype != "fp32"
-    for graph in plan.graphs:
-        if not graph.parts:
-            results[graph.name], programs[graph.name] = to_onnx(
-                graph, max(plan.config.opset, DIRECT), resident=not quantized
-            )
-    if plan.config.opset < DIRECT:
-        for name, result in results.items():
-            older = to_opset(result.model, plan.config.opset)
-            results[name] = share_model(older, resident=not quantized)
-    if quantized:
+    results, programs = _translated(plan)
+    if plan.config.dtype != "fp32":
         results = _quantized(results, plan)
     traces = {}
     for graph in plan.graphs:
@@ -52,6 +44,45 @@ def convert(plan: Plan) -> tuple[dict[str, ShareResult], dict[str, Trace]]:
             program, real = programs[graph.name], plan.real.get(graph.name, {})
             traces[graph.name] = record_trace(graph, program, results[graph.name].model, real)
     return results, traces
+
+
+def _translated(plan: Plan) -> tuple[dict[str, ShareResult], dict[str, Any]]:
+    """Return the graphs that are not made of others, fused where that is wanted and all can be.
+
+    Their programs, too.
+    """
+    if plan.config.profile != "cpu":
+        return _all_of(plan, plan.config.operators)
+    try:
+        for graph in plan.graphs:
+            if not graph.parts:
+                check_fused(graph)
+        return _all_of(plan, plan.config.operators, fused=True)
+    except SizeError:
+        raise
+    except ExportError as error:
+        skip = Skip("attention", f"the graph is that of --for portable: {error}")
+    results, programs = _all_of(plan, plan.config.opset or PLAIN_OPSET)
+    for name, result in results.items():
+        results[name] = replace(result, skipped=(skip, *result.skipped))
+    return results, programs
+
+
+def _all_of(
+    plan: Plan, opset: int, fused: bool = False
+) -> tuple[dict[str, ShareResult], dict[str, Any]]:
+    results: dict[str, ShareResult] = {}
+    programs: dict[str, Any] = {}
+    resident = plan.config.dtype == "fp32"
+    for graph in plan.graphs:
+        if not graph.parts:
+            results[graph.name], programs[graph.name] = to_onnx(
+                graph, max(opset, DIRECT), resident, fused
+            )
+    if opset < DIRECT:
+        for name, result in results.items():
+            results[name] = share_model(to_opset(result.model, opset), resident=resident)
+    return results, programs
 
 
 def _quantized(results: Mapping[str, ShareResult], plan: Plan) -> dict[str, ShareResult]:

@@ -47,6 +47,7 @@ def describe(
         model_type=plan.model.config.model_type,
         task=plan.task,
         dtype=plan.config.dtype,
+        profile=plan.config.profile,
         opset=max(result.model.opset_imports[""] for result in results.values()),
         parameters=sum(p.numel() for p in parameters),
         parameter_bytes=sum(p.nbytes for p in parameters),

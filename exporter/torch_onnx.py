@@ -14,6 +14,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +22,7 @@ import onnx_ir as ir
 import torch
 
 from ffmerge.errors import ExportError
+from ffmerge.exporter.fused import fuse, fused_attention
 from ffmerge.exporter.graphs import Graph
 from ffmerge.exporter.settle import HEIGHT
 from ffmerge.exporter.simplify import simplify
@@ -35,13 +37,16 @@ class SizeError(ExportError):
     """A model cannot be traced for pictures of any size."""
 
 
-def to_onnx(graph: Graph, opset: int, resident: bool = True) -> tuple[ShareResult, Any]:
+def to_onnx(
+    graph: Graph, opset: int, resident: bool = True, fused: bool = False
+) -> tuple[ShareResult, Any]:
     """Return ``graph`` as ONNX, its initializers called by parameter name, and its program.
 
     The ``torch.export`` program calls its nodes as the ONNX graph calls their outputs. A tied
     parameter is one initializer under the name :func:`ffmerge.models.ties.ties` gives; parameters
     that happen to be equal are one under the first's. ``resident`` is that of
-    :func:`ffmerge.passes.graph.run.share`.
+    :func:`ffmerge.passes.graph.run.share`. Of a ``fused`` graph attention is one operator, as
+    :func:`ffmerge.exporter.fused.check_fused` found it can be.
 
     Raises:
         ExportError: PyTorch cannot trace or translate the model, or it is not float32.
@@ -50,15 +55,17 @@ def to_onnx(graph: Graph, opset: int, resident: bool = True) -> tuple[ShareResul
     model = graph.module.model
     if any(p.dtype != torch.float32 for p in model.parameters()):
         raise ExportError("only float32 models are exported: call model.float() first.")
-    program = _translated(graph, opset)
+    program = _translated(graph, opset, fused)
     known = ties.ties(model)
     _rename(program.model, known)
     _optimize(program.model, graph, known)
+    if fused:
+        fuse(program.model)
     shared = share_model(program.model, resident=resident)
     return count_tie_uses(shared, f"{graph.name}.onnx"), program.exported_program
 
 
-def _translated(graph: Graph, opset: int) -> Any:
+def _translated(graph: Graph, opset: int, fused: bool) -> Any:
     """Return what PyTorch's exporter makes of a graph, on the last of its drawn cases."""
     model, recipe = graph.module.model, graph.probe
     example = to_tensors(recipe.draw(len(recipe.cases) - 1), model)
@@ -66,7 +73,7 @@ def _translated(graph: Graph, opset: int) -> Any:
     for spec in recipe.inputs:
         axes[spec.name] = {i: size for i, size in enumerate(spec.shape) if isinstance(size, str)}
     try:
-        with _quiet(), _traceable(model):
+        with _quiet(), _traceable(model, fused):
             program = torch.onnx.export(
                 graph.module.eval(), kwargs={"inputs": example}, dynamic_shapes={"inputs": axes},
                 dynamo=True, optimize=False, verbose=False, opset_version=opset,
@@ -143,11 +150,11 @@ def _rename(model: ir.Model, known: tuple[Tie, ...]) -> None:
 
 
 @contextlib.contextmanager
-def _traceable(model: Any) -> Iterator[None]:
-    """Let the model compute attention and experts by plain matrix products.
+def _traceable(model: Any, fused: bool) -> Iterator[None]:
+    """Let the model compute attention and experts by plain matrix products, or attention fused.
 
-    The fused kernels are not all translated, and give rows that attend to nothing other values
-    than PyTorch does: left padding has such rows.
+    PyTorch's fused kernels are not all translated, and give rows that attend to nothing other
+    values than PyTorch does: left padding has such rows.
     """
     config = model.config
     attention = config._attn_implementation
@@ -156,7 +163,8 @@ def _traceable(model: Any) -> Iterator[None]:
     if experts:
         model.set_experts_implementation("batched_mm")
     try:
-        yield
+        with fused_attention(model) if fused else nullcontext():
+            yield
     finally:
         model.set_attn_implementation(attention)
         if experts:

@@ -95,7 +95,7 @@ class Manifest:
     ``bytes_total`` is the sum of ``files``, ``bytes_unique`` that of the distinct initializers,
     ``parameter_bytes`` that of the distinct PyTorch parameters. ``metric`` is PyTorch's on the real
     rows that the package holds, if they have labels. ``bits`` are those of each weight, by name,
-    where they were chosen for a budget.
+    where they were chosen for a budget. ``profile`` is what the graphs are for (``export --for``).
     """
 
     versions: Mapping[str, str]
@@ -117,6 +117,7 @@ class Manifest:
     metric: MetricResult | None = None
     variants: tuple[Variant, ...] = ()
     bits: Mapping[str, Form] = field(default_factory=dict)
+    profile: str = "portable"
 
     def __repr__(self) -> str:
         size = size_text(self.bytes_total)

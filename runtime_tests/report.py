@@ -136,6 +136,8 @@ def made_by(manifest: Manifest, folder: str) -> list[str]:
         ]
         model = "merged"
     task = f"--task {manifest.task} --opset {manifest.opset} --dtype {manifest.dtype}"
+    if manifest.profile != "portable":
+        task += f" --for {manifest.profile}"
     data = " --data DATA" * any(graph.probe.real for graph in manifest.graphs)
     return [*lines, f"ffmerge export {model} {folder} {task}{data}"]
 

@@ -2,8 +2,12 @@
 
 ``gptq.py`` asks: an error in the value of a token that all others look at stands in all of them. In
 trained models that is often the first token, one of hundreds: SmolLM2 lost 3 in perplexity by its
-value projections alone, of 5 by all weights.
+value projections alone, of 5 by all weights. The scores are those of a softmax; an attention that
+is one operator is asked to put them out meanwhile (:func:`scores_put_out`).
 """
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import onnx_ir as ir
@@ -16,6 +20,30 @@ VIEWS = ("Reshape", "Transpose", "Unsqueeze", "Squeeze", "Expand", "Concat", "Id
 GUARDS = ("Identity", "Cast", "Where", "Dropout")
 
 
+SCORES = 3  # which output of Attention they are, and the mode in which they are behind the softmax
+
+
+@contextmanager
+def scores_put_out(model: ir.Model) -> Iterator[None]:
+    """Let every attention of the main graph put out its scores as well, for the time being."""
+    asked = {}
+    for node in model.graph:
+        if is_op(node, "Attention") and len(node.outputs) <= SCORES:
+            asked[node] = len(node.outputs)
+            node.resize_outputs(SCORES + 1)
+            for left_out in node.outputs[asked[node] : SCORES]:
+                left_out.name = ""
+            scores, mixed = node.outputs[SCORES], node.outputs[0]
+            scores.name, scores.type = f"{mixed.name}.scores", mixed.type
+            node.attributes["qk_matmul_output_mode"] = ir.AttrInt64("qk_matmul_output_mode", SCORES)
+    try:
+        yield
+    finally:
+        for node, count in asked.items():
+            node.resize_outputs(count)
+            del node.attributes["qk_matmul_output_mode"]
+
+
 def scores_of(product: ir.Node) -> ir.Value | None:
     """Return the scores by which attention mixes what a product gives, None if it does not."""
     values = [product.outputs[0]]
@@ -26,6 +54,8 @@ def scores_of(product: ir.Node) -> ir.Value | None:
                 values.append(node.outputs[0])
             elif is_op(node, "MatMul") and index == 1 and left is not None and _is_softmax(left):
                 return left
+            elif is_op(node, "Attention") and index == 2 and len(node.outputs) > SCORES:
+                return node.outputs[SCORES]
     return None
 
 

@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from ffmerge.config import QuantizeConfig
 from ffmerge.models.codes import Form, block_scales, block_values, middle
-from ffmerge.passes.graph.attention import mixed_gram, scores_of
+from ffmerge.passes.graph.attention import mixed_gram, scores_of, scores_put_out
 from ffmerge.passes.graph.calibration import check_batch
 from ffmerge.passes.graph.matrix import Matrix
 from ffmerge.passes.graph.tensors import Array, shape_of, values_of
@@ -59,9 +59,16 @@ def round_on_data(
     Raises:
         InputError: a batch is not finite, or not what the model takes.
     """
-    assert config.forms is not None
     for batch in config.calibration:
         check_batch(batch)
+    with scores_put_out(model):
+        return _rounded_in_parts(model, matrices, config)
+
+
+def _rounded_in_parts(
+    model: ir.Model, matrices: Sequence[Matrix], config: QuantizeConfig
+) -> dict[str, tuple[Array, Array]]:
+    assert config.forms is not None
     batches = [_without_padding(model, batch) for batch in config.calibration]
     masks = [batch.get("attention_mask") for batch in batches]
     model.graph.sort()

@@ -1,0 +1,198 @@
+"""Generation with a decoder's package, against what onnxruntime-genai's builder makes of it.
+
+    pip install onnxruntime-genai
+    python benchmarks/genai.py CHECKPOINT TEXT [--build FOLDER] [--dtype int4] [--json FILE]
+
+Forms: ``portable`` and ``cpu`` (``ffmerge export --for``), and ``builder`` where onnxruntime-genai
+is installed. All make the same steps in one process, in turns, so that what else the machine does
+falls on all; the times are processor time, of one thread. A ratio is the median of those of pairs,
+one turn of a form over the same turn of ``portable``. ``same`` are the first greedy ids behind a
+prompt that are PyTorch's, of 64. Packages are made once, under ``--build``.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+DECODED, PREFILLED = (64, 256, 1024), (256, 1024)  # tokens before the measured ones; of a prompt
+TOKENS, GREEDY = 16, 64
+PAST = "past_key_values."
+
+
+class Package:
+    """A package of ours, on ONNX Runtime: outputs stay where they are and are the next inputs."""
+
+    def __init__(self, path: Path) -> None:
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = 1
+        self.session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self.outputs = [o.name for o in self.session.get_outputs()]
+        self.kept: dict[str, Any] = {}
+        self.length = 0
+
+    def start(self, room: int) -> None:
+        """Forget what was read."""
+        self.length = 0
+        for given in self.session.get_inputs():
+            if given.name.startswith(PAST):
+                empty = np.zeros((1, given.shape[1], 0, given.shape[3]), np.float32)
+                self.kept[given.name] = ort.OrtValue.ortvalue_from_numpy(empty)
+
+    def step(self, ids: list[int]) -> int:
+        """Read ids, and return the one that is put first behind them."""
+        places = np.arange(self.length, self.length + len(ids))[None]
+        self.length += len(ids)
+        feeds = {
+            "input_ids": np.array([ids]),
+            "attention_mask": np.ones((1, self.length), np.int64),
+            "position_ids": places,
+        }
+        values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items()}
+        found = self.session.run_with_ort_values(self.outputs, {**values, **self.kept})
+        for name, value in zip(self.outputs[1:], found[1:], strict=True):
+            self.kept[name.replace("present.", PAST)] = value
+        return int(found[0].numpy()[0, -1].argmax())
+
+
+class Built:
+    """What the builder made, on onnxruntime-genai."""
+
+    def __init__(self, path: Path) -> None:
+        import onnxruntime_genai
+
+        self.library = onnxruntime_genai
+        config = onnxruntime_genai.Config(str(path))
+        threads = {"session_options": {"intra_op_num_threads": 1}}
+        config.overlay(json.dumps({"model": {"decoder": threads}}))
+        self.model = onnxruntime_genai.Model(config)
+        self.generator: Any = None
+
+    def start(self, room: int) -> None:
+        parameters = self.library.GeneratorParams(self.model)
+        parameters.set_search_options(max_length=room, do_sample=False)
+        self.generator = self.library.Generator(self.model, parameters)
+
+    def step(self, ids: list[int]) -> int:
+        """Read ids; the generator appends the one that it puts first, and reads it next."""
+        if len(ids) > 1:
+            self.generator.append_tokens(np.array([ids], np.int32))
+        self.generator.generate_next_token()
+        return int(self.generator.get_next_tokens()[0])
+
+
+def build(checkpoint: str, folder: Path, dtype: str) -> dict[str, Callable[[], Any]]:
+    """Make the packages that are not there yet, and return what opens each."""
+    forms: dict[str, Callable[[], Any]] = {}
+    for form in ("portable", "cpu"):
+        path = folder / f"{form}-{dtype}"
+        if not path.exists():
+            export = [sys.executable, "-m", "ffmerge", "export", checkpoint, str(path)]
+            subprocess.run([*export, "--dtype", dtype, "--for", form], check=True)
+        forms[form] = lambda path=path: Package(path / "model.onnx")
+    path = folder / f"builder-{dtype}"
+    if not path.exists():
+        make = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", checkpoint]
+        where = ["-o", str(path), "-c", str(folder / "cache"), "-e", "cpu", "-p", dtype]
+        if subprocess.run([*make, *where], check=False).returncode:
+            return forms
+    forms["builder"] = lambda: Built(path)
+    return forms
+
+
+def turn(form: Any, ids: list[int], length: int) -> tuple[float, float]:
+    """Return the ms of reading a prompt of this length, and of a token behind it, the median."""
+    form.start(length + TOKENS + 2)
+    start = time.process_time()
+    last = form.step(ids[:length])
+    read = time.process_time() - start
+    times = []
+    for _ in range(TOKENS):
+        start = time.process_time()
+        last = form.step([last])
+        times.append(time.process_time() - start)
+    return read * 1e3, statistics.median(times) * 1e3
+
+
+def expected(checkpoint: str, ids: list[int]) -> list[int]:
+    """Return the ids that PyTorch puts first behind a prompt, one after another."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    settings = {"do_sample": False, "max_new_tokens": GREEDY, "min_new_tokens": GREEDY}
+    with torch.no_grad():
+        found = model.generate(torch.tensor([ids]), **settings)
+    return [int(i) for i in found[0, len(ids) :]]
+
+
+def same(form: Any, ids: list[int], wanted: list[int]) -> int:
+    """Return how many of the first greedy ids are those that are wanted."""
+    form.start(len(ids) + GREEDY + 2)
+    found = [form.step(ids)]
+    while len(found) < len(wanted):
+        found.append(form.step(found[-1:]))
+    equal = [one == other for one, other in zip(found, wanted, strict=True)]
+    return [*equal, False].index(False)
+
+
+def measure(forms: dict[str, Any], ids: list[int], turns: int) -> dict[str, dict[str, list[float]]]:
+    """Return the ms of every turn, by what is measured and form."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for length in sorted({*DECODED, *PREFILLED}):
+        for number in range(turns + 1):
+            for name in sorted(forms, reverse=bool(number % 2)):
+                read, decoded = turn(forms[name], ids, length)
+                if number == 0:  # buffers are made
+                    continue
+                if length in PREFILLED:
+                    found.setdefault(f"prefill {length}", {}).setdefault(name, []).append(read)
+                if length in DECODED:
+                    found.setdefault(f"decode {length}", {}).setdefault(name, []).append(decoded)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("checkpoint")
+    parser.add_argument("text", type=Path)
+    parser.add_argument("--build", type=Path, default=Path("build/genai"))
+    parser.add_argument("--dtype", default="int4")
+    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    given.build.mkdir(parents=True, exist_ok=True)
+    forms = build(given.checkpoint, given.build, given.dtype)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(given.checkpoint)
+    ids = tokenizer(given.text.read_text())["input_ids"][: max(DECODED)]
+    wanted = expected(given.checkpoint, ids[:32])
+    opened = {name: make() for name, make in forms.items()}
+    agreed = {name: same(form, ids[:32], wanted) for name, form in opened.items()}
+    found = measure(opened, ids, given.turns)
+    print(f"{given.dtype}; greedy ids that are PyTorch's, of {GREEDY}: {agreed}\n")
+    print("| | " + " | ".join(f"{name}: ms, ratio" for name in opened) + " |")
+    print("|---" * (len(opened) + 1) + "|")
+    for what, times in found.items():
+        cells = []
+        for name in opened:
+            ratios = [a / b for a, b in zip(times[name], times["portable"], strict=True)]
+            ms, ratio = statistics.median(times[name]), statistics.median(ratios)
+            cells.append(f"{ms:.1f}, {ratio:.2f}")
+        print(f"| {what} | " + " | ".join(cells) + " |")
+    if given.json:
+        given.json.write_text(json.dumps({"same": agreed, "ms": found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
