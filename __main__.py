@@ -270,12 +270,16 @@ def validate(
 
     Example: [bold]ffmerge validate package --provider cpu[/bold]
     """
-    from ffmerge.runtime_tests.validate import validate
+    from ffmerge.runtime_tests.report import REPORT
+    from ffmerge.runtime_tests.validate import validate, written
     from ffmerge.tables import validation_table
 
     with progress.shown() as show:
         result = validate(package, config, progress=lambda step: show(step, 0, 0))
-    wrote = f"Wrote report.html, report.md and validation.json into {_quoted(package)}"
+    page, text, numbers = written(package, result)
+    wrote = f"Wrote {page}, {text} and {numbers} into {_quoted(package)}"
+    if page != REPORT:
+        wrote += f"; {REPORT} is still that of a run that held"
     return Result(result.to_json(), validation_table(result), result.ok, wrote)
 
 

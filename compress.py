@@ -60,7 +60,7 @@ NARROWED = 1.15  # what the graph of a narrowed model takes, of the original's: 
 MIXED = "2, 4 and 8 bits by data"
 # Seconds of a step: so many times those of the data through the model once, and so many for tracing
 # and for what is measured in a process of its own.
-BITS_COST, NARROW_COST, EXPORT_COST = 4.0, 6.0, 0.15
+BITS_COST, NARROW_COST, EXPORT_COST = 8.0, 15.0, 0.15
 TRACED = 4.0
 _BESIDE = (REFERENCE, "README.md")  # what a runtime does not read
 

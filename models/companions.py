@@ -26,7 +26,14 @@ _CODE = (
     ".wasm", ".jar", ".class", ".c", ".cpp", ".cu", ".whl",
 )  # fmt: skip
 # What is written anew, or describes weights that do not travel as they are.
-_OWN = ("config.json", "adapter_config.json", "ffmerge.json", "validation.json", "similarity.json")
+_OWN = (
+    "config.json",
+    "adapter_config.json",
+    "ffmerge.json",
+    "validation.json",
+    "validation.failed.json",
+    "similarity.json",
+)
 _VERSION_CONTROL = ("CVS", "_darcs", "__pycache__")
 
 

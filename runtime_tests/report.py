@@ -43,6 +43,7 @@ from ffmerge.runtime_tests.words import (
 
 REPORT, TEXT = "report.html", "report.md"
 _RUNTIMES = ("runtime", "memory", "load", "first run", "median", "holds")
+MOST_TIMES = 100  # of its own rounding that a model in float32 is off, at most
 NOISE = 0.01  # a change of a cost by less says nothing
 Cost = tuple[str, str, Callable[[Any], str], str]  # name, key of the summary, how to show it, note
 
@@ -241,6 +242,22 @@ def loss_rows(after: Validation, stages: Sequence[MetricRow] | None = None) -> l
     return found
 
 
+def _first(validation: Validation, metric: str) -> dict[str, str]:
+    """Return what the original had, by the name of the row: the manifest tells its size and score.
+
+    Its weights count in float32.
+    """
+    manifest, found = validation.manifest, {}
+    if manifest.merge:
+        found["Size on disk"] = f"{size_text(manifest.merge.bytes_before)} of weights"
+    elif manifest.dtype != "fp32":
+        found["Size on disk"] = f"{size_text(4 * manifest.parameters)} of weights in float32"
+    for row in validation.metrics:
+        if row.stage == "original" and row.name.capitalize() == metric:
+            found[metric] = metric_text(row.name, row.value)
+    return found
+
+
 def _metric_row(name: str, metric: str, old: float | None, new: float, note: str) -> Row:
     after = metric_text(metric, new)
     if old is None:
@@ -254,8 +271,9 @@ def _metric_row(name: str, metric: str, old: float | None, new: float, note: str
     return Row(name, metric_text(metric, old), after, change, verdict, note, (old, new))
 
 
-def output_rows(outputs: Sequence[OutputParity]) -> list[tuple[str, str, str]]:
+def output_rows(outputs: Sequence[OutputParity], manifest: Manifest) -> list[tuple[str, str, str]]:
     """Return of each output its name, the largest difference, and whether it holds."""
+    rounding = {graph.path: graph.rounding for graph in manifest.graphs}
     found = []
     for output in outputs:
         about = (
@@ -267,10 +285,24 @@ def output_rows(outputs: Sequence[OutputParity]) -> list[tuple[str, str, str]]:
                 f"; same first class in {number(quality.agreement, '.2%')} of {quality.positions} "
                 f"real positions, KL divergence {number(quality.kl, '.2g')}"
             )
-        allowed = f"allowed {output.atol:.2g} + {output.rtol:.2g} · |x|"
-        difference = f"{number(output.max_abs, '.2g')}\n{allowed}"
+        own = rounding.get(output.graph, {}).get(output.name, 0.0)
+        difference = f"{number(output.max_abs, '.2g')}\n{_allowed(output, own)}"
         found.append((f"{output.name}\n{about}", difference, yes_or_no(output.ok)))
     return found
+
+
+def _allowed(output: OutputParity, own: float) -> str:
+    """Return how far an output may be off, by how far PyTorch's float32 is itself: ``own``.
+
+    Where that says nothing, because weights are rounded much further, in plain numbers.
+    """
+    share = f"{100 * output.rtol:.2g} % of each value"
+    if own <= 0 or output.atol > MOST_TIMES * own:
+        return f"allowed {output.atol:.2g}, and {share}"
+    told = f"allowed {output.atol / own:.2g} times"
+    if output.max_abs is not None:
+        told = f"{output.max_abs / own:.2g} times the model's own rounding in float32, {told}"
+    return f"{told}, and {share}"
 
 
 def runtime_rows(validation: Validation) -> list[tuple[str, ...]]:
@@ -306,7 +338,7 @@ def tables(validation: Validation) -> list[Table]:
     for result in validation.providers:
         if result.outputs:
             heads = (f"{result.name}, worst outputs", "largest difference", "holds")
-            found.append(("", heads, output_rows(result.worst())))
+            found.append(("", heads, output_rows(result.worst(), validation.manifest)))
     metrics = []
     for row in validation.metrics:
         value = metric_text(row.name, row.value)
@@ -356,12 +388,13 @@ def write_report(
     stages: Sequence[MetricRow] | None = None,
     commands: Sequence[str] = (),
     similarity: Sequence[Mapping[str, Any]] = (),
+    failed: bool = False,
 ) -> Path:
     """Write ``report.html``, one file that loads nothing else, and ``report.md`` into ``folder``.
 
     Returns the path of the page; the same validations give the same bytes. ``stages`` is as for
     :func:`rows`, ``similarity`` holds the stacks that ``ffmerge similarity`` wrote, whose heat maps
-    are drawn.
+    are drawn. With ``failed`` they are :func:`beside` the reports of a run that held.
     """
     manifest = after.manifest
     table = {row.name: row for row in cost_rows(before, after)}
@@ -370,7 +403,12 @@ def write_report(
     if manifest.merge:
         narrowed = [(each.stack, each.text) for each in manifest.merge.narrowed]
         groups = [(group, layers_text(group)) for group in manifest.merge.groups]
+    lines = list(table.values())
+    parts = [table.pop(name) for name in list(table) if name.startswith("Memory, ")]
     shown = dict(
+        lines=lines,
+        memory=parts,
+        first=_first(after, metric),
         manifest=manifest,
         validation=after,
         before=before,
@@ -381,7 +419,7 @@ def write_report(
         groups=groups,
         narrowed=narrowed,
         runtimes=runtime_rows(after),
-        output_rows=output_rows,
+        output_rows=partial(output_rows, manifest=manifest),
         number=number,
         metric_text=metric_text,
         commands=printable("\n".join(commands)).replace("```", "'''"),
@@ -396,8 +434,16 @@ def write_report(
     for name, environment in pages.items():
         template = files("ffmerge.runtime_tests").joinpath(f"{name}.j2").read_text("utf-8")
         page = environment.from_string(template).render(shown)
+        if failed:
+            name = beside(name)
         written = write_whole(folder / name, page.encode())
     return written
+
+
+def beside(name: str) -> str:
+    """Return what a file is called that a failed run writes where that of a good one stays."""
+    stem, _, suffix = name.rpartition(".")
+    return f"{stem}.failed.{suffix}"
 
 
 def _markdown(value: Any) -> Any:

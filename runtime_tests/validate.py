@@ -46,6 +46,7 @@ from ffmerge.runtime_tests.tolerance import for_dtype
 from ffmerge.runtime_tests.translation import why_not
 
 NAME = "validation.json"
+WRITTEN = (report.REPORT, report.TEXT, NAME)
 Progress = Callable[[str], None]  # is told each step as it begins
 
 
@@ -64,6 +65,8 @@ def validate(
     a ``similarity.json``, whose heat maps are drawn in the report; ``against`` the package this one
     was made smaller than, whose costs stand beside its own.
 
+    A run that fails leaves what one that held has written, and writes beside it.
+
     Raises:
         InputError: the package is not whole, a provider is unknown, or data cannot be read.
         RuntimeCheckError: the package ``against`` does not run.
@@ -78,15 +81,39 @@ def validate(
     if data is not None:
         examples = as_examples(data, folder, manifest.task, config)
     result = check_package(folder, config, examples, progress)
-    write_validation(folder, result)
+    failed = not result.ok and _held_before(folder)
+    name = NAME
+    if failed:
+        name = report.beside(NAME)
+    write_validation(folder, result, name)
     if original and config.against:
         progress(f"measuring {config.against}")
         before = _costs(config.against, original, result, config.threads)
         result = replace(result, sharing=sharing(before, result))
-        write_validation(folder, result)
+        write_validation(folder, result, name)
     commands = [*report.made_by(manifest, folder.name), _command(folder, config, examples)]
-    report.write_report(folder, result, before, commands=commands, similarity=stacks)
+    report.write_report(folder, result, before, commands=commands, similarity=stacks, failed=failed)
+    if not failed:
+        for each in WRITTEN:
+            (folder / report.beside(each)).unlink(missing_ok=True)
     return result
+
+
+def written(folder: Path, validation: Validation) -> tuple[str, ...]:
+    """Return the names of the files that :func:`validate` has just written into the package."""
+    failed = tuple(report.beside(each) for each in WRITTEN)
+    if not validation.ok and all((folder / name).is_file() for name in failed):
+        return failed
+    return WRITTEN
+
+
+def _held_before(folder: Path) -> bool:
+    """Say whether the report that lies in the package is of a run that held."""
+    try:
+        found = read_json(folder / NAME)
+    except InputError:
+        return False
+    return isinstance(found, dict) and found.get("ok") is True
 
 
 def check_package(
@@ -220,10 +247,10 @@ def _locate(
                 result.divergences.append(found)
 
 
-def write_validation(folder: Path, validation: Validation) -> Path:
+def write_validation(folder: Path, validation: Validation, name: str = NAME) -> Path:
     """Write ``validation.json`` into the package, whole or not at all; return its path."""
     text = json.dumps(validation.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
-    return write_whole(folder / NAME, f"{text}\n".encode())
+    return write_whole(folder / name, f"{text}\n".encode())
 
 
 def _read_stacks(path: Path | None) -> Sequence[Mapping[str, Any]]:

@@ -12,9 +12,10 @@ from packages import linear_package
 from rich.console import Console
 
 from ffmerge.files import size_text
-from ffmerge.models.manifest import FileRecord, Manifest, MetricResult, Skip
+from ffmerge.models.manifest import FileRecord, GraphRecord, Manifest, MetricResult, Skip
+from ffmerge.models.probe import Probe
 from ffmerge.models.record import Group, MergeRecord, Tie
-from ffmerge.runtime_tests.report import losses, made_by, rows, summary, write_report
+from ffmerge.runtime_tests.report import losses, made_by, output_rows, rows, summary, write_report
 from ffmerge.runtime_tests.results import (
     Divergence,
     Footprint,
@@ -252,6 +253,43 @@ def test_alone_a_package_has_values_and_no_comparison(tmp_path: Path) -> None:
     page = visible(write_report(tmp_path, AFTER))
     assert "What it costs" in page and "6.20 MB" in page
     assert "Before" not in page and "instead of" not in page
+
+
+def test_alone_the_first_sentence_tells_what_the_original_was(tmp_path: Path) -> None:
+    """Size and score of the original are known without the package before the merge."""
+    record = replace(AFTER.manifest.merge, bytes_before=10_000_000)
+    found = replace(AFTER, manifest=replace(AFTER.manifest, merge=record))
+    page = visible(write_report(tmp_path, found))
+    assert "6.20\N{NO-BREAK SPACE}MB (the original: 10.0 MB of weights) on disk" in page
+
+
+def test_a_run_that_fails_leaves_the_report_of_one_that_held(tmp_path: Path, command: Any) -> None:
+    eye, folder = np.eye(4, dtype=np.float32), tmp_path / "package"
+    linear_package(folder, eye, np.zeros(4, np.float32), eye)
+    assert validate(folder).ok
+    page, numbers = (folder / "report.html").read_text(), (folder / "validation.json").read_text()
+    code, out, _ = command("validate", folder, "--provider", "cuda")
+    assert code == 1 and "Wrote report.failed.html" in out and "run that held" in out
+    assert (folder / "report.html").read_text() == page
+    assert (folder / "validation.json").read_text() == numbers
+    assert "a check failed" in visible(folder / "report.failed.html")
+    assert not json.loads((folder / "validation.failed.json").read_text())["ok"]
+    assert validate(folder).ok
+    assert not list(folder.glob("*.failed.*"))
+
+
+def test_a_tolerance_is_told_by_the_models_own_rounding() -> None:
+    (output,) = AFTER.providers[0].outputs[:1]
+    output = replace(output, max_abs=3e-6, atol=8e-6, rtol=1e-3)
+    graph = GraphRecord(output.graph, (output.name,), Probe((), ()), rounding={output.name: 2e-6})
+    manifest = replace(AFTER.manifest, graphs=(graph,))
+    ((_, told, _),) = output_rows([output], manifest)
+    assert told.split("\n") == [
+        "3e-06",
+        "1.5 times the model's own rounding in float32, allowed 4 times, and 0.1 % of each value",
+    ]
+    ((_, told, _),) = output_rows([replace(output, atol=0.5)], manifest)
+    assert told.endswith("allowed 0.5, and 0.1 % of each value")
 
 
 def test_a_failed_check_is_said_first(tmp_path: Path) -> None:
