@@ -24,6 +24,7 @@ import torch
 from ffmerge.errors import ExportError
 from ffmerge.exporter.fused import fuse, fused_attention
 from ffmerge.exporter.graphs import Graph
+from ffmerge.exporter.lean import lean_exporter
 from ffmerge.exporter.settle import HEIGHT
 from ffmerge.exporter.simplify import simplify
 from ffmerge.models import ties
@@ -73,7 +74,7 @@ def _translated(graph: Graph, opset: int, fused: bool) -> Any:
     for spec in recipe.inputs:
         axes[spec.name] = {i: size for i, size in enumerate(spec.shape) if isinstance(size, str)}
     try:
-        with _quiet(), _traceable(model, fused):
+        with _quiet(), _traceable(model, fused), lean_exporter():
             program = torch.onnx.export(
                 graph.module.eval(), kwargs={"inputs": example}, dynamic_shapes={"inputs": axes},
                 dynamo=True, optimize=False, verbose=False, opset_version=opset,

@@ -1,0 +1,122 @@
+"""Programs are translated as they are where that is right, and compute what PyTorch computes."""
+
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.onnx._internal.exporter import _fx_passes
+
+from ffmerge.exporter.lean import lean_exporter
+
+X = torch.arange(12, dtype=torch.float32).reshape(3, 4) - 5
+
+
+def written(x: Tensor) -> Tensor:
+    h = x * 2
+    before = h + 1
+    h.add_(x)
+    return before - h * h
+
+
+def written_twice(x: Tensor) -> Tensor:
+    h = x * 2
+    h.mul_(3).sub_(x)
+    return h
+
+
+def seen_through_a_view(x: Tensor) -> Tensor:
+    h = x * 2
+    row = h[0]
+    h.add_(1)
+    return row + h
+
+
+def through_a_view(x: Tensor) -> Tensor:
+    h = x * 2
+    h[1].add_(10)
+    return h
+
+
+def promoted(x: Tensor) -> Tensor:
+    h = x.to(torch.int64)
+    h.mul_(torch.tensor(2, dtype=torch.int32))
+    return h + (x > 0)
+
+
+def masks(x: Tensor) -> Tensor:
+    either = (x > 1) | (x < -3)
+    return torch.max(x, -x) * ((either & (x != 2)) ^ (x == 0)).to(torch.float32)
+
+
+def without_gradients(x: Tensor) -> Tensor:
+    with torch.no_grad():
+        scale = x.float().exp() * torch.tensor(2.0)
+    return x * scale
+
+
+def outputs_by_name(x: Tensor) -> Tensor:
+    return (x + 1).to(torch.float32)
+
+
+def written_and_given(x: Tensor) -> Tensor:
+    h = x * 2
+    h.add_(x)
+    return h
+
+
+def decomposed(x: Tensor) -> Tensor:
+    return torch.nn.functional.hardswish(torch.special.entr(x.abs()))
+
+
+class _Module(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+@pytest.mark.parametrize(
+    ("function", "whole"),
+    [
+        (written, False),
+        (written_twice, False),
+        (seen_through_a_view, True),
+        (through_a_view, True),
+        (promoted, True),
+        (masks, False),
+        (without_gradients, False),
+        (outputs_by_name, False),
+        (written_and_given, None),
+        (decomposed, True),
+    ],
+)
+def test_what_is_translated_computes_the_same(
+    function: Callable[[Tensor], Tensor], whole: bool | None, tmp_path: Path
+) -> None:
+    decompose = mock.Mock(
+        side_effect=_fx_passes.decompose_with_registry, __name__="decompose_with_registry"
+    )
+    with mock.patch.object(_fx_passes, "decompose_with_registry", decompose):
+        with lean_exporter():
+            torch.onnx.export(
+                _Module(function).eval(), (X,), tmp_path / "model.onnx", dynamo=True,
+                optimize=False, dynamic_shapes=({0: "rows"},), verbose=False,
+            )  # fmt: skip
+    assert whole is None or decompose.called == whole
+    session = ort.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    for x in (X, X[:2] * 3):
+        (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        np.testing.assert_allclose(got, function(x.clone()).numpy(), rtol=1e-6)
+
+
+def test_an_exporter_of_another_build_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(_fx_passes, "decompose_with_registry")
+    with lean_exporter():
+        assert not hasattr(_fx_passes, "decompose_with_registry")
