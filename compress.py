@@ -336,7 +336,7 @@ def _mixed(run: _Run, folder: Path, limit: int) -> dict[str, Any]:
         return none
     run.show("choosing bits", 0, 0)
     budget = f"{limit - _companions(run.folder)}B"
-    export = ExportConfig(task=run.config.task, dtype="int4", budget=budget)
+    export = replace(_export(run, "int4"), budget=budget)
     try:
         written = package.export(run.model, folder / "package", export, run.folder, run.calibration)
     except InputError:  # so few bytes that 2 bits do not do, or data that one graph does not take
@@ -379,9 +379,13 @@ def _best(run: _Run, way: Way, folder: Path, mixed: Path, narrow: Path) -> dict[
     if way.text != way.dtype:
         shutil.copytree(narrow / "checkpoint", folder / "checkpoint")
         model = checkpoint.load(folder / "checkpoint", run.trusted)
-    export = ExportConfig(task=run.config.task, dtype=way.dtype)
+    export = _export(run, way.dtype)
     package.export(model, folder / "package", export, run.folder, run.calibration)
     return {}
+
+
+def _export(run: _Run, dtype: str) -> ExportConfig:
+    return ExportConfig(task=run.config.task, dtype=dtype, profile=run.config.profile)
 
 
 def _beside(model: Any, folder: Path) -> int:

@@ -31,6 +31,10 @@ CALIBRATED = ("int8-static", *FOUR_BITS)  # what reads data; four bits need not
 DTYPES = ("fp32", "fp16", "int8", "int8-dynamic", "int8-static", *FOUR_BITS)
 LAYOUTS = ("optimum", "transformers.js")
 PROFILES = ("portable", "cpu")  # what a package is to run on best
+PROFILE_HELP = (
+    "What the package is for: portable, whatever runs ONNX, or cpu, ONNX Runtime's: attention, RMS "
+    "norms and rotation as one operator each."
+)
 PLAIN_OPSET, FUSED_OPSET = 20, 23  # of the two
 OPSETS = range(7, 24)  # ONNX Runtime still runs 7; 23 is the last that PyTorch exports
 
@@ -243,6 +247,11 @@ class MergeConfig(CompareConfig):
             raise InputError(f"the rank of a residual is 1 or more, not {self.rank}.")
 
 
+def _check_profile(profile: str) -> None:
+    if profile not in PROFILES:
+        raise InputError(f"no profile {profile!r}: there is {', '.join(PROFILES)}.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class CompressConfig:
     """What a package may weigh, and the task that it is measured by.
@@ -253,10 +262,12 @@ class CompressConfig:
     size: str = option("25%", "What is shipped may weigh so much: 30MB, or 25% of float32.")
     task: str | None = option(None, "Task by its optimum name; inferred if not given.")
     batch_size: int = option(32, "Examples per forward pass.")
+    profile: str = option("portable", PROFILE_HELP, "--for", choices=PROFILES)
 
     def __post_init__(self) -> None:
-        """Refuse a size that is none."""
+        """Refuse a size that is none, and what is for nothing."""
         parse_budget(self.size, 1)
+        _check_profile(self.profile)
         if self.batch_size < 1:
             raise InputError("batch_size must be 1 or more.")
 
@@ -344,13 +355,7 @@ class ExportConfig:
     example: Path | None = option(
         None, "A row or more of every input as .npz, for a model whose inputs cannot be derived."
     )
-    profile: str = option(
-        "portable",
-        "What the package is for: portable, whatever runs ONNX, or cpu, ONNX Runtime's: attention, "
-        "RMS norms and rotation as one operator each.",
-        "--for",
-        choices=PROFILES,
-    )
+    profile: str = option("portable", PROFILE_HELP, "--for", choices=PROFILES)
     opset: int | None = option(
         None,
         f"ONNX operator set, {OPSETS[0]} to {OPSETS[-1]}; {PLAIN_OPSET} if not given, for cpu "
@@ -375,8 +380,7 @@ class ExportConfig:
         """Refuse what there is not."""
         if self.opset is not None and self.opset not in OPSETS:
             raise InputError(f"opset {self.opset} is not one of {OPSETS[0]} to {OPSETS[-1]}.")
-        if self.profile not in PROFILES:
-            raise InputError(f"no profile {self.profile!r}: there is {', '.join(PROFILES)}.")
+        _check_profile(self.profile)
         if self.profile == "cpu" and self.opset not in (None, FUSED_OPSET):
             raise InputError(
                 f"for cpu the opset is {FUSED_OPSET}, not {self.opset}: leave out one of the two."

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from reference.tasks import REFERENCES
@@ -27,11 +28,16 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_what_is_shipped_fits_and_is_whole(data: Path, tmp_path: Path, run: Any) -> None:
-    """For 390 kB int8 is narrowed, and int4 is measured beside it."""
+    """For 390 kB int8 is narrowed, and int4 is measured beside it; --for is that of export."""
     out, size = tmp_path / "small", "390kB"
-    code, found, err = run("compress", DIGITS.folder, out, "--size", size, "--data", data, "--json")
+    code, found, err = run(
+        "compress", DIGITS.folder, out, "--size", size, "--data", data, "--for", "cpu", "--json"
+    )
     assert code == 0, err
     package = out / "package"
+    graph = onnx.load(package / "model.onnx", load_external_data=False).graph
+    layers = ffmerge.load(DIGITS.folder).config.num_hidden_layers
+    assert sum(node.op_type == "Attention" for node in graph.node) == layers
     shipped = [package / name for name in found["files"]]
     assert sum(path.stat().st_size for path in shipped) == found["shipped"] <= found["size"]
     left = {path.name for path in package.iterdir()} - {path.name for path in shipped}
