@@ -112,7 +112,7 @@ def test_only_what_dead_processes_left_is_removed(tmp_path: Path) -> None:
 def test_a_log_has_a_line_every_few_seconds(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    now = iter([0.0, 1.0, 5.5, 5.5, 7.0, 11.0, 11.0])
+    now = iter([0.0, 1.0, 5.5, 7.0, 11.0])
     monkeypatch.setattr(time, "monotonic", lambda: next(now))
     with progress.shown() as show:
         show("search", 1, 9)
