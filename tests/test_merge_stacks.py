@@ -131,7 +131,9 @@ def test_towers_are_merged_by_name(tmp_path) -> None:
         "input_ids": ids, "attention_mask": mask,
         "pixel_values": generator.standard_normal((8, 3, 16, 16)).astype("f"),
     }  # fmt: skip
-    config = MergeConfig(window=(0, 1), stacks=("text_model", "vision_model"), task="feature-extraction")
+    config = MergeConfig(
+        window=(0, 1), stacks=("text_model", "vision_model"), task="feature-extraction"
+    )
     merge_(model, data, config)
     checkpoint.save(model, tmp_path / "m")
     assert ties.ties(checkpoint.load(tmp_path / "m")) == ties.ties(model)
