@@ -18,11 +18,12 @@ Command = Callable[..., tuple[int, str, str]]
 # them because they export models or start processes. What they test is in `make test`.
 HEAVY = frozenset(
     """
-    architectures bits call cli compare compress demo device engines export float32 fuzz golden
-    gptq hooks inputs large_file loaded loaders narrow narrow_rows offload optimum
+    architectures bits call cli compare compress demo device engines export float32 fused fuzz
+    golden gptq hooks inputs large_file lean loaded loaders narrow narrow_rows offload optimum
     optimum_plugin own_export own_parts packaging properties quantize quantize_models quickstart
-    real_inputs recover recover_runs remote_code rivals runtime_footprint runtimes scale search
-    serving tampering translation tutorials variants versions vit_base walk
+    real_inputs recover recover_runs remote_code rivals runtime_footprint runtime_validate
+    runtimes scale search serving tampering trace translation tutorials variants versions
+    vit_base walk
     """.split()
 )
 
