@@ -22,6 +22,7 @@ import onnx_ir as ir
 import torch
 
 from ffmerge.errors import ExportError
+from ffmerge.exporter.bfloat16 import compute_in_float32
 from ffmerge.exporter.fused import fuse, fused_attention
 from ffmerge.exporter.graphs import Graph
 from ffmerge.exporter.lean import lean_exporter
@@ -59,6 +60,7 @@ def to_onnx(
     program = _translated(graph, opset, fused)
     known = ties.ties(model)
     _rename(program.model, known)
+    compute_in_float32(program.model)
     _optimize(program.model, graph, known)
     if fused:
         fuse(program.model)
