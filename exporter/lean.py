@@ -15,10 +15,12 @@ from unittest import mock
 
 import torch
 from torch import fx
+from torch._C import DispatchKey
 from torch.export import ExportedProgram
 
 _ATEN = torch.ops.aten
 _CAST, _DETACH = "aten::to", "aten::detach_"
+_PRODUCTS = (_ATEN.linear.default, _ATEN.matmul.default)  # these always give memory of their own
 _CHECKS = ("aten::_assert_scalar", "aten::_assert_tensor_metadata")
 # what Python's operators and names of two meanings are called, and the function that is the same
 _SAME = {
@@ -86,26 +88,33 @@ def _cast(node: fx.Node) -> None:
     """Let ``to`` be a cast, or nothing if the type stays: an exported model has one device."""
     source, dtype = node.args[0], node.meta["val"].dtype
     assert isinstance(source, fx.Node)
-    if source.meta["val"].dtype == dtype and not _is_output(node):
+    stays = source.meta["val"].dtype == dtype and not _asks_for_a_copy(node)
+    if stays and not _is_output(node):
         node.replace_all_uses_with(source)
         return
     node.target, node.args, node.kwargs = _ATEN._to_copy.default, (source,), {"dtype": dtype}
 
 
+def _asks_for_a_copy(node: fx.Node) -> bool:
+    """Tell whether a ``to`` gives memory of its own even if the type stays."""
+    names = [argument.name for argument in node.target._schema.arguments]
+    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    return bool(given.get("copy"))
+
+
 def _let_return(node: fx.Node) -> None:
     """Let what writes into a tensor return a new one, where no other name shows the change."""
+    name, overload = _name_of(node).removeprefix("aten::"), node.target._overloadname
+    function = getattr(getattr(_ATEN, name.removesuffix("_"), None), overload, None)
+    if not name.endswith("_") or function is None or not isinstance(node.args[0], fx.Node):
+        return
     base = node.args[0]
-    assert isinstance(base, fx.Node)
     others = [user for user in base.users if user is not node]
     if _is_view(base) or any(map(_is_view, others)) or _is_output(base):
         return
     read = [each.meta["val"] for each in node.all_input_nodes]
     if len({each.dtype for each in read if isinstance(each, torch.Tensor)}) > 1:
         return  # what is written takes the type of the tensor, what is returned may not
-    name, overload = _name_of(node).removeprefix("aten::"), node.target._overloadname
-    function = getattr(getattr(_ATEN, name.removesuffix("_"), None), overload, None)
-    if function is None:
-        return
     node.target = function
     base.replace_all_uses_with(node, delete_user_cb=lambda user: user > node)
 
@@ -116,8 +125,14 @@ def _is_output(node: fx.Node) -> bool:
 
 
 def _is_view(node: fx.Node) -> bool:
-    """Tell whether a node may give the memory of another, as inputs and weights are."""
+    """Tell whether a node may give the memory of another, as inputs and weights are.
+
+    What is made of other operators does not say: dropout gives its input where nothing is trained.
+    """
     if not isinstance(node.target, torch._ops.OpOverload):
+        return True
+    composed = node.target.has_kernel_for_dispatch_key(DispatchKey.CompositeImplicitAutograd)
+    if composed and node.target not in _PRODUCTS:
         return True
     return any(each.alias_info is not None for each in node.target._schema.returns)
 

