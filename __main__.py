@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 
 import ffmerge
-from ffmerge import flags, progress
+from ffmerge import early, flags, progress
 from ffmerge.config import (
     FOUR_BITS,
     CheckpointConfig,
@@ -113,6 +113,7 @@ def inspect(
 
     Example: [bold]ffmerge inspect google/vit-base-patch16-224[/bold]
     """
+    early.folder_of(model, load)
     from ffmerge.models.inspection import inspect
     from ffmerge.models.source import resolve
     from ffmerge.tables import inspection_table
@@ -138,6 +139,10 @@ def merge(
     Example: [bold]ffmerge merge gpt2 merged --k 5 --data validation.txt[/bold]
     """
     check_sources(data.data, data.validation)
+    if recovery and not data.data:
+        raise InputError("recovery follows the original on data: give --data.")
+    early.check_output(out)
+    early.check(model, checkpoint, config, data, data.data, data.validation)
     from ffmerge import commands
     from ffmerge.tables import merge_table
 
@@ -154,6 +159,9 @@ def compare(model: Model, config: CompareConfig, data: DataConfig, device: Devic
     Example: [bold]ffmerge compare gpt2 --k 5 --data validation.txt[/bold]
     """
     check_sources(data.data, data.validation)
+    if not data.data:
+        raise InputError("rivals are compared on data: give --data.")
+    early.check(model, device, config, data, data.data, data.validation)
     from ffmerge import commands
     from ffmerge.tables import comparison_table
 
@@ -179,6 +187,8 @@ def export(
     Example: [bold]ffmerge export merged package[/bold]
     """
     check_sources(data)
+    early.check_output(out)
+    early.check(model, load, config, columns, data)
     from ffmerge import commands
     from ffmerge.tables import WITHOUT_DATA, package_table
 
@@ -212,6 +222,8 @@ def compress(
     check_sources(data.data, data.validation)
     if not data.data:
         raise InputError("what fits is chosen by what it loses: give --data.")
+    early.check_output(out, overwrite)
+    early.check(model, load, config, data, data.data, data.validation)
     from ffmerge.compress import compress, outline
     from ffmerge.tables import compress_table, outline_table
 
@@ -318,6 +330,8 @@ def similarity(
     Example: [bold]ffmerge similarity gpt2 --data validation.txt --out gpt2.svg[/bold]
     """
     check_sources(data)
+    early.check_output(out)
+    early.check(model, device, config, columns, data)
     from ffmerge import commands
     from ffmerge.tables import similarity_table
 

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -27,26 +26,25 @@ from ffmerge.config import (
     MergeConfig,
     parse_budget,
 )
+from ffmerge.early import check_output
 from ffmerge.errors import InputError
 from ffmerge.exporter import package
 from ffmerge.exporter.graphs import graphs
-from ffmerge.files import refuse_existing, scratch, size_text
+from ffmerge.files import scratch, size_text
 from ffmerge.models import checkpoint
-from ffmerge.models.companions import copy_companions
+from ffmerge.models.companions import companion_bytes
 from ffmerge.models.examples import Examples
 from ffmerge.models.float32 import float32_
 from ffmerge.models.inputs import forward
-from ffmerge.models.manifest import NAME, REFERENCE, Manifest
+from ffmerge.models.manifest import REFERENCE, Manifest
+from ffmerge.models.sizes import beside, check_reach, fitting, narrower
 from ffmerge.models.tasks import task_of
 from ffmerge.passes.weights import merge as merging
 from ffmerge.passes.weights.evaluate import Score, score_for
-from ffmerge.passes.weights.precision import bytes_of
+from ffmerge.passes.weights.precision import bytes_of, shapes_of
 from ffmerge.passes.weights.target import (
     Way,
-    fitting,
     measured,
-    narrower,
-    out_of_reach,
     takes_mixed,
     whole,
 )
@@ -55,7 +53,6 @@ from ffmerge.runtime_tests.validate import validate
 from ffmerge.serving import load_package
 from ffmerge.steps import RESULT, Steps, call_of
 
-GRAPH = 1_500  # bytes of a graph for each weight: measured 400 (an encoder) to 1,220 (a Llama)
 NARROWED = 1.15  # what the graph of a narrowed model takes, of the original's: measured 1.11
 MIXED = "2, 4 and 8 bits by data"
 # Seconds of a step: so many times those of the data through the model once, and so many for tracing
@@ -139,14 +136,14 @@ def compress(
     Raises:
         InputError: the size is out of reach, or ``out`` exists.
     """
-    _refuse(out, overwrite)
+    check_output(out, overwrite)
     steps = _steps(source, out, config, paths, options, overwrite)
     with progress.shown() as show, scratch(_wide(out)) as wide:
         run = _opened(source, wide, config, paths, options, show)
         found = _package(run, steps, "", run.limit)
         if found.shipped > found.size:  # what is beside the weights is known now
-            beside = int(NARROWED * (found.shipped - found.ways[0].bytes))
-            less = run.limit - beside + _beside(run.model, run.folder)
+            taken = int(NARROWED * (found.shipped - found.ways[0].bytes))
+            less = run.limit - taken + beside(shapes_of(run.model), run.folder)
             found = replace(_package(run, steps, "again-", less), size=found.size)
         labelled = None
         if found.metric != "fidelity":
@@ -174,7 +171,7 @@ def outline(
     Raises:
         InputError: the size is out of reach, or ``out`` exists.
     """
-    _refuse(out, overwrite)
+    check_output(out, overwrite)
     steps = _steps(source, out, config, paths, options, overwrite)
     with progress.shown() as show, scratch(_wide(out)) as wide:
         run = _opened(source, wide, config, paths, options, show)
@@ -185,15 +182,15 @@ def outline(
             forward(model, batch)
         batches = -(-len(run.held_out) // config.batch_size)
         once = batches * (time.monotonic() - began)  # the data that chooses, through the model
-        beside = _beside(model, run.folder)
-    room, found = run.limit - beside, [("measure the original", "", once, "")]
-    fits, aim = fitting(model, room), narrower(model, room)
+        shapes = shapes_of(model)
+        taken = beside(shapes, run.folder)
+    check_reach(shapes, run.limit, taken)
+    room, found = run.limit - taken, [("measure the original", "", once, "")]
+    fits, aim = fitting(shapes, room), narrower(shapes, room)
     if fits is not None:
-        size = size_text(bytes_of(model, fits) + beside)
+        size = size_text(bytes_of(model, fits) + taken)
         found.append((f"measure {fits}", size, once, ""))
-    elif aim is None:
-        raise out_of_reach(model, run.limit, beside)
-    if takes_mixed(model, room) and len(graphs(model, str(run.config.task))) == 1:
+    if takes_mixed(shapes, room) and len(graphs(model, str(run.config.task))) == 1:
         cost = BITS_COST * once + TRACED
         found.append((f"export and measure {MIXED}", size_text(run.limit), cost, "mixed"))
     if aim is not None:
@@ -242,14 +239,6 @@ class _Run:
     trusted: bool
 
 
-def _refuse(out: Path, overwrite: bool) -> None:
-    """Raise InputError at an output that is there, unless it is an earlier one to be replaced."""
-    if not overwrite:
-        refuse_existing(out)
-    elif out.exists() and not (out / "package" / NAME).is_file():
-        raise InputError(f"{out} is not what compress wrote: remove it or choose another output.")
-
-
 def _opened(
     source: str,
     wide: Path,
@@ -290,13 +279,14 @@ def _package(run: _Run, steps: Steps, attempt: str, limit: int) -> Compressed:
     model, score = run.model, run.score
     run.show("measuring", 0, 0)
     before, original = bytes_of(model, "fp32"), score.measure(model)
-    room = limit - _beside(model, run.folder)
+    shapes = shapes_of(model)
+    taken = beside(shapes, run.folder)
+    check_reach(shapes, limit, taken)
+    room = limit - taken
     found = whole(model, room, score)
-    aim = narrower(model, room)
-    if not found and aim is None:
-        raise out_of_reach(model, limit, limit - room)
+    aim = narrower(shapes, room)
     mixed, narrow = steps.folder / f"{attempt}mixed", steps.folder / f"{attempt}narrowed"
-    if takes_mixed(model, room):
+    if takes_mixed(shapes, room):
         told = steps.do(mixed.name, lambda folder: _mixed(run, folder, limit))
         found += _told(told)
     if aim is not None:
@@ -335,7 +325,7 @@ def _mixed(run: _Run, folder: Path, limit: int) -> dict[str, Any]:
     if len(graphs(run.model, str(run.config.task))) > 1:  # bits are chosen for a single graph
         return none
     run.show("choosing bits", 0, 0)
-    budget = f"{limit - _companions(run.folder)}B"
+    budget = f"{limit - companion_bytes(run.folder)}B"
     export = replace(_export(run, "int4"), budget=budget)
     try:
         written = package.export(run.model, folder / "package", export, run.folder, run.calibration)
@@ -386,17 +376,3 @@ def _best(run: _Run, way: Way, folder: Path, mixed: Path, narrow: Path) -> dict[
 
 def _export(run: _Run, dtype: str) -> ExportConfig:
     return ExportConfig(task=run.config.task, dtype=dtype, profile=run.config.profile)
-
-
-def _beside(model: Any, folder: Path) -> int:
-    """Return the bytes of what is shipped beside weights: tokenizer and such, and the graph."""
-    count = sum(1 for _ in model.parameters())
-    return _companions(folder) + GRAPH * (count + 10)
-
-
-def _companions(folder: Path) -> int:
-    """Return the bytes of the small files that travel: tokenizer, processor, configuration."""
-    with TemporaryDirectory() as copied:
-        copy_companions(folder, Path(copied))
-        files = [path for path in Path(copied).rglob("*") if path.is_file()]
-        return sum(path.stat().st_size for path in files)

@@ -17,6 +17,17 @@ from ffmerge.errors import InputError
 Window = tuple[int, int]  # first and last layer, inclusive
 Default = TypeVar("Default")
 
+# of merging, by name; other packages may bring more
+METHODS = (
+    "calibrated",
+    "residual",
+    "narrow",
+    "permute",
+    "weights",
+    "average",
+    "copy-anchor",
+    "drop-ffn",
+)
 CRITERIA = ("metric", "fidelity")
 PARTS = ("merged", "all")  # of a model, to recover
 MIXED_PRECISION = ("no", "bf16")

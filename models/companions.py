@@ -11,6 +11,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 
 from ffmerge.errors import FfmergeWarning, InputError
 from ffmerge.files import open_inside, read_json, size_text
@@ -63,6 +64,14 @@ def copy_companions(source: Path, target: Path) -> None:
             _copy(source, name, target / name)
         elif size > LARGEST and is_companion(name, 0):
             _warn(f"{name} ({size_text(size)}) is over {size_text(LARGEST)}")
+
+
+def companion_bytes(folder: Path) -> int:
+    """Return the bytes of the small files that travel: tokenizer, processor, configuration."""
+    with TemporaryDirectory() as copied:
+        copy_companions(folder, Path(copied))
+        files = [path for path in Path(copied).rglob("*") if path.is_file()]
+        return sum(path.stat().st_size for path in files)
 
 
 def _walk(source: Path) -> Iterator[Path]:

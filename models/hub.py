@@ -6,6 +6,7 @@ repository may hold the same weights in five formats.
 """
 
 import glob
+import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,12 @@ from ffmerge.config import LoadConfig
 from ffmerge.errors import InputError, first_line
 from ffmerge.models.adapter import ADAPTER
 from ffmerge.models.companions import is_companion, modules_of
-from ffmerge.models.modeling_ffmerge import OWN_FILE
-from ffmerge.models.stored import GGUF, weight_names
+from ffmerge.models.stored import GGUF, OWN_FILE, weight_names
+
+
+def is_id(source: str) -> bool:
+    """Tell whether a text has the form of the name of a model."""
+    return re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source) is not None
 
 
 def fetch(name: str, options: LoadConfig, weights: bool) -> Path:

@@ -20,9 +20,7 @@ def of_images(
     table: Any, image: str, labels: Labels, source: str, folder: str | Path | None
 ) -> Examples:
     """Return the rows of a table as ``pixel_values``, with ``labels`` where there are any."""
-    processor = of_model(
-        "AutoImageProcessor", folder, "preprocessor_config.json for images", source
-    )
+    processor = of_model("AutoImageProcessor", folder, source)
     stored = _stored(table, image)
     mode = _mode(processor)
 

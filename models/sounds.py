@@ -76,8 +76,7 @@ def of_sounds(
 
     With ``labels``, classes, or ``targets``, what is said, where they are known.
     """
-    what = "preprocessor_config.json for sound"
-    extractor = of_model("AutoFeatureExtractor", folder, what, source)
+    extractor = of_model("AutoFeatureExtractor", folder, source)
     package("soundfile", source, "soundfile")
     datasets = package("datasets", source)
     stored = table.cast_column(sound, datasets.Audio(decode=False)).with_format(None)

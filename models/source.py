@@ -6,7 +6,6 @@ are read here. Code that a folder brings is run only with consent, which is aske
 transformers can ask: its own question reads stdin, and a piped ``y`` would be consent.
 """
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from ffmerge.errors import InputError, first_line
 from ffmerge.files import read_json, sha256
 from ffmerge.models import gguf_file, modeling_ffmerge
 from ffmerge.models.adapter import SETTINGS
-from ffmerge.models.hub import fetch
+from ffmerge.models.hub import fetch, is_id
 from ffmerge.models.stored import GGUF
 
 _LAYERS = 10_000  # more are a mistake
@@ -51,7 +50,7 @@ def resolve(source: str | Path, options: LoadConfig = LoadConfig(), weights: boo
             raise InputError(f"{path} is not a folder: give another sub-folder.")
         if options.revision:
             raise InputError(f"{source} is a local folder, which has no revision: leave it out.")
-    elif not path.exists() and re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(source)):
+    elif not path.exists() and is_id(str(source)):
         path = fetch(str(source), options, weights)
     if path.is_file() and path.suffix == GGUF:
         return gguf_file.opened(path)

@@ -12,6 +12,7 @@ from ffmerge.files import read_json
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 GGUF = ".gguf"
+OWN_FILE = "ffmerge.safetensors"  # of layers that share; as in modeling_ffmerge.py, which travels
 
 
 def weight_files(folder: Path, variant: str = "") -> list[Path]:

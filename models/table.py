@@ -8,8 +8,10 @@ line.
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +150,14 @@ def _wrong_line(path: Path) -> str | None:
     return None
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What makes examples of a table, and the class of transformers that it needs for that."""
+
+    reader: str | None
+    make: Callable[[], Examples]
+
+
 def of_table(
     table: Any,
     source: str,
@@ -160,41 +170,77 @@ def of_table(
     Raises:
         InputError: it has no column that the model takes, or not the one that was named.
     """
+    return reading(table, source, folder, task, columns).make()
+
+
+def reading(
+    table: Any,
+    source: str,
+    folder: str | Path | None,
+    task: str | None,
+    columns: ColumnsConfig,
+) -> Reading:
+    """Return how the rows of a table are read; its columns are checked, nothing is loaded.
+
+    Raises:
+        InputError: it has no column that the model takes, or not the one that was named.
+    """
     check_named(table, source, columns)
     kind = base(task or "")
     if kind == "token-classification":
         if found := word_columns(table, columns.label_column):
-            return of_words(table, *found, source, folder)
+            return Reading("AutoTokenizer", partial(of_words, table, *found, source, folder))
     arrays = array_columns(table)
     if not columns.text_column and not set(arrays).isdisjoint(_INPUTS):
-        return _of_arrays(table, arrays)
+        return Reading(None, partial(_of_arrays, table, arrays))
     if image := first_of(IMAGE_COLUMNS, table, "Image"):
         numbered = labels_of(table, source, folder, columns)
-        return pictures.of_images(table, image, numbered, source, folder)
+        make = partial(pictures.of_images, table, image, numbered, source, folder)
+        return Reading("AutoImageProcessor", make)
     if sound := first_of(SOUND_COLUMNS, table, "Audio"):
+        spoken = numbered = None
         if kind == "automatic-speech-recognition":
-            return _of_speech(table, sound, source, folder, columns)
-        numbered = labels_of(table, source, folder, columns)
-        return sounds.of_sounds(table, sound, numbered, None, source, folder)
-    if kind == "text2text-generation":
+            spoken = columns.target_column or first_of(SPOKEN_COLUMNS, table)
+        else:
+            numbered = labels_of(table, source, folder, columns)
+        make = partial(_of_sounds, table, sound, numbered, spoken, source, folder)
+        return Reading("AutoFeatureExtractor", make)
+    return _reading_text(table, source, folder, task, columns)
+
+
+def _reading_text(
+    table: Any,
+    source: str,
+    folder: str | Path | None,
+    task: str | None,
+    columns: ColumnsConfig,
+) -> Reading:
+    """Return how texts are read: pairs of what is read and written, or texts with a class."""
+    if base(task or "") == "text2text-generation":
         pair = pair_of(table, source, folder, columns)
-        return texts.of_pairs(table, *pair, source, folder)
+        texts.check_text(table, pair, source)
+        return Reading("AutoTokenizer", partial(texts.of_pairs, table, *pair, source, folder))
     read = texts_of(table, source, task, columns)
+    texts.check_text(table, read, source)
     numbered = None
     if task == "text-classification":
         numbered = labels_of(table, source, folder, columns)
-    return texts.of_texts(table, read, numbered, source, folder)
+    return Reading("AutoTokenizer", partial(texts.of_texts, table, read, numbered, source, folder))
 
 
-def _of_speech(
-    table: Any, sound: str, source: str, folder: str | Path | None, columns: ColumnsConfig
+def _of_sounds(
+    table: Any,
+    sound: str,
+    labels: Any,
+    spoken: str | None,
+    source: str,
+    folder: str | Path | None,
 ) -> Examples:
-    """Return sounds with what is said in them, where a column tells."""
-    spoken = columns.target_column or first_of(SPOKEN_COLUMNS, table)
+    """Return sounds with their classes, or what is said in them, where a column tells."""
     targets = None
     if spoken:
         targets = texts.targets_of(spoken, source, folder)
-    return sounds.of_sounds(table, sound, None, targets, source, folder)
+    return sounds.of_sounds(table, sound, labels, targets, source, folder)
 
 
 def _of_arrays(table: Any, columns: Sequence[str]) -> Examples:

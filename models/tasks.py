@@ -131,6 +131,18 @@ def _decodes(model: Any) -> bool:
     return bool(model.config.is_encoder_decoder)
 
 
+def by_head(name: str) -> str | None:
+    """Return the task of a class by the head in its name, without transformers; None: unsure."""
+    head = name.rpartition("For")[2].casefold()
+    for kind, task in _REGISTRIES.items():
+        if kind.replace("_", "").casefold() == head:
+            return task
+    for task in OUTPUTS:
+        if task.replace("-", "") == head:
+            return task
+    return None
+
+
 def outputs(task: str, given: Sequence[str]) -> tuple[str, ...]:
     """Return the outputs of a graph: those of its task, or all if the model gives others.
 

@@ -35,6 +35,13 @@ def languages(table: Any) -> list[str]:
     return []
 
 
+def check_text(table: Any, columns: Sequence[str], source: str) -> None:
+    """Raise InputError at a column that holds no text."""
+    for column in columns:
+        if not is_text(table, column):
+            raise InputError(f"the column {column!r} of {source} holds no text: name another one.")
+
+
 def column_of(rows: Any, column: str) -> list[str]:
     """Return the texts of a column, or of a language of a column of translations."""
     if column in rows:
@@ -92,11 +99,8 @@ def _rows_with_text(table: Any, columns: Sequence[str], source: str) -> list[int
     """Return the numbers of the rows with a text in each of the columns.
 
     Raises:
-        InputError: a column holds no text, or there is no such row.
+        InputError: there is no such row.
     """
-    for column in columns:
-        if not is_text(table, column):
-            raise InputError(f"the column {column!r} of {source} holds no text: name another one.")
     whole = table[:]
     found = []
     for row, cells in enumerate(zip(*(column_of(whole, each) for each in columns), strict=True)):
@@ -163,7 +167,7 @@ def tokenizer_of(source: str, folder: str | Path | None) -> tuple[Any, int]:
 
     It pads on the right, whatever it does for generating: positions are counted from the left.
     """
-    tokenizer = of_model("AutoTokenizer", folder, "tokenizer to read text with", source)
+    tokenizer = of_model("AutoTokenizer", folder, source)
     if tokenizer.pad_token is None:  # any token will do: it is masked
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     tokenizer.padding_side = "right"

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ffmerge.models import codes
+from ffmerge.models import codes, sizes
 from ffmerge.models.codes import AT_ONCE, BLOCKS, FLOOR, Array
+from ffmerge.models.sizes import BITS
 
 PRODUCTS = (nn.Linear, Conv1D)
 ROUNDED = (*PRODUCTS, nn.Embedding, nn.Conv1d, nn.Conv2d)
 DTYPES = ("fp32", "fp16", "int8", "int4")
-BITS = {"int8": 8, "int4": 4}  # of weights in blocks
 
 
 def bytes_of(model: nn.Module, dtype: str) -> int:
@@ -29,19 +29,12 @@ def bytes_of(model: nn.Module, dtype: str) -> int:
 
     Graph, and copies that runtimes need of a weight, are not in it.
     """
-    total = 0
-    for parameter in model.parameters():
-        count = parameter.numel()
-        if dtype == "fp16":
-            total += 2 * count
-        elif dtype == "fp32" or parameter.ndim < 2 or count < FLOOR:
-            total += 4 * count
-        elif parameter.ndim == 2:
-            bits = BITS[dtype]
-            total += count * bits // 8 + 4 * (count // BLOCKS[bits])
-        else:
-            total += count + 4 * max(parameter.shape)
-    return total
+    return sizes.bytes_of(shapes_of(model), dtype)
+
+
+def shapes_of(model: nn.Module) -> list[tuple[int, ...]]:
+    """Return the shapes of the parameters, every shared one once."""
+    return [tuple(parameter.shape) for parameter in model.parameters()]
 
 
 @contextmanager

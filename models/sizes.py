@@ -1,0 +1,97 @@
+"""What the weights of a model take in a precision, by their shapes alone, and what fits a size.
+
+``early.py`` asks with the shapes that stand in a checkpoint, before torch is there, the search of a
+budget and ``compress`` with those of a model. The codes are those of a package (``codes.py``).
+"""
+
+from collections.abc import Sequence
+from math import prod
+from pathlib import Path
+
+from ffmerge.errors import InputError
+from ffmerge.files import size_text
+from ffmerge.models.codes import BLOCKS, FLOOR
+from ffmerge.models.companions import companion_bytes
+
+Shapes = Sequence[Sequence[int]]
+
+BITS = {"int8": 8, "int4": 4}  # of weights in blocks
+DTYPES = ("fp32", "int8", "int4")  # fp16 halves a package too, but is slower on most processors
+MOST = 0.4  # of all parameters: more are not taken out
+GRAPH = 1_500  # bytes of a graph for each weight: measured 400 (an encoder) to 1,220 (a Llama)
+
+
+def bytes_of(shapes: Shapes, dtype: str) -> int:
+    """Return the bytes of weights of these shapes in a package, scales counted.
+
+    Graph, and copies that runtimes need of a weight, are not in it.
+    """
+    total = 0
+    for shape in shapes:
+        count = prod(shape)
+        if dtype == "fp16":
+            total += 2 * count
+        elif dtype == "fp32" or len(shape) < 2 or count < FLOOR:
+            total += 4 * count
+        elif len(shape) == 2:
+            bits = BITS[dtype]
+            total += count * bits // 8 + 4 * (count // BLOCKS[bits])
+        else:
+            total += count + 4 * max(shape)
+    return total
+
+
+def beside(shapes: Shapes, folder: Path) -> int:
+    """Return about the bytes of what is shipped beside weights: tokenizer and such, and a graph."""
+    return companion_bytes(folder) + GRAPH * (len(shapes) + 10)
+
+
+def fitting(shapes: Shapes, room: int) -> str | None:
+    """Return the highest precision in which the weights take at most ``room`` bytes, if any."""
+    for dtype in DTYPES:
+        if bytes_of(shapes, dtype) <= room:
+            return dtype
+    return None
+
+
+def narrower(shapes: Shapes, room: int) -> tuple[str, int] | None:
+    """Return the precision above the highest that fits, and the float32 bytes that may stay.
+
+    None where nothing is to be narrowed, or too much.
+    """
+    fits = fitting(shapes, room)
+    if fits == DTYPES[0]:
+        return None
+    dtype = DTYPES[-1]
+    if fits is not None:
+        dtype = DTYPES[DTYPES.index(fits) - 1]
+    kept = _kept(shapes, dtype, room)
+    if kept is None:
+        return None
+    return dtype, kept
+
+
+def check_reach(shapes: Shapes, size: int, beside: int) -> None:
+    """Raise InputError where no way leads to ``size``; ``beside`` of it are not for weights."""
+    room = size - beside
+    if fitting(shapes, room) is not None or narrower(shapes, room) is not None:
+        return
+    least = int((1 - MOST) * bytes_of(shapes, DTYPES[-1]))
+    raise InputError(
+        f"{size_text(size)} is out of reach: graph and tokenizer take about "
+        f"{size_text(beside)}, and the weights in {DTYPES[-1]} with {MOST:.0%} of them gone "
+        f"{size_text(least)}: give more than {size_text(beside + least)}."
+    )
+
+
+def _kept(shapes: Shapes, dtype: str, room: int) -> int | None:
+    """Return the float32 bytes that may stay for ``room`` bytes of ``dtype``; None: too few."""
+    weight = 4.0
+    if dtype in BITS:
+        bits = BITS[dtype]
+        weight = bits / 8 + 4 / BLOCKS[bits]
+    count = sum(prod(shape) for shape in shapes)
+    gone = (bytes_of(shapes, dtype) - room) / weight
+    if gone > MOST * count:
+        return None
+    return int(4 * (count - gone))
