@@ -14,6 +14,7 @@ import ffmerge
 from ffmerge import compress
 from ffmerge.config import CompressConfig, DataConfig, LoadConfig
 from ffmerge.exporter import package
+from ffmerge.models import sizes
 from ffmerge.passes.weights.precision import bytes_of
 
 DIGITS = REFERENCES["digits"]
@@ -86,7 +87,7 @@ def test_a_size_is_kept_where_the_graph_is_larger_than_expected(
     data: Path, tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """int8 weights fit 370 kB and the package would not: int4 is taken."""
-    monkeypatch.setattr(compress, "GRAPH", 0)
+    monkeypatch.setattr(sizes, "GRAPH", 0)
     out = tmp_path / "small"
     code, found, err = run(
         "compress", DIGITS.folder, out, "--size", "370kB", "--data", data, "--json"
