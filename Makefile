@@ -6,7 +6,7 @@ PYTEST = FFMERGE_OPTIMUM=required FFMERGE_DEVICE=required FFMERGE_OPENVINO=requi
 
 NODE_MODULES := examples/web/node_modules/.package-lock.json
 
-.PHONY: install install-optimum install-device demo web test test-fast test-web test-webgpu slow check lint types wheel docs clean
+.PHONY: install install-optimum install-device demo web test test-fast test-web test-webgpu slow check lint types wheel release-check docs clean
 
 install: .venv/installed
 
@@ -94,6 +94,11 @@ wheel: install
 	rm -rf dist build/lib build/bdist.*
 	$(BIN)/python -m build --wheel -q
 	$(BIN)/check-wheel-contents dist/*.whl
+
+# sdist and wheel, installed and used outside of here on every Python from 3.11 on that is there;
+# TORCH=--torch also with the extra torch, 2 GB each.
+release-check: install
+	OMP_NUM_THREADS=1 $(BIN)/python tests/release_check.py $(TORCH)
 
 clean:
 	rm -rf .venv .venv-optimum .venv-device .built build dist *.egg-info

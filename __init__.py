@@ -6,6 +6,7 @@ torch nor onnxruntime, and those of the device side (share, audit, validate) nev
 
 import os
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -38,8 +39,6 @@ if TYPE_CHECKING:
 # Since 1.29 ONNX Runtime's own builds for Linux write a device id into the home folder and report
 # every model that is loaded to their maker. It must be said before they are imported.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-
-__version__ = "0.1.0"
 
 # module -> the public names that live in it
 _HOMES = {
@@ -101,9 +100,19 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
     if name not in _HOME_OF:
         raise AttributeError(f"module 'ffmerge' has no attribute {name!r}")
     return getattr(import_module(f"ffmerge.{_HOME_OF[name]}"), name)
+
+
+def _version() -> str:
+    """Return what was installed; of a checkout that is only on the path nobody knows."""
+    try:
+        return version("ffmerge")
+    except PackageNotFoundError:
+        return "0+unknown"
 
 
 def __dir__() -> list[str]:

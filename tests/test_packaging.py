@@ -8,7 +8,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 from setuptools import build_meta
+from setuptools_scm import get_version
+
+import ffmerge
 
 ROOT = Path(__file__).parents[1]
 
@@ -78,3 +82,34 @@ def test_the_packages_list_names_every_room() -> None:
         for p in (ROOT / room).rglob("__init__.py")
     }
     assert set(listed) == found | {"ffmerge", "optimum.commands.register"}
+
+
+def test_the_version_is_that_of_the_last_tag(tmp_path: Path) -> None:
+    """In a copy without git, a clone without tags, one that is tagged, and one a commit later."""
+
+    def found() -> Version:
+        return Version(get_version(str(tmp_path), fallback_version=fallback))
+
+    def git(*words: str) -> None:
+        name = ("-c", "user.name=A", "-c", "user.email=a@b.c")
+        subprocess.run(["git", *name, *words], cwd=tmp_path, check=True, capture_output=True)
+
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools_scm"]
+    fallback = settings.pop("fallback_version")
+    assert not settings
+    assert found() == Version(fallback)
+    git("init")
+    git("commit", "--allow-empty", "-m", "first")
+    assert found().is_devrelease
+    git("tag", "v1.2.3")
+    assert found() == Version("1.2.3")
+    git("commit", "--allow-empty", "-m", "second")
+    assert Version("1.2.3") < found() < Version("1.2.4") and found().is_devrelease
+
+
+def test_what_is_installed_tells_its_version() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "ffmerge", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"ffmerge {ffmerge.__version__}\n"
+    Version(ffmerge.__version__)
