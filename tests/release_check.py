@@ -1,4 +1,4 @@
-"""What `make release-check` does: sdist and wheel are built, installed outside of the repository, used.
+"""What `make release-check` does: sdist and wheel are built, and used outside of the repository.
 
 For each Python from 3.11 on that is on this machine: the wheel in a fresh environment without
 torch, in which a package is audited, shared and validated; then the sdist, which must have the same
@@ -7,6 +7,7 @@ takes on disk. A Python that is not there is named, and is no failure.
 """
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -20,9 +21,16 @@ TORCH = "torch==2.13.0"  # a plain torch would bring gigabytes of CUDA packages
 
 
 def run(*words: object, code: int = 0) -> str:
-    """Return what a command prints; it must end with ``code``. It runs outside of the repository."""
+    """Return what a command prints, outside of the repository; it must end with ``code``."""
+    environment = dict(os.environ)
+    if words[0] != sys.executable:  # an environment of its own has no other ffmerge on the path
+        environment.pop("PYTHONPATH", None)
     done = subprocess.run(
-        [str(word) for word in words], capture_output=True, text=True, cwd=tempfile.gettempdir()
+        [str(word) for word in words],
+        capture_output=True,
+        text=True,
+        cwd=tempfile.gettempdir(),
+        env=environment,
     )
     if done.returncode != code:
         sys.exit(f"{' '.join(map(str, words))}: {done.returncode}\n{done.stdout}{done.stderr}")
