@@ -17,9 +17,22 @@ from ffmerge.exporter.plan import Plan
 from ffmerge.models import tasks
 from ffmerge.models.examples import from_arrays
 from ffmerge.models.float64 import rounded_off
-from ffmerge.models.manifest import LABELS, RTOL, MetricResult, input_key, reference_key
+from ffmerge.models.manifest import (
+    LABELS,
+    RTOL,
+    MetricResult,
+    best_keys,
+    input_key,
+    reference_key,
+)
 from ffmerge.models.metrics import for_task
-from ffmerge.models.probe import Array, stored_elements
+from ffmerge.models.probe import (
+    Array,
+    best_classes,
+    best_scores,
+    keeps_best,
+    stored_elements,
+)
 from ffmerge.models.trace import GREEDY, TRACES, Description, Trace, described, joined, trace_key
 from ffmerge.passes.weights.evaluate import score_for
 
@@ -67,8 +80,13 @@ def _outputs(graph: Graph, file: str, real: Mapping[str, Array]) -> dict[str, Ar
     for case in range(drawn + graph.probe.real):
         outputs = graph.run(graph.probe.feeds(case, real))
         for name, array in outputs.items():
-            sample = stored_elements(array, len(outputs), name, case >= drawn)
+            real_case = case >= drawn
+            sample = stored_elements(array, len(outputs), name, real_case)
             kept[reference_key(file, case, name)] = sample
+            if keeps_best(array.shape, len(outputs), name, real_case):
+                classes = best_classes(array)
+                scores = best_scores(array, classes).astype(np.float32)
+                kept |= zip(best_keys(file, case, name), (classes, scores), strict=True)
     return kept
 
 

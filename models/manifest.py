@@ -221,6 +221,12 @@ def reference_key(graph: str, case: int, output: str) -> str:
     return f"{graph}/{case}.{output}"
 
 
+def best_keys(graph: str, case: int, output: str) -> tuple[str, str]:
+    """Return the names under which the best classes of logits are kept, and their scores."""
+    key = reference_key(graph, case, output)
+    return f"{key}.classes", f"{key}.scores"
+
+
 def input_key(graph: str, name: str) -> str:
     """Return the name under which an input of the real case is kept in ``REFERENCE``."""
     return f"{graph}/real.{name}"

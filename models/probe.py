@@ -24,6 +24,7 @@ STORED = 1 << 16
 # Of logits whole positions are stored, so that there is a first class and a distribution: at
 # least this many of a drawn and of a real case.
 POSITIONS, REAL_POSITIONS = 2, 16
+BEST = 64  # classes that are kept of every position of a real case, where not all positions are
 _COARSE = 4  # random points along each side of a drawn picture
 
 
@@ -264,3 +265,34 @@ def kept(shape: Sequence[int], of: int = 1, name: str = "", real: bool = False) 
     if step % 2 == 0:
         step += 1
     return step, width
+
+
+def keeps_best(shape: Sequence[int], of: int, name: str, real: bool) -> bool:
+    """Say whether the best classes of every position are kept of an output beside its sample.
+
+    They are of real logits of which :func:`kept` leaves positions out.
+    """
+    step, width = kept(shape, of, name, real)
+    return real and step > 1 and width > BEST
+
+
+def best_classes(logits: Array) -> Array:
+    """Return the ``BEST`` highest classes of each position, (positions, ``BEST``), in no order."""
+    rows = logits.reshape(-1, logits.shape[-1])
+    found = np.argpartition(rows, -BEST, axis=-1)[:, -BEST:]
+    return found.astype(np.int32)
+
+
+def best_scores(logits: Array, classes: Array) -> Array:
+    """Return the scores of ``classes`` at each position, and behind them that of all others as one.
+
+    The score of several classes as one is the logarithm of their summed exponentials: a softmax
+    over what is returned, (positions, classes + 1), has the probabilities of the softmax over all.
+    """
+    rows = logits.reshape(-1, logits.shape[-1])
+    found = np.empty((len(rows), classes.shape[1] + 1))
+    for i, row in enumerate(rows):
+        found[i, :-1] = row[classes[i]]
+        others = np.delete(row.astype(np.float64), classes[i])
+        found[i, -1] = others.max() + np.log(np.exp(others - others.max()).sum())
+    return found

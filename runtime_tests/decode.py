@@ -89,7 +89,7 @@ def check_generation(
         if margin[row, at] <= tie:
             compared, ties = compared + at, ties + 1
             continue
-        compared += tokens
+        compared += at + 1  # what follows is behind other ids than PyTorch's
         first = first or {
             "prompt": row,
             "step": at,

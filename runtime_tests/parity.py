@@ -11,9 +11,18 @@ from pathlib import Path
 import numpy as np
 
 from ffmerge.errors import InputError
-from ffmerge.models.manifest import GraphRecord, Manifest
+from ffmerge.models.kv_cache import is_present
+from ffmerge.models.manifest import GraphRecord, Manifest, best_keys
 from ffmerge.models.probe import Array, is_logits, kept, stored_elements
-from ffmerge.runtime_tests.quality import Quality, compare_scores, cosine, mean
+from ffmerge.runtime_tests.quality import (
+    Quality,
+    Scores,
+    compare_scores,
+    cosine,
+    mean,
+    of_all,
+    of_best,
+)
 from ffmerge.runtime_tests.reference import Reference, read_reference
 from ffmerge.runtime_tests.results import CaseParity, OutputParity, Worst
 from ffmerge.runtime_tests.runtimes.base import LEVEL, Session
@@ -25,7 +34,8 @@ from ffmerge.runtime_tests.tolerance import DRAWN, NOISE, Tolerance, for_dtype
 class _Sample:
     """The stored elements of one output of one case, and the shape they were taken from.
 
-    Of ``width`` elements each, every ``step``-th; ``counted`` says which are no padding.
+    Of ``width`` elements each, every ``step``-th. ``scores`` are those of classes, if it has any,
+    and ``counted`` says which of their positions are no padding.
     """
 
     case: int
@@ -35,6 +45,7 @@ class _Sample:
     shape: tuple[int, ...]
     step: int
     width: int
+    scores: Scores | None
     counted: Array
 
 
@@ -76,8 +87,7 @@ def parity_of(
     for case in range(len(graph.probe.cases) + graph.probe.real):
         feeds = reference.feeds(graph, case)
         for name, output in session.run(graph.outputs, feeds).items():
-            expected = reference.expected(graph, case, name)
-            samples[name].append(_sample(graph, case, name, output, feeds, expected))
+            samples[name].append(_sample(graph, case, name, output, feeds, reference))
     found = []
     for name, parts in samples.items():
         bounds = tolerance.for_rounding(graph.rounding.get(name, 0.0))
@@ -91,19 +101,26 @@ def _sample(
     name: str,
     output: Array,
     feeds: Mapping[str, Array],
-    expected: Array | None,
+    reference: Reference,
 ) -> _Sample:
     real, of = case >= len(graph.probe.cases), len(graph.outputs)
+    expected = reference.expected(graph, case, name)
     step, width = kept(output.shape, of, name, real)
     mask = feeds.get("attention_mask")
-    counted = np.ones(output.shape[:-1], bool)
+    counted: Array = np.ones(output.shape[:-1], bool)
     if mask is not None and mask.shape[0] == len(output) and output.ndim == 3:
         counted = mask[:, -output.shape[1] :] != 0
-    if width > 1:
-        counted = counted.reshape(-1)[::step]
+    counted = counted.reshape(-1)
     got = stored_elements(output, of, name, real)
+    scores = None
+    classes, best = (reference.tensors.get(key) for key in best_keys(graph.path, case, name))
+    if classes is not None and best is not None and len(classes) == len(counted):
+        scores = of_best(best, output, classes)
+    elif is_logits(name) and width > 1 and expected is not None and expected.size == got.size:
+        counted = counted[::step]
+        scores = of_all(expected.reshape(-1, width), got.reshape(-1, width))
     judges = real and not graph.probe.made
-    return _Sample(case, judges, expected, got, output.shape, step, width, counted)
+    return _Sample(case, judges, expected, got, output.shape, step, width, scores, counted)
 
 
 def _judged(
@@ -122,7 +139,7 @@ def _judged(
         return replace(verdict, reason=problem)
     tolerance = tolerance.for_size(_rms(samples))
     verdict = replace(verdict, atol=tolerance.atol, rtol=tolerance.rtol)
-    cases = tuple(_compare(name, sample, tolerance) for sample in samples)
+    cases = tuple(_compare(sample, tolerance) for sample in samples)
     judged, real = cases, _real(cases)
     if tolerance.real:
         judged = real
@@ -136,10 +153,15 @@ def _judged(
     if off := int((difference > bound).sum()):
         reason: str | None = f"{off} of {verdict.compared} elements are out of tolerance"
     else:
-        # rounding is made for real data: on drawn inputs it says little of a quantized model
-        trusted = judged[0].real or not tolerance.real
-        scored = np.abs(expected).max() > NOISE
-        reason = _unlike(alike, scored, quality, tolerance, trusted)
+        least, scores = tolerance.cosine, quality
+        if is_present(name):
+            least = tolerance.cache
+        if tolerance.real and not judged[0].real:
+            # rounding is made for real data: on drawn inputs it says little of a quantized model
+            least, scores = min(least, DRAWN), None
+        if np.abs(expected).max() <= NOISE:
+            least = -1.0
+        reason = _unlike(alike, least, scores, tolerance)
     return replace(
         verdict,
         max_abs=float(difference.max()),
@@ -185,25 +207,19 @@ def _real(cases: tuple[CaseParity, ...]) -> tuple[CaseParity, ...]:
 
 
 def _unlike(
-    alike: float, scored: bool, quality: Quality | None, tolerance: Tolerance, trusted: bool
+    alike: float, least: float, quality: Quality | None, tolerance: Tolerance
 ) -> str | None:
-    """Return why an output points elsewhere or its scores are not good enough, None if they are.
-
-    One that is not ``scored`` is all noise, and inputs that are not ``trusted`` say little.
-    """
-    least = tolerance.cosine
-    if not trusted:
-        least = min(least, DRAWN)
-    if scored and alike < least:
+    """Return why an output points elsewhere or its scores are not good enough, None if they are."""
+    if alike < least:
         return f"cosine {alike:.6f} is below {least}"
-    if quality is None or not trusted:
+    if quality is None:
         return None
     if quality.agreement < tolerance.agreement:
         return (
             f"the first class is PyTorch's in {quality.agreement:.2%} of {quality.positions} "
             f"positions, {tolerance.agreement:.0%} are needed"
         )
-    if quality.kl > tolerance.kl:
+    if not quality.kl <= tolerance.kl:  # it may be NaN
         return f"the mean KL divergence {quality.kl:.2g} is above {tolerance.kl}"
     return None
 
@@ -246,7 +262,7 @@ def _incomparable(samples: Sequence[_Sample]) -> str | None:
     return None
 
 
-def _compare(name: str, sample: _Sample, tolerance: Tolerance) -> CaseParity:
+def _compare(sample: _Sample, tolerance: Tolerance) -> CaseParity:
     """Return how one output is on one case whose reference has its size."""
     assert sample.expected is not None
     expected, got = sample.expected.astype(np.float64), sample.got.astype(np.float64)
@@ -264,9 +280,8 @@ def _compare(name: str, sample: _Sample, tolerance: Tolerance) -> CaseParity:
     large = np.abs(expected) > tolerance.atol
     max_rel = float((difference[large] / np.abs(expected[large])).max(initial=0))
     quality = None
-    if is_logits(name) and sample.width > 1:
-        rows = expected.reshape(-1, sample.width), got.reshape(-1, sample.width)
-        quality = compare_scores(*rows, sample.counted, tolerance.tie)
+    if sample.scores:
+        quality = compare_scores(sample.scores, sample.counted, tolerance.tie)
     largest, alike = float(difference.max()), cosine(expected, got)
     return CaseParity(sample.case, sample.real, largest, max_rel, alike, quality, worst)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ffmerge.models.probe import Array
+from ffmerge.models.probe import Array, best_scores
 
 
 @dataclass(frozen=True)
@@ -31,18 +31,49 @@ def mean(parts: Sequence[Quality]) -> Quality | None:
     return Quality(sum(counts), float(agreement), float(kl))
 
 
-def compare_scores(expected: Array, got: Array, counted: Array, tie: float) -> Quality | None:
-    """Return the quality of (positions, classes) scores; None if no position is counted.
+@dataclass(frozen=True)
+class Scores:
+    """Scores of classes, (positions, classes), expected and got, in float64.
+
+    ``behind`` is by how much the class that is first here is behind the first one there.
+    """
+
+    expected: Array
+    got: Array
+    behind: Array
+
+
+def of_all(expected: Array, got: Array) -> Scores:
+    """Return the scores of all classes."""
+    expected, got = np.asarray(expected, np.float64), np.asarray(got, np.float64)
+    first = np.take_along_axis(expected, got.argmax(-1)[:, None], -1)[:, 0]
+    with np.errstate(invalid="ignore"):  # infinite scores are told by the caller
+        return Scores(expected, got, expected.max(-1) - first)
+
+
+def of_best(expected: Array, got: Array, classes: Array) -> Scores:
+    """Return the scores of ``classes`` and of the others as one, of which ``expected`` are those.
+
+    A class that is none of them is expected to be as far behind as the last of them, at least.
+    """
+    expected = np.asarray(expected, np.float64)
+    first = got.reshape(len(classes), -1).argmax(-1)
+    scores = np.where(classes == first[:, None], expected[:, :-1], -np.inf).max(-1)
+    scores = np.maximum(scores, expected[:, :-1].min(-1))
+    behind = expected[:, :-1].max(-1) - scores
+    return Scores(expected, best_scores(got, classes), behind)
+
+
+def compare_scores(scores: Scores, counted: Array, tie: float) -> Quality | None:
+    """Return the quality of scores at the positions that are ``counted``; None if there is none.
 
     A class that the expected scores place less than or exactly ``tie`` below the first is as
-    good as the first: among equals no choice is wrong. In float64.
+    good as the first: among equals no choice is wrong.
     """
-    expected = np.asarray(expected, np.float64)[counted]
-    got = np.asarray(got, np.float64)[counted]
+    expected, got, behind = scores.expected[counted], scores.got[counted], scores.behind[counted]
     if not len(expected):
         return None
-    first = np.take_along_axis(expected, got.argmax(-1)[:, None], -1)[:, 0]
-    agree = expected.max(-1) - first <= tie
+    agree = behind <= tie
     p, q = log_softmax(expected), log_softmax(got)
     kl = (np.exp(p) * (p - q)).sum(-1)
     return Quality(len(expected), float(agree.mean()), max(float(kl.mean()), 0.0))

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, replace
 from ffmerge.errors import InputError
 from ffmerge.models.manifest import RTOL
 
-AT_LEAST = ("cosine", "agreement", "tokens")  # all other bounds are at most
+AT_LEAST = ("cosine", "cache", "agreement", "tokens")  # all other bounds are at most
 NOISE = 2e-5  # the direction of an output that is all smaller says nothing in float32
 # The cosine that a quantized model keeps even on inputs that are drawn: rounding is not made for
 # them, so they say little of its quality. Measured: 0.976 for int4.
@@ -19,7 +19,8 @@ class Tolerance:
     An element is within bounds when ``|got - expected| <= atol + rtol * |expected|``; of a row with
     ``real`` ``atol`` counts in root mean squares of the output. The whole output must also have at
     least this ``cosine``, unless all of it is smaller than ``NOISE``: on small logits an absolute
-    bound alone would let a wrong model pass.
+    bound alone would let a wrong model pass. A cached key or value is an inner one, whose rounding
+    the layers behind it even out: it must have ``cache``.
 
     Of scores of classes the first must be PyTorch's in the fraction ``agreement`` of the positions,
     where classes within ``tie`` of the first are as good, and the mean KL divergence at most
@@ -33,6 +34,7 @@ class Tolerance:
     atol: float
     rtol: float
     cosine: float
+    cache: float
     measured: float
     agreement: float
     kl: float
@@ -71,16 +73,21 @@ MARGIN = 4
 # 1.0e-2). float32 on that: ONNX Runtime 9.8e-6, WebGPU 8.1e-6, OpenVINO 6.4e-6, the evaluator
 # 1.2e-5. int8 and int8-dynamic on real rows: cosine 0.9999, KL 2e-4; a processor without VNNI
 # multiplies floats in blocks of int8, which moves probabilities by 1e-3.
+# Trained language models lose more than those: SmolLM2 of 135M parameters, and narrowed by a tenth,
+# on 181 real positions in int8: cosine 0.9986 (cache 0.9971), agreement 0.978, KL 0.0095; in int4,
+# rounded by data, 0.982 (0.932), 0.906, 0.108, and 0.83 of greedy ids.
 # The measured values of each column are in docs/parity.md. The columns: atol, rtol, cosine,
-# measured, agreement, kl, tie, tokens, node.
+# cache, measured, agreement, kl, tie, tokens, node.
 TOLERANCES = {
-    "fp32": Tolerance(2e-5, RTOL, 0.99999, 1.2e-5, 1.0, 1e-9, 1e-4, 1.0, 1e-5),
-    "fp16": Tolerance(2e-2, 5e-3, 0.9999, 1.5e-2, 0.99, 1e-3, 2e-2, 0.9, 2e-2),
-    "int8": Tolerance(0.5, 5e-2, 0.998, 0.13, 0.98, 5e-3, 0.25, 0.8, 0.5, real=True),
-    "int8-dynamic": Tolerance(0.5, 5e-2, 0.998, 0.15, 0.98, 5e-3, 0.25, 0.8, 0.5, real=True),
-    "int4": Tolerance(3.0, 1e-1, 0.98, 2.2, 0.95, 5e-2, 0.5, 0.7, 0.5, real=True),
-    "q4f16": Tolerance(3.0, 1e-1, 0.98, 2.2, 0.95, 5e-2, 0.5, 0.7, 0.5, real=True),
-    "int8-static": Tolerance(1.0, 5e-2, 0.99, 0.6, 0.95, 2e-2, 0.25, 0.8, 0.5, real=True),
+    "fp32": Tolerance(2e-5, RTOL, 0.99999, 0.99999, 1.2e-5, 1.0, 1e-9, 1e-4, 1.0, 1e-5),
+    "fp16": Tolerance(2e-2, 5e-3, 0.9999, 0.9999, 1.5e-2, 0.99, 1e-3, 2e-2, 0.9, 2e-2),
+    "int8": Tolerance(0.5, 5e-2, 0.998, 0.99, 0.13, 0.95, 1.5e-2, 0.25, 0.8, 0.5, real=True),
+    "int8-dynamic": Tolerance(
+        0.5, 5e-2, 0.998, 0.99, 0.15, 0.95, 1.5e-2, 0.25, 0.8, 0.5, real=True
+    ),
+    "int4": Tolerance(3.0, 1e-1, 0.97, 0.9, 2.2, 0.85, 0.2, 0.5, 0.7, 0.5, real=True),
+    "q4f16": Tolerance(3.0, 1e-1, 0.97, 0.9, 2.2, 0.85, 0.2, 0.5, 0.7, 0.5, real=True),
+    "int8-static": Tolerance(1.0, 5e-2, 0.99, 0.98, 0.6, 0.95, 2e-2, 0.25, 0.8, 0.5, real=True),
 }
 
 
@@ -90,11 +97,11 @@ ARITHMETIC = {
     # H100, ViT-B and GPT-2 small with random weights, whose logits are small: cosine 0.9999997. The
     # room in atol is for larger logits, and estimated. The columns from agreement on are
     # an eighth of bf16's, rounded up: 10 bits of mantissa and not 7.
-    "tf32": Tolerance(2e-2, 5e-3, 0.99999, 1.7e-3, 0.99, 1e-3, 2e-2, 0.9, 2e-2),
+    "tf32": Tolerance(2e-2, 5e-3, 0.99999, 0.99999, 1.7e-3, 0.99, 1e-3, 2e-2, 0.9, 2e-2),
     # OpenVINO 2026.4 on a processor with avx512_bf16: the digits ViT (logits up to 9.8)
-    "bf16": Tolerance(3e-1, 2e-2, 0.9995, 0.228, 0.98, 1e-2, 0.1, 0.8, 0.1),
+    "bf16": Tolerance(3e-1, 2e-2, 0.9995, 0.9995, 0.228, 0.98, 1e-2, 0.1, 0.8, 0.1),
     # The evaluator adds float16 numbers in float16, engines in float32: fp16 packages, digits ViT.
-    "native": Tolerance(6e-2, 5e-3, 0.9999, 4.8e-2, 0.99, 1e-3, 2e-2, 0.9, 2e-2),
+    "native": Tolerance(6e-2, 5e-3, 0.9999, 0.9999, 4.8e-2, 0.99, 1e-3, 2e-2, 0.9, 2e-2),
 }
 
 

@@ -10,7 +10,9 @@ import pytest
 import torch
 from reference.tasks import REFERENCES, Reference
 from scipy.special import rel_entr, softmax
+from tiny import gpt2
 
+from ffmerge import export
 from ffmerge.errors import InputError
 from ffmerge.exporter.graphs import Graph, graphs
 from ffmerge.exporter.greedy import greedy
@@ -18,11 +20,22 @@ from ffmerge.exporter.rows import LENGTH, ROWS, check_rows, real_rows
 from ffmerge.models import checkpoint, data, tasks
 from ffmerge.models.derive import arguments
 from ffmerge.models.examples import from_arrays
-from ffmerge.models.manifest import GraphRecord
-from ffmerge.models.probe import InputSpec, Probe, Tokens, kept, stored_elements
+from ffmerge.models.manifest import GraphRecord, Manifest, best_keys
+from ffmerge.models.probe import (
+    InputSpec,
+    Probe,
+    Tokens,
+    best_classes,
+    best_scores,
+    kept,
+    stored_elements,
+)  # fmt: skip
 from ffmerge.models.processing import like_the_task, load
 from ffmerge.runtime_tests.decode import check_generation
-from ffmerge.runtime_tests.quality import Quality, compare_scores, mean
+from ffmerge.runtime_tests.parity import parity_of
+from ffmerge.runtime_tests.quality import Quality, compare_scores, mean, of_all, of_best
+from ffmerge.runtime_tests.reference import read_reference
+from ffmerge.runtime_tests.runtimes.registry import find_runtime
 from ffmerge.runtime_tests.tolerance import TOLERANCES
 
 Plan = tuple[Graph, ...]
@@ -202,7 +215,7 @@ def test_where_two_ids_are_equally_likely_both_are_right(
     other = made["tokens"].copy()
     other[0, 3] += 1
     margin = made["margin"].copy()
-    for tie, ties, compared in ((0.5, 1, 3 + 3 * 16), (0.1, 0, 4 * 16)):
+    for tie, ties, compared in ((0.5, 1, 3 + 3 * 16), (0.1, 0, 4 + 3 * 16)):
         margin[0, 3] = 0.3
         stored = {**made, "tokens": other, "margin": margin}
         found = check_generation(_served(plan, False), stored, "all", replace(EXACT, tie=tie))
@@ -215,12 +228,12 @@ def test_scores_are_compared_as_by_hand() -> None:
     expected = generator.standard_normal((6, 9)).astype("f")
     got = expected + 0.3 * generator.standard_normal((6, 9)).astype("f")
     counted = np.array([True, True, False, True, True, True])
-    quality = compare_scores(expected, got, counted, 0.0)
+    quality = compare_scores(of_all(expected, got), counted, 0.0)
     p, q = softmax(expected[counted].astype(float), -1), softmax(got[counted].astype(float), -1)
     assert quality is not None and quality.positions == 5
     assert quality.kl == pytest.approx(rel_entr(p, q).sum(-1).mean(), rel=1e-14)  # 2.4e-15
     assert quality.agreement == (p.argmax(-1) == q.argmax(-1)).mean()
-    assert compare_scores(expected, got, counted & False, 0.0) is None
+    assert compare_scores(of_all(expected, got), counted & False, 0.0) is None
 
 
 def test_a_tie_is_no_disagreement_and_a_class_behind_it_is() -> None:
@@ -228,10 +241,56 @@ def test_a_tie_is_no_disagreement_and_a_class_behind_it_is() -> None:
     counted = np.array([True])
     for first, tie, agreement in ((1, 0.0, 1), (2, 0.0, 0), (2, 0.5, 1), (2, 0.4, 0)):
         got = np.eye(3)[[first]]
-        quality = compare_scores(expected, got, counted, tie)
+        quality = compare_scores(of_all(expected, got), counted, tie)
         assert quality is not None and quality.agreement == agreement
     parts = [Quality(1, 1.0, 0.2), Quality(3, 0.0, 0.6)]
     assert mean(parts) == Quality(4, 0.25, pytest.approx(0.5, rel=1e-15))  # 1.1e-16
+
+
+def test_the_best_classes_and_the_others_as_one_are_compared_as_by_hand() -> None:
+    generator = np.random.default_rng(0)
+    logits = 4 * generator.standard_normal((5, 3, 500)).astype("f")
+    other = logits + generator.standard_normal(logits.shape).astype("f")
+    classes = best_classes(logits)
+    scores = of_best(best_scores(logits, classes), other, classes)
+    quality = compare_scores(scores, np.ones(15, bool), 0.0)
+    p, q = softmax(logits.astype(float), -1), softmax(other.astype(float), -1)
+    p, q = p.reshape(15, -1), q.reshape(15, -1)
+    kept = [np.append(row[at], 1 - row[at].sum()) for row, at in zip(p, classes, strict=True)]
+    left = [np.append(row[at], 1 - row[at].sum()) for row, at in zip(q, classes, strict=True)]
+    assert quality is not None and quality.positions == 15
+    by_hand = rel_entr(np.array(kept), np.array(left)).sum(-1).mean()
+    assert quality.kl == pytest.approx(by_hand, rel=1e-12)  # 2.1e-14
+    assert 0.9 * rel_entr(p, q).sum(-1).mean() < quality.kl < rel_entr(p, q).sum(-1).mean()
+    assert quality.agreement == (p.argmax(-1) == q.argmax(-1)).mean() < 1
+
+
+def test_a_class_that_is_none_of_the_best_is_behind_all_of_them() -> None:
+    logits = np.arange(200.0)[None]
+    other = logits.copy()
+    other[0, 3] = 300
+    classes = best_classes(logits)
+    assert sorted(classes[0]) == list(range(136, 200))
+    scores = of_best(best_scores(logits, classes), other, classes)
+    assert scores.behind.tolist() == [63.0]
+    assert scores.got[0, -1] == pytest.approx(300)
+
+
+def test_of_large_logits_all_real_positions_are_judged(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    rows = {"input_ids": generator.integers(0, 9000, (3, 40))}
+    rows["attention_mask"] = (np.arange(40) < [[40], [33], [27]]).astype(np.int64)
+    model = gpt2(layers=1)
+    model.resize_token_embeddings(9000)
+    export(model, tmp_path / "p", data=from_arrays(rows))
+    [graph], reference = Manifest.read(tmp_path / "p").graphs, read_reference(tmp_path / "p")
+    session = find_runtime("cpu").open(tmp_path / "p" / graph.path, "all")
+    [logits, *_] = parity_of(graph, session, reference, "all", EXACT)
+    assert logits.ok and logits.quality is not None and logits.quality.positions == 100
+    _, scores = best_keys(graph.path, len(graph.probe.cases), "logits")
+    reference.tensors[scores][7, -1] = 9  # one position that is not among those kept whole
+    [logits, *_] = parity_of(graph, session, reference, "all", EXACT)
+    assert not logits.ok and logits.reason is not None and "divergence" in logits.reason
 
 
 def test_of_large_logits_whole_positions_are_kept() -> None:
