@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
@@ -22,7 +23,7 @@ from transformers.utils import ModelOutput
 from ffmerge.errors import InputError, first_line
 from ffmerge.models import call, checkpoint, kv_cache
 from ffmerge.models.inputs import StopForward
-from ffmerge.models.kv_cache import DECODER, ENCODER, FLAG, PRESENT
+from ffmerge.models.kv_cache import DECODER, ENCODER, FLAG, KEPT, PRESENT
 from ffmerge.models.manifest import GraphRecord, Manifest
 from ffmerge.runtime_tests.runtimes.base import Session
 from ffmerge.runtime_tests.runtimes.registry import find_runtime
@@ -102,7 +103,11 @@ def _runner(session: Session, graph: GraphRecord) -> Run:
         for name, x in given.items():
             if name in names and isinstance(x, Tensor):
                 feeds[name] = x.detach().cpu().numpy()
-        outputs = session.run(graph.outputs, graph.probe.complete(feeds))
+        kept = given.get("logits_to_keep")
+        if isinstance(kept, int) and KEPT in (*names, *graph.optional):
+            feeds[KEPT] = np.array(kept)
+        completed = {**feeds, **graph.probe.complete(feeds)}
+        outputs = session.run(graph.outputs, completed)
         return {name: torch.from_numpy(array) for name, array in outputs.items()}
 
     return run

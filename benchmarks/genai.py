@@ -25,7 +25,7 @@ import onnxruntime as ort
 
 DECODED, PREFILLED = (64, 256, 1024), (256, 1024)  # tokens before the measured ones; of a prompt
 TOKENS, GREEDY = 16, 64
-PAST = "past_key_values."
+PAST, KEPT = "past_key_values.", "num_logits_to_keep"
 
 
 class Package:
@@ -57,6 +57,8 @@ class Package:
             "attention_mask": np.ones((1, self.length), np.int64),
             "position_ids": places,
         }
+        if any(each.name == KEPT for each in self.session.get_overridable_initializers()):
+            feeds[KEPT] = np.array(1)
         values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items()}
         found = self.session.run_with_ort_values(self.outputs, {**values, **self.kept})
         for name, value in zip(self.outputs[1:], found[1:], strict=True):

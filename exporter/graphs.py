@@ -27,7 +27,7 @@ from ffmerge.models import kv_cache, tasks
 from ffmerge.models.derive import input_specs, probe
 from ffmerge.models.float64 import Float64
 from ffmerge.models.inputs import example_inputs, refused, to_tensors
-from ffmerge.models.kv_cache import DECODER, ENCODER, FLAG
+from ffmerge.models.kv_cache import DECODER, ENCODER, FLAG, KEPT
 from ffmerge.models.probe import Array, InputSpec, Probe
 
 STATES = "encoder_hidden_states"  # what a decoder reads of its encoder
@@ -78,10 +78,13 @@ class Graph:
         return dict(zip(self.outputs, arrays, strict=True))
 
 
-def graphs(model: Any, task: str, specs: tuple[InputSpec, ...] | None = None) -> tuple[Graph, ...]:
+def graphs(
+    model: Any, task: str, specs: tuple[InputSpec, ...] | None = None, keeps: bool = False
+) -> tuple[Graph, ...]:
     """Return the graphs that serve ``model`` for ``task``, with or without a cache.
 
-    ``specs`` are the inputs of the model, by default those that its configuration tells.
+    ``specs`` are the inputs of the model, by default those that its configuration tells. Where it
+    ``keeps``, the graph of a decoder with a cache is told for how many tokens logits are wanted.
 
     Raises:
         InputError: the task has a cache, and the model keeps none of keys and values.
@@ -89,7 +92,7 @@ def graphs(model: Any, task: str, specs: tuple[InputSpec, ...] | None = None) ->
     kind = tasks.base(task)
     specs = specs or input_specs(model)
     if kind == "text-generation":
-        return (_decoder_only(model, task, specs),)
+        return (_decoder_only(model, task, specs, keeps),)
     if kind in tasks.GENERATE and model.config.is_encoder_decoder:
         return _encoder_decoder(model, task, specs)
     recipe = probe(model, specs)
@@ -147,7 +150,7 @@ def _whole(model: Any, recipe: Probe, outputs: tuple[str, ...]) -> Graph:
     return Graph("model", GraphModule(model, call), recipe, outputs)
 
 
-def _decoder_only(model: Any, task: str, inputs: tuple[InputSpec, ...]) -> Graph:
+def _decoder_only(model: Any, task: str, inputs: tuple[InputSpec, ...], keeps: bool) -> Graph:
     """Return the graph of a step: a prefill where the past is empty, else decoding."""
     specs = list(inputs)
     if "position_ids" in inspect.signature(model.forward).parameters:
@@ -162,16 +165,24 @@ def _decoder_only(model: Any, task: str, inputs: tuple[InputSpec, ...]) -> Graph
     cases = []
     for batch, length, before in _STEPS:
         sizes = {"batch_size": batch, "sequence_length": length, "past_sequence_length": before}
+        if keeps:  # those of a prompt's last token
+            sizes[KEPT] = int(before == 0)
         cases.append({**sizes, "total_sequence_length": before + length})
+    if keeps:
+        specs.append(InputSpec(KEPT, "int64", (), "flag"))
     recipe = Probe((*specs, *past), tuple(cases))
     return Graph("model", GraphModule(model, _step), recipe, ("logits", *_presents(past)))
 
 
 def _step(model: Any, inputs: Inputs) -> Outputs:
     given = {name: x for name, x in inputs.items() if not kv_cache.is_past(name)}
+    kept = given.pop(KEPT, None)
     cache = DynamicCache(kv_cache.pairs(inputs))
     out = model(**given, past_key_values=cache, use_cache=True, return_dict=True)
-    return (out.logits, *_cached(out.past_key_values).values())
+    logits = out.logits
+    if kept is not None and not torch.compiler.is_exporting():  # last_logits.py does it in a graph
+        logits = logits[:, -int(kept) :]
+    return (logits, *_cached(out.past_key_values).values())
 
 
 def _encoder_decoder(model: Any, task: str, inputs: tuple[InputSpec, ...]) -> tuple[Graph, ...]:

@@ -74,7 +74,8 @@ def make_plan(model: Any, config: ExportConfig, source: Path | None, data: Data 
     found = processing.load(source, arguments(model))
     specs, rows = _inputs(model, config, found)
     task = tasks.fit(config.task, model, lambda: names_given(model, probe(model, specs)))
-    planned = _settled_graphs(model, task, specs, found)
+    keeps = config.layout == "transformers.js"
+    planned = _settled_graphs(graphs(model, task, specs, keeps), model, task, found)
     if config.budget is not None:
         _check_budget(model, config.budget, len(planned))
     plan = Plan(model, task, config, source, planned, left_out(model, specs))
@@ -117,10 +118,9 @@ def _inputs(
 
 
 def _settled_graphs(
-    model: Any, task: str, specs: tuple[InputSpec, ...], found: processing.Processors
+    planned: tuple[Graph, ...], model: Any, task: str, found: processing.Processors
 ) -> tuple[Graph, ...]:
     """Return the graphs of the task, their inputs settled and drawn as the checkpoint has them."""
-    planned = graphs(model, task, specs)
     if len(planned) == 1 and tasks.base(task) not in tasks.GENERATE:
         check_repeats(planned[0])
         planned = (any_size(stand_ins(planned[0])),)

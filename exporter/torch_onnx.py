@@ -25,11 +25,13 @@ from ffmerge.errors import ExportError
 from ffmerge.exporter.bfloat16 import compute_in_float32
 from ffmerge.exporter.fused import fuse, fused_attention
 from ffmerge.exporter.graphs import Graph
+from ffmerge.exporter.last_logits import keep_last, offer_all
 from ffmerge.exporter.lean import lean_exporter
 from ffmerge.exporter.settle import HEIGHT
 from ffmerge.exporter.simplify import simplify
-from ffmerge.models import ties
+from ffmerge.models import kv_cache, ties
 from ffmerge.models.inputs import to_tensors
+from ffmerge.models.kv_cache import KEPT
 from ffmerge.models.record import Tie
 from ffmerge.passes.graph.contract import read_ties, write_ties
 from ffmerge.passes.graph.run import ShareResult, share_model
@@ -61,11 +63,23 @@ def to_onnx(
     known = ties.ties(model)
     _rename(program.model, known)
     compute_in_float32(program.model)
+    fed = any(spec.name == KEPT for spec in graph.probe.inputs)
+    offered = fused and not fed and _writes_text(graph)
+    if fed or offered:
+        keep_last(program.model)
     _optimize(program.model, graph, known)
     if fused:
         fuse(program.model)
+    if offered:
+        offer_all(program.model)
     shared = share_model(program.model, resident=resident)
     return count_tie_uses(shared, f"{graph.name}.onnx"), program.exported_program
+
+
+def _writes_text(graph: Graph) -> bool:
+    """Say whether a graph is a step of a decoder alone, with a cache."""
+    kept = [name for name in graph.outputs if kv_cache.is_present(name)]
+    return bool(kept) and not any(map(kv_cache.side_of, kept))
 
 
 def _translated(graph: Graph, opset: int, fused: bool) -> Any:

@@ -4,7 +4,8 @@ A decoder's graph takes what it kept as ``past_key_values.LAYER.key`` and ``.val
 to keep as ``present.LAYER.key`` and ``.value``, each of shape (batch, heads, length, size). The
 decoder of a pair keeps two caches, its own and that of the encoder's output, which its first step
 makes once: there a name has a side, ``present.LAYER.decoder.key``. A merged decoder is both steps
-in one graph, and takes the flag: true where there is a past.
+in one graph, and takes the flag: true where there is a past. A decoder alone may take for how many
+tokens logits are wanted, by the name that transformers.js has for that.
 
 The exporter names the graphs' inputs and outputs so; serving and the runtime tests hand a step's
 outputs to the next one.
@@ -16,6 +17,7 @@ from typing import TypeVar
 PAST, PRESENT = "past_key_values.", "present."
 DECODER, ENCODER = "decoder.", "encoder."  # the sides of a pair; a decoder alone has none
 FLAG = "use_cache_branch"
+KEPT = "num_logits_to_keep"  # how many of the last tokens have logits; 0: all
 
 T = TypeVar("T")
 

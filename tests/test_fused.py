@@ -41,7 +41,9 @@ from ffmerge.errors import InputError
 from ffmerge.exporter import fused
 from ffmerge.exporter.fused import NotFused, check_fused, fuse
 from ffmerge.exporter.graphs import graphs
+from ffmerge.exporter.last_logits import keep_last, offer_all
 from ffmerge.exporter.package import export
+from ffmerge.models.kv_cache import KEPT
 from ffmerge.models.tasks import fit
 from ffmerge.passes.graph.attention import scores_of, scores_put_out
 from ffmerge.passes.graph.audit import audit
@@ -125,6 +127,70 @@ def test_a_decoder_writes_what_pytorch_writes(name: str, tmp_path: Path) -> None
                     )
                 )  # fmt: skip
             assert written[0].tolist() == written[1].tolist(), (rows, way)
+
+
+@pytest.mark.parametrize("settings", [{"profile": "cpu"}, {"layout": "transformers.js"}])
+def test_logits_of_the_last_tokens_only(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Of 0 tokens means of all, as transformers and transformers.js have it."""
+    model = drawn(DECODERS["Llama"]())
+    package = export(model, tmp_path / "package", ExportConfig(**settings))
+    (record,) = package.manifest.graphs
+    session = onnxruntime.InferenceSession(
+        package.path / record.path, providers=["CPUExecutionProvider"]
+    )
+    fed = [each.name for each in session.get_inputs()]
+    assert (KEPT in fed) == (record.optional == ()) == ("layout" in settings)
+    assert KEPT in fed or [e.name for e in session.get_overridable_initializers()] == [KEPT]
+    ids = np.arange(3, 15).reshape(2, 6)
+    feeds = {**record.probe.complete({"input_ids": ids}), KEPT: np.array(0)}
+    whole = session.run(["logits"], feeds)[0]
+    with torch.no_grad():
+        expected = model(torch.tensor(ids)).logits.numpy()
+    assert np.allclose(whole, expected, atol=1e-4)  # measured 2e-6
+    loaded = ffmerge.load_package(package.path)
+    for kept in (1, 4, 6):
+        feeds[KEPT] = np.array(kept)
+        some = session.run(["logits"], feeds)[0]
+        assert some.shape[1] == kept and np.allclose(some, expected[:, -kept:], atol=1e-4)
+        given = loaded(input_ids=torch.tensor(ids), logits_to_keep=kept).logits
+        assert np.array_equal(given.detach().numpy(), some)
+
+
+def test_what_is_behind_the_head_has_the_last_tokens_too() -> None:
+    """The head is multiplied by for these alone; by hand, through a bias and a cap."""
+    text = """(float[b,t,8] x) => (float[b,t,5] logits) {
+        h = Neg(x) p = MatMul(h, W) q = Add(p, c) r = Tanh(q) logits = Mul(r, s) }"""
+    model = shaped(text, W=normal(8, 5), c=normal(5, seed=1), s=np.array(3.0, np.float32))
+    x = normal(2, 4, 8, seed=2)
+    expected = run(model, x=x)[0]
+    keep_last(model)
+    product = next(node for node in model.graph if node.op_type == "MatMul")
+    sliced = product.inputs[0]
+    assert sliced is not None and sliced.producer() is not None
+    assert sliced.producer().op_type == "Slice"
+    for kept in (0, 1, 3, 9):
+        found = run(model, x=x, **{KEPT: np.array(kept)})[0]
+        assert np.array_equal(found, expected[:, -kept:])
+    offer_all(model)
+    assert np.array_equal(run(model, x=x)[0], expected)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "h = Neg(x) p = MatMul(h, W) logits = Softmax<axis=1>(p)",  # tokens are mixed behind it
+        "p = MatMul(x, W) logits = Add(p, c)",  # another number for each token
+        "p = MatMul(x, W) q = Neg(p) z = ReduceSum(p) logits = Add(p, z)",  # another reads it
+    ],
+)
+def test_where_the_head_cannot_be_cut_the_logits_are(body: str) -> None:
+    text = f"(float[b,4,8] x) => (float[b,4,5] logits) {{ {body} }}"
+    weights = {"W": normal(8, 5)} | ({"c": normal(4, 5, seed=1)} if "c)" in body else {})
+    model = shaped(text, **weights)
+    x = normal(2, 4, 8, seed=2)
+    expected = run(model, x=x)[0]
+    keep_last(model)
+    assert np.array_equal(run(model, x=x, **{KEPT: np.array(2)})[0], expected[:, -2:])
 
 
 @pytest.mark.slow
