@@ -6,7 +6,11 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import typer
+import yaml
 from conftest import HEAVY
+
+from ffmerge.__main__ import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("docs/architecture.md", "docs/decisions.md", "CONTRIBUTING.md")
@@ -74,6 +78,19 @@ def test_what_a_page_names_is_there(page: str) -> None:
 def test_what_is_called_heavy_is_there() -> None:
     """A module that was renamed would be among the fast ones."""
     assert [name for name in HEAVY if not (ROOT / f"tests/test_{name}.py").exists()] == []
+
+
+def test_the_skill_names_commands_and_options_that_there_are() -> None:
+    text = (ROOT / "skills" / "ffmerge" / "SKILL.md").read_text(encoding="utf-8")
+    _, head, _ = text.split("---", 2)
+    assert {"name", "description"} <= set(yaml.safe_load(head))
+    assert yaml.safe_load(head)["name"] == "ffmerge"
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    named = re.findall(r"`ffmerge (\w+) ([^`]*)`", text)
+    assert len(named) > 5
+    for name, words in named:
+        known = [option for each in commands[name].params for option in each.opts]
+        assert set(re.findall(r"--[\w-]+", words)) <= set(known)
 
 
 def test_a_name_that_is_gone_is_noticed() -> None:

@@ -1,8 +1,10 @@
 """``optimum-cli ffmerge``: ffmerge's own commands, in both environments."""
 
 import json
+import runpy
 import subprocess
 import sys
+from argparse import ArgumentParser
 from pathlib import Path
 
 import pytest
@@ -34,3 +36,15 @@ def test_it_takes_the_same_arguments_and_gives_the_same_codes(environment: str) 
     code, _, err = _optimum_cli(python, "ffmerge", "inspect", "/nowhere")
     assert code == 2
     assert err.strip().splitlines()[-1].startswith("ffmerge: /nowhere is not a folder")
+
+
+def test_help_shows_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    path = ROOT / "exporter" / "optimum_plugin" / "register_ffmerge.py"
+    parser = ArgumentParser("optimum-cli ffmerge")
+    vars_of = runpy.run_path(str(path))
+    vars_of["FfmergeCommand"].parse_args(parser)
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_args(["--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(f" {command} " in shown for command in ("compress", "merge", "export", "audit"))

@@ -29,6 +29,16 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     return zipfile.ZipFile(folder / name)
 
 
+def test_the_licence_of_every_bundled_model_and_picture_is_told(wheel: zipfile.ZipFile) -> None:
+    inside = {name.rpartition("/")[2] for name in wheel.namelist() if "/licenses/" in name}
+    assert inside == {"LICENSE", "NOTICE"}
+    told = (ROOT / "NOTICE").read_text()
+    words = ["git", "ls-files", "*.safetensors", "*.png", "*.npz", "*.onnx", "*.wav"]
+    tracked = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    folders = {Path(name).parent.as_posix() for name in tracked.stdout.splitlines()}
+    assert all(folder in told for folder in folders)
+
+
 # the one file outside ffmerge: optimum-cli looks for commands in this namespace
 PLUGIN = "optimum/commands/register/register_ffmerge.py"
 

@@ -5,8 +5,15 @@ commands; no folder on that path may have an ``__init__.py``.
 """
 
 from argparse import REMAINDER, ArgumentParser
+from typing import Any
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
+
+
+def _print_help(file: Any = None) -> None:
+    from ffmerge.__main__ import main
+
+    main(["--help"])
 
 
 class FfmergeCommand(BaseOptimumCLICommand):
@@ -18,8 +25,9 @@ class FfmergeCommand(BaseOptimumCLICommand):
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
-        """Take every argument as it is; help is ffmerge's."""
+        """Take every argument as it is; help is ffmerge's: its commands."""
         parser.add_argument("arguments", nargs=REMAINDER)
+        parser.print_help = _print_help  # type: ignore[method-assign]
 
     def run(self) -> None:
         """Run ffmerge and exit with its code."""
