@@ -103,7 +103,16 @@ def main() -> None:
                 run(bin / "pip", "install", "-q", TORCH)
                 run(bin / "pip", "install", "-q", f"{wheel}[torch]")
                 merged = scratch / f"merged{release}"
-                run(bin / "ffmerge", "merge", MODEL, merged, "--k", "2", "--method", "weights")
+                run(
+                    bin / "ffmerge",
+                    "merge",
+                    MODEL,
+                    merged,
+                    "--window",
+                    "1-2",
+                    "--method",
+                    "weights",
+                )
                 run(bin / "ffmerge", "export", merged, scratch / f"exported{release}")
                 run(bin / "ffmerge", "validate", scratch / f"exported{release}")
                 said += f", {disk(scratch / 'venv')} with it"

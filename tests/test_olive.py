@@ -42,9 +42,9 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Any:
         module = ModuleType(name)
         vars(module).update(given)
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.delitem(sys.modules, "ffmerge.exporter.olive_pass", raising=False)
-    yield import_module("ffmerge.exporter.olive_pass")
-    sys.modules.pop("ffmerge.exporter.olive_pass")
+    monkeypatch.delitem(sys.modules, "ffmerge.olive_pass", raising=False)
+    yield import_module("ffmerge.olive_pass")
+    sys.modules.pop("ffmerge.olive_pass")
 
 
 def _run(passes: Any, name: str, out: Path, model: Any, **given: Any) -> Any:

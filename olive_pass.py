@@ -1,7 +1,7 @@
 """ffmerge as passes of Olive: a model merged or narrowed and exported, any ONNX file shared.
 
 Olive imports this module where a package configuration names it, and hands over a model and the
-options of the run. ``python -m ffmerge.exporter.olive_pass`` prints such a configuration: Olive's
+options of the run. ``python -m ffmerge.olive_pass`` prints such a configuration: Olive's
 own passes and these. Options are fields of ``config.py``, by the same names.
 """
 
@@ -27,7 +27,7 @@ from ffmerge.config import (
 from ffmerge.errors import InputError
 from ffmerge.passes.graph.run import share_file
 
-_MODULE = "ffmerge.exporter.olive_pass"  # also where it is run as a program
+_MODULE = "ffmerge.olive_pass"  # also where it is run as a program
 _ANYWHERE = {
     "supported_providers": ["*"],
     "supported_accelerators": ["*"],
