@@ -6,6 +6,7 @@ saw; the tests compare that with ONNX Runtime and PyTorch here.
 
 import functools
 import json
+import re
 import subprocess
 import threading
 from base64 import b64encode
@@ -224,6 +225,25 @@ def test_the_page_tells_sizes_and_fits_a_phone(seen: Any, packages: Path, backen
     ]  # fmt: skip
     for width in ("desktop", "phone"):
         assert (OUT / f"{backend}-{width}.png").stat().st_size > 20_000
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_costs_are_those_of_where_the_models_run(seen: Any, backend: str) -> None:
+    """While models are loaded no figure stands there; only fewer bytes are shown as a gain."""
+    found = seen["demo"][backend]
+    named = {"wasm": "wasm", "webgpu": "WebGPU"}
+    assert found["where"] == f"on {named[backend]}"
+    loaded = BACKENDS[: BACKENDS.index(backend) + 1]  # first wasm, then what is chosen
+    assert len(found["loading"]) == len(loaded)
+    for shown, where in zip(found["loading"], loaded, strict=True):
+        assert f"on {named[where]}" in shown
+        table = shown.partition("Download")[2].partition("In the merged")[0]
+        assert not re.search(r"\d", table)
+    rows = [line.split("\t") for line in found["costs"].splitlines()]
+    assert all(re.search(r"\d", cell) for row in rows for cell in row[1:3])
+    assert found["gains"] == [rows[0][3]]
+    where, costs = found["kept"]  # after a switch that failed: what runs, and its figures
+    assert where == "on wasm" and len(re.findall(r"\d ms", costs)) == 4
 
 
 def greedy(kind: str, model: Any = None) -> tuple[list[list[int]], list[list[int]]]:

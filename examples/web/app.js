@@ -3,7 +3,8 @@ import { WIDTH, drawPicture, readInk } from "./picture.js";
 
 const NAMES = ["original", "merged"]; // the folders below packages/
 const SAMPLES = ["7-8", "0-5", "9-2", "6-6", "1-8", "3-4"];
-const RUNS = 20, BUDGET_MS = 1000; // time per run: the fastest of so many, or of as many as fit
+const NAMED = { wasm: "wasm", webgpu: "WebGPU" };
+const RUNS = 20, BUDGET_MS = 1000, NOISE = 10; // time per run: the fastest of so many, or of as many as fit; percent that is noise
 
 const $ = (selector) => document.querySelector(selector);
 const [board, hint, status] = [$("#ink"), $("#hint"), $("#status")];
@@ -31,12 +32,15 @@ function choose(backend) {
 }
 
 async function load(backend) {
-  say("Loading…", "loading");
+  $("#where").textContent = `on ${NAMED[backend]}`;
+  for (const cell of document.querySelectorAll("tbody td")) [cell.textContent, cell.className] = ["…", ""];
+  say(`Loading on ${NAMED[backend]}…`, "loading");
   const opened = {};
   try {
     for (const name of NAMES) opened[name] = await openPackage(`packages/${name}/`, backend);
   } catch (error) {
     choose(running); // what ran before goes on
+    if (models.merged) costs();
     throw error;
   }
   for (const model of Object.values(models)) await model.close();
@@ -44,7 +48,7 @@ async function load(backend) {
   await answer(); // the first run prepares kernels
   await time();
   costs();
-  say(`Both models run on ${backend === "webgpu" ? "WebGPU" : "wasm"}.`);
+  say(`Both models run on ${NAMED[backend]}.`);
 }
 
 /** Run the models in turn, so that what else the machine does slows both. */
@@ -103,8 +107,10 @@ async function answer() {
   document.body.dataset.answers = ++answers;
 }
 
+/** Show what the models cost where they run; only fewer bytes are shown as a gain. */
 function costs() {
   const { original, merged } = models;
+  $("#where").textContent = `on ${NAMED[running]}`;
   const rows = [
     ["bytes", (n) => `${Math.round(n / 1000).toLocaleString("en")} kB`],
     ["loadMs", (n) => `${n.toFixed(n < 10 ? 1 : 0)} ms`],
@@ -115,7 +121,8 @@ function costs() {
     before.textContent = text(original[key]);
     after.textContent = text(merged[key]);
     const percent = 100 * (merged[key] / original[key] - 1);
-    change.textContent = key === "bytes" ? `${percent.toFixed(1)} %`.replace("-", "−") : "—";
+    change.textContent = changed(key, percent);
+    change.classList.toggle("gain", key === "bytes" && percent < 0);
   });
   const { groups, parameters_before, parameters_after } = merged.manifest.merge;
   const layers = groups.map((group) => group.layers.join(", ")).join("; ");
@@ -123,6 +130,15 @@ function costs() {
     `In the merged model layers ${layers} share one feed-forward sublayer: ${parameters_after.toLocaleString("en")} ` +
     `parameters instead of ${parameters_before.toLocaleString("en")}. Sharing saves bytes, not ` +
     "arithmetic: the time per run stays, and times of so small a model vary.";
+}
+
+/** What a change is in words: the first model's time to load has the runtime's start in it. */
+function changed(key, percent) {
+  if (key === "loadMs") return "—";
+  if (key === "runMs" && Math.abs(percent) < NOISE) return "none";
+  const text = `${percent > 0 ? "+" : ""}${percent.toFixed(key === "bytes" ? 1 : 0)} %`.replace("-", "−");
+  if (key === "bytes") return text;
+  return `${text}, ${percent > 0 ? "slower" : "faster"}`;
 }
 
 async function show(source, sample = null) {

@@ -18,6 +18,11 @@ async function open(browser, path, settings) {
   });
   await page.addInitScript(() => {
     window.dispatches = 0;
+    window.loading = []; // the costs that stand there while models are loaded
+    new MutationObserver(() => {
+      if (document.body?.dataset.state !== "loading") return;
+      window.loading.push(document.querySelector("[aria-labelledby=costs]").innerText);
+    }).observe(document, { attributes: true, attributeFilter: ["data-state"], subtree: true });
     const pass = window.GPUComputePassEncoder?.prototype;
     for (const name of ["dispatchWorkgroups", "dispatchWorkgroupsIndirect"]) {
       const original = pass?.[name];
@@ -65,6 +70,9 @@ async function demo(browser, backend) {
   }
   const shot = (name) => page.screenshot({ path: `${job.out}/${backend}-${name}.png`, fullPage: true });
   found.costs = await page.locator("tbody").innerText();
+  found.where = await page.textContent("#where");
+  found.gains = await page.$$eval("td.gain", (cells) => cells.map((cell) => cell.innerText));
+  found.loading = await page.evaluate(() => window.loading);
   const strokes = async () => {
     let last;
     for (const stroke of job.strokes) last = await answer(page, () => draw(page, stroke));
@@ -85,6 +93,7 @@ async function demo(browser, backend) {
   await page.click("text=WebGPU");
   await page.waitForSelector("body[data-state=failed]");
   found.without = [await page.textContent("#status"), await page.isChecked("[value=wasm]")];
+  found.kept = [await page.textContent("#where"), await page.locator("tbody").innerText()];
   await page.close();
   return found;
 }
