@@ -29,13 +29,15 @@ def describe(
     results: Mapping[str, ShareResult],
     records: Sequence[GraphRecord],
     variants: Sequence[Variant],
+    left_out: Sequence[Skip],
 ) -> Manifest:
-    """Return the manifest of the package whose files are in ``folder``."""
+    """Return the manifest of the package whose files are in ``folder``; ``left_out`` is not."""
     ties: list[Tie] = []
     skipped: dict[Skip, None] = {}
     for result in results.values():
         ties += result.ties
         skipped |= dict.fromkeys(result.skipped)
+    skipped |= dict.fromkeys(left_out)
     source = {}
     if plan.source:
         source = fingerprint(plan.source)

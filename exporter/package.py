@@ -87,7 +87,7 @@ def export(
             except SizeError:
                 plan = with_one_size(plan)
                 results, traces = convert(plan)
-            records, variants = write_files(folder, plan, results, traces)
-            manifest = describe(folder, plan, results, records, variants)
+            records, variants, skipped = write_files(folder, plan, results, traces)
+            manifest = describe(folder, plan, results, records, variants, skipped)
             manifest.write(folder)
     return Package(Path(target), manifest, plan.defaults)

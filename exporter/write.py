@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from ffmerge.exporter.card import card
+from ffmerge.exporter.genai import write_genai
 from ffmerge.exporter.graphs import Graph
 from ffmerge.exporter.ort_format import write_ort
 from ffmerge.exporter.plan import Plan
 from ffmerge.exporter.prepack import write_prepacked
 from ffmerge.exporter.reference import write_reference
 from ffmerge.files import read_json, write_json
+from ffmerge.models import kv_cache
 from ffmerge.models.companions import copy_companions
-from ffmerge.models.manifest import REFERENCE, GraphRecord, Variant
+from ffmerge.models.manifest import REFERENCE, GraphRecord, Skip, Variant
 from ffmerge.models.trace import Trace
 from ffmerge.passes.graph.run import ShareResult
 from ffmerge.passes.graph.tensors import bytes_stored
@@ -36,8 +38,8 @@ LAYOUTS: dict[str, tuple[str, Mapping[str, str]]] = {
 
 def write_files(
     folder: Path, plan: Plan, results: Mapping[str, ShareResult], traces: Mapping[str, Trace]
-) -> tuple[tuple[GraphRecord, ...], tuple[Variant, ...]]:
-    """Write a package without its manifest; return its graphs and their variants.
+) -> tuple[tuple[GraphRecord, ...], tuple[Variant, ...], tuple[Skip, ...]]:
+    """Write a package without its manifest; return its graphs, their variants, what was left out.
 
     Raises:
         TieError: a weight would be stored twice.
@@ -50,12 +52,13 @@ def write_files(
     paths = [record.path for record in records]
     rounding = write_reference(folder / REFERENCE, plan, paths, traces)
     records = tuple(replace(r, rounding=off) for r, off in zip(records, rounding, strict=True))
+    skipped = _write_genai(folder, plan, records)
     _write_config(folder, plan.model)
     if plan.source:
         copy_companions(plan.source, folder)
     text = card(plan.model, plan.task, paths, plan.config.dtype, plan.source)
     (folder / "README.md").write_text(text, encoding="utf-8")
-    return records, variants
+    return records, variants, skipped
 
 
 def _without_parts(graphs: Sequence[Graph]) -> tuple[Graph, ...]:
@@ -106,6 +109,17 @@ def _write_variants(
     if plan.config.prepack:
         variants += write_prepacked(folder, opened)
     return tuple(variants)
+
+
+def _write_genai(folder: Path, plan: Plan, records: Sequence[GraphRecord]) -> tuple[Skip, ...]:
+    """Write what onnxruntime-genai needs beside a decoder for the CPU; return what is left out."""
+    config = plan.config
+    if config.profile != "cpu" or config.layout != "optimum" or len(records) > 1:
+        return ()
+    if not kv_cache.keeps_cache(records[0].outputs):
+        return ()
+    skip = write_genai(folder, records[0], plan.model, config.dtype)
+    return (skip,) if skip else ()
 
 
 def _write_config(folder: Path, model: Any) -> None:
