@@ -8,7 +8,7 @@ next cache.
 """
 
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
 from transformers.utils import ModelOutput
 
 from ffmerge.errors import InputError, first_line
@@ -141,7 +141,7 @@ def _step(run: Run, given: Mapping[str, Any]) -> ModelOutput:
     outputs: dict[str, Any] = run({**given, **past})
     present = kv_cache.pairs(outputs, prefix=PRESENT)
     if present:
-        outputs["past_key_values"] = DynamicCache(present)
+        outputs["past_key_values"] = _cache(present)
     return _without_cache(outputs)
 
 
@@ -176,7 +176,7 @@ def _encode_and_decode(
     present = kv_cache.pairs(outputs, DECODER, PRESENT)
     if present:  # what a later step gives of the encoder's is empty
         kept = crossed or kv_cache.pairs(outputs, ENCODER, PRESENT)
-        outputs["past_key_values"] = EncoderDecoderCache(DynamicCache(present), DynamicCache(kept))
+        outputs["past_key_values"] = EncoderDecoderCache(_cache(present), _cache(kept))
     return _without_cache({**outputs, "encoder_last_hidden_state": states[0]})
 
 
@@ -218,6 +218,17 @@ def _without_cache(tensors: Mapping[str, Any]) -> ModelOutput:
         else:
             named[name] = tensor
     return ModelOutput(**named)
+
+
+def _cache(pairs: Sequence[tuple[Tensor, Tensor]]) -> DynamicCache:
+    """Return a cache that holds keys and values; filled by its own code it would hold copies."""
+    cache = DynamicCache()
+    for key, value in pairs:
+        layer = DynamicLayer()
+        layer.lazy_initialization(key, value)
+        layer.keys, layer.values = key, value
+        cache.layers.append(layer)
+    return cache
 
 
 def _layers_of(cache: Any) -> list[tuple[Tensor, Tensor]]:

@@ -3,11 +3,13 @@
     pip install onnxruntime-genai
     python benchmarks/genai.py CHECKPOINT TEXT [--build FOLDER] [--dtype int4] [--json FILE]
 
-Forms: ``portable`` and ``cpu`` (``ffmerge export --for``), and ``builder`` where onnxruntime-genai
-is installed. All make the same steps in one process, in turns, so that what else the machine does
-falls on all; the times are processor time, of one thread. A ratio is the median of those of pairs,
-one turn of a form over the same turn of ``portable``. ``same`` are the first greedy ids behind a
-prompt that are PyTorch's, of 64. Packages are made once, under ``--build``.
+Forms: ``portable`` and ``cpu`` (``ffmerge export --for``) on ONNX Runtime; where onnxruntime-genai
+is installed, ``genai``, which is the package ``cpu`` on it, ``tied``, the same of the model with
+ten pairs of feed-forward sublayers that are one, and ``builder``, what its own builder makes. All
+make the same steps in one process, in turns, so that what else the machine does falls on all; the
+times are processor time, of several ``--threads`` wall time. A ratio is the median of those of
+pairs, one turn of a form over the same turn of ``--base``. ``same`` are the first greedy ids behind
+a prompt that are PyTorch's, of 64. Packages are made once, under ``--build``.
 """
 
 import argparse
@@ -23,18 +25,21 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-DECODED, PREFILLED = (64, 256, 1024), (256, 1024)  # tokens before the measured ones; of a prompt
+FORMS = ("portable", "cpu", "genai", "tied", "builder")
+PREFILLED = (256, 1024)  # tokens of a prompt
+PAIRS = 10
 TOKENS, GREEDY = 16, 64
+Clock = Callable[[], float]
 PAST, KEPT = "past_key_values.", "num_logits_to_keep"
 
 
 class Package:
     """A package of ours, on ONNX Runtime: outputs stay where they are and are the next inputs."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, threads: int) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = 3
-        options.intra_op_num_threads = 1
+        options.intra_op_num_threads = threads
         self.session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         self.outputs = [o.name for o in self.session.get_outputs()]
         self.kept: dict[str, Any] = {}
@@ -67,15 +72,15 @@ class Package:
 
 
 class Built:
-    """What the builder made, on onnxruntime-genai."""
+    """A folder on onnxruntime-genai: what its builder made, or a package of ours."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, threads: int) -> None:
         import onnxruntime_genai
 
         self.library = onnxruntime_genai
         config = onnxruntime_genai.Config(str(path))
-        threads = {"session_options": {"intra_op_num_threads": 1}}
-        config.overlay(json.dumps({"model": {"decoder": threads}}))
+        settings = {"session_options": {"intra_op_num_threads": threads}}
+        config.overlay(json.dumps({"model": {"decoder": settings}}))
         self.model = onnxruntime_genai.Model(config)
         self.generator: Any = None
 
@@ -92,36 +97,57 @@ class Built:
         return int(self.generator.get_next_tokens()[0])
 
 
-def build(checkpoint: str, folder: Path, dtype: str) -> dict[str, Callable[[], Any]]:
-    """Make the packages that are not there yet, and return what opens each."""
-    forms: dict[str, Callable[[], Any]] = {}
-    for form in ("portable", "cpu"):
-        path = folder / f"{form}-{dtype}"
-        if not path.exists():
-            export = [sys.executable, "-m", "ffmerge", "export", checkpoint, str(path)]
-            subprocess.run([*export, "--dtype", dtype, "--for", form], check=True)
-        forms[form] = lambda path=path: Package(path / "model.onnx")
-    path = folder / f"builder-{dtype}"
-    if not path.exists():
+def build(checkpoint: str, folder: Path, dtype: str, form: str) -> Path:
+    """Make what a form opens, if it is not there yet, and return where it is."""
+    name = {"genai": "cpu"}.get(form, form)  # the same package
+    path = folder / f"{name}-{dtype}"
+    if path.exists():
+        return path
+    if name == "builder":
         make = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", checkpoint]
         where = ["-o", str(path), "-c", str(folder / "cache"), "-e", "cpu", "-p", dtype]
-        if subprocess.run([*make, *where], check=False).returncode:
-            return forms
-    forms["builder"] = lambda: Built(path)
-    return forms
+        subprocess.run([*make, *where], check=True)
+    elif name == "tied":
+        export_tied(checkpoint, path, dtype)
+    else:
+        make = [sys.executable, "-m", "ffmerge", "export", checkpoint, str(path)]
+        subprocess.run([*make, "--dtype", dtype, "--for", name], check=True)
+    return path
 
 
-def turn(form: Any, ids: list[int], length: int) -> tuple[float, float]:
+def export_tied(checkpoint: str, path: Path, dtype: str) -> None:
+    """Export a model whose middle layers have, two by two, the feed-forward sublayer of the first.
+
+    It writes nonsense as fast as one that was merged well.
+    """
+    import ffmerge
+
+    model = ffmerge.load(checkpoint)
+    layers = model.model.layers
+    first = (len(layers) - 2 * PAIRS) // 2
+    for at in range(first, first + 2 * PAIRS, 2):
+        layers[at + 1].mlp = layers[at].mlp
+    ffmerge.export(model, path, ffmerge.ExportConfig(dtype=dtype, profile="cpu"))
+
+
+def opened(form: str, path: Path, threads: int) -> Any:
+    """Return what runs a form."""
+    if form in ("portable", "cpu"):
+        return Package(path / "model.onnx", threads)
+    return Built(path, threads)
+
+
+def turn(form: Any, ids: list[int], length: int, clock: Clock) -> tuple[float, float]:
     """Return the ms of reading a prompt of this length, and of a token behind it, the median."""
     form.start(length + TOKENS + 2)
-    start = time.process_time()
+    start = clock()
     last = form.step(ids[:length])
-    read = time.process_time() - start
+    read = clock() - start
     times = []
     for _ in range(TOKENS):
-        start = time.process_time()
+        start = clock()
         last = form.step([last])
-        times.append(time.process_time() - start)
+        times.append(clock() - start)
     return read * 1e3, statistics.median(times) * 1e3
 
 
@@ -147,19 +173,20 @@ def same(form: Any, ids: list[int], wanted: list[int]) -> int:
     return [*equal, False].index(False)
 
 
-def measure(forms: dict[str, Any], ids: list[int], turns: int) -> dict[str, dict[str, list[float]]]:
+def measure(
+    forms: dict[str, Any], ids: list[int], turns: int, lengths: list[int], clock: Clock
+) -> dict[str, dict[str, list[float]]]:
     """Return the ms of every turn, by what is measured and form."""
     found: dict[str, dict[str, list[float]]] = {}
-    for length in sorted({*DECODED, *PREFILLED}):
+    for length in lengths:
         for number in range(turns + 1):
             for name in sorted(forms, reverse=bool(number % 2)):
-                read, decoded = turn(forms[name], ids, length)
+                read, decoded = turn(forms[name], ids, length, clock)
                 if number == 0:  # buffers are made
                     continue
                 if length in PREFILLED:
                     found.setdefault(f"prefill {length}", {}).setdefault(name, []).append(read)
-                if length in DECODED:
-                    found.setdefault(f"decode {length}", {}).setdefault(name, []).append(decoded)
+                found.setdefault(f"decode {length}", {}).setdefault(name, []).append(decoded)
     return found
 
 
@@ -169,26 +196,31 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("--build", type=Path, default=Path("build/genai"))
     parser.add_argument("--dtype", default="int4")
+    parser.add_argument("--forms", nargs="+", default=FORMS, choices=FORMS)
+    parser.add_argument("--base", default="builder")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[64, 256, 1024])
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     given.build.mkdir(parents=True, exist_ok=True)
-    forms = build(given.checkpoint, given.build, given.dtype)
+    paths = {f: build(given.checkpoint, given.build, given.dtype, f) for f in given.forms}
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(given.checkpoint)
-    ids = tokenizer(given.text.read_text())["input_ids"][: max(DECODED)]
+    ids = tokenizer(given.text.read_text())["input_ids"][: max(given.lengths)]
     wanted = expected(given.checkpoint, ids[:32])
-    opened = {name: make() for name, make in forms.items()}
-    agreed = {name: same(form, ids[:32], wanted) for name, form in opened.items()}
-    found = measure(opened, ids, given.turns)
+    forms = {name: opened(name, path, given.threads) for name, path in paths.items()}
+    agreed = {name: same(form, ids[:32], wanted) for name, form in forms.items() if name != "tied"}
+    clock = time.process_time if given.threads == 1 else time.perf_counter
+    found = measure(forms, ids, given.turns, given.lengths, clock)
     print(f"{given.dtype}; greedy ids that are PyTorch's, of {GREEDY}: {agreed}\n")
-    print("| | " + " | ".join(f"{name}: ms, ratio" for name in opened) + " |")
-    print("|---" * (len(opened) + 1) + "|")
+    print("| | " + " | ".join(f"{name}: ms, ratio" for name in forms) + " |")
+    print("|---" * (len(forms) + 1) + "|")
     for what, times in found.items():
         cells = []
-        for name in opened:
-            ratios = [a / b for a, b in zip(times[name], times["portable"], strict=True)]
+        for name in forms:
+            ratios = [a / b for a, b in zip(times[name], times[given.base], strict=True)]
             ms, ratio = statistics.median(times[name]), statistics.median(ratios)
             cells.append(f"{ms:.1f}, {ratio:.2f}")
         print(f"| {what} | " + " | ".join(cells) + " |")
