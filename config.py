@@ -217,7 +217,8 @@ class MergeConfig(CompareConfig):
     whose size then is the budget's. ``criterion`` is what chooses: ``metric``, where there is one,
     or ``fidelity`` to the original, which needs no labels. ``tokens`` are the positions the
     statistics of each stack are taken from, about 10,000 in the paper. ``rank`` is that of
-    ``residual``, by default one for every 64 dimensions of the model.
+    ``residual``, by default one for every 64 dimensions of the model. ``tune`` are the steps for
+    which each narrowed sublayer is trained alone, on what it reads and is to put out.
     """
 
     window: Window | Mapping[str, Window] | None = option(
@@ -238,10 +239,15 @@ class MergeConfig(CompareConfig):
         choices=CRITERIA,
     )
     rank: int | None = None
+    tune: int = option(
+        0, "Steps of training of each narrowed sublayer alone, on --data, without labels.", "--tune"
+    )
 
     def __post_init__(self) -> None:
         """Refuse what contradicts itself."""
         super().__post_init__()
+        if self.tune < 0 or (self.tune and (self.method != "narrow" or self.budget is None)):
+            raise InputError("tune is a number of steps, of --method narrow and a --budget.")
         if sum(given is not None for given in (self.k, self.window, self.budget)) != 1:
             raise InputError("give either a window, the number k of layers to merge, or a budget.")
         if self.budget is None and self.auto_precision:

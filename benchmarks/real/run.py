@@ -38,9 +38,11 @@ from ffmerge.passes.weights.widths import parameters_of
 
 RESULTS = Path(__file__).parent.parent / "results" / "real.json"
 METHODS = (
-    "narrow", "narrow, even", "calibrated", "permute", "low-rank", "drop-ffn", "drop-layer",
-    "finercut",
+    "narrow", "narrow, even", "narrow, tuned", "calibrated", "permute", "low-rank", "drop-ffn",
+    "drop-layer", "finercut",
 )  # fmt: skip
+TUNED = "narrow, tuned"  # each narrowed sublayer trained alone for as many steps
+STEPS = {True: 80, False: 300}  # of a language model, of an encoder
 PARTS = (10, 15, 20)  # percent of all parameters removed
 ROWS = {"calibrate": 1024, "validate": 64, "test": 256}  # sentences of an encoder
 BATCH = 32  # sentences
@@ -155,7 +157,9 @@ def reduced(
         merged = evenly(model, calibration, part)
     else:
         asked: dict[str, Any] = {"budget": f"-{part}%"}
-        if method != "narrow":
+        if method == TUNED:
+            method, asked["tune"] = "narrow", STEPS[is_language]
+        elif method != "narrow":
             asked = {"k": 1 + round(part / 100 * count / parameters_of(model, find(model)[0]))}
         config = MergeConfig(method=method, batch_size=8 if is_language else BATCH, **asked)
         merge, merged = merging.choose(model, calibration, held_out, config)

@@ -29,13 +29,15 @@ Batch = Mapping[str, Array]
 class Stop:
     """Where a pass stands: a map by its path, what it was given and what it put out.
 
-    ``stream`` is what that is going to be added to, where it is known (``stream.py``).
+    ``stream`` is what that is going to be added to, where it is known (``stream.py``), ``read``
+    what the first map of its sublayer was given.
     """
 
     path: str
     given: Tensor
     out: Tensor
     stream: Tensor | None
+    read: Tensor | None
 
 
 class Pass(Thread):
@@ -46,6 +48,7 @@ class Pass(Thread):
         super().__init__(daemon=True)
         self.model, self.batch = model, batch
         self.stream: Tensor | None = None
+        self.read: Tensor | None = None
         self._stops: SimpleQueue[Stop | BaseException] = SimpleQueue()
         self._answers: SimpleQueue[Tensor | StopForward | None] = SimpleQueue()
         self.start()
@@ -62,8 +65,8 @@ class Pass(Thread):
 
     def stop(self, path: str, given: Tensor, out: Tensor) -> Tensor | None:
         """Stop, in this thread, until it is answered what shall be put out: None, what is."""
-        self._stops.put(Stop(path, given, out, self.stream))
-        self.stream = None
+        self._stops.put(Stop(path, given, out, self.stream, self.read))
+        self.stream = self.read = None
         answer = self._answers.get()
         if isinstance(answer, StopForward):
             raise answer
@@ -89,11 +92,12 @@ class Pass(Thread):
 
 @contextmanager
 def abreast(
-    model: Any, paths: Iterable[str], streams: Iterable[str]
+    model: Any, paths: Iterable[str], streams: Iterable[str], reads: Iterable[str] = ()
 ) -> Generator[Callable[[Batch], Pass], None, None]:
     """Give what starts a pass that stops behind each of the maps; all end with the block.
 
-    ``streams`` are the modules that are given the stream, each before its map.
+    ``streams`` are the modules that are given the stream, each before its map, and ``reads`` the
+    first maps of the sublayers.
     """
     passes: list[Pass] = []
 
@@ -101,6 +105,11 @@ def abreast(
         found = current_thread()
         assert isinstance(found, Pass)
         found.stream = args[0]
+
+    def keep_read(path: str, _: Any, args: tuple[Tensor, ...], out: Tensor) -> None:
+        found = current_thread()
+        assert isinstance(found, Pass)
+        found.read = args[0]
 
     def stop(path: str, _: Any, args: tuple[Tensor, ...], out: Tensor) -> Tensor | None:
         found = current_thread()
@@ -111,7 +120,12 @@ def abreast(
         passes.append(Pass(model, batch))
         return passes[-1]
 
-    with hooked(model, streams, keep), hooked(model, paths, stop), unchunked(model):
+    with (
+        hooked(model, streams, keep),
+        hooked(model, reads, keep_read),
+        hooked(model, paths, stop),
+        unchunked(model),
+    ):
         heap.trim()
         try:
             yield start

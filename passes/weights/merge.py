@@ -137,7 +137,7 @@ def choose(
         _check_needs_no_data(method, searches)
     score = _score(model, held_out, config)
     statistics = Statistics(model, calibration, _watched(method, stacks), config, progress)
-    trials = Trials(model, method, statistics, score, progress)
+    trials = Trials(model, method, statistics, score, progress, tune=config.tune)
     before = trials.measured({})
     if score and held_out is not None:
         warn_near_chance(model, score.name, before.value, len(held_out))

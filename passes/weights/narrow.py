@@ -31,10 +31,12 @@ from ffmerge.passes.weights.activations import Batches, positions
 from ffmerge.passes.weights.elimination import Elimination, Matrix, eliminate
 from ffmerge.passes.weights.least_squares import Regression
 from ffmerge.passes.weights.stream import streams
+from ffmerge.passes.weights.tuning import Function, as_function, tune
 from ffmerge.progress import Progress, silent
 
 TOKENS = 32_768  # positions that W_out is solved over
 FORECAST = 8_192  # positions that tell what a width costs
+PutsOut = Callable[[Pass], Tensor]
 RIDGE = 1e-2  # of each neuron's own sum of squares
 _TINY = 1e-6  # of the mean one: so much is added too, for neurons that are never active
 
@@ -68,14 +70,31 @@ class Problem:
         return weight, self.target - self.mean[kept] @ weight
 
 
+@dataclass(frozen=True)
+class Turn:
+    """The turn of one member: passes of the original and narrowed model that stand at it.
+
+    ``normalized`` says that its sum with the stream is.
+    """
+
+    model: Any
+    member: FeedForward
+    original: Sequence[Pass]
+    narrowed: Sequence[Pass]
+    normalized: bool = False
+
+
 def fit(
     model: Any,
     members: Sequence[FeedForward],
     plans: Sequence[Mapping[FeedForward, int]],
     batches: Batches,
     progress: Progress = silent,
+    steps: int = 0,
 ) -> list[SharedWeights]:
     """Return for each plan the members' own weights at its widths; the model stays as it is.
+
+    With ``steps`` each sublayer is then trained alone (``tuning.py``), before the next is solved.
 
     Raises:
         InputError: a member cannot be narrowed, or the data does not fit the model.
@@ -84,23 +103,26 @@ def fit(
     by_path, known = {member.output: member for member in members}, streams(model, members)
     normalized = {member for member, stream in known.items() if stream.normalized}
     found: list[dict[FeedForward, dict[Key, Tensor]]] = [{} for _ in plans]
-    with abreast(model, by_path, [stream.given for stream in known.values()]) as start:
+    given, reads = [stream.given for stream in known.values()], [m.inputs[0] for m in members]
+    with abreast(model, by_path, given, reads) as start:
         original = _started(model, members, batches, start, TOKENS)
         narrowed = [_again(original, start) for _ in plans]
         while True:
             member = by_path[original[0].at.path]
             solved = []
             for plan, parts, passes in zip(plans, found, narrowed, strict=True):
-                asked = member, plan[member], original, passes, member in normalized
-                parts[member], kept = _solved(model, *asked)
-                solved.append((passes, parts[member], kept))
+                turn = Turn(model, member, original, passes, member in normalized)
+                parts[member], puts_out = _solved(turn, plan[member], steps)
+                solved.append((passes, puts_out))
             progress("narrowing", len(found[0]), len(members))
             if len(found[0]) == len(members):
                 return [_in_order(members, parts) for parts in found]
             for each in original:
                 each.go_on()
-            for passes, own, kept in solved:
-                _go_on(member, passes, own, kept)
+            for passes, puts_out in solved:
+                for each in passes:
+                    each.go_on(puts_out(each))
+                heap.trim()
 
 
 def forecast(
@@ -120,7 +142,7 @@ def forecast(
         original = _started(model, members, batches, start, FORECAST)
         while True:
             member = by_path[original[0].at.path]
-            problem = _problem(model, member, original, original)
+            problem = _problem(Turn(model, member, original, original))
             found[member] = problem.eliminated(1).errors / problem.count
             progress("forecasting", len(found), len(members))
             if len(found) == len(members):
@@ -185,42 +207,70 @@ def _in_order(
     return SharedWeights({}, [parts[member] for member in members])
 
 
-def _solved(
-    model: Any,
-    member: FeedForward,
-    width: int,
-    original: Sequence[Pass],
-    narrowed: Sequence[Pass],
-    normalized: bool,
-) -> tuple[dict[Key, Tensor], Any]:
-    """Return a member's weights at a width, and which of its neurons stay."""
-    problem = _problem(model, member, original, narrowed, normalized)
-    kept = problem.eliminated(width).kept(width, member.d_ff)
-    return _cut(model, member, kept, *problem.solved(kept)), kept
+def _solved(turn: Turn, width: int, steps: int) -> tuple[dict[Key, Tensor], PutsOut]:
+    """Return a member's weights at a width, and what puts out what they do, where a pass stands."""
+    problem = _problem(turn)
+    kept = problem.eliminated(width).kept(width, turn.member.d_ff)
+    parts = _cut(turn.model, turn.member, kept, *problem.solved(kept))
+    function = None
+    if steps:
+        function = _function(turn)
+    if function is None:
+        return parts, lambda each: _put_out(turn.member, parts, kept, each.at.given)
+    tuned = tune(function, parts, *_examples(turn), steps)
+    return tuned, lambda each: function(tuned, each.at.read).to(each.at.out)
 
 
-def _problem(
-    model: Any,
-    member: FeedForward,
-    original: Sequence[Pass],
-    narrowed: Sequence[Pass],
-    normalized: bool = False,
-) -> Problem:
+def _function(turn: Turn) -> Function | None:
+    """Return the member as a function of its weights, if it is known what lies between them."""
+    own = {}
+    for key, weight in zip(turn.member.keys, turn.member.weights, strict=True):
+        own[key] = turn.model.get_parameter(weight.name).detach()
+    at = turn.original[0].at
+    if at.read is None:
+        return None
+    return as_function(turn.member, own, at.read, at.given)
+
+
+def _examples(turn: Turn) -> tuple[Tensor, Tensor, Tensor]:
+    """Return at all positions what the member reads, what it should put out, what that counts."""
+    read, target, counts = [], [], []
+    for one, other in zip(turn.original, turn.narrowed, strict=True):
+        assert other.at.read is not None  # else there is no function to train
+        counted = _counted(turn.model, turn.member, one)
+        read.append(other.at.read[counted].float())
+        target.append(other.at.out[counted].float() + _short(one, other)[counted])
+        weights = torch.ones(len(read[-1]), device=read[-1].device)
+        if turn.normalized:
+            weights = _weights(one, counted)
+        counts.append(weights)
+    return torch.cat(read), torch.cat(target), torch.cat(counts)
+
+
+def _short(one: Pass, other: Pass) -> Tensor:
+    """Return what a narrowed pass is short of where it stands, the stream's part included."""
+    short = one.at.out.float() - other.at.out.float()
+    if one.at.stream is not None and other.at.stream is not None:
+        short += (one.at.stream.float() - other.at.stream.float()).view_as(short)
+    return short
+
+
+def _problem(turn: Turn) -> Problem:
     """Add up what the narrowed passes have hidden and what they are short of.
 
     Where the sum with the stream is ``normalized``, a position counts by what it is divided by.
     """
+    model, member = turn.model, turn.member
     weight, bias = _w_out(model, member)
     zeros = weight.new_zeros
     sums = Regression(zeros(member.d_ff, member.d_ff), zeros(member.d_ff, member.d_model))
-    for one, other in zip(original, narrowed, strict=True):
+    for one, other in zip(turn.original, turn.narrowed, strict=True):
         counted = _counted(model, member, one)
         hidden = other.at.given[counted].float()
-        short = one.at.out[counted].float() - other.at.out[counted].float()
-        if one.at.stream is not None and other.at.stream is not None:
-            stream = one.at.stream.float() - other.at.stream.float()
-            short += stream.view_as(one.at.out)[counted]
-        sums.update(0, hidden, short, _weights(one, counted) if normalized else None)
+        weights = None
+        if turn.normalized:
+            weights = _weights(one, counted)
+        sums.update(0, hidden, _short(one, other)[counted], weights)
     gram, cross = (_whole(sums.gram), sums.cross.double().cpu().numpy())
     hidden_mean, missing = sums.hidden[0].cpu().numpy(), sums.target[0].cpu().numpy()
     if bias is None:
@@ -280,15 +330,6 @@ def _cut(
         else:
             parts[key] = weight.reordered(value, order)
     return parts
-
-
-def _go_on(
-    member: FeedForward, passes: Sequence[Pass], parts: Mapping[Key, Tensor], kept: Any
-) -> None:
-    """Have narrowed passes go on with what the narrowed member puts out."""
-    for each in passes:
-        each.go_on(_put_out(member, parts, kept, each.at.given))
-    heap.trim()
 
 
 def _put_out(member: FeedForward, parts: Mapping[Key, Tensor], kept: Any, hidden: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from torch import nn
 from ffmerge.errors import InputError
 from ffmerge.files import size_text
 from ffmerge.models.record import Group, Narrowed
+from ffmerge.models.ties import SharedWeights
 from ffmerge.passes.weights import narrow, precision, widths
 from ffmerge.passes.weights.cache import ActivationCache
 from ffmerge.passes.weights.evaluate import Score
@@ -67,6 +68,7 @@ class Trials:
     score: Score | None
     progress: Progress
     cache: ActivationCache | None = None
+    tune: int = 0  # steps for each sublayer that is narrowed, once widths are chosen
 
     def __post_init__(self) -> None:
         """Begin with nothing tried."""
@@ -210,16 +212,26 @@ def search_widths(
     if least > limit:
         raise _out_of_reach(limit, least, "with as few neurons as can be")
     tried: list[tuple[Candidate, Merged]] = []
-    frontier = [now]
     plans = widths.plans(model, members, remove, data.batches, trials.progress)
     for change in narrow.fit(model, members, plans, data.batches(), trials.progress):
-        merged: Merged = {members: change}
-        with in_place(model, merged):
-            tried.append((trials.measured(merged), merged))
-        frontier.append(tried[-1][0])
-    trials.tried += frontier[1:]
-    best, merged = max(tried, key=lambda each: trials.rank(each[0].value))
-    return merged, best, tuple(frontier)
+        tried.append(_narrowed(trials, members, change))
+    at = max(range(len(plans)), key=lambda i: trials.rank(tried[i][0].value))
+    if trials.tune:
+        asked = model, members, [plans[at]], data.batches(), trials.progress, trials.tune
+        [change] = narrow.fit(*asked)
+        tried.append(_narrowed(trials, members, change))
+        at = max(at, -1, key=lambda i: trials.rank(tried[i][0].value))
+    best, merged = tried[at]
+    candidates = [candidate for candidate, _ in tried]
+    trials.tried += candidates
+    return merged, best, (now, *candidates)
+
+
+def _narrowed(trials: Trials, members: Members, change: SharedWeights) -> tuple[Candidate, Merged]:
+    """Return what narrowed members are as a candidate."""
+    merged: Merged = {members: change}
+    with in_place(trials.model, merged):
+        return trials.measured(merged), merged
 
 
 def _cheapest_join(
