@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from ffmerge.models.companions import companion_bytes
 from ffmerge.models.examples import Examples
 from ffmerge.models.float32 import float32_
 from ffmerge.models.inputs import forward
-from ffmerge.models.manifest import REFERENCE, Manifest
+from ffmerge.models.manifest import REFERENCE, Manifest, MetricResult
 from ffmerge.models.sizes import beside, check_reach, fitting, narrower
 from ffmerge.models.tasks import task_of
 from ffmerge.passes.weights import merge as merging
@@ -46,15 +47,20 @@ from ffmerge.passes.weights.target import (
     Way,
     measured,
     takes_mixed,
-    whole,
 )
 from ffmerge.progress import Progress
+from ffmerge.runtime_tests import report
+from ffmerge.runtime_tests.results import Validation, metric_row, stages
 from ffmerge.runtime_tests.validate import validate
 from ffmerge.serving import load_package
 from ffmerge.steps import RESULT, Steps, call_of
 
 NARROWED = 1.15  # what the graph of a narrowed model takes, of the original's: measured 1.11
 MIXED = "2, 4 and 8 bits by data"
+# Below so much of int4's bytes mixed bits alone lose more than after a part of the neurons is gone,
+# of which so much stays (a trained encoder: docs/quality.md).
+ALONE, PART = 0.85, 0.9
+NONE: Mapping[str, Any] = {"value": None}  # a way that does not lead there
 # Seconds of a step: so many times those of the data through the model once, and so many for tracing
 # and for what is measured in a process of its own.
 BITS_COST, NARROW_COST, EXPORT_COST = 8.0, 15.0, 0.15
@@ -138,7 +144,7 @@ def compress(
     """
     check_output(out, overwrite)
     steps = _steps(source, out, config, paths, options, overwrite)
-    with progress.shown() as show, scratch(_wide(out)) as wide:
+    with progress.shown() as show, steps.held(), scratch(_wide(out)) as wide:
         run = _opened(source, wide, config, paths, options, show)
         found = _package(run, steps, "", run.limit)
         if found.shipped > found.size:  # what is beside the weights is known now
@@ -151,10 +157,13 @@ def compress(
         result = validate(
             found.folder / "package", data=labelled, progress=lambda step: show(step, 0, 0)
         )
-    shutil.rmtree(out, ignore_errors=True)
-    found.folder.rename(out)
-    (out / RESULT).unlink()
-    steps.remove()
+        _report(
+            found, result, f"ffmerge compress MODEL {out.name} --size {config.size} --data DATA"
+        )
+        shutil.rmtree(out, ignore_errors=True)
+        found.folder.rename(out)
+        (out / RESULT).unlink()
+        steps.remove()
     return replace(found, folder=out, ok=result.ok and found.shipped <= found.size)
 
 
@@ -187,12 +196,17 @@ def outline(
     check_reach(shapes, run.limit, taken)
     room, found = run.limit - taken, [("measure the original", "", once, "")]
     fits, aim = fitting(shapes, room), narrower(shapes, room)
-    if fits is not None:
-        size = size_text(bytes_of(model, fits) + taken)
-        found.append((f"measure {fits}", size, once, ""))
-    if takes_mixed(shapes, room) and len(graphs(model, str(run.config.task))) == 1:
+    ways = _ways(run, room, run.limit)
+    if "whole" in ways:
+        size = size_text(bytes_of(model, str(fits)) + taken)
+        found.append((f"measure {fits}", size, once, "whole"))
+    if "mixed" in ways:
         cost = BITS_COST * once + TRACED
         found.append((f"export and measure {MIXED}", size_text(run.limit), cost, "mixed"))
+    if "narrowed-mixed" in ways:
+        what = f"take {1 - PART:.0%} of the parameters out, export and measure {MIXED}"
+        cost = (NARROW_COST + BITS_COST) * once + TRACED
+        found.append((what, size_text(run.limit), cost, "narrowed-mixed"))
     if aim is not None:
         what = f"take neurons out of {aim[0]} and measure it"
         found.append((what, size_text(run.limit), NARROW_COST * once + TRACED, "narrowed"))
@@ -279,23 +293,19 @@ def _package(run: _Run, steps: Steps, attempt: str, limit: int) -> Compressed:
     model, score = run.model, run.score
     run.show("measuring", 0, 0)
     before, original = bytes_of(model, "fp32"), score.measure(model)
-    shapes = shapes_of(model)
-    taken = beside(shapes, run.folder)
-    check_reach(shapes, limit, taken)
-    room = limit - taken
-    found = whole(model, room, score)
-    aim = narrower(shapes, room)
-    mixed, narrow = steps.folder / f"{attempt}mixed", steps.folder / f"{attempt}narrowed"
-    if takes_mixed(shapes, room):
-        told = steps.do(mixed.name, lambda folder: _mixed(run, folder, limit))
-        found += _told(told)
-    if aim is not None:
-        needed = not found
-        told = steps.do(narrow.name, lambda folder: _narrowed(run, folder, aim, needed))
-        found += _told(told)
-    found.sort(key=lambda way: score.rank(way.value), reverse=True)
-    name = f"{attempt}best"
-    steps.do(name, lambda folder: _best(run, found[0], folder, mixed, narrow))
+    room = limit - _taken(run)
+    found = {}
+    for name, make in _ways(run, room, limit).items():
+        told = steps.do(f"{attempt}{name}", make)
+        if told["value"] is not None:
+            found[f"{attempt}{name}"] = Way(
+                told["dtype"], told["bytes"], told["value"], told["text"]
+            )
+    if not found:
+        raise InputError("no way to the size is left: give a larger one.")
+    order = sorted(found, key=lambda name: score.rank(found[name].value), reverse=True)
+    best, name = order[0], f"{attempt}best"
+    steps.do(name, lambda folder: _best(run, found[best], folder, steps.folder / best))
     written = Manifest.read(steps.folder / name / "package")
     files = [file for file in written.files if file.path not in _BESIDE]
     return Compressed(
@@ -307,40 +317,66 @@ def _package(run: _Run, steps: Steps, attempt: str, limit: int) -> Compressed:
         metric=score.name,
         examples=len(run.held_out),
         original=original,
-        ways=tuple(found),
+        ways=tuple(found[each] for each in order),
         ok=False,
     )
 
 
-def _told(step: Mapping[str, Any]) -> list[Way]:
-    """Return the way that a step has found, if it has."""
-    if step["value"] is None:
-        return []
-    return [Way(step["dtype"], step["bytes"], step["value"], step["text"])]
+def _taken(run: _Run) -> int:
+    """Return about the bytes beside the weights of the model."""
+    return beside(shapes_of(run.model), run.folder)
 
 
-def _mixed(run: _Run, folder: Path, limit: int) -> dict[str, Any]:
-    """Write the package of 2, 4 and 8 bits that takes so many bytes; no value: there is none."""
-    none = {"value": None}
-    if len(graphs(run.model, str(run.config.task))) > 1:  # bits are chosen for a single graph
-        return none
-    run.show("choosing bits", 0, 0)
-    budget = f"{limit - companion_bytes(run.folder)}B"
-    export = replace(_export(run, "int4"), budget=budget)
-    try:
-        written = package.export(run.model, folder / "package", export, run.folder, run.calibration)
-    except InputError:  # so few bytes that 2 bits do not do, or data that one graph does not take
-        return none
-    if sum(file.bytes for file in written.manifest.files if file.path not in _BESIDE) > limit:
-        return none
+def _ways(run: _Run, room: int, limit: int) -> dict[str, Callable[[Path], Mapping[str, Any]]]:
+    """Return by the name of its step what makes and measures each way to the size.
+
+    Where 8 bits do not fit a model of one graph, its bits are mixed, and where that alone would
+    leave little, after a part of the neurons is gone as well. What is rounded to 4 bits by data is
+    measured as the package that is shipped.
+
+    Raises:
+        InputError: no way leads there.
+    """
+    shapes = shapes_of(run.model)
+    check_reach(shapes, limit, limit - room)
+    fits, aim = fitting(shapes, room), narrower(shapes, room)
+    single = len(graphs(run.model, str(run.config.task))) == 1
+    mixes = single and takes_mixed(shapes, room)
+    ways: dict[str, Callable[[Path], Mapping[str, Any]]] = {}
+    if mixes:
+        ways["mixed"] = partial(_mixed, run, fits, limit)
+    elif fits is not None:
+        ways["whole"] = partial(_whole, run, fits)
+    if mixes and room < ALONE * bytes_of(run.model, "int4"):
+        kept = int(PART * bytes_of(run.model, "fp32"))
+        ways["narrowed-mixed"] = partial(_narrowed, run, "int4", kept, limit)
+    if aim is not None:
+        ways["narrowed"] = partial(_narrowed, run, *aim, None)
+    return ways
+
+
+def _whole(run: _Run, dtype: str, folder: Path) -> Mapping[str, Any]:
+    """Measure the model in a precision."""
     run.show("measuring", 0, 0)
-    value = run.score.measure(load_package(written.path).float())
-    return vars(Way("int4", written.manifest.bytes_unique, value, MIXED))
+    return vars(measured(run.model, dtype, run.score, dtype))
 
 
-def _narrowed(run: _Run, folder: Path, aim: tuple[str, int], needed: bool) -> dict[str, Any]:
-    """Save the model narrowed to some bytes of float32; no value: it cannot be."""
-    dtype, kept = aim
+def _mixed(run: _Run, fits: str | None, limit: int, folder: Path) -> Mapping[str, Any]:
+    """Write the package of 2, 4 and 8 bits of so many bytes, or else of int4 if that ``fits``."""
+    told = _with_mixed_bits(run, run.model, limit, folder, MIXED)
+    if told["value"] is None and fits is not None:
+        shutil.rmtree(folder / "package", ignore_errors=True)
+        return _as_package(run, run.model, folder, _export(run, fits), fits)
+    return told
+
+
+def _narrowed(
+    run: _Run, dtype: str, kept: int, limit: int | None, folder: Path
+) -> Mapping[str, Any]:
+    """Save the model narrowed to some bytes of float32, and with a ``limit`` its mixed package.
+
+    No value: nothing, or too little, can be narrowed.
+    """
     budget = MergeConfig(
         method="narrow",
         budget=f"{kept}B",
@@ -350,25 +386,67 @@ def _narrowed(run: _Run, folder: Path, aim: tuple[str, int], needed: bool) -> di
     model = run.open()
     try:
         merge, merged = merging.choose(model, run.calibration, run.held_out, budget, run.show)
-    except InputError:  # nothing, or too little, can be narrowed
-        if needed:
-            raise
-        return {"value": None}
+    except InputError:
+        return NONE
     merging.apply_(model, merge, merged)
     checkpoint.save(model, folder / "checkpoint", run.folder)
-    return vars(measured(model, dtype, run.score, f"{dtype}, {merge.record.narrowed[0].text}"))
+    model = checkpoint.load(folder / "checkpoint", run.trusted)
+    removed = merge.record.narrowed[0].text
+    if limit is not None:
+        return _with_mixed_bits(run, model, limit, folder, f"{MIXED}, {removed}")
+    text = f"{dtype}, {removed}"
+    if dtype == "int4" and len(graphs(model, str(run.config.task))) == 1:
+        return _as_package(run, model, folder, _export(run, dtype), text)
+    return vars(measured(model, dtype, run.score, text))
 
 
-def _best(run: _Run, way: Way, folder: Path, mixed: Path, narrow: Path) -> dict[str, Any]:
+def _with_mixed_bits(
+    run: _Run, model: Any, limit: int, folder: Path, text: str
+) -> Mapping[str, Any]:
+    """Write the model's package of 2, 4 and 8 bits that takes so many bytes; or no value."""
+    run.show("choosing bits", 0, 0)
+    export = replace(_export(run, "int4"), budget=f"{limit - companion_bytes(run.folder)}B")
+    try:
+        told = _as_package(run, model, folder, export, text)
+    except InputError:  # so few bytes that 2 bits do not do, or data that one graph does not take
+        return NONE
+    written = Manifest.read(folder / "package")
+    if sum(file.bytes for file in written.files if file.path not in _BESIDE) > limit:
+        return NONE
+    return told
+
+
+def _as_package(
+    run: _Run, model: Any, folder: Path, export: ExportConfig, text: str
+) -> Mapping[str, Any]:
+    """Write the model's package into a folder, and measure it as it is."""
+    written = package.export(model, folder / "package", export, run.folder, run.calibration)
+    run.show("measuring", 0, 0)
+    value = run.score.measure(load_package(written.path).float())
+    return vars(Way(export.dtype, written.manifest.bytes_unique, value, text))
+
+
+def _report(found: Compressed, result: Validation, command: str) -> None:
+    """Write the report anew, with what the original kept on the data that chose."""
+    by, data = "PyTorch", "the data that chose"
+    metric = MetricResult(found.metric, found.original, found.examples)
+    rows = [metric_row("original", by, data, metric)]
+    rows += [row for row in stages(result.manifest) if row.stage == "merged"]
+    if result.metric is not None:
+        rows.append(metric_row("served", result.providers[0].name, data, result.metric))
+    report.write_report(found.folder / "package", result, stages=rows, commands=[command])
+
+
+def _best(run: _Run, way: Way, folder: Path, made: Path) -> dict[str, Any]:
     """Put the package of a way into the folder, and the narrowed checkpoint if it has one."""
-    if way.text == MIXED:
-        shutil.copytree(mixed / "package", folder / "package")
+    model = run.model
+    if (made / "checkpoint").exists():
+        shutil.copytree(made / "checkpoint", folder / "checkpoint")
+        model = checkpoint.load(folder / "checkpoint", run.trusted)
+    if (made / "package").exists():
+        shutil.copytree(made / "package", folder / "package")
         return {}
     run.show("tracing and writing", 0, 0)
-    model = run.model
-    if way.text != way.dtype:
-        shutil.copytree(narrow / "checkpoint", folder / "checkpoint")
-        model = checkpoint.load(folder / "checkpoint", run.trusted)
     export = _export(run, way.dtype)
     package.export(model, folder / "package", export, run.folder, run.calibration)
     return {}

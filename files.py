@@ -23,6 +23,7 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
+CAN_LOCK = fcntl is not None  # folders
 
 # Of the processes that torchrun or accelerate launch starts, the one that writes and prints. Others
 # set RANK as well, Kubernetes for one: only with a world size above 1 is it a rank.
@@ -68,13 +69,13 @@ def _beside(target: Path) -> Iterator[Path]:
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=parent))
     except OSError as error:
         raise InputError(f"cannot write {target}: {error.strerror or error}.") from error
-    lock = _lock(folder)
+    held = lock(folder)
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
+        if held is not None:
+            os.close(held)
 
 
 def clean_up(target: Path) -> None:
@@ -83,18 +84,18 @@ def clean_up(target: Path) -> None:
     These are their hidden folders, and data that one had put beside a graph still in its folder.
     """
     for folder in target.absolute().parent.glob(f".{glob.escape(target.name)}.partial-*"):
-        lock = _lock(folder)
-        if lock is None:
+        held = lock(folder)
+        if held is None:
             continue
         data = target.with_name(f"{target.name}_data")
         graph_waits = (folder / target.name).is_file() and not target.exists()
         if graph_waits and not (folder / data.name).exists():
             data.unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
+        os.close(held)
 
 
-def _lock(folder: Path) -> int | None:
+def lock(folder: Path) -> int | None:
     """Return a descriptor that locks ``folder`` until it is closed or the process ends.
 
     None where another process holds it, or the system locks no folders (Windows).

@@ -7,12 +7,15 @@ is another one, everything is done again.
 
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ffmerge.files import read_json, staged, write_json
+from ffmerge.errors import InputError
+from ffmerge.files import CAN_LOCK, lock, read_json, staged, write_json
 from ffmerge.progress import announce
 
 _CALL, RESULT = "call.json", "step.json"
@@ -28,6 +31,31 @@ class Steps:
         file = self.folder / _CALL
         self._same = not again and file.is_file() and read_json(file) == call
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other processes from these steps; a folder with nothing done is gone after it.
+
+        Raises:
+            InputError: another one is at work on the same output, or it cannot be written.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot write {self.folder}: {error.strerror or error}.") from error
+        held = lock(self.folder)
+        if held is None and CAN_LOCK:
+            raise InputError(
+                f"another command is at work in {self.folder}: wait for it, or choose another "
+                "output."
+            )
+        try:
+            yield
+        finally:
+            if self.folder.is_dir() and not any(self.folder.iterdir()):
+                self.folder.rmdir()
+            if held is not None:
+                os.close(held)
+
     def has(self, name: str) -> bool:
         """Say whether a step is done."""
         return self._same and (self.folder / name / RESULT).is_file()
@@ -35,8 +63,12 @@ class Steps:
     def do(self, name: str, make: Callable[[Path], Mapping[str, Any]]) -> dict[str, Any]:
         """Return what ``make`` told, which wrote into the folder of the step: now or before."""
         if not self._same:
-            self.remove()
-            self.folder.mkdir(parents=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for left in self.folder.iterdir():
+                if left.is_dir():
+                    shutil.rmtree(left)
+                else:
+                    left.unlink()
             write_json(self.folder / _CALL, self._call)
             self._same = True
         target = self.folder / name

@@ -236,13 +236,28 @@ def loss_rows(after: Validation, stages: Sequence[MetricRow] | None = None) -> l
     if merged is not None and exported is not None:
         note = f"{name}, merged in PyTorch against ONNX Runtime; {largest}"
         found.append(_metric_row("Export loss", name, merged, exported, note))
+    elif original is not None and exported is not None:  # nothing but the weights was made smaller
+        note = (
+            f"{name}, original in PyTorch against {after.manifest.dtype} in ONNX Runtime; {largest}"
+        )
+        found.append(_metric_row("Export loss", name, original, exported, note))
     else:
         note = "every output, PyTorch against ONNX Runtime"
         found.append(Row("Export loss", None, largest, "", "", note))
     return found
 
 
-def _first(validation: Validation, metric: str) -> dict[str, str]:
+def _along(after: Validation, stages: Sequence[MetricRow] | None) -> list[MetricRow]:
+    """Return the metrics stage by stage, the original's too where only ``stages`` have it."""
+    found = after.metrics
+    if any(row.stage == "original" for row in found):
+        return found
+    return [row for row in stages or () if row.stage == "original"] + found
+
+
+def _first(
+    validation: Validation, metric: str, stages: Sequence[MetricRow] | None
+) -> dict[str, str]:
     """Return what the original had, by the name of the row: the manifest tells its size and score.
 
     Its weights count in float32.
@@ -252,7 +267,8 @@ def _first(validation: Validation, metric: str) -> dict[str, str]:
         found["Size on disk"] = f"{size_text(manifest.merge.bytes_before)} of weights"
     elif manifest.dtype != "fp32":
         found["Size on disk"] = f"{size_text(4 * manifest.parameters)} of weights in float32"
-    for row in validation.metrics:
+    known = validation.metrics if stages is None else stages
+    for row in known:
         if row.stage == "original" and row.name.capitalize() == metric:
             found[metric] = metric_text(row.name, row.value)
     return found
@@ -408,7 +424,8 @@ def write_report(
     shown = dict(
         lines=lines,
         memory=parts,
-        first=_first(after, metric),
+        first=_first(after, metric, stages),
+        metrics=_along(after, stages),
         manifest=manifest,
         validation=after,
         before=before,

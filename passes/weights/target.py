@@ -2,9 +2,9 @@
 
 ``compress.py`` measures these against each other and takes the best. A way is a precision of the
 package, and where that alone does not fit, fewer hidden neurons (``narrow.py``). Of the precisions
-that fit as they are only the highest is a way (:func:`whole`): a lower one loses more. The next
+that fit as they are only the highest is a way (``sizes.fitting``): a lower one loses more. The next
 higher one, narrowed until it fits (``sizes.narrower``), may be better. Weights are rounded as in a
-package (``precision.py``); what rounding by data brings int4 is not counted.
+package (``precision.py``); what is rounded by data is measured as a package.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from typing import Any
 
 from ffmerge.models.sizes import DTYPES, Shapes, fitting
 from ffmerge.passes.weights.evaluate import Score
-from ffmerge.passes.weights.precision import bytes_of, rounded, shapes_of
+from ffmerge.passes.weights.precision import bytes_of, rounded
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,6 @@ class Way:
     bytes: int
     value: float
     text: str
-
-
-def whole(model: Any, room: int, score: Score) -> list[Way]:
-    """Return the highest precision that fits, if one does, measured."""
-    dtype = fitting(shapes_of(model), room)
-    if dtype is None:
-        return []
-    return [measured(model, dtype, score, dtype)]
 
 
 def takes_mixed(shapes: Shapes, room: int) -> bool:
