@@ -47,7 +47,9 @@ def test_what_is_shipped_fits_and_is_whole(data: Path, tmp_path: Path, run: Any)
     assert {"reference.safetensors", "report.html", "ffmerge.json"} <= left
     assert ffmerge.audit(package).ok
     page = (package / "report.md").read_text()
-    assert f"original | PyTorch | {100 * found['original']:.2f} %" in " ".join(page.split()), page
+    assert f"original | PyTorch | accuracy | {100 * found['original']:.2f} %" in " ".join(
+        page.split()
+    ), page
     ways = [way["what"] for way in found["ways"]]
     values = [way["value"] for way in found["ways"]]
     assert values == sorted(values, reverse=True)
