@@ -90,8 +90,9 @@ def _write_graphs(
         parts = tuple(paths[part] for part in graph.parts)
         inputs = results[graph.name].model.graph.inputs
         optional = tuple(str(value.name) for value in inputs if value.is_initializer())
-        path = paths[graph.name]
-        records.append(GraphRecord(path, graph.outputs, graph.probe, parts, optional=optional))
+        records.append(
+            GraphRecord(paths[graph.name], graph.outputs, graph.probe, parts, optional=optional)
+        )
     return tuple(records)
 
 
