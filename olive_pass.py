@@ -52,7 +52,7 @@ def _params(*kinds: tuple[Any, tuple[str, ...]]) -> dict[str, PassConfigParam]:
     return params
 
 
-class FfmergeExport(Pass):  # type: ignore[misc]
+class FfmergeExport(Pass):
     """Export a model of transformers as a package; with a budget merge or narrow it before."""
 
     @classmethod
@@ -85,7 +85,7 @@ class FfmergeExport(Pass):  # type: ignore[misc]
         return CompositeModelHandler(handlers, [Path(each).stem for each in graphs])
 
 
-class FfmergeShare(Pass):  # type: ignore[misc]
+class FfmergeShare(Pass):
     """Store equal weights of an ONNX file once, in fewer bits if wanted."""
 
     @classmethod
