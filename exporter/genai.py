@@ -18,6 +18,7 @@ import onnx_ir as ir
 import onnxruntime
 from onnx_ir.passes.common import DeduplicateInitializersPass, RemoveUnusedNodesPass
 
+from ffmerge.errors import first_line
 from ffmerge.exporter.last_logits import LOGITS
 from ffmerge.files import write_json
 from ffmerge.models import kv_cache
@@ -35,7 +36,9 @@ SHORT, NEW = 3, 5  # tokens before, and read at once, where the rest of the mask
 HIDDEN = -1e20  # what is added to a score that does not count is below that
 # of the largest logit: how far the two graphs may be apart, and in less bits, where what a product
 # reads is rounded
-CLOSE, CLOSE_ROUNDED = 1e-4, 0.1
+CLOSE, CLOSE_ROUNDED = 1e-3, 0.1
+ROUNDED = ("fp16", "q4f16", "int8-dynamic", "int8-static")
+FLOAT = 1  # the accuracy level of MatMulNBits that does not round what is multiplied
 LENGTH = 9  # tokens of the prompt that they are compared on
 _INPUTS = ("input_ids", "attention_mask", "position_ids")
 _POSITIONS = ("max_position_embeddings", "n_positions")
@@ -56,9 +59,9 @@ def write_genai(folder: Path, record: GraphRecord, model: Any, dtype: str) -> Sk
         _share_buffers(onnx_graph, length)
         ir.save(onnx_graph, folder / GRAPH)
         _check_same(folder / record.path, folder / GRAPH, record, dtype)
-    except _Plain as reason:
+    except Exception as reason:  # ONNX Runtime's errors have no common class of their own
         (folder / GRAPH).unlink(missing_ok=True)
-        graph, skip = record.path, Skip("genai", f"its cache grows by copies: {reason}")
+        graph, skip = record.path, Skip("genai", f"its cache grows by copies: {first_line(reason)}")
     write_json(folder / CONFIG, _config(record, model, graph, length))
     return skip
 
@@ -258,10 +261,23 @@ def _one_row(graph: ir.Graph) -> None:
             logits.shape = ir.Shape([logits.shape[0], 1, *logits.shape[2:]])
 
 
+def _exact(path: Path) -> Any:
+    """Return a session of a graph whose products of 4 and 8 bits round nothing but weights."""
+    model, target = ir.load(path), path.with_name(f"exact_{path.name}")
+    for node in model.graph:
+        if (node.domain, node.op_type) == (MICROSOFT, "MatMulNBits"):
+            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", FLOAT)
+    try:
+        ir.save(model, target)  # beside the data file
+        return _opened(target)
+    finally:
+        target.unlink(missing_ok=True)
+
+
 def _check_same(one: Path, other: Path, record: GraphRecord, dtype: str) -> None:
     """Raise _Plain unless two graphs put out the same behind a prompt, and for a token more."""
-    close = CLOSE if dtype == "fp32" else CLOSE_ROUNDED
-    first, second = _opened(one), _opened(other)
+    close = CLOSE_ROUNDED if dtype in ROUNDED else CLOSE
+    first, second = _exact(one), _exact(other)
     drawn = record.probe.draw(0, batch=1)
     caches: list[dict[str, Array]] = [
         {name: array[:, :, :0] for name, array in drawn.items() if kv_cache.is_past(name)}
