@@ -149,7 +149,7 @@ def _filled(
     if once and record and record.narrowed:
         made = modeling_ffmerge.narrow_class(kind, _rules(kind, config, record))
     try:
-        with _quiet(), adapter.without_adapter(folder) as shown:
+        with quiet(), adapter.without_adapter(folder) as shown:
             model, info = made.from_pretrained(
                 shown, config=config, variant=variant, use_safetensors=True,
                 dtype="auto", output_loading_info=True, ignore_mismatched_sizes=once,
@@ -359,8 +359,8 @@ def _multiply_out(model: Any, state: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers from warning of unset parameters: ``load`` accounts for each of them."""
+def quiet() -> Iterator[None]:
+    """Keep transformers from warning of what is known: ``load`` accounts for unset parameters."""
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 from transformers.activations import ACT2CLS, ACT2FN
 
+from ffmerge.models.checkpoint import quiet
 from ffmerge.models.sublayer import FeedForward
 from ffmerge.models.ties import Key
 
@@ -85,15 +86,20 @@ def tune(
 
 def _candidates(count: int) -> Iterator[Callable[[list[Tensor]], Tensor]]:
     """Yield what could lie between the maps: an activation, of gated ones times the other map."""
-    for name in ACT2CLS:
-        try:
-            activation = ACT2FN[name]
-        except (TypeError, ImportError):  # one that is made with arguments
-            continue
+    for activation in _activations():
         if count == 1:
             yield partial(_plain, activation)
         for one, other in permutations(range(count), 2):
             yield partial(_gated, activation, one, other)
+
+
+def _activations() -> Iterator[Activation]:
+    """Yield the activations of transformers that have no weights of their own."""
+    for name in ACT2CLS:
+        with quiet():  # one tells of a kernel that could be installed
+            activation = ACT2FN[name]
+        if not any(activation.parameters()):
+            yield activation
 
 
 def _plain(activation: Activation, ups: list[Tensor]) -> Tensor:
