@@ -349,11 +349,16 @@ CHAINS = {
     [("alike", None), ("constants", None), ("branches", None), ("branches", "fp16")],
 )
 def test_time_grows_with_size_and_not_with_its_square(kind, dtype):
-    """4 times the nodes take 3.5 to 5.3 times as long; of tensors alike it was 18 times."""
+    """4 times the nodes take 3.5 to 5.3 times as long; of tensors alike it was 18 times.
+
+    The least of two: in a process that holds much, garbage collection alone takes half a second.
+    """
     times = []
     for count in (150, 600):
-        model = _alike(count) if kind == "alike" else _chain(CHAINS[kind], count)
-        times.append(_seconds(model, dtype))
+        models = [
+            _alike(count) if kind == "alike" else _chain(CHAINS[kind], count) for _ in range(2)
+        ]
+        times.append(min(_seconds(model, dtype) for model in models))
     assert times[1] < 9 * times[0] + 0.5
 
 
