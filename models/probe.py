@@ -294,5 +294,5 @@ def best_scores(logits: Array, classes: Array) -> Array:
     for i, row in enumerate(rows):
         found[i, :-1] = row[classes[i]]
         others = np.delete(row.astype(np.float64), classes[i])
-        found[i, -1] = others.max() + np.log(np.exp(others - others.max()).sum())
+        found[i, -1] = np.logaddexp.reduce(others)
     return found

@@ -87,7 +87,7 @@ TOLERANCES = {
     ),
     "int4": Tolerance(3.0, 1e-1, 0.97, 0.9, 2.2, 0.85, 0.2, 0.5, 0.7, 0.5, real=True),
     "q4f16": Tolerance(3.0, 1e-1, 0.97, 0.9, 2.2, 0.85, 0.2, 0.5, 0.7, 0.5, real=True),
-    "int8-static": Tolerance(1.0, 5e-2, 0.99, 0.98, 0.6, 0.95, 2e-2, 0.25, 0.8, 0.5, real=True),
+    "int8-static": Tolerance(1.0, 5e-2, 0.99, 0.99, 0.6, 0.95, 2e-2, 0.25, 0.8, 0.5, real=True),
 }
 
 

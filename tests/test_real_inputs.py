@@ -260,7 +260,7 @@ def test_the_best_classes_and_the_others_as_one_are_compared_as_by_hand() -> Non
     left = [np.append(row[at], 1 - row[at].sum()) for row, at in zip(q, classes, strict=True)]
     assert quality is not None and quality.positions == 15
     by_hand = rel_entr(np.array(kept), np.array(left)).sum(-1).mean()
-    assert quality.kl == pytest.approx(by_hand, rel=1e-12)  # 2.1e-14
+    assert quality.kl == pytest.approx(by_hand, rel=1e-12)  # measured 0
     assert 0.9 * rel_entr(p, q).sum(-1).mean() < quality.kl < rel_entr(p, q).sum(-1).mean()
     assert quality.agreement == (p.argmax(-1) == q.argmax(-1)).mean() < 1
 
@@ -291,6 +291,23 @@ def test_of_large_logits_all_real_positions_are_judged(tmp_path: Path) -> None:
     reference.tensors[scores][7, -1] = 9  # one position that is not among those kept whole
     [logits, *_] = parity_of(graph, session, reference, "all", EXACT)
     assert not logits.ok and logits.reason is not None and "divergence" in logits.reason
+
+
+def test_logits_of_fewer_classes_than_are_expected_are_told(tmp_path: Path) -> None:
+    rows = {"input_ids": np.random.default_rng(0).integers(0, 9000, (3, 40))}
+    model = gpt2(layers=1)
+    model.resize_token_embeddings(9000)
+    export(model, tmp_path / "p", data=from_arrays(rows))
+    [graph] = Manifest.read(tmp_path / "p").graphs
+    session = find_runtime("cpu").open(tmp_path / "p" / graph.path, "all")
+
+    class Fewer:
+        def run(self, names: Any, feeds: Any) -> dict[str, np.ndarray]:
+            found = dict(session.run(names, feeds))
+            return {**found, "logits": found["logits"][..., :8000]}
+
+    [logits, *_] = parity_of(graph, Fewer(), read_reference(tmp_path / "p"), "all", EXACT)
+    assert not logits.ok and "reference elements" in str(logits.reason)
 
 
 def test_of_large_logits_whole_positions_are_kept() -> None:

@@ -9,7 +9,7 @@ from test_narrow import MODELS, _data, _outputs
 from tiny import gpt2
 
 from ffmerge.config import MergeConfig
-from ffmerge.errors import InputError
+from ffmerge.errors import FfmergeWarning, InputError
 from ffmerge.models.examples import from_arrays
 from ffmerge.models.find import find
 from ffmerge.passes.weights import narrow
@@ -54,7 +54,7 @@ def test_a_sublayer_is_the_function_that_the_model_computes(name: str) -> None:
         assert function is not None
         with torch.no_grad():
             out = model.get_submodule(member.output)(hidden)
-        assert torch.allclose(function(own, read), out, rtol=1e-4, atol=1e-5)  # 1e-6
+        assert torch.allclose(function(own, read), out, rtol=1e-4, atol=1e-5)  # measured 0
         assert as_function(member, own, read, hidden.sin()) is None
 
 
@@ -79,7 +79,8 @@ def test_a_function_that_is_not_known_leaves_the_closed_form(monkeypatch: Any) -
     members, batches = find(model), [_data(model)]
     plan = dict.fromkeys(members, 24)
     [closed] = narrow.fit(model, members, [plan], batches)
-    [tuned] = narrow.fit(model, members, [plan], batches, steps=3)
+    with pytest.warns(FfmergeWarning, match="layer 0 of .* is not trained"):
+        [tuned] = narrow.fit(model, members, [plan], batches, steps=3)
     for one, other in zip(closed.own, tuned.own, strict=True):
         assert all(torch.equal(one[key], other[key]) for key in one)
 

@@ -38,9 +38,9 @@ def at_level(graph: Path, level: str) -> Path:
     for node in model.graph.node:
         if node.op_type == "MatMulNBits":
             kept = [each for each in node.attribute if each.name != "accuracy_level"]
-            number = 4
-            if level == "0" or level in node.input[1]:
-                number = 0
+            number = 0
+            if level == "4" or (level != "0" and level not in node.input[1]):
+                number = 4
             del node.attribute[:]
             node.attribute.extend([*kept, onnx.helper.make_attribute("accuracy_level", number)])
     path = graph.with_name(f"level{level}.onnx")

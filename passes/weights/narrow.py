@@ -11,6 +11,7 @@ and narrowed, once for each set of widths (``abreast.py``); the sums of a sublay
 d), are held while it is its turn.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from scipy.linalg import cho_factor, cho_solve
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ffmerge.errors import InputError
+from ffmerge.errors import FfmergeWarning, InputError
 from ffmerge.models import heap, ties
 from ffmerge.models.offload import device_of
 from ffmerge.models.sublayer import FeedForward
@@ -226,10 +227,17 @@ def _function(turn: Turn) -> Function | None:
     own = {}
     for key, weight in zip(turn.member.keys, turn.member.weights, strict=True):
         own[key] = turn.model.get_parameter(weight.name).detach()
-    at = turn.original[0].at
-    if at.read is None:
-        return None
-    return as_function(turn.member, own, at.read, at.given)
+    at, found = turn.original[0].at, None
+    if at.read is not None:
+        found = as_function(turn.member, own, at.read, at.given)
+    if found is None:
+        warnings.warn(
+            f"layer {turn.member.layer} of {turn.member.stack!r} is not trained: no activation of "
+            "transformers gives what lies between its maps.",
+            FfmergeWarning,
+            stacklevel=2,
+        )
+    return found
 
 
 def _examples(turn: Turn) -> tuple[Tensor, Tensor, Tensor]:

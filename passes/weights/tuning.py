@@ -22,7 +22,7 @@ from ffmerge.models.ties import Key
 
 POSITIONS = 1024  # of a step
 RATE = 1e-2  # highest step of Adam, in root mean squares of a weight
-_SAME = 1e-4  # of the size of what is hidden; measured 5e-7
+_SAME = 1e-4  # of the size of what is hidden; measured 0
 _SAME_HALF = 1e-2  # in 16 bits
 
 Parts = Mapping[Key, Tensor]
