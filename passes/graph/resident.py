@@ -4,7 +4,9 @@ ONNX Runtime's CPU provider packs a float32 weight on the right of a MatMul or G
 its own when it loads the model, and keeps the original for a Gather. It packs no left operand, so
 ``x @ W^T`` is written ``(W @ x^T)^T`` by :func:`weights_to_left`, the last step of sharing;
 :func:`weights_to_right`, its first, takes that back. A Gemm would not do: ONNX Runtime's own
-optimizer turns ``Transpose(Gemm(W, x))`` back.
+optimizer turns ``Transpose(Gemm(W, x))`` back. It would also put ``x^T`` into the product, whose
+kernel then reads the weight twice as slowly for one row, as a decoder has: a Reshape that changes
+nothing stands between.
 """
 
 import onnx_ir as ir
@@ -12,6 +14,7 @@ import onnx_ir as ir
 from ffmerge.models.manifest import Skip
 from ffmerge.passes.graph.rewrite import become, insert
 from ffmerge.passes.graph.tensors import is_op, shape_of
+from ffmerge.passes.graph.transposed import numbers
 
 # Bytes from which a weight is worth two transposes of activations.
 LARGE = 1_000_000
@@ -23,14 +26,14 @@ def weights_to_left(model: ir.Model) -> list[Skip]:
     Return those that still are both, and why.
     """
     skipped = []
-    for weight in model.graph.initializers.values():
-        if _may_be_packed(weight) and (reason := _move(weight)):
+    for weight in tuple(model.graph.initializers.values()):
+        if _may_be_packed(weight) and (reason := _move(weight, model.graph)):
             why = f"may be in memory twice once loaded: {reason}"
             skipped.append(Skip(weight.name or "", why))
     return skipped
 
 
-def _move(weight: ir.Value) -> str | None:
+def _move(weight: ir.Value, main: ir.Graph) -> str | None:
     """Move a weight in more than one form to the left; return why some product stays, or None."""
     products = [node for node, i in weight.uses() if i == 1 and is_op(node, "MatMul", "Gemm")]
     raw = len(products) < len(weight.uses()) or weight.is_graph_output()
@@ -43,7 +46,7 @@ def _move(weight: ir.Value) -> str | None:
         return first
     for node, reason in obstacles.items():
         if reason is None:
-            _to_left(node, weight)
+            _to_left(node, weight, main)
     return first
 
 
@@ -64,13 +67,31 @@ def weights_to_right(model: ir.Model) -> None:
         for product, index in tuple(weight.uses()):
             if not is_op(product, "MatMul") or index != 0:
                 continue
-            right, uses = product.inputs[1], tuple(product.outputs[0].uses())
-            before = right.producer() if right else None
+            uses = tuple(product.outputs[0].uses())
+            before = _turned(product.inputs[1], weight)
             if len(uses) != 1 or product.outputs[0].is_graph_output():
                 continue
             after = uses[0].node
-            if before and _turns(before) and _turns(after):
+            if before and _turns(after):
                 become(after, "Gemm", [before.inputs[0], weight], transB=1)
+
+
+def _turned(right: ir.Value | None, weight: ir.Value) -> ir.Node | None:
+    """Return the Transpose that gives what a weight is multiplied by, if it is one."""
+    node = right.producer() if right else None
+    if node and _keeps(node, weight):
+        node = node.inputs[0].producer() if node.inputs[0] else None
+    if node and _turns(node):
+        return node
+    return None
+
+
+def _keeps(node: ir.Node, weight: ir.Value) -> bool:
+    """Say whether a node is the Reshape before the product of a weight, which changes nothing."""
+    if not is_op(node, "Reshape") or weight.const_value is None or node.inputs[1] is None:
+        return False
+    sizes = node.inputs[1].const_value
+    return sizes is not None and sizes.numpy().tolist() == [shape_of(weight.const_value)[1], -1]
 
 
 def _turns(node: ir.Node) -> bool:
@@ -88,11 +109,12 @@ def _obstacle(node: ir.Node) -> str | None:
     return None
 
 
-def _to_left(node: ir.Node, weight: ir.Value) -> None:
+def _to_left(node: ir.Node, weight: ir.Value, main: ir.Graph) -> None:
     """Write ``Gemm(x, W, transB=1)`` as ``Transpose(MatMul(W, Transpose(x)))``; same output."""
     x = node.inputs[0]
     assert x is not None and weight.const_value is not None
     (rows, width), dtype = shape_of(weight.const_value), weight.const_value.dtype
     turned = insert(node, "Transpose", [x], dtype, [width, None], perm=[1, 0])
-    product = insert(node, "MatMul", [weight, turned], dtype, [rows, None])
+    same = insert(node, "Reshape", [turned, numbers(main, (width, -1))], dtype, [width, None])
+    product = insert(node, "MatMul", [weight, same], dtype, [rows, None])
     become(node, "Transpose", [product], perm=[1, 0])

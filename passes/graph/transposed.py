@@ -52,18 +52,18 @@ def read_transposed(node: ir.Node, index: int, weight: ir.Value, main: ir.Graph)
     if rank == 2:
         return become(node, "Gemm", [x, weight], transB=1)
 
-    flat = insert(node, "Reshape", [x, _numbers(main, [-1, width])], dtype, [None, width])
+    flat = insert(node, "Reshape", [x, numbers(main, [-1, width])], dtype, [None, width])
     product = insert(node, "Gemm", [flat, weight], dtype, [None, columns], transB=1)
     sizes = insert(node, "Shape", [x], INDEX, [rank])
-    first = _numbers(main, range(rank - 1))
+    first = numbers(main, range(rank - 1))
     leading = insert(node, "Gather", [sizes, first], INDEX, [rank - 1])
-    full = insert(node, "Concat", [leading, _numbers(main, [columns])], INDEX, [rank], axis=0)
+    full = insert(node, "Concat", [leading, numbers(main, [columns])], INDEX, [rank], axis=0)
     become(node, "Reshape", [product, full])
 
 
-def _numbers(main: ir.Graph, numbers: Sequence[int]) -> ir.Value:
+def numbers(main: ir.Graph, wanted: Sequence[int]) -> ir.Value:
     """Return the int64 initializer with these numbers, made when there is none yet."""
-    name = "ffmerge.int64." + ".".join(map(str, numbers))
+    name = "ffmerge.int64." + ".".join(map(str, wanted))
     if name in main.initializers:
         return main.initializers[name]
-    return store(main, name, ir.tensor(np.array(numbers, np.int64), name=name))
+    return store(main, name, ir.tensor(np.array(wanted, np.int64), name=name))
