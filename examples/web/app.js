@@ -135,9 +135,9 @@ function costs() {
 /** What a change is in words: the first model's time to load has the runtime's start in it. */
 function changed(key, percent) {
   if (key === "loadMs") return "—";
-  if (key === "runMs" && Math.abs(percent) < NOISE) return "none";
   const text = `${percent > 0 ? "+" : ""}${percent.toFixed(key === "bytes" ? 1 : 0)} %`.replace("-", "−");
   if (key === "bytes") return text;
+  if (Math.abs(percent) < NOISE) return `${text}, noise`;
   return `${text}, ${percent > 0 ? "slower" : "faster"}`;
 }
 
