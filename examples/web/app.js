@@ -4,7 +4,7 @@ import { WIDTH, drawPicture, readInk } from "./picture.js";
 const NAMES = ["original", "merged"]; // the folders below packages/
 const SAMPLES = ["7-8", "0-5", "9-2", "6-6", "1-8", "3-4"];
 const NAMED = { wasm: "wasm", webgpu: "WebGPU" };
-const RUNS = 20, BUDGET_MS = 1000, NOISE = 10; // time per run: the fastest of so many, or of as many as fit; percent that is noise
+const RUNS = 20, BUDGET_MS = 1000, NOISE = 20; // time per run: the fastest of so many, or of as many as fit; percent that is noise
 
 const $ = (selector) => document.querySelector(selector);
 const [board, hint, status] = [$("#ink"), $("#hint"), $("#status")];
