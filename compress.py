@@ -434,7 +434,11 @@ def _report(found: Compressed, result: Validation, command: str) -> None:
     rows += [row for row in stages(result.manifest) if row.stage == "merged"]
     if result.metric is not None:
         rows.append(metric_row("served", result.providers[0].name, data, result.metric))
-    report.write_report(found.folder / "package", result, stages=rows, commands=[command])
+    points = [report.Point("original", found.before, found.original)]
+    for way in found.ways:
+        points.append(report.Point(way.text, way.bytes, way.value, way is found.ways[0]))
+    also = report.Extras([command], (), points, found.metric)
+    report.write_report(found.folder / "package", result, None, rows, also)
 
 
 def _best(run: _Run, way: Way, folder: Path, made: Path) -> dict[str, Any]:

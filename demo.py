@@ -31,19 +31,6 @@ TEST = "test pictures"
 
 
 @dataclass(frozen=True)
-class Point:
-    """A way to make the model smaller: the bytes of its weights, and its metric in PyTorch.
-
-    ``best``: no other one is smaller and at least as good.
-    """
-
-    what: str
-    bytes: int
-    value: float
-    best: bool = False
-
-
-@dataclass(frozen=True)
 class Demo:
     """The demo's packages before and after, and the metric in three ``stages``.
 
@@ -55,7 +42,7 @@ class Demo:
     after: Validation
     stages: tuple[MetricRow, ...]
     merge: Merge
-    points: tuple[Point, ...]
+    points: tuple[report.Point, ...]
 
     @property
     def ok(self) -> bool:
@@ -117,17 +104,20 @@ def demo(out: Path) -> Demo:
         if after.metric:
             stages.append(metric_row("served", "cpu", TEST, after.metric))
         alike = [stack.to_json() for stack in similarity(original, calibration)]
-        report.write_report(folder, after, before, stages, ["ffmerge demo"], alike)
         show("narrowing", 0, 0)
         narrowed = checkpoint.load(MODEL)
         budget = f"{result.record.bytes_after}B"
         merge_(narrowed, calibration, MergeConfig(method="narrow", budget=budget), held_out)
         models = {"original": original, "merged": merged, "narrowed": narrowed}
         points = _points(models, score, show)
+        also = report.Extras(["ffmerge demo"], alike, points, str(score.name))
+        report.write_report(folder, after, before, stages, also)
     return Demo(before, after, tuple(stages), result, points)
 
 
-def _points(models: dict[str, Any], score: Score, show: progress.Progress) -> tuple[Point, ...]:
+def _points(
+    models: dict[str, Any], score: Score, show: progress.Progress
+) -> tuple[report.Point, ...]:
     """Return each model in each precision, the largest first."""
     points = []
     for name, model in models.items():
@@ -136,10 +126,10 @@ def _points(models: dict[str, Any], score: Score, show: progress.Progress) -> tu
             with ExitStack() as stack:
                 if dtype != "fp32":
                     stack.enter_context(rounded(model, dtype))
-                point = Point(f"{name}, {dtype}", bytes_of(model, dtype), score.measure(model))
-            points.append(point)
+                value, size = score.measure(model), bytes_of(model, dtype)
+            points.append(report.Point(f"{name}, {dtype}", size, value))
     points.sort(key=lambda point: (-point.bytes, point.value))
-    found: list[Point] = []
+    found: list[report.Point] = []
     least = 0.0
     for point in reversed(points):
         found.append(replace(point, best=point.value > least))

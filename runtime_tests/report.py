@@ -64,6 +64,33 @@ _TIMES: tuple[Cost, ...] = (
 
 
 @dataclass(frozen=True)
+class Point:
+    """A model of some size: the bytes of its weights, and its metric.
+
+    ``best``: it was chosen, or no other one is smaller and at least as good.
+    """
+
+    what: str
+    bytes: int
+    value: float
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What a report tells beside what was validated.
+
+    ``commands`` give the package again, ``similarity`` holds the stacks that ``ffmerge similarity``
+    wrote, whose heat maps are drawn, ``points`` what else was measured by the ``metric``.
+    """
+
+    commands: Sequence[str] = ()
+    similarity: Sequence[Mapping[str, Any]] = ()
+    points: Sequence[Point] = ()
+    metric: str = ""
+
+
+@dataclass(frozen=True)
 class Row:
     """One line of the table, in words; ``verdict`` is better, worse, same or empty.
 
@@ -402,15 +429,13 @@ def write_report(
     after: Validation,
     before: Validation | None = None,
     stages: Sequence[MetricRow] | None = None,
-    commands: Sequence[str] = (),
-    similarity: Sequence[Mapping[str, Any]] = (),
+    also: Extras = Extras(),
     failed: bool = False,
 ) -> Path:
     """Write ``report.html``, one file that loads nothing else, and ``report.md`` into ``folder``.
 
     Returns the path of the page; the same validations give the same bytes. ``stages`` is as for
-    :func:`rows`, ``similarity`` holds the stacks that ``ffmerge similarity`` wrote, whose heat maps
-    are drawn. With ``failed`` they are :func:`beside` the reports of a run that held.
+    :func:`rows`. With ``failed`` they are :func:`beside` the reports of a run that held.
     """
     manifest = after.manifest
     table = {row.name: row for row in cost_rows(before, after)}
@@ -439,9 +464,11 @@ def write_report(
         output_rows=partial(output_rows, manifest=manifest),
         number=number,
         metric_text=metric_text,
-        commands=printable("\n".join(commands)).replace("```", "'''"),
+        commands=printable("\n".join(also.commands)).replace("```", "'''"),
         code=lambda text: Markup(code_span(text)),
-        similarity=similarity,
+        points=_placed(also),
+        point_metric=also.metric,
+        similarity=also.similarity,
         heat=partial(heat_map, "CKA of the feed-forward outputs"),
     )
     pages = {
@@ -455,6 +482,20 @@ def write_report(
             name = beside(name)
         written = write_whole(folder / name, page.encode())
     return written
+
+
+def _placed(also: Extras) -> list[tuple[Point, str, str, float, float]]:
+    """Return of each point its size and value in words, and its place in a picture, from 0 to 1."""
+    values = [point.value for point in also.points]
+    found = []
+    for point in also.points:
+        right = point.bytes / max(each.bytes for each in also.points)
+        up = 0.5
+        if max(values) > min(values):
+            up = (point.value - min(values)) / (max(values) - min(values))
+        size, value = size_text(point.bytes), metric_text(also.metric, point.value)
+        found.append((point, size, value, right, up))
+    return found
 
 
 def beside(name: str) -> str:

@@ -92,7 +92,7 @@ def validate(
         result = replace(result, sharing=sharing(before, result))
         write_validation(folder, result, name)
     commands = [*report.made_by(manifest, folder.name), _command(folder, config, examples)]
-    report.write_report(folder, result, before, commands=commands, similarity=stacks, failed=failed)
+    report.write_report(folder, result, before, None, report.Extras(commands, stacks), failed)
     if not failed:
         for each in WRITTEN:
             (folder / report.beside(each)).unlink(missing_ok=True)

@@ -15,7 +15,16 @@ from ffmerge.files import size_text
 from ffmerge.models.manifest import FileRecord, GraphRecord, Manifest, MetricResult, Skip
 from ffmerge.models.probe import Probe
 from ffmerge.models.record import Group, MergeRecord, Tie
-from ffmerge.runtime_tests.report import losses, made_by, output_rows, rows, summary, write_report
+from ffmerge.runtime_tests.report import (
+    Extras,
+    Point,
+    losses,
+    made_by,
+    output_rows,
+    rows,
+    summary,
+    write_report,
+)
 from ffmerge.runtime_tests.results import (
     Divergence,
     Footprint,
@@ -224,7 +233,7 @@ def test_the_page_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
 
 def test_names_are_text_not_markup(tmp_path: Path) -> None:
     named = smaller(label=f"merged {EVIL} [red]")
-    page = write_report(tmp_path, named, commands=[f"run {EVIL}"])
+    page = write_report(tmp_path, named, also=Extras([f"run {EVIL}"]))
     assert "<script" not in page.read_text()
     assert visible(page).count(EVIL) >= 3  # title, skipped, command
     console = Console(width=200, record=True, file=open("/dev/null", "w"))
@@ -234,7 +243,7 @@ def test_names_are_text_not_markup(tmp_path: Path) -> None:
 
 
 def test_the_page_tells_what_is_shared_and_what_was_left_alone(tmp_path: Path) -> None:
-    page = visible(write_report(tmp_path, AFTER, BEFORE, STAGES, ["ffmerge demo"]))
+    page = visible(write_report(tmp_path, AFTER, BEFORE, STAGES, Extras(["ffmerge demo"])))
     for text in (
         f"merged takes 6.20\xa0MB instead of 10.0\xa0MB ({MINUS}38.0\xa0%) on disk.",
         "layers 3-5 (3 layers",
@@ -369,14 +378,32 @@ def test_every_member_of_a_group_leads_to_the_one_that_is_stored(tmp_path: Path)
 
 def test_the_heat_map_shows_the_numbers_it_was_given(tmp_path: Path) -> None:
     stack = {"name": "encoder", "layers": [2, 5], "cka": [[1.0, 0.25], [0.25, None]]}
-    page = write_report(tmp_path, AFTER, similarity=[stack]).read_text()
+    page = write_report(tmp_path, AFTER, also=Extras((), [stack])).read_text()
     (heat,) = re.findall(r"<svg viewBox=\"0 0 352 346\".*?</svg>", page, re.DOTALL)
     assert re.findall(r'fill-opacity="(\S+)"', heat) == ["1.0", "0.25", "0.25"]  # one is unknown
     assert re.findall(r">(\d+)</text>", heat) == ["2", "2", "100", "25", "5", "5", "25"]
 
 
+def test_what_else_was_measured_is_drawn_and_told(tmp_path: Path) -> None:
+    points = [Point("original", 4_000_000, 0.9), Point("int8", 1_000_000, 0.8, best=True)]
+    also = Extras(points=points, metric="accuracy")
+    page = write_report(tmp_path, AFTER, also=also).read_text()
+    (drawn,) = re.findall(r'<svg[^>]*aria-label="accuracy by bytes.*?</svg>', page, re.DOTALL)
+    circles = re.findall(r'cx="(\S+)" cy="(\S+)" r="9" fill="var\(--(\w+)\)"', drawn)
+    # from 10 to 320 by bytes, from 180 up to 50 by the metric
+    assert circles == [("320.0", "50.0", "before"), ("87.5", "180.0", "after")]
+    table = visible(tmp_path / "report.html").split("Size and quality")[1]
+    told = ["1: original", "4.00 MB", "90.00 %", "2: int8", "1.00 MB", "80.00 %", "★"]
+    places = [table.index(text) for text in told]
+    assert places == sorted(places)
+    text = (tmp_path / "report.md").read_text()
+    assert "| int8 | 1.00 MB | 80.00 % | best |" in text
+    alike = replace(also, points=[replace(point, value=0.5) for point in points])
+    assert 'cy="115.0"' in write_report(tmp_path, AFTER, also=alike).read_text()
+
+
 def test_the_markdown_says_what_the_page_says(tmp_path: Path) -> None:
-    page = visible(write_report(tmp_path, AFTER, BEFORE, STAGES, ["ffmerge demo"]))
+    page = visible(write_report(tmp_path, AFTER, BEFORE, STAGES, Extras(["ffmerge demo"])))
     text = (tmp_path / "report.md").read_text()
     first = text.split("| Stage |")[0]
     table = [line.strip("|").split(" | ") for line in first.splitlines() if line.startswith("| ")]

@@ -13,7 +13,7 @@ from test_report import AFTER, BEFORE, STAGES
 from web_env import ROOT, require_browser
 
 from ffmerge.models.record import Group, MergeRecord
-from ffmerge.runtime_tests.report import write_report
+from ffmerge.runtime_tests.report import Extras, Point, write_report
 from ffmerge.runtime_tests.validate import check_package
 
 pytestmark = pytest.mark.web
@@ -23,6 +23,7 @@ FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
 )  # fmt: skip
+SIZES = (10**7, 5 * 10**6, 10**6)
 # How wide the page is, and by how much a table is wider than what shows of it.
 MEASURE = """<script>
 let hidden = 0
@@ -45,7 +46,9 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     after = replace(found, manifest=replace(found.manifest, files=AFTER.manifest.files))
     alike = [{"name": "encoder", "layers": list(range(16)), "cka": np.eye(16).tolist()}]
     commands = ["ffmerge export merged package --task image-classification --opset 20 --dtype int8"]
-    report = write_report(folder, after, BEFORE, STAGES, commands, alike)
+    points = [Point(f"way {size}, int8", size, size / 1e7, size == 10**6) for size in SIZES]
+    also = Extras(commands, alike, points, "accuracy")
+    report = write_report(folder, after, BEFORE, STAGES, also)
     report.write_text(report.read_text().replace("</body>", f"{MEASURE}</body>"))
     return report
 
