@@ -12,6 +12,7 @@ from ffmerge.config import PLAIN_OPSET, QuantizeConfig, parse_budget
 from ffmerge.errors import ExportError
 from ffmerge.exporter.fused import check_fused
 from ffmerge.exporter.merged import merge_decoders
+from ffmerge.exporter.packed import pack
 from ffmerge.exporter.plan import Plan
 from ffmerge.exporter.torch_onnx import SizeError, to_onnx
 from ffmerge.exporter.trace import record_trace
@@ -35,6 +36,8 @@ def convert(plan: Plan) -> tuple[dict[str, ShareResult], dict[str, Trace]]:
     results, programs = _translated(plan)
     if plan.config.dtype != "fp32":
         results = _quantized(results, plan)
+    if plan.config.profile == "cpu":
+        pack([result.model for result in results.values()])
     traces = {}
     for graph in plan.graphs:
         if graph.parts:

@@ -1,0 +1,234 @@
+"""Queries, keys and values of a layer by one product, for ``export --for cpu``.
+
+``exporter/convert.py`` calls :func:`pack` when the graphs are in their precision. The products of
+an attention that read the same value become one, of their weights behind one another, and a Split
+gives the parts by the names that they had. What a product gives is unchanged: each row of a weight
+in blocks has scales of its own. A weight that is tied, or that anything else reads, stays apart:
+packed, it would be stored twice.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx_ir as ir
+
+from ffmerge.passes.graph.blocks import MICROSOFT
+from ffmerge.passes.graph.contract import read_ties
+from ffmerge.passes.graph.rewrite import store
+from ffmerge.passes.graph.tensors import Array, is_op, shape_of, values_of
+from ffmerge.passes.graph.transposed import numbers
+
+# what may stand between a product and the attention that reads it, each with one input that counts
+_BETWEEN = ("RotaryEmbedding", "RMSNormalization", "Reshape", "Transpose")
+
+
+class Product(NamedTuple):
+    """A product by a weight (last in ``MatMul``, before its scales in blocks), and its bias."""
+
+    node: ir.Node
+    width: int  # of what it gives
+    added: ir.Node | None = None  # adds a vector of that width
+
+    @property
+    def weights(self) -> list[ir.Value]:
+        """What it reads beside the value that is multiplied."""
+        return [value for value in self.node.inputs[1:] if value is not None]
+
+    @property
+    def bias(self) -> ir.Value | None:
+        """What is added."""
+        return self.added and next(filter(_is_stored, self.added.inputs))
+
+    @property
+    def held(self) -> list[ir.Value]:
+        """All tensors that it reads."""
+        return [*self.weights, *([self.bias] if self.bias is not None else [])]
+
+    @property
+    def given(self) -> ir.Value:
+        """What the product, with its bias, gives."""
+        return (self.added or self.node).outputs[0]
+
+
+def pack(models: Sequence[ir.Model]) -> None:
+    """Multiply once for each attention of the graphs of a package, where all graphs can, in place.
+
+    A weight that one graph would read packed and another apart stays apart.
+    """
+    found = [_groups(model) for model in models]
+    apart = set()
+    for model, groups in zip(models, found, strict=True):
+        known = {name for group in groups for name in _names(group)}
+        apart |= set(model.graph.initializers) - known
+    forms = {frozenset(_names(group)) for groups in found for group in groups}
+    for form in forms:
+        if any(form & other for other in forms - {form}):
+            apart |= form
+    for model, groups in zip(models, found, strict=True):
+        for group in groups:
+            if not apart & set(_names(group)):
+                _join(group, model.graph)
+
+
+def _names(group: Sequence[Product]) -> list[str]:
+    return [str(product.weights[0].name) for product in group]
+
+
+def _groups(model: ir.Model) -> list[list[Product]]:
+    """Return the products of each attention that can be one, in the order of the graph."""
+    tied = {member for tie in read_ties(model) for member in (tie.name, *tie.members)}
+    order = {node: number for number, node in enumerate(model.graph)}
+    found = []
+    for node in model.graph:
+        alike: dict[Any, list[Product]] = {}
+        for value in node.inputs[:3] if is_op(node, "Attention") else ():
+            product = _product_of(value)
+            if product is None or tied & {value.name for value in product.held}:
+                continue
+            alike.setdefault(_kind(product), []).append(product)
+        for group in alike.values():
+            once = {product.node: product for product in group}  # keys may be the values, too
+            if len(once) > 1:
+                found.append(sorted(once.values(), key=lambda product: order[product.node]))
+    return found
+
+
+def _product_of(value: ir.Value | None) -> Product | None:
+    """Return the product that gives what an attention reads, if it has a weight of its own."""
+    node = value.producer() if value is not None else None
+    while node is not None and is_op(node, *_BETWEEN):
+        node = node.inputs[0].producer() if node.inputs[0] is not None else None
+    if node is None:
+        return None
+    added = None
+    if is_op(node, "Add"):
+        added, others = node, [each for each in node.inputs if not _is_stored(each)]
+        node = others[0].producer() if len(others) == 1 and others[0] is not None else None
+    if node is None or not _multiplies(node) or node.outputs[0].is_graph_output():
+        return None
+    if not all(_is_stored(each) and len(each.uses()) == 1 for each in node.inputs[1:] if each):
+        return None
+    product = Product(node, _width(node), added)
+    return product if _adds_alone(product) else product._replace(added=None)
+
+
+def _adds_alone(product: Product) -> bool:
+    """Say whether what is added is a vector of the product's own, and nothing else reads it."""
+    bias = product.bias
+    if bias is None or bias.const_value is None or len(bias.uses()) != 1:
+        return False
+    alone = len(product.node.outputs[0].uses()) == 1 and not product.given.is_graph_output()
+    return alone and shape_of(bias.const_value) == (product.width,)
+
+
+def _multiplies(node: ir.Node) -> bool:
+    if node.domain == MICROSOFT:
+        return node.op_type == "MatMulNBits"
+    if not is_op(node, "MatMul") or node.inputs[1] is None:
+        return False
+    tensor = node.inputs[1].const_value
+    return tensor is not None and len(tensor.shape) == 2
+
+
+def _width(node: ir.Node) -> int:
+    if node.op_type == "MatMulNBits":
+        return node.attributes["N"].as_int()
+    weight = node.inputs[1]
+    assert weight is not None and weight.const_value is not None
+    return shape_of(weight.const_value)[1]
+
+
+def _is_stored(value: ir.Value | None) -> bool:
+    """Say whether a value is a tensor of the graph that no caller gives."""
+    if value is None or value.const_value is None or value.is_graph_input():
+        return False
+    return value.is_initializer() and not value.is_graph_output()
+
+
+def _kind(product: Product) -> Any:
+    """Return what products have in common that can be one."""
+    settings = []
+    for name, attribute in product.node.attributes.items():
+        if name != "N":
+            settings.append((name, attribute.value))
+    types = tuple(value.dtype for value in product.weights)
+    return product.node.inputs[0], product.node.op_identifier(), tuple(sorted(settings)), types
+
+
+def _join(group: Sequence[Product], main: ir.Graph) -> None:
+    """Put one product, what it adds and a Split in the place of several products."""
+    first, name = group[0].node, _joined_name(_names(group))
+    weights = []
+    for number, values in enumerate(zip(*(product.weights for product in group), strict=True)):
+        suffix = "" if number == 0 else f"/{number}"
+        tensor = _behind_one_another(values, first.op_type == "MatMul")
+        weights.append(store(main, f"{name}{suffix}", tensor))
+    widths = [product.width for product in group]
+    attributes = dict(first.attributes)
+    if "N" in attributes:
+        attributes["N"] = ir.AttrInt64("N", sum(widths))
+    nodes = [ir.Node(first.domain, first.op_type, [first.inputs[0], *weights], attributes.values())]
+    if any(product.added for product in group):
+        bias = store(main, f"{name}/bias", _bias(group))
+        nodes.append(ir.Node("", "Add", [nodes[0].outputs[0], bias]))
+    whole, old = nodes[-1].outputs[0], [product.given for product in group]
+    nodes.append(
+        ir.Node("", "Split", [whole, numbers(main, widths)], [ir.AttrInt64("axis", -1)],
+                num_outputs=len(group))
+    )  # fmt: skip
+    for number, node in enumerate(nodes):
+        node.name = f"{name}/{node.op_type}"
+        if number < len(nodes) - 1:
+            node.outputs[0].name = node.name
+            node.outputs[0].type = old[0].type
+    gone = []
+    for product in group:
+        gone += [node for node in (product.added, product.node) if node is not None]
+    held = [value for product in group for value in product.held]
+    ir.convenience.replace_nodes_and_values(main, first, gone, nodes, old, nodes[-1].outputs)
+    for value in held:
+        if not value.uses() and value.name in main.initializers:
+            main.initializers.pop(value.name)
+
+
+def _behind_one_another(values: Sequence[ir.Value], by_column: bool) -> ir.TensorProtocol:
+    """Return tensors as one that is made when it is read: rows, or columns, of all."""
+    tensors = [value.const_value for value in values]
+    shapes = [shape_of(tensor) for tensor in tensors if tensor is not None]
+    axis = 1 if by_column else 0
+    shape = list(shapes[0])
+    shape[axis] = sum(each[axis] for each in shapes)
+
+    def compute() -> ir.TensorProtocol:
+        arrays: list[Array] = [values_of(tensor) for tensor in tensors if tensor is not None]
+        if by_column:  # weights of PyTorch are stored turned
+            return ir.Tensor(np.concatenate([array.T for array in arrays]).T)
+        return ir.Tensor(np.concatenate(arrays))
+
+    assert tensors[0] is not None
+    return ir.LazyTensor(compute, dtype=tensors[0].dtype, shape=ir.Shape(shape))
+
+
+def _bias(group: Sequence[Product]) -> ir.TensorProtocol:
+    """Return the vectors that are added behind one another, zeros where nothing is."""
+    known = [product.bias.const_value for product in group if product.bias is not None]
+    assert known[0] is not None
+    dtype, parts = known[0].dtype, []
+    for product in group:
+        if product.bias is None or product.bias.const_value is None:
+            parts.append(np.zeros(product.width, dtype.numpy()))
+        else:
+            parts.append(values_of(product.bias.const_value))
+    return ir.Tensor(np.concatenate(parts), dtype=dtype)
+
+
+def _joined_name(names: Sequence[str]) -> str:
+    """Return ``layer.q+k+v.weight`` of ``layer.q.weight`` and so on."""
+    parts = [name.split(".") for name in names]
+    if len({len(each) for each in parts}) > 1:
+        return "+".join(names)
+    joined = []
+    for words in zip(*parts, strict=True):
+        joined.append("+".join(dict.fromkeys(words)))
+    return ".".join(joined)

@@ -1,0 +1,175 @@
+"""``export --for cpu``: one product for queries, keys and values, the same results, ties left."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from graphs import build, names, normal, ops, run
+from test_fused import LAYERS, drawn, packed
+from transformers import BertConfig, BertForSequenceClassification, WhisperConfig
+from transformers import WhisperForConditionalGeneration as Whisper
+
+import ffmerge
+from ffmerge.config import ExportConfig
+from ffmerge.exporter.package import export
+from ffmerge.exporter.packed import pack
+from ffmerge.models.record import Tie
+from ffmerge.passes.graph.audit import audit
+from ffmerge.passes.graph.contract import write_ties
+from ffmerge.passes.graph.run import share_model
+from ffmerge.runtime_tests.parity import check_parity
+
+PLAIN = "q = MatMul(x, l_q_w) k = MatMul(x, l_k_w) v = MatMul(x, l_v_w)"
+BIASED = """p = MatMul(x, l_q_w) q = Add(p, bq) k = MatMul(x, l_k_w)
+    r = MatMul(x, l_v_w) v = Add(bv, r)"""
+NORMED = """p = MatMul(x, l_q_w) h = Reshape(p, apart) i = RMSNormalization(h, s)
+    q = Reshape(i, flat) k = MatMul(x, l_k_w) v = MatMul(x, l_v_w)"""
+TEXT = """(float[b,t,64] x) => (float[b,t,64] y) {
+    BODY y = Attention<q_num_heads=4, kv_num_heads=2>(q, k, v) }"""
+WEIGHTS = {
+    "l_q_w": normal(64, 64),
+    "l_k_w": normal(64, 32, seed=1),
+    "l_v_w": normal(64, 32, seed=2),
+}
+MORE = {
+    PLAIN: {},
+    BIASED: {"bq": normal(64, seed=3), "bv": normal(32, seed=4)},
+    NORMED: {
+        "apart": np.array([0, 0, 4, 16]), "flat": np.array([0, 0, 64]), "s": normal(16, seed=5),
+    },
+}  # fmt: skip
+X = normal(2, 5, 64, seed=9)
+SUMS = 1e-4  # another order of 64 products of N(0, 1); seen 0 to 2e-5
+
+
+def graph(body: str = PLAIN, **weights: Any) -> ir.Model:
+    return build(TEXT.replace("BODY", body), 23, **{**WEIGHTS, **MORE.get(body, {}), **weights})
+
+
+def products(model: ir.Model) -> int:
+    return ops(model)["MatMul"] + ops(model)["MatMulNBits"]
+
+
+@pytest.mark.parametrize("dtype", [None, "int4", "int8"])
+@pytest.mark.parametrize("body", MORE)
+def test_one_product_gives_what_three_gave(body: str, dtype: str | None) -> None:
+    """Grouped heads, so keys are half as wide; a bias for all of them or not for the keys."""
+    model = graph(body)
+    share_model(model, dtype=dtype)
+    expected, before = run(model, x=X)[0], sum(v.const_value.nbytes for v in held(model))
+    pack([model])
+    assert products(model) == 1 and ops(model)["Split"] == 1 and ops(model)["Add"] <= 1
+    assert np.allclose(run(model, x=X)[0], expected, atol=SUMS)
+    grown = sum(value.const_value.nbytes for value in held(model)) - before
+    assert grown <= 3 * 8 + 32 * 4  # sizes of the parts, zeros for the keys
+    once = ir.to_proto(model).SerializeToString()
+    pack([model])
+    assert ir.to_proto(model).SerializeToString() == once
+
+
+def held(model: ir.Model) -> list[ir.Value]:
+    return [v for v in model.graph.initializers.values() if v.const_value is not None]
+
+
+def test_values_keep_their_names_and_the_weight_says_what_it_is() -> None:
+    model = graph()
+    for value in held(model):
+        value.name = f"layers.0.{str(value.name)[2]}_proj.weight"
+    pack([model])
+    assert names(model)[0] == "layers.0.q_proj+k_proj+v_proj.weight"
+    split = next(node for node in model.graph if node.op_type == "Split")
+    assert [value.name for value in split.outputs] == ["q", "k", "v"]
+
+
+@pytest.mark.parametrize(
+    ("body", "left"),
+    [
+        (PLAIN.replace("l_v_w", "l_k_w"), 3),  # one weight for two: tied
+        (
+            PLAIN.replace("MatMul(x, l_v_w)", "MatMul(z, l_v_w) ").replace("q =", "z = Neg(x) q ="),
+            2,
+        ),
+        (PLAIN.replace("v = MatMul(x, l_v_w)", "v = Identity(k)"), 1),  # two of them
+        (PLAIN + " w = Neg(l_v_w) u = ReduceSum(w)", 2),  # read by another node
+        (PLAIN.replace("v = M", "a = M") + " s = ReduceSum(a) v = Add(a, s)", 2),
+    ],
+)
+def test_what_is_shared_or_of_another_value_stays_apart(body: str, left: int) -> None:
+    used = {name: array for name, array in WEIGHTS.items() if name in body}
+    model = build(TEXT.replace("BODY", body), 23, **used)
+    expected = run(model, x=X)[0]
+    pack([model])
+    assert products(model) == left
+    assert np.allclose(run(model, x=X)[0], expected, atol=SUMS)
+
+
+def test_a_tied_weight_is_never_packed() -> None:
+    """Not even one that this graph reads once."""
+    model = graph()
+    write_ties(model, [Tie("l_k_w", ("l_k_w", "other"), {"model": 1})])
+    pack([model])
+    assert products(model) == 2 and "l_k_w" in names(model)
+
+
+def test_a_weight_that_another_graph_reads_apart_stays_apart() -> None:
+    one, other = graph(), build("(float[b,64] x) => (float[b,32] y) { y = MatMul(x, l_k_w) }",
+                                l_k_w=WEIGHTS["l_k_w"])  # fmt: skip
+    pack([one, other])
+    assert products(one) == 3
+    pair = [graph(), graph()]
+    pack(pair)
+    assert [products(each) for each in pair] == [1, 1]
+    assert names(pair[0]) == names(pair[1])
+    text = TEXT.replace("BODY", "q = MatMul(x, l_q_w) v = MatMul(x, l_v_w)").replace("k, v", "v, v")
+    narrow = build(text, 23, **{name: WEIGHTS[name] for name in ("l_q_w", "l_v_w")})
+    pair = [graph(), narrow]
+    pack(pair)  # of three, and of two of them
+    assert [products(each) for each in pair] == [3, 2]
+
+
+def encoder() -> Any:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS}
+    return BertForSequenceClassification(BertConfig(vocab_size=97, num_attention_heads=4, **sizes))
+
+
+def speech() -> Any:
+    sizes: dict[str, Any] = {"d_model": 32, "num_mel_bins": 16, "max_source_positions": 32}
+    for part in ("encoder", "decoder"):
+        sizes |= {f"{part}_layers": 1, f"{part}_attention_heads": 4, f"{part}_ffn_dim": 48}
+    ids = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 1)
+    return Whisper(WhisperConfig(vocab_size=97, decoder_start_token_id=2, **ids, **sizes))
+
+
+@pytest.mark.parametrize(
+    "made", [encoder, pytest.param(speech, marks=pytest.mark.slow)], ids=["BERT", "Whisper"]
+)
+def test_packages_are_packed_and_right(made: Any, tmp_path: Path) -> None:
+    """Whisper's keys have no bias, and its four graphs share one data file."""
+    torch.manual_seed(0)
+    model = drawn(made())
+    sizes = {}
+    for profile in ("portable", "cpu"):
+        path = tmp_path / profile
+        package = export(model, path, ExportConfig(profile=profile))
+        sizes[profile] = (path / "model.onnx_data").stat().st_size if made is speech else 0
+    for record in package.manifest.graphs:
+        assert ops(ir.load(package.path / record.path))["Split"] >= 1
+    assert all(output.ok for output in check_parity(package.path, package.manifest))
+    assert audit(package.path).ok
+    assert sizes["cpu"] <= sizes["portable"] * 1.02
+
+
+@pytest.mark.parametrize("name", ["Qwen3"])
+def test_norms_of_queries_and_tied_layers(name: str, tmp_path: Path) -> None:
+    model, package = packed(name, tmp_path, dtype="int4")
+    before = ops(ir.load(package.path / "model.onnx"))
+    assert before["Split"] == LAYERS
+    assert all(output.ok for output in check_parity(package.path, package.manifest))
+    model.model.layers[1].self_attn.k_proj = model.model.layers[0].self_attn.k_proj
+    tied = ffmerge.export(model, tmp_path / "tied", ExportConfig(profile="cpu"))
+    after = ops(ir.load(tied.path / "model.onnx"))
+    assert after["Split"] == LAYERS and after["MatMul"] == before["MatMulNBits"] + LAYERS
+    assert audit(tied.path).ok
