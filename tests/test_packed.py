@@ -23,8 +23,8 @@ from ffmerge.passes.graph.run import share_model
 from ffmerge.runtime_tests.parity import check_parity
 
 PLAIN = "q = MatMul(x, l_q_w) k = MatMul(x, l_k_w) v = MatMul(x, l_v_w)"
-BIASED = """p = MatMul(x, l_q_w) q = Add(p, bq) k = MatMul(x, l_k_w)
-    r = MatMul(x, l_v_w) v = Add(bv, r)"""
+BIASED = """p = MatMul(x, l_q_w) q = Add(p, bq) r = MatMul(x, l_k_w) k = Add(bk, r)
+    v = MatMul(x, l_v_w)"""
 NORMED = """p = MatMul(x, l_q_w) h = Reshape(p, apart) i = RMSNormalization(h, s)
     q = Reshape(i, flat) k = MatMul(x, l_k_w) v = MatMul(x, l_v_w)"""
 TEXT = """(float[b,t,64] x) => (float[b,t,64] y) {
@@ -36,7 +36,7 @@ WEIGHTS = {
 }
 MORE = {
     PLAIN: {},
-    BIASED: {"bq": normal(64, seed=3), "bv": normal(32, seed=4)},
+    BIASED: {"bq": normal(64, seed=3), "bk": normal(32, seed=4)},
     NORMED: {
         "apart": np.array([0, 0, 4, 16]), "flat": np.array([0, 0, 64]), "s": normal(16, seed=5),
     },
@@ -56,7 +56,7 @@ def products(model: ir.Model) -> int:
 @pytest.mark.parametrize("dtype", [None, "int4", "int8"])
 @pytest.mark.parametrize("body", MORE)
 def test_one_product_gives_what_three_gave(body: str, dtype: str | None) -> None:
-    """Grouped heads, so keys are half as wide; a bias for all of them or not for the keys."""
+    """Grouped heads, so keys are half as wide; a bias for all but the values."""
     model = graph(body)
     share_model(model, dtype=dtype)
     expected, before = run(model, x=X)[0], sum(v.const_value.nbytes for v in held(model))
@@ -64,7 +64,7 @@ def test_one_product_gives_what_three_gave(body: str, dtype: str | None) -> None
     assert products(model) == 1 and ops(model)["Split"] == 1 and ops(model)["Add"] <= 1
     assert np.allclose(run(model, x=X)[0], expected, atol=SUMS)
     grown = sum(value.const_value.nbytes for value in held(model)) - before
-    assert grown <= 3 * 8 + 32 * 4  # sizes of the parts, zeros for the keys
+    assert grown <= 3 * 8 + 32 * 4  # sizes of the parts, zeros for the values
     once = ir.to_proto(model).SerializeToString()
     pack([model])
     assert ir.to_proto(model).SerializeToString() == once
