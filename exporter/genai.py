@@ -3,10 +3,10 @@
 ``exporter/write.py`` calls :func:`write_genai` for a decoder of ``export --for cpu``. The graph,
 ``model_genai.onnx``, reads the data file of ``model.onnx`` and differs from it in two places: the
 attention is ``GroupQueryAttention``, which appends to keys and values where they lie, in buffers
-that onnxruntime-genai makes once, and the head is multiplied by for the last token only. That
-operator takes no mask: :func:`_window` looks at what each mask of the graph lets through, and
-where that is not what the operator computes, the configuration names ``model.onnx``, whose cache
-grows by copies.
+that onnxruntime-genai makes once, and rotates what it reads (``turned.py``), and the head is
+multiplied by for the last token only. That operator takes no mask: :func:`_window` looks at what
+each mask of the graph lets through, and where that is not what the operator computes, the
+configuration names ``model.onnx``, whose cache grows by copies.
 """
 
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime
 from onnx_ir.passes.common import DeduplicateInitializersPass, RemoveUnusedNodesPass
 
 from ffmerge.errors import first_line
 from ffmerge.exporter.last_logits import LOGITS
+from ffmerge.exporter.turned import opened, session_of, turn_inside
 from ffmerge.files import write_json
 from ffmerge.models import kv_cache
 from ffmerge.models.kv_cache import KEPT, PAST
@@ -54,16 +54,31 @@ def write_genai(folder: Path, record: GraphRecord, model: Any, dtype: str) -> Sk
     Returns why the graph is not written, if it is not.
     """
     graph, skip, length = GRAPH, None, _length(model.config)
-    onnx_graph = ir.load(folder / record.path)
+    reason = _write_graph(folder, record, dtype, length, turn=True)
+    if reason is not None:
+        reason = _write_graph(folder, record, dtype, length, turn=False)
+    if reason is not None:
+        graph, skip = record.path, Skip("genai", f"its cache grows by copies: {reason}")
+    write_json(folder / CONFIG, _config(record, model, graph, length))
+    return skip
+
+
+def _write_graph(
+    folder: Path, record: GraphRecord, dtype: str, length: int, turn: bool
+) -> str | None:
+    """Write the graph, in which attention rotates if it is to ``turn``; return why it cannot."""
+    model = ir.load(folder / record.path)
     try:
-        _share_buffers(onnx_graph, length)
-        ir.save(onnx_graph, folder / GRAPH)
+        _share_buffers(model, length)
+        if turn:
+            turn_inside(model, length)
+        DeduplicateInitializersPass()(model)
+        ir.save(model, folder / GRAPH)
         _check_same(folder / record.path, folder / GRAPH, record, dtype)
     except Exception as reason:  # ONNX Runtime's errors have no common class of their own
         (folder / GRAPH).unlink(missing_ok=True)
-        graph, skip = record.path, Skip("genai", f"its cache grows by copies: {first_line(reason)}")
-    write_json(folder / CONFIG, _config(record, model, graph, length))
-    return skip
+        return first_line(reason)
+    return None
 
 
 def _length(config: Any) -> int:
@@ -152,7 +167,6 @@ def _share_buffers(model: ir.Model, length: int) -> None:
         ):
             raise _Plain("the past is read elsewhere, too")
     _one_row(graph)
-    DeduplicateInitializersPass()(model)
 
 
 def _mask_of(node: ir.Node) -> ir.Value:
@@ -178,7 +192,8 @@ def _window(model: ir.Model, mask: ir.Value, length: int) -> int:
     Raises:
         _Plain: which they are does not go by their distance, or they do not count alike.
     """
-    session = _session_of(model, mask)
+    inputs = [value for value in model.graph.inputs if not value.is_initializer()]
+    session = session_of(model, mask, inputs)
     past = max(min(length, LONG) - NEW, 1)
     row = _visible(session, model, past, 1)[0]
     count = int(row.sum())
@@ -190,20 +205,6 @@ def _window(model: ir.Model, mask: ir.Value, length: int) -> int:
         if not np.array_equal(found, (here >= 0) & (here < count)):
             raise _Plain("a mask is no window of the tokens before")
     return -1 if count > past else count
-
-
-def _session_of(model: ir.Model, value: ir.Value) -> Any:
-    """Return a session that computes one value of a graph from the graph's inputs."""
-    inputs = [each for each in model.graph.inputs if not each.is_initializer()]
-    part = ir.convenience.extract(model.graph, inputs, [value])
-    found = ir.to_proto(ir.Model(part, ir_version=model.ir_version))
-    return _opened(found.SerializeToString())
-
-
-def _opened(source: Any) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
 def _visible(session: Any, model: ir.Model, past: int, new: int) -> Array:
@@ -269,7 +270,7 @@ def _exact(path: Path) -> Any:
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", FLOAT)
     try:
         ir.save(model, target)  # beside the data file
-        return _opened(target)
+        return opened(target)
     finally:
         target.unlink(missing_ok=True)
 

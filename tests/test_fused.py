@@ -56,7 +56,7 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
-APART = {**SIZES, "head_dim": 8}
+APART = {**SIZES, "head_dim": 16}
 LAYER_TYPES = ["sliding_attention", "full_attention"]
 DECODERS: dict[str, Any] = {
     "Llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True)),
