@@ -4,9 +4,10 @@
 ``benchmarks/trained.py`` fetches, and adds rows to ``benchmarks/results/real.json``; ``--methods``
 and ``--parts`` choose. ``python benchmarks/real/run.py --picture docs/frontier.svg`` prints the
 table and draws it. Language models are measured by the perplexity of windows of 256 tokens,
-encoders by the cosine of the mean of their hidden states with the original's; untuned. Text is what
-every Python brings (``texts.py``): one part calibrates, one chooses windows and widths, one
-measures.
+encoders of text by the cosine of the mean of their hidden states with the original's, encoders of
+pictures by that of the class token; untuned. Text is what every Python brings (``texts.py``),
+pictures what scikit-image does (``pictures.py``): one part calibrates, one chooses windows and
+widths, one measures.
 """
 
 import argparse
@@ -21,10 +22,11 @@ from typing import Any
 
 import finercut
 import numpy as np
+import pictures
 import texts
 import torch
 from torch.nn.functional import cross_entropy, normalize
-from transformers import AutoTokenizer
+from transformers import AutoImageProcessor, AutoTokenizer
 
 import ffmerge
 from ffmerge.config import MergeConfig
@@ -46,6 +48,8 @@ STEPS = {True: 80, False: 300}  # of a language model, of an encoder
 PARTS = (10, 15, 20)  # percent of all parameters removed
 ROWS = {"calibrate": 1024, "validate": 64, "test": 256}  # sentences of an encoder
 BATCH = 32  # sentences
+NEIGHBOURS = 10  # of an embedding, that should stay its nearest
+PICTURES = {"calibrate": 128, "validate": 32, "test": 96}
 WINDOWS = {"calibrate": 48, "validate": 8, "test": 16}  # of a language model
 LENGTH = 256  # tokens of a window
 
@@ -78,23 +82,40 @@ def sentences(tokenizer: Any, part: str) -> Examples:
     return Examples(range(len(lines)), take)
 
 
-def perplexity(rows: Examples) -> Callable[[Any], float]:
+def squares(processor: Any, part: str) -> Examples:
+    """Return parts of photographs."""
+    found = processor(pictures.part(part, PICTURES[part]), return_tensors="np")
+    return from_arrays({"pixel_values": found["pixel_values"]})
+
+
+def perplexity(rows: Examples) -> Callable[[Any], dict[str, float]]:
     """Return what measures a language model: lower is better."""
 
-    def measure(model: Any) -> float:
+    def measure(model: Any) -> dict[str, float]:
         losses = []
         for batch in rows.batches(2):
             ids = torch.as_tensor(batch["input_ids"])
             with torch.no_grad():
                 logits = model(ids, use_cache=False).logits
             losses.append(float(cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())))
-        return float(np.exp(np.mean(losses)))
+        return {"after": float(np.exp(np.mean(losses)))}
 
     return measure
 
 
-def cosine(rows: Examples, original: Any) -> Callable[[Any], float]:
-    """Return what measures an encoder by the original's embeddings: higher is better."""
+def nearest(vectors: torch.Tensor) -> torch.Tensor:
+    """Return of each of some vectors of length 1 which others are nearest, as a matrix of bools."""
+    alike = vectors @ vectors.T
+    alike.fill_diagonal_(-1)
+    found = torch.zeros_like(alike, dtype=torch.bool)
+    return found.scatter_(1, alike.topk(NEIGHBOURS).indices, True)
+
+
+def cosine(rows: Examples, original: Any) -> Callable[[Any], dict[str, float]]:
+    """Return what measures an encoder by the original's embeddings: higher is better.
+
+    Beside the cosine stands which part of each one's nearest neighbours are the original's.
+    """
 
     def embedded(model: Any) -> torch.Tensor:
         found = []
@@ -102,12 +123,21 @@ def cosine(rows: Examples, original: Any) -> Callable[[Any], float]:
             inputs = {name: torch.as_tensor(array) for name, array in batch.items()}
             with torch.no_grad():
                 states = model(**inputs)[0]
-            mask = inputs["attention_mask"][..., None]
-            found.append(normalize((states * mask).sum(1) / mask.sum(1), dim=-1))
+            vectors = states[:, 0]  # the class token of a picture
+            if "attention_mask" in inputs:
+                mask = inputs["attention_mask"][..., None]
+                vectors = (states * mask).sum(1) / mask.sum(1)
+            found.append(normalize(vectors, dim=-1))
         return torch.cat(found)
 
     expected = embedded(original)
-    return lambda model: float((embedded(model) * expected).sum(-1).mean())
+
+    def measure(model: Any) -> dict[str, float]:
+        got = embedded(model)
+        same = (nearest(got) & nearest(expected)).sum() / (NEIGHBOURS * len(got))
+        return {"after": float((got * expected).sum(-1).mean()), "neighbours": float(same)}
+
+    return measure
 
 
 def evenly(model: Any, calibration: Examples, part: int) -> Any:
@@ -121,21 +151,26 @@ def evenly(model: Any, calibration: Examples, part: int) -> Any:
 
 def rows_of(folder: str, methods: list[str], parts: list[int], save: Path | None) -> Any:
     """Yield a row for each method and part; ``save`` becomes the first checkpoint, narrowed."""
-    model, tokenizer = ffmerge.load(folder), AutoTokenizer.from_pretrained(folder)
+    model = ffmerge.load(folder)
     is_language = type(model).__name__.endswith("ForCausalLM")
-    read = windows if is_language else sentences
-    data = [read(tokenizer, part) for part in ROWS]
+    read, processors = sentences, AutoTokenizer
+    if is_language:
+        read = windows
+    elif model.main_input_name == "pixel_values":
+        read, processors = squares, AutoImageProcessor
+    processor = processors.from_pretrained(folder)
+    data = [read(processor, part) for part in ROWS]
     test = data.pop()
     measure = perplexity(test) if is_language else cosine(test, model)
-    before, count = measure(model), size_of(model)[0]
+    before, count = measure(model)["after"], size_of(model)[0]
     for part, method in product(parts, methods):
         start = time.process_time()
         with reduced(model, method, part, data, save) as left:
             seconds = time.process_time() - start
-            value = measure(model)
+            values = measure(model)
         yield {
             "method": method, "part": part, "removed": 1 - left / count, "before": before,
-            "after": value, "processor_s": round(seconds), "lower_is_better": is_language,
+            **values, "processor_s": round(seconds), "lower_is_better": is_language,
         }  # fmt: skip
 
 

@@ -1,0 +1,49 @@
+"""Pictures that two packages of the registry bring: parts of photographs, drawn at random.
+
+Split by photograph: nothing of one that is calibrated on is measured on, whoever runs this.
+"""
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+PARTS = ("calibrate", "calibrate", "validate", "test")  # what becomes of every fourth photograph
+SMALLEST = 0.35  # of the shorter side of a photograph, that the side of a part of it has
+
+
+def photographs() -> list[Image.Image]:
+    """Return the photographs of scikit-image 0.26.0, which are no drawings, and scikit-learn's."""
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target"]
+    found = [Image.fromarray(array) for array in load_sample_images().images]
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([*command, folder, "scikit-image==0.26.0"], check=True)
+        data = Path(folder) / "skimage" / "data"
+        for file in sorted([*data.glob("*.png"), *data.glob("*.jpg")]):
+            picture = Image.open(file).convert("RGB")
+            # each scene once, and no drawings: they are small files, or of few colours
+            if file.stem != "motorcycle_right" and file.stat().st_size > 50_000:
+                found.append(picture)
+    return found
+
+
+def part(name: str, count: int) -> list[Any]:
+    """Return ``count`` square parts of the photographs of a part, some of them mirrored."""
+    chosen = [each for at, each in enumerate(photographs()) if PARTS[at % len(PARTS)] == name]
+    generator = np.random.default_rng(0)
+    found = []
+    for number in range(count):
+        picture = chosen[number % len(chosen)]
+        side = int(generator.uniform(SMALLEST, 1) * min(picture.size))
+        left = int(generator.integers(0, picture.width - side + 1))
+        top = int(generator.integers(0, picture.height - side + 1))
+        square = picture.crop((left, top, left + side, top + side))
+        if generator.random() < 0.5:
+            square = square.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        found.append(square)
+    return found
