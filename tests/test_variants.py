@@ -13,7 +13,7 @@ from packages import linear_package
 from tiny import gpt2, vit
 
 import ffmerge.__main__ as command_line
-from ffmerge.config import ExportConfig, MergeConfig
+from ffmerge.config import ExportConfig, MergeConfig, ShareConfig
 from ffmerge.errors import ExportError, InputError, TieError
 from ffmerge.exporter import ort_format
 from ffmerge.exporter.ort_format import check_same, write_ort
@@ -23,6 +23,7 @@ from ffmerge.models import checkpoint
 from ffmerge.models.manifest import GraphRecord, Manifest, Variant
 from ffmerge.models.probe import Probe
 from ffmerge.passes.graph.audit import audit
+from ffmerge.passes.graph.run import share_file
 from ffmerge.passes.graph.write import write_models
 from ffmerge.passes.weights.merge import merge_
 from ffmerge.runtime_tests.footprint import measure_footprint
@@ -112,6 +113,27 @@ def test_another_result_is_refused(tmp_path):
     check_same(paths[0], paths[0], manifest.graphs[0])
     with pytest.raises(ExportError, match="does not compute"):
         check_same(*paths, manifest.graphs[0])
+
+
+@pytest.mark.parametrize(("dtype", "holds"), [("fp32", False), ("int8", True), ("fp16", True)])
+def test_rounding_is_no_other_result(dtype, holds, tmp_path):
+    """In fewer bits a last bit may turn what is rounded; in float32 a percent is another weight."""
+    weight = normal(64, 64)
+    paths = []
+    for name, scale in (("one", 1), ("two", 1.01), ("other", -1)):
+        manifest = linear_package(tmp_path / name, scale * weight, normal(64))
+        paths.append(tmp_path / name / "model.onnx")
+        if dtype != "fp32":
+            share_file(paths[-1], paths[-1].with_name("less.onnx"), ShareConfig(dtype=dtype))
+            paths[-1] = paths[-1].with_name("less.onnx")
+    check_same(paths[0], paths[0], manifest.graphs[0])
+    with pytest.raises(ExportError, match="does not compute"):
+        check_same(paths[0], paths[2], manifest.graphs[0])
+    if holds:
+        check_same(paths[0], paths[1], manifest.graphs[0])
+    else:
+        with pytest.raises(ExportError, match="does not compute"):
+            check_same(paths[0], paths[1], manifest.graphs[0])
 
 
 @pytest.mark.skipif(
