@@ -193,7 +193,7 @@ def export(
     from ffmerge.tables import WITHOUT_DATA, package_table
 
     package = commands.export(model, out, config, load, data, columns)
-    blind = config.dtype in FOUR_BITS and data is None
+    blind = bool(set(FOUR_BITS) & set(config.dtypes)) and data is None
     hint = WITHOUT_DATA if blind else None
     value = {**package.to_json(), "hint": hint}
     then = f"Next: ffmerge validate {_quoted(out)}; a runtime needs no {REFERENCE} and no README.md"

@@ -40,6 +40,9 @@ BUDGET_HELP = (
 )
 CALIBRATED = ("int8-static", *FOUR_BITS)  # what reads data; four bits need not
 DTYPES = ("fp32", "fp16", "int8", "int8-dynamic", "int8-static", *FOUR_BITS)
+SHORT = {"q8": "int8", "q4": "int4"}  # what transformers.js calls two of them
+# ... and what it puts behind the names of the graphs, so that a folder may hold these together
+SUFFIXES = {"fp32": "", "fp16": "_fp16", "int8": "_quantized", "int4": "_q4", "q4f16": "_q4f16"}
 LAYOUTS = ("optimum", "transformers.js")
 PROFILES = ("portable", "cpu")  # what a package is to run on best
 PROFILE_HELP = (
@@ -362,10 +365,10 @@ class ExportConfig:
     """Settings of an export; ``task`` None means: inferred from the model's class.
 
     ``example`` is an ``.npz`` with a row or more of every input by name, where the inputs cannot be
-    derived. ``dtype`` is one of :data:`DTYPES`; ``ort`` and ``prepack`` add the graphs in ONNX
-    Runtime's format, and with packed weights. ``layout`` is one of :data:`LAYOUTS`: optimum's has
-    all its graphs and one data file for them, that of transformers.js only the graphs that it
-    loads, each with its weights.
+    derived. ``dtype`` is one of :data:`DTYPES`, or several with commas between them; ``ort`` and
+    ``prepack`` add the graphs in ONNX Runtime's format, and with packed weights. ``layout`` is one
+    of :data:`LAYOUTS`: optimum's has all its graphs and one data file for them, that of
+    transformers.js only the graphs that it loads, each with its weights, in several precisions.
     """
 
     task: str | None = option(None, "Task by its optimum name; inferred if not given.")
@@ -380,13 +383,19 @@ class ExportConfig:
     )
     dtype: str = option(
         "fp32",
-        "Precision of the weights; int8-static needs --data, int4 and q4f16 are better with it.",
+        "Precision of the weights, or several in one folder: fp32,q8,q4f16. int8-static needs "
+        "--data, int4 and q4f16 are better with it.",
         choices=DTYPES,
+        typed=list[str] | None,
+        parse=lambda names: ",".join(names or ["fp32"]),
     )
     block: int | None = option(None, BLOCK_HELP)
     budget: str | None = option(None, BUDGET_HELP)
-    layout: str = option(
-        "optimum", "Folder and file names of optimum or transformers.js.", choices=LAYOUTS
+    layout: str | None = option(
+        None,
+        "Folder and file names of optimum or transformers.js; optimum's if not given, for several "
+        "precisions those of the other.",
+        choices=LAYOUTS,
     )
     ort: bool = option(False, "Also model.ort and its required_operators.config.", "--ort")
     prepack: bool = option(
@@ -402,11 +411,49 @@ class ExportConfig:
             raise InputError(
                 f"for cpu the opset is {FUSED_OPSET}, not {self.opset}: leave out one of the two."
             )
-        check_dtype(self.dtype)
-        check_block(self.block, self.dtype)
-        check_budget(self.budget, self.dtype, self.block)
-        if self.layout not in LAYOUTS:
+        for dtype in self.dtypes:
+            check_dtype(dtype)
+        blocked = [dtype for dtype in self.dtypes if dtype in BLOCKED]
+        check_block(self.block, (blocked or self.dtypes)[0])
+        check_budget(self.budget, ",".join(self.dtypes), self.block)
+        if self.layout not in (None, *LAYOUTS):
             raise InputError(f"no layout {self.layout!r}: there is {', '.join(LAYOUTS)}.")
+        if len(self.dtypes) > 1:
+            self._check_several()
+
+    def _check_several(self) -> None:
+        """Refuse precisions that one folder cannot hold together."""
+        for dtype in self.dtypes:
+            if self.dtypes.count(dtype) > 1:
+                raise InputError(f"dtype {dtype} is there twice: name each precision once.")
+            if dtype not in SUFFIXES:
+                raise InputError(
+                    f"transformers.js has no file name for {dtype} beside other precisions: export "
+                    "it alone."
+                )
+        if self.layout == "optimum":
+            raise InputError(
+                "the layout optimum has one name for the graphs of all precisions: for several "
+                "leave it out, or give one --dtype."
+            )
+        if self.ort or self.prepack:
+            raise InputError(
+                "--ort and --prepack are of one precision: leave them out, or give one --dtype."
+            )
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """The precisions, by their names in :data:`DTYPES`; the first is what is loaded."""
+        return tuple(SHORT.get(name.strip(), name.strip()) for name in self.dtype.split(","))
+
+    @property
+    def file_layout(self) -> str:
+        """The layout of the files: of several precisions that which has a name for each."""
+        if self.layout is not None:
+            return self.layout
+        if len(self.dtypes) > 1:
+            return "transformers.js"
+        return "optimum"
 
     @property
     def operators(self) -> int:

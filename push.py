@@ -50,7 +50,7 @@ def push(folder: Path, repository: str, private: bool = False, token: str | None
             repo_id=made.repo_id,
             folder_path=folder,
             allow_patterns=[glob.escape(name) for name in names],
-            commit_message=f"{manifest.model_type} in {manifest.dtype}, by ffmerge",
+            commit_message=f"{manifest.model_type} in {', '.join(manifest.dtypes)}, by ffmerge",
         )
     except Exception as error:  # the hub client's errors have no common head across its releases
         raise InputError(

@@ -33,21 +33,28 @@ Call = Callable[[Mapping[str, Any]], Any]  # of a module: its arguments that are
 
 
 def load_package(
-    folder: str | Path, provider: str = "cpu", threads: int = 0, kind: str = "onnx"
+    folder: str | Path,
+    provider: str = "cpu",
+    threads: int = 0,
+    kind: str = "onnx",
+    dtype: str | None = None,
 ) -> Any:
     """Return the package in ``folder`` as its Hugging Face class, running on ONNX Runtime.
 
     ``forward`` takes and gives CPU tensors and, without a cache, ``generate`` uses none.
-    ``kind`` is "onnx", or that of a variant: "ort" or "prepacked". The files are checked first;
-    no PyTorch weights are read or allocated.
+    ``kind`` is "onnx", or that of a variant: "ort" or "prepacked". Of a package in several
+    precisions ``dtype`` is the one that is loaded, by default the first. The files are checked
+    first; no PyTorch weights are read or allocated.
 
     Raises:
-        InputError: the package is not whole, or its class is not known.
+        InputError: the package is not whole, has no such kind or precision, or its class is not
+            known.
         RuntimeCheckError: the provider was not used, or the model does not load.
     """
     folder = Path(folder)
     manifest = Manifest.read(folder)
     manifest.check_files(folder)
+    manifest = manifest.in_dtype(dtype)
     model = checkpoint.without_weights(folder)
     runtime = find_runtime(provider)
     graphs = manifest.served(kind)

@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.repocard import metadata_load
 
+from ffmerge.config import SHORT
 from ffmerge.escapes import code_span, markdown
 from ffmerge.models.record import MergeRecord, merge_record
 from ffmerge.models.tasks import base
@@ -43,15 +44,19 @@ In a browser or Node.js, from the folder that holds this one:
 ```js
 import {{ pipeline, env }} from "@huggingface/transformers";
 env.localModelPath = "./";
-const model = await pipeline("{task}", "FOLDER", {{ dtype: "{dtype}" }});
+const model = await pipeline("{task}", "FOLDER", {{ dtype: "{dtype}" }});{others}
 ```
 """
-# What transformers.js calls the precisions, of which a package has one.
-_DTYPES = {"fp32": "fp32", "fp16": "fp16", "int8": "q8", "int4": "q4"}
+_OTHERS = " // or {}"
+_NAMES = {name: short for short, name in SHORT.items()}  # what transformers.js calls precisions
 
 
 def card(
-    model: Any, task: str, graphs: Sequence[str], dtype: str = "fp32", source: Path | None = None
+    model: Any,
+    task: str,
+    graphs: Sequence[str],
+    dtypes: Sequence[str] = ("fp32",),
+    source: Path | None = None,
 ) -> str:
     """Return the Markdown model card, with the metadata block the hub reads.
 
@@ -61,12 +66,14 @@ def card(
     library, browser = "onnxruntime", ""
     if all(path.startswith("onnx/") for path in graphs) and graphs:
         library = "transformers.js"
-        browser = _BROWSER.format(task=base(task), dtype=_DTYPES.get(dtype, dtype))
+        first, *others = [_NAMES.get(dtype, dtype) for dtype in dtypes]
+        more = _OTHERS.format(", ".join(others)) * bool(others)
+        browser = _BROWSER.format(task=base(task), dtype=first, others=more)
     metadata = ModelCardData(
         library_name=library,
         pipeline_tag=base(task),
         tags=["onnx", "ffmerge"],
-        **_base(source, dtype, record),
+        **_base(source, dtypes, record),
         **_results(model, task, record),
     )
     return _CARD.format(
@@ -102,11 +109,11 @@ def _inherited(source: Path | None) -> dict[str, Any]:
     return inherited
 
 
-def _base(source: Path | None, dtype: str, record: MergeRecord | None) -> dict[str, Any]:
+def _base(source: Path | None, dtypes: Sequence[str], record: MergeRecord | None) -> dict[str, Any]:
     """Return what is inherited, and what the package is to its base model, in the hub's words."""
     inherited = _inherited(source)
     if "base_model" in inherited:
-        if dtype != "fp32":
+        if any(dtype != "fp32" for dtype in dtypes):
             inherited["base_model_relation"] = "quantized"
         elif record is not None:
             inherited["base_model_relation"] = "finetune"

@@ -4,7 +4,8 @@ The last step of :func:`ffmerge.exporter.package.export`.
 """
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,12 +13,11 @@ import ffmerge
 from ffmerge.exporter.plan import Plan
 from ffmerge.exporter.records import record_tensors
 from ffmerge.exporter.reference import real_metric
+from ffmerge.exporter.write import Written
 from ffmerge.models.manifest import GraphRecord, Manifest, Skip, Variant, record_files
-from ffmerge.models.record import Tie, merge_record
+from ffmerge.models.record import merge_record
 from ffmerge.models.source import fingerprint
-from ffmerge.passes.graph.contract import join_ties
 from ffmerge.passes.graph.read import read_model
-from ffmerge.passes.graph.run import ShareResult
 from ffmerge.passes.graph.tensors import distinct_bytes
 
 _VERSIONS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy")
@@ -26,18 +26,23 @@ _VERSIONS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy")
 def describe(
     folder: Path,
     plan: Plan,
-    results: Mapping[str, ShareResult],
+    written: Sequence[Written],
     records: Sequence[GraphRecord],
     variants: Sequence[Variant],
     left_out: Sequence[Skip],
 ) -> Manifest:
-    """Return the manifest of the package whose files are in ``folder``; ``left_out`` is not."""
-    ties: list[Tie] = []
+    """Return the manifest of the package whose files are in ``folder``; ``left_out`` is not.
+
+    Ties are those of the first precision: a tied weight keeps its name in all.
+    """
     skipped: dict[Skip, None] = {}
-    for result in results.values():
-        ties += result.ties
-        skipped |= dict.fromkeys(result.skipped)
+    for each in written:
+        for skip in each.skipped:
+            if len(written) > 1:
+                skip = replace(skip, reason=f"in {each.dtype}, {skip.reason}")
+            skipped[skip] = None
     skipped |= dict.fromkeys(left_out)
+    paths = [record.path for each in written for record in each.records]
     source = {}
     if plan.source:
         source = fingerprint(plan.source)
@@ -48,22 +53,22 @@ def describe(
         source={"files": source},
         model_type=plan.model.config.model_type,
         task=plan.task,
-        dtype=plan.config.dtype,
+        dtype=written[0].dtype,
         profile=plan.config.profile,
-        opset=max(result.model.opset_imports[""] for result in results.values()),
+        opset=written[0].opset,
         parameters=sum(p.numel() for p in parameters),
         parameter_bytes=sum(p.nbytes for p in parameters),
         bytes_total=sum(file.bytes for file in files),
-        bytes_unique=distinct_bytes(read_model(folder / record.path) for record in records),
+        bytes_unique=distinct_bytes(read_model(folder / path) for path in paths),
         merge=merge_record(plan.model.config),
-        ties=join_ties(ties),
+        ties=written[0].ties,
         skipped=tuple(skipped),
         graphs=tuple(records),
         files=files,
         metric=real_metric(plan),
-        tensors=record_tensors(folder, [record.path for record in records]),
+        tensors=record_tensors(folder, paths),
         variants=tuple(variants),
-        bits=dict(pair for result in results.values() for pair in result.forms.items()),
+        bits=written[0].forms,
     )
 
 

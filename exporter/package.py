@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ffmerge.config import ExportConfig
-from ffmerge.exporter.convert import convert
+from ffmerge.exporter.convert import Translated, convert, copied, translate
 from ffmerge.exporter.describe import describe
-from ffmerge.exporter.plan import make_plan, with_one_size
+from ffmerge.exporter.plan import Plan, by_dtype, make_plan, with_one_size
 from ffmerge.exporter.torch_onnx import SizeError
-from ffmerge.exporter.write import write_files
+from ffmerge.exporter.write import Written, write_graphs, write_rest
 from ffmerge.files import refuse_existing, staged
 from ffmerge.models.data import Data
 from ffmerge.models.inputs import unchunked
@@ -51,7 +51,8 @@ class Package:
 
     def __repr__(self) -> str:
         held = self.manifest
-        return f"<Package {self.path}: {held.task}, {held.dtype}, {held.bytes_total:,} bytes>"
+        about = f"{held.task}, {', '.join(held.dtypes)}, {held.bytes_total:,} bytes"
+        return f"<Package {self.path}: {about}>"
 
     def _repr_html_(self) -> str:
         files = [(file.path, f"{file.bytes:,}") for file in self.manifest.files]
@@ -83,11 +84,21 @@ def export(
         plan = make_plan(model, config, source, data)
         with staged(Path(target)) as folder:
             try:
-                results, traces = convert(plan)
+                translated = translate(plan)
             except SizeError:
                 plan = with_one_size(plan)
-                results, traces = convert(plan)
-            records, variants, skipped = write_files(folder, plan, results, traces)
-            manifest = describe(folder, plan, results, records, variants, skipped)
+                translated = translate(plan)
+            several = len(config.dtypes) > 1
+            written = [_written(folder, translated, one, several) for one in by_dtype(plan)]
+            records, variants, skipped = write_rest(folder, plan, written)
+            manifest = describe(folder, plan, written, records, variants, skipped)
             manifest.write(folder)
     return Package(Path(target), manifest, plan.defaults)
+
+
+def _written(folder: Path, translated: Translated, plan: Plan, several: bool) -> Written:
+    """Bring the graphs to one precision and write them; they are no longer held after that."""
+    if several:
+        translated = copied(translated, plan)
+    results, traces = convert(translated, plan)
+    return write_graphs(folder, plan, results, traces)

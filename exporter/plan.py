@@ -66,7 +66,7 @@ def make_plan(model: Any, config: ExportConfig, source: Path | None, data: Data 
     Raises:
         InputError: the task is not served, or the data lacks what the model takes.
     """
-    if config.dtype == "int8-static" and data is None:
+    if "int8-static" in config.dtypes and data is None:
         raise InputError("int8-static takes its ranges from data: give --data.")
     if config.budget is not None and data is None:
         raise InputError("for a budget bits are chosen by data of the task: give --data.")
@@ -74,7 +74,7 @@ def make_plan(model: Any, config: ExportConfig, source: Path | None, data: Data 
     found = processing.load(source, arguments(model))
     specs, rows = _inputs(model, config, found)
     task = tasks.fit(config.task, model, lambda: names_given(model, probe(model, specs)))
-    keeps = config.layout == "transformers.js"
+    keeps = config.file_layout == "transformers.js"
     planned = _settled_graphs(graphs(model, task, specs, keeps), model, task, found)
     if config.budget is not None:
         _check_budget(model, config.budget, len(planned))
@@ -98,6 +98,18 @@ def _check_budget(model: Any, text: str, graphs: int) -> None:
             f"the budget of {size_text(budget)} is too small: in 2 bits the weights take "
             f"{size_text(least)}."
         )
+
+
+def by_dtype(plan: Plan) -> list[Plan]:
+    """Return the plan once for each of its precisions."""
+    found = []
+    for dtype in plan.config.dtypes:
+        config = replace(plan.config, dtype=dtype, layout=plan.config.file_layout)
+        calibration = plan.calibration
+        if dtype not in CALIBRATED:
+            calibration = {}
+        found.append(replace(plan, config=config, calibration=calibration))
+    return found
 
 
 def with_one_size(plan: Plan) -> Plan:
@@ -172,7 +184,7 @@ def _with_made(plan: Plan, rows: Feeds) -> Plan:
 def _with_rows(plan: Plan, examples: Examples) -> Plan:
     """Return the plan with rows of the data to compare on, and others to calibrate with."""
     compared, calibrating = examples, None
-    if plan.config.dtype in CALIBRATED:
+    if set(CALIBRATED) & set(plan.config.dtypes):
         compared, calibrating = examples.halves()
     rows = real_rows(compared, plan.model, plan.task)
     check_rows(plan.graphs[0], rows)
@@ -182,7 +194,7 @@ def _with_rows(plan: Plan, examples: Examples) -> Plan:
     for graph in plan.graphs:
         probed.append(replace(graph, probe=replace(graph.probe, real=int(graph.name in real))))
     calibration: Mapping[str, Sequence[Feeds]] = {}
-    if calibrating is not None and plan.config.dtype in FOUR_BITS:
+    if calibrating is not None and set(FOUR_BITS) & set(plan.config.dtypes):
         calibration = _rounding_feeds(plan, calibrating)
     elif calibrating is not None:
         others = real_rows(calibrating, plan.model, plan.task)

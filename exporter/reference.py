@@ -42,8 +42,8 @@ def write_reference(
 ) -> list[dict[str, float]]:
     """Store what the plan's graphs give in PyTorch; ``files`` are their paths.
 
-    Returns what float32 rounds off of each graph's outputs, by name; of a package of another dtype
-    nothing, as its own rounding is larger.
+    ``traces`` are by path, and may be of other precisions, too. Returns what float32 rounds off of
+    each graph's outputs, by name; of a package without it nothing, as its own rounding is larger.
     """
     tensors = {f"{GREEDY}{name}": array for name, array in plan.greedy.items()}
     if has_labels(plan) and "labels" in plan.rows:
@@ -56,11 +56,11 @@ def write_reference(
             tensors |= {input_key(file, name): array for name, array in real.items()}
         tensors |= _outputs(graph, file, real)
         rounding.append({})
-        if plan.config.dtype == "fp32":
+        if "fp32" in plan.config.dtypes:
             rounding[-1] = _rounding(graph, real)
-        if graph.name in traces:
-            traced[trace_key(file)] = described(traces[graph.name])
-            tensors[trace_key(file)] = joined(traces[graph.name])
+    for file, trace in traces.items():
+        traced[trace_key(file)] = described(trace)
+        tensors[trace_key(file)] = joined(trace)
     _save(path, tensors, traced)
     return rounding
 

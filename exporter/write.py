@@ -5,22 +5,25 @@ describes what is written here.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ffmerge.config import SUFFIXES
 from ffmerge.exporter.card import card
 from ffmerge.exporter.genai import write_genai
-from ffmerge.exporter.graphs import Graph
 from ffmerge.exporter.ort_format import write_ort
 from ffmerge.exporter.plan import Plan
 from ffmerge.exporter.prepack import write_prepacked
 from ffmerge.exporter.reference import write_reference
 from ffmerge.files import read_json, write_json
 from ffmerge.models import kv_cache
+from ffmerge.models.codes import Form
 from ffmerge.models.companions import copy_companions
 from ffmerge.models.manifest import REFERENCE, GraphRecord, Skip, Variant
+from ffmerge.models.record import Tie
 from ffmerge.models.trace import Trace
+from ffmerge.passes.graph.contract import join_ties
 from ffmerge.passes.graph.run import ShareResult
 from ffmerge.passes.graph.tensors import bytes_stored
 from ffmerge.passes.graph.write import PROTOBUF_LIMIT, write_models
@@ -29,55 +32,108 @@ WEIGHTS = "model.onnx_data"  # of all graphs, each weight once
 # layout -> folder of the graphs, suffix of their names by dtype
 LAYOUTS: dict[str, tuple[str, Mapping[str, str]]] = {
     "optimum": ("", {}),
-    "transformers.js": (
-        "onnx/",
-        {"fp16": "_fp16", "int8": "_quantized", "int4": "_q4", "q4f16": "_q4f16"},
-    ),
+    "transformers.js": ("onnx/", SUFFIXES),
 }
 
 
-def write_files(
+@dataclass(frozen=True)
+class Written:
+    """The graphs of one precision, in their files, and what is told of them.
+
+    ``traces`` are by path, ``forms`` bits and block of weights by name, where they were chosen.
+    """
+
+    dtype: str
+    records: tuple[GraphRecord, ...]
+    traces: Mapping[str, Trace]
+    opset: int
+    ties: tuple[Tie, ...]
+    skipped: tuple[Skip, ...]
+    forms: Mapping[str, Form]
+
+
+def write_graphs(
     folder: Path, plan: Plan, results: Mapping[str, ShareResult], traces: Mapping[str, Trace]
-) -> tuple[tuple[GraphRecord, ...], tuple[Variant, ...], tuple[Skip, ...]]:
-    """Write a package without its manifest; return its graphs, their variants, what was left out.
+) -> Written:
+    """Write the graphs of one precision, with their weights.
 
     Raises:
         TieError: a weight would be stored twice.
+    """
+    plan = _as_laid_out(plan)
+    records = _write_graphs(folder, plan, results)
+    paths = {graph.name: record.path for graph, record in zip(plan.graphs, records, strict=True)}
+    ties: list[Tie] = []
+    skipped: dict[Skip, None] = {}
+    forms: dict[str, Form] = {}
+    for result in results.values():
+        ties += result.ties
+        skipped |= dict.fromkeys(result.skipped)
+        forms |= result.forms
+    return Written(
+        dtype=plan.config.dtype,
+        records=records,
+        traces={path: traces[name] for name, path in paths.items() if name in traces},
+        opset=max(result.model.opset_imports[""] for result in results.values()),
+        ties=join_ties(ties),
+        skipped=tuple(skipped),
+        forms=forms,
+    )
+
+
+def write_rest(
+    folder: Path, plan: Plan, written: Sequence[Written]
+) -> tuple[tuple[GraphRecord, ...], tuple[Variant, ...], tuple[Skip, ...]]:
+    """Write all of a package but its graphs and its manifest.
+
+    Those of the first precision are its graphs, of the others their variants. Return both, with
+    all other variants, and what was left out.
+
+    Raises:
         ExportError: ONNX Runtime cannot write a variant, or it computes something else.
     """
-    if plan.config.layout == "transformers.js":
-        plan = replace(plan, graphs=_without_parts(plan.graphs))
-    records = _write_graphs(folder, plan, results)
-    variants = _write_variants(folder, plan, records)
-    paths = [record.path for record in records]
-    rounding = write_reference(folder / REFERENCE, plan, paths, traces)
+    plan, records = _as_laid_out(plan), written[0].records
+    variants: list[Variant] = []
+    for other in written[1:]:
+        for record, same in zip(records, other.records, strict=True):
+            variants.append(Variant(other.dtype, same.path, portable=True, graph=record.path))
+    variants += _write_variants(folder, plan, records)
+    traces: dict[str, Trace] = {}
+    paths: list[str] = []
+    for each in written:
+        traces |= each.traces
+        paths += [record.path for record in each.records]
+    rounding = write_reference(folder / REFERENCE, plan, paths[: len(records)], traces)
     records = tuple(replace(r, rounding=off) for r, off in zip(records, rounding, strict=True))
     skipped = _write_genai(folder, plan, records)
     _write_config(folder, plan.model)
     if plan.source:
         copy_companions(plan.source, folder)
-    text = card(plan.model, plan.task, paths, plan.config.dtype, plan.source)
+    text = card(plan.model, plan.task, paths, plan.config.dtypes, plan.source)
     (folder / "README.md").write_text(text, encoding="utf-8")
-    return records, variants, skipped
+    return records, tuple(variants), skipped
 
 
-def _without_parts(graphs: Sequence[Graph]) -> tuple[Graph, ...]:
-    """Return the graphs without those that another one is made of: transformers.js opens none."""
+def _as_laid_out(plan: Plan) -> Plan:
+    """Return the plan without graphs that another is made of: transformers.js opens none."""
+    if plan.config.file_layout != "transformers.js":
+        return plan
     parts: set[str] = set()
-    for graph in graphs:
+    for graph in plan.graphs:
         parts |= set(graph.parts)
-    return tuple(replace(graph, parts=()) for graph in graphs if graph.name not in parts)
+    whole = [replace(graph, parts=()) for graph in plan.graphs if graph.name not in parts]
+    return replace(plan, graphs=tuple(whole))
 
 
 def _write_graphs(
     folder: Path, plan: Plan, results: Mapping[str, ShareResult]
 ) -> tuple[GraphRecord, ...]:
     """Write graphs where the layout has them, with one data file for all or one for each."""
-    prefix, suffixes = LAYOUTS[plan.config.layout]
+    prefix, suffixes = LAYOUTS[plan.config.file_layout]
     suffix = suffixes.get(plan.config.dtype, "")
     paths = {graph.name: f"{prefix}{graph.name}{suffix}.onnx" for graph in plan.graphs}
     models = {folder / path: results[name].model for name, path in paths.items()}
-    if plan.config.layout == "optimum":
+    if plan.config.file_layout == "optimum":
         write_models(models, folder / WEIGHTS)
     else:
         for path, model in models.items():
@@ -115,11 +171,11 @@ def _write_variants(
 def _write_genai(folder: Path, plan: Plan, records: Sequence[GraphRecord]) -> tuple[Skip, ...]:
     """Write what onnxruntime-genai needs beside a decoder for the CPU; return what is left out."""
     config = plan.config
-    if config.profile != "cpu" or config.layout != "optimum" or len(records) > 1:
+    if config.profile != "cpu" or config.file_layout != "optimum" or len(records) > 1:
         return ()
     if not kv_cache.keeps_cache(records[0].outputs):
         return ()
-    skip = write_genai(folder, records[0], plan.model, config.dtype)
+    skip = write_genai(folder, records[0], plan.model, config.dtypes[0])
     return (skip,) if skip else ()
 
 

@@ -6,10 +6,11 @@ it first, and has it check the files before one is opened.
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ffmerge.config import DTYPES, SHORT
 from ffmerge.errors import InputError
 from ffmerge.files import open_inside, plain, read_json, restored, sha256, size_text, write_json
 from ffmerge.models.codes import Form
@@ -81,7 +82,8 @@ class GraphRecord:
 class Variant:
     """A ``graph`` in another form: ``path`` is what a runtime opens.
 
-    If it is not ``portable`` it depends on the processor it was made on, and so do its bytes.
+    Its ``kind`` is ort or prepacked, or the precision that it has where a package has several. If
+    it is not ``portable`` it depends on the processor it was made on, and so do its bytes.
     """
 
     kind: str
@@ -97,7 +99,8 @@ class Manifest:
     ``bytes_total`` is the sum of ``files``, ``bytes_unique`` that of the distinct initializers,
     ``parameter_bytes`` that of the distinct PyTorch parameters. ``metric`` is PyTorch's on the real
     rows that the package holds, if they have labels. ``bits`` are those of each weight, by name,
-    where they were chosen for a budget. ``profile`` is what the graphs are for (``export --for``).
+    where they were chosen for a budget. ``graphs`` and ``dtype`` are those of the first precision,
+    others are ``variants``. ``profile`` is what the graphs are for (``export --for``).
     """
 
     versions: Mapping[str, str]
@@ -122,19 +125,51 @@ class Manifest:
     profile: str = "portable"
 
     def __repr__(self) -> str:
-        size = size_text(self.bytes_total)
+        size, dtypes = size_text(self.bytes_total), ", ".join(self.dtypes)
         paths = ", ".join(graph.path for graph in self.graphs)
-        return f"<Manifest: {self.model_type}, {self.task}, {self.dtype}, {size}, {paths}>"
+        return f"<Manifest: {self.model_type}, {self.task}, {dtypes}, {size}, {paths}>"
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """The precisions that the package has its graphs in, the one of ``graphs`` first."""
+        kinds = [variant.kind for variant in self.variants if variant.kind in DTYPES]
+        return (self.dtype, *dict.fromkeys(kinds))
+
+    def in_dtype(self, dtype: str | None = None) -> "Manifest":
+        """Return what it says of the graphs in one precision, by default the first.
+
+        Raises:
+            InputError: the package has none in it.
+        """
+        wanted = self.dtype
+        if dtype is not None:
+            wanted = SHORT.get(dtype, dtype)
+        if wanted not in self.dtypes:
+            raise InputError(f"the package has no {dtype}: there is {', '.join(self.dtypes)}.")
+        if len(self.dtypes) == 1:
+            return self
+        paths = {graph.path: graph.path for graph in self.graphs}
+        if wanted != self.dtype:
+            paths = {each.graph: each.path for each in self.variants if each.kind == wanted}
+        graphs = []
+        for graph in self.graphs:
+            rounding = graph.rounding
+            if wanted != "fp32":  # weights are rounded much further
+                rounding = {}
+            graphs.append(replace(graph, path=paths[graph.path], rounding=rounding))
+        return replace(self, dtype=wanted, graphs=tuple(graphs), variants=())
 
     def served(self, kind: str = "onnx") -> dict[str, GraphRecord]:
         """Return the graphs that are used together, none another's part, by path of that kind.
+
+        A precision is a kind, too.
 
         Raises:
             InputError: the package has none of that kind.
         """
         parts = {part for graph in self.graphs for part in graph.parts}
         records = {graph.path: graph for graph in self.graphs if graph.path not in parts}
-        if kind == "onnx":
+        if kind in ("onnx", self.dtype):
             return records
         found = {v.path: records[v.graph] for v in self.variants if v.kind == kind}
         if not found:

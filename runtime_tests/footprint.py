@@ -42,7 +42,7 @@ def measure_footprint(
 ) -> Footprint:
     """Return what a new process measured; one thread, so that machines and days compare.
 
-    ``kind`` is "onnx" for the graphs, or that of a variant of them.
+    ``kind`` is "onnx" for the graphs, or that of a variant of them, as another precision.
 
     Raises:
         RuntimeCheckError: the process failed; the message is its last line.

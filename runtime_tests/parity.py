@@ -12,7 +12,7 @@ import numpy as np
 
 from ffmerge.errors import InputError
 from ffmerge.models.kv_cache import is_present
-from ffmerge.models.manifest import GraphRecord, Manifest, best_keys
+from ffmerge.models.manifest import GraphRecord, Manifest
 from ffmerge.models.probe import Array, is_logits, kept, stored_elements
 from ffmerge.runtime_tests.quality import (
     Quality,
@@ -54,16 +54,18 @@ def check_parity(
 ) -> list[OutputParity]:
     """Return, for each output, how far the package is from the PyTorch outputs it carries.
 
+    Of several precisions that is the first.
+
     Raises:
         InputError: the package has no readable reference, or names no output.
         RuntimeCheckError: the provider was not used, or the model does not load or run.
     """
     refuse_without_outputs(folder, manifest)
-    runtime = find_runtime(provider)
+    runtime, graphs = find_runtime(provider), manifest.in_dtype().graphs
     tolerance = for_dtype(manifest.dtype, runtime.arithmetic)
-    reference = read_reference(folder)
+    reference = read_reference(folder, manifest)
     found: list[OutputParity] = []
-    for graph in manifest.graphs:
+    for graph in graphs:
         session = runtime.open(folder / graph.path, optimization)
         found += parity_of(graph, session, reference, optimization, tolerance)
     return found
@@ -113,7 +115,7 @@ def _sample(
     counted = counted.reshape(-1)
     got = stored_elements(output, of, name, real)
     scores = None
-    classes, best = (reference.tensors.get(key) for key in best_keys(graph.path, case, name))
+    classes, best = reference.best(graph, case, name)
     comparable = expected is not None and expected.shape == got.shape
     if comparable and classes is not None and best is not None:
         scores = of_best(best, output, classes)

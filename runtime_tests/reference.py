@@ -5,7 +5,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -17,6 +17,7 @@ from ffmerge.models.manifest import (
     REFERENCE,
     GraphRecord,
     Manifest,
+    best_keys,
     input_key,
     reference_key,
 )
@@ -26,11 +27,16 @@ from ffmerge.models.trace import GREEDY, TRACES, Description, Trace, split, trac
 
 @dataclass(frozen=True)
 class Reference:
-    """The tensors of the file in ``folder`` by name, and what each trace among them is of."""
+    """The tensors of the file in ``folder`` by name, and what each trace among them is of.
+
+    Of a graph in several precisions outputs and inputs are stored once, under the path of the
+    first: ``first`` has that of each other one.
+    """
 
     folder: Path
     tensors: Mapping[str, Array]
     traces: Mapping[str, Sequence[Description]]
+    first: Mapping[str, str] = field(default_factory=dict)
 
     def feeds(self, graph: GraphRecord, case: int) -> dict[str, Array]:
         """Return the inputs of one case of a graph.
@@ -48,11 +54,15 @@ class Reference:
 
     def expected(self, graph: GraphRecord, case: int, output: str) -> Array | None:
         """Return what is stored of the output that PyTorch gave, if anything is."""
-        return self.tensors.get(reference_key(graph.path, case, output))
+        return self.tensors.get(reference_key(self._of(graph.path), case, output))
+
+    def best(self, graph: GraphRecord, case: int, output: str) -> list[Array | None]:
+        """Return the best classes of logits that PyTorch gave and their scores, if stored."""
+        return [self.tensors.get(key) for key in best_keys(self._of(graph.path), case, output)]
 
     def real(self, graph: GraphRecord) -> dict[str, Array]:
         """Return the stored inputs of a graph; one made of parts is given what its first is."""
-        prefix = input_key((graph.parts or (graph.path,))[0], "")
+        prefix = input_key(self._of((graph.parts or (graph.path,))[0]), "")
         return self._below(prefix)
 
     def labelled(self, manifest: Manifest) -> dict[str, Array]:
@@ -76,6 +86,9 @@ class Reference:
             return None
         return split(self.traces[key], self.tensors[key])
 
+    def _of(self, path: str) -> str:
+        return self.first.get(path, path)
+
     def _below(self, prefix: str) -> dict[str, Array]:
         return {
             name.removeprefix(prefix): array
@@ -84,18 +97,20 @@ class Reference:
         }
 
 
-def read_reference(folder: Path) -> Reference:
-    """Return the reference of the package in ``folder``.
+def read_reference(folder: Path, manifest: Manifest | None = None) -> Reference:
+    """Return the reference of the package in ``folder``; for several precisions its manifest tells.
 
     Raises:
         InputError: there is none, or it cannot be read.
     """
-    path = folder / REFERENCE
+    path, first = folder / REFERENCE, {}
+    if manifest is not None:
+        first = {variant.path: variant.graph for variant in manifest.variants}
     try:
         with safe_open(path, "numpy") as file:
             about = dict(file.metadata() or {})
         traces = {key: json.loads(text) for key, text in about.items()}
         # older packages have a key for each trace, and no others
-        return Reference(folder, load_file(path), traces.get(TRACES, traces))
+        return Reference(folder, load_file(path), traces.get(TRACES, traces), first)
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"{path} cannot be read: {error}. Export the package again.") from error

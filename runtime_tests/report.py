@@ -163,7 +163,8 @@ def made_by(manifest: Manifest, folder: str) -> list[str]:
             f"ffmerge merge MODEL merged {chosen} --method {merge.method} --data DATA{recover}"
         ]
         model = "merged"
-    task = f"--task {manifest.task} --opset {manifest.opset} --dtype {manifest.dtype}"
+    task = f"--task {manifest.task} --opset {manifest.opset}"
+    task += f" --dtype {','.join(manifest.dtypes)}"
     if manifest.profile != "portable":
         task += f" --for {manifest.profile}"
     data = " --data DATA" * any(graph.probe.real for graph in manifest.graphs)
@@ -187,6 +188,9 @@ def cost_rows(before: Validation | None, after: Validation) -> list[Row]:
     if before:
         old = summary(before)
     found = [_cost_row(cost, old, new) for cost in _SIZES]
+    for place, dtype in enumerate(after.manifest.dtypes[1:], 1):
+        size = size_text(model_bytes(after.manifest, dtype))
+        found.insert(place, Row(f"Size on disk, {dtype}", None, size, "", "", "of its own files"))
     found.append(_kept_row(before, after))
     found += [_cost_row(cost, old, new) for cost in _TIMES]
     found.append(_served_row(old, new))
@@ -359,7 +363,7 @@ def runtime_rows(validation: Validation) -> list[tuple[str, ...]]:
             first, median = time_text(cost.first_ms), time_text(cost.median_ms)
             if cost.rss_bytes is not None:
                 memory = size_text(cost.rss_bytes)
-        name = f"{result.name}\n{_ran_on(result)}"
+        name = f"{result.label}\n{_ran_on(result)}"
         found.append((name, memory, load, first, median, yes_or_no(result.ok)))
     return found
 
@@ -380,7 +384,7 @@ def tables(validation: Validation) -> list[Table]:
     found: list[Table] = []
     for result in validation.providers:
         if result.outputs:
-            heads = (f"{result.name}, worst outputs", "largest difference", "holds")
+            heads = (f"{result.label}, worst outputs", "largest difference", "holds")
             found.append(("", heads, output_rows(result.worst(), validation.manifest)))
     metrics = []
     for row in validation.metrics:
@@ -406,7 +410,7 @@ def _decoding_rows(validation: Validation) -> list[tuple[Any, ...]]:
     for result in validation.providers:
         for each in result.generation:
             agreed = f"{each.agreement:.1%} of {each.compared}"
-            name = f"{result.name}, {each.optimization}"
+            name = f"{result.label}, {each.optimization}"
             found.append((name, agreed, each.ties, each.reason or "ok"))
     return found
 
@@ -416,7 +420,7 @@ def _failures(validation: Validation) -> list[tuple[str, str]]:
     found = []
     for result in validation.providers:
         if result.reason:
-            found.append((result.name, result.reason))
+            found.append((result.label, result.reason))
     for name, why in validation.not_tested.items():
         found.append((name, f"not tested: {why}"))
     if validation.not_measured:

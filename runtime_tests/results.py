@@ -196,6 +196,7 @@ class Sharing:
 class ProviderResult:
     """What was found on one runtime so far; it is filled in check by check.
 
+    ``dtype`` is the precision that ran where the package has several; the bounds are those of it.
     ``used`` is None when it did not run, and ``stopped`` says why it did not get to the end.
     ``generation`` is greedy decoding at each optimization level, ``divergences`` the first node of
     each graph that is off. ``metric`` is the task's on the data that were given, ``sample`` that
@@ -204,6 +205,7 @@ class ProviderResult:
 
     name: str
     requested: str
+    dtype: str | None = None
     used: str | None = None
     device: str | None = None
     arithmetic: str = "fp32"
@@ -216,6 +218,13 @@ class ProviderResult:
     texts: list[MetricRow] = field(default_factory=list)
     footprint: Footprint | None = None
     stopped: str | None = None
+
+    @property
+    def label(self) -> str:
+        """Return what it is called in a report."""
+        if self.dtype is None:
+            return self.name
+        return f"{self.name}, {self.dtype}"
 
     @property
     def reason(self) -> str | None:
@@ -297,8 +306,11 @@ class Validation:
 
     @property
     def max_abs(self) -> float | None:
-        """Return the largest difference in any output on any runtime."""
-        known = [o.max_abs for p in self.providers for o in p.outputs if o.max_abs is not None]
+        """Return the largest difference in any output on any runtime, in the first precision."""
+        known: list[float] = []
+        for result in self.providers:
+            if result.dtype in (None, self.manifest.dtype):
+                known += [each.max_abs for each in result.outputs if each.max_abs is not None]
         return max(known, default=None)
 
     @property
@@ -313,7 +325,8 @@ class Validation:
         for data, name in ((ROWS, "sample"), (GIVEN, "metric")):
             for result in self.providers:
                 if metric := getattr(result, name):
-                    found.append(metric_row(self.manifest.dtype, result.name, data, metric))
+                    stage = result.dtype or self.manifest.dtype
+                    found.append(metric_row(stage, result.name, data, metric))
         for result in self.providers:
             found += result.texts
         return found
@@ -340,7 +353,7 @@ class Validation:
                     "initializer_bytes": manifest.bytes_total,
                     "initializer_bytes_unique": manifest.bytes_unique,
                     "parameters": manifest.parameters,
-                    "dtype": manifest.dtype,
+                    "dtype": ",".join(manifest.dtypes),
                 },
                 "sharing": self.sharing,
             }
@@ -350,7 +363,7 @@ class Validation:
         """Return the verdict of each runtime."""
         found = []
         for result in self.providers:
-            found.append(f"{result.name}: {result.reason or 'ok'}")
+            found.append(f"{result.label}: {result.reason or 'ok'}")
         return f"Validation({'; '.join(found)})"
 
     def _repr_html_(self) -> str:
@@ -408,6 +421,18 @@ def sharing(before: Validation, after: Validation) -> Sharing | None:
     return Sharing(before.label, removed, first - last, (first - last) / removed)
 
 
-def model_bytes(manifest: Manifest) -> int:
-    """Return the bytes of the files a runtime loads: graphs and their external data."""
-    return sum(f.bytes for f in manifest.files if f.path.endswith((".onnx", ".onnx_data")))
+def model_bytes(manifest: Manifest, dtype: str | None = None) -> int:
+    """Return the bytes of the files a runtime loads: graphs and their external data.
+
+    Of several precisions it loads one, by default the first.
+    """
+    other = set()
+    for each in manifest.dtypes:
+        if each != (dtype or manifest.dtype):
+            other |= {graph.path for graph in manifest.in_dtype(each).graphs}
+    total = 0
+    for file in manifest.files:
+        graph = file.path.removesuffix("_data")
+        if graph.endswith(".onnx") and graph not in other:
+            total += file.bytes
+    return total

@@ -131,35 +131,46 @@ def check_package(
     if config.installed:
         names += RUNTIMES
     runtimes = {name: find_runtime(name) for name in names}
-    reference = read_reference(folder)
+    reference = read_reference(folder, manifest)
     results: list[ProviderResult] = []
     absent: dict[str, str] = {}
     for name, runtime in runtimes.items():
-        result = ProviderResult(
-            name=name,
-            requested=runtime.requested,
-            arithmetic=runtime.arithmetic,
-            optimization=runtime.levels,
-        )
-        try:
-            _check_on(runtime, result, manifest, reference, examples, progress)
-            _locate(runtime, result, manifest, reference)
-            progress(f"measuring memory and latency on {name}")
-            result.footprint = measure_footprint(folder, name, config.threads)
-            result.device = result.footprint.device
-        except NotInstalled as error:
-            if name not in config.providers:
-                absent[name] = str(error)
-                continue
-            result.stopped = str(error)
-        except RuntimeCheckError as error:
-            result.stopped = str(error)
-        results.append(result)
+        for dtype in manifest.dtypes:
+            result = _new(runtime, manifest, dtype)
+            try:
+                one = manifest.in_dtype(dtype)
+                _check_on(runtime, result, one, reference, examples, progress)
+                _locate(runtime, result, one, reference)
+                progress(f"measuring memory and latency on {result.label}")
+                kind = result.dtype or "onnx"
+                result.footprint = measure_footprint(folder, name, config.threads, kind)
+                result.device = result.footprint.device
+            except NotInstalled as error:
+                if name not in config.providers:
+                    absent[name] = str(error)
+                    continue
+                result.stopped = str(error)
+            except RuntimeCheckError as error:
+                result.stopped = str(error)
+            results.append(result)
     why = None
     if writes(manifest):
         why = why_not(folder)
     name = f"{manifest.model_type} of {manifest.parameters:,} parameters"
     return Validation(manifest, tuple(results), absent, why, _environment(), label=name)
+
+
+def _new(runtime: Runtime, manifest: Manifest, dtype: str) -> ProviderResult:
+    """Return the result of a runtime on a package in one of its precisions, before any check."""
+    result = ProviderResult(
+        name=runtime.name,
+        requested=runtime.requested,
+        arithmetic=runtime.arithmetic,
+        optimization=runtime.levels,
+    )
+    if len(manifest.dtypes) > 1:
+        result.dtype = dtype
+    return result
 
 
 def measured_again(folder: Path, validation: Validation) -> Validation:
@@ -171,7 +182,10 @@ def measured_again(folder: Path, validation: Validation) -> Validation:
     results = []
     for result in validation.providers:
         if result.footprint:
-            runs = [result.footprint, measure_footprint(folder, result.name)]
+            runs = [
+                result.footprint,
+                measure_footprint(folder, result.name, kind=result.dtype or "onnx"),
+            ]
             fastest = min(runs, key=lambda run: run.median_ms)
             slowest = max(run.p95_ms for run in runs)
             result = replace(result, footprint=replace(fastest, p95_ms=slowest))
@@ -191,7 +205,7 @@ def _check_on(
     tolerance = for_dtype(manifest.dtype, runtime.arithmetic)
     together = manifest.served()
     for level in runtime.levels:
-        progress(f"comparing with PyTorch on {runtime.name}, optimization {level}")
+        progress(f"comparing with PyTorch on {result.label}, optimization {level}")
         sessions = {}
         for graph in manifest.graphs:
             session = runtime.open(reference.folder / graph.path, level)

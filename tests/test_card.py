@@ -29,7 +29,7 @@ def test_licence_data_and_base_are_those_of_the_checkpoint(tmp_path: Path) -> No
         "---\nlicense: mit\ndatasets: [mnist]\nbase_model: org/base\ntags: [x]\n"
         "model-index: [1]\nlanguage: {a: b}\n---\n# of it\n"
     )
-    found = metadata(tmp_path, dtype="int8")
+    found = metadata(tmp_path, dtypes=("int8",))
     assert found["license"] == "mit" and found["datasets"] == ["mnist"]
     assert found["base_model"] == "org/base" and found["base_model_relation"] == "quantized"
     assert found["tags"] == ["onnx", "ffmerge"] and found["library_name"] == "onnxruntime"
@@ -60,6 +60,6 @@ def test_results_are_those_of_the_merge() -> None:
 
 def test_a_folder_for_the_browser_is_called_so() -> None:
     graphs = ("onnx/model_quantized.onnx",)
-    assert metadata(graphs=graphs, dtype="int8")["library_name"] == "transformers.js"
-    text = card(vit(32, 64, 2), "image-classification", graphs, "int8")
+    assert metadata(graphs=graphs, dtypes=("int8",))["library_name"] == "transformers.js"
+    text = card(vit(32, 64, 2), "image-classification", graphs, ("int8",))
     assert 'pipeline("image-classification", "FOLDER", { dtype: "q8" })' in text

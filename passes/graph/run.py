@@ -139,6 +139,16 @@ def bring_to(
     """
     skipped = quantize(shared.model, dtype, config)
     make_constant(shared.model)
+    return share_again(shared, skipped, resident)
+
+
+def share_again(
+    shared: ShareResult, skipped: Sequence[Skip] = (), resident: bool = True
+) -> ShareResult:
+    """Return a shared model that has changed since, shared again, in place.
+
+    ``skipped`` is what was left alone meanwhile.
+    """
     last = _share(shared.model, (), resident)
     reasons = dict.fromkeys((*shared.skipped, *skipped, *last.skipped))
     return replace(last, skipped=tuple(reasons), bytes_before=shared.bytes_before)
