@@ -2,8 +2,10 @@
 
 ``torch.onnx.export`` decomposes every program into the operators that it translates, which traces
 it anew twice and takes nearly half of an export, though programs of transformers are mostly made of
-no others; and for every graph it makes the table of its translations anew. ``torch_onnx.py``
-exports inside :func:`lean_exporter`.
+no others. For every graph it makes the table of its translations anew, and runs each node once more
+to see what type its inputs are promoted to. Shapes that it traced it keeps to find them again,
+which costs more than it saves where sizes have names. ``torch_onnx.py`` exports inside
+:func:`lean_exporter`.
 """
 
 import contextlib
@@ -48,7 +50,32 @@ def lean_exporter() -> Iterator[None]:
             stack.enter_context(mock.patch.object(passes, whole.__name__, needed))
             kind, made = _translations()
             stack.enter_context(mock.patch.object(kind, "from_torchlib", staticmethod(made)))
+            promotion = importlib.import_module("torch.onnx._internal.fx.passes.type_promotion")
+            interpreter = promotion._TypePromotionInterpreter
+            lean = partial(_promoted, promotion, interpreter.run_node)
+            stack.enter_context(
+                mock.patch.object(interpreter, "run_node", lambda *given: lean(*given))
+            )
+        with contextlib.suppress(ImportError, AttributeError):
+            # a shape with names is hardly ever met again, and kept at the price of making it anew
+            dynamo = importlib.import_module("torch._dynamo.config")
+            stack.enter_context(dynamo.patch(fake_tensor_cache_enabled=False))
         yield
+
+
+def _promoted(promotion: Any, whole: Any, interpreter: Any, node: fx.Node) -> Any:
+    """Promote the types of what a node reads and return what it gives, as ``whole`` does.
+
+    That runs each node anew. What a node gives was found when it was traced, and is found again
+    where its inputs become others.
+    """
+    if node.op != "call_function" or node.meta.get("val") is None:
+        return whole(interpreter, node)
+    with interpreter._set_current_node(node):
+        rule = promotion.get_type_promotion_rule(node, interpreter.type_promotion_table)
+        if rule is not None:
+            interpreter._maybe_promote_node(node, rule)
+    return node.meta["val"]
 
 
 @cache
@@ -150,9 +177,14 @@ def _translated(module: fx.GraphModule, registry: Any) -> bool:
             return False
         if not isinstance(target, torch._ops.OpOverload):
             continue
-        if _writes(node) or not registry.is_registered(target):
+        if _writes(node) or not (_is_onnx(target) or registry.is_registered(target)):
             return False
     return True
+
+
+def _is_onnx(target: torch._ops.OpOverload) -> bool:
+    """Tell whether an operator is one of ONNX itself, as ``torch.onnx.ops`` gives them."""
+    return target.namespace == "onnx"
 
 
 def _name_of(node: fx.Node) -> str:

@@ -38,7 +38,9 @@ class Product(NamedTuple):
     @property
     def bias(self) -> ir.Value | None:
         """What is added."""
-        return self.added and next(filter(_is_stored, self.added.inputs))
+        if self.added is None:
+            return None
+        return next(filter(_is_stored, self.added.inputs))
 
     @property
     def held(self) -> list[ir.Value]:
@@ -188,8 +190,8 @@ def _join(group: Sequence[Product], main: ir.Graph) -> None:
     held = [value for product in group for value in product.held]
     ir.convenience.replace_nodes_and_values(main, first, gone, nodes, old, nodes[-1].outputs)
     for value in held:
-        if not value.uses() and value.name in main.initializers:
-            main.initializers.pop(value.name)
+        if not value.uses():
+            main.initializers.pop(str(value.name), None)
 
 
 def _behind_one_another(values: Sequence[ir.Value], by_column: bool) -> ir.TensorProtocol:

@@ -8,7 +8,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.onnx._internal.exporter import _fx_passes
 
 from ffmerge.exporter.lean import lean_exporter
@@ -51,6 +51,12 @@ def promoted(x: Tensor) -> Tensor:
 def masks(x: Tensor) -> Tensor:
     either = (x > 1) | (x < -3)
     return torch.max(x, -x) * ((either & (x != 2)) ^ (x == 0)).to(torch.float32)
+
+
+def mixed(x: Tensor) -> Tensor:
+    whole = x.to(torch.int64)
+    half = whole * 0.5 + torch.arange(x.shape[0])[:, None]
+    return half + (whole > 0) * 2 + torch.pow(whole, 2) / 3 + torch.where(x > 0, x, whole)
 
 
 def without_gradients(x: Tensor) -> Tensor:
@@ -116,6 +122,7 @@ class _Module(nn.Module):
         (through_a_view, True),
         (promoted, True),
         (masks, False),
+        (mixed, False),
         (without_gradients, False),
         (outputs_by_name, False),
         (written_and_given, None),
@@ -143,6 +150,19 @@ def test_what_is_translated_computes_the_same(
     for x in (X, X[:2] * 3):
         (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
         np.testing.assert_allclose(got, function(x.clone()).numpy(), rtol=1e-6)  # measured 1.7e-7
+
+
+def test_what_was_traced_is_not_run_again_for_its_types() -> None:
+    """PyTorch runs every node anew to promote types, though most keep theirs."""
+    layers = nn.Sequential(*[nn.Linear(4, 4) for _ in range(9)])
+    run = mock.Mock(side_effect=fx.Interpreter.run_node)
+    with mock.patch.object(fx.Interpreter, "run_node", lambda *given: run(*given)):
+        with lean_exporter():
+            torch.onnx.export(
+                layers.eval(), (X,), None, dynamo=True, optimize=False, verbose=False,
+                dynamic_shapes=({0: "rows"},),
+            )  # fmt: skip
+    assert not [call for call in run.call_args_list if call.args[1].op == "call_function"]
 
 
 def test_an_exporter_of_another_build_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
