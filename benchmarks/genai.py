@@ -198,7 +198,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="int4")
     parser.add_argument("--forms", nargs="+", default=FORMS, choices=FORMS)
     parser.add_argument("--base", default="builder")
-    parser.add_argument("--lengths", nargs="+", type=int, default=[64, 256, 1024])
+    parser.add_argument("--lengths", nargs="+", type=int, default=[64, 256, 1024, 4096])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--json", type=Path)

@@ -1,12 +1,12 @@
 """What onnxruntime-genai needs to run a package for the CPU: its configuration, and a graph for it.
 
 ``exporter/write.py`` calls :func:`write_genai` for a decoder of ``export --for cpu``. The graph,
-``model_genai.onnx``, reads the data file of ``model.onnx`` and differs from it in two places: the
-attention is ``GroupQueryAttention``, which appends to keys and values where they lie, in buffers
-that onnxruntime-genai makes once, and rotates what it reads (``turned.py``), and the head is
-multiplied by for the last token only. That operator takes no mask: :func:`_window` looks at what
-each mask of the graph lets through, and where that is not what the operator computes, the
-configuration names ``model.onnx``, whose cache grows by copies.
+``model_genai.onnx``, reads the data file of ``model.onnx`` and differs from it: the attention is
+``GroupQueryAttention``, which appends to keys and values where they lie, in buffers that
+onnxruntime-genai makes once, and rotates what it reads (``turned.py``); norms make the sums before
+them (``summed.py``); the head is multiplied by for the last token only. That operator takes no
+mask: :func:`_window` looks at what each mask of the graph lets through, and where that is not what
+the operator computes, the configuration names ``model.onnx``, whose cache grows by copies.
 """
 
 from collections.abc import Sequence
@@ -19,6 +19,7 @@ from onnx_ir.passes.common import DeduplicateInitializersPass, RemoveUnusedNodes
 
 from ffmerge.errors import first_line
 from ffmerge.exporter.last_logits import LOGITS
+from ffmerge.exporter.summed import sum_inside
 from ffmerge.exporter.turned import opened, session_of, turn_inside
 from ffmerge.files import write_json
 from ffmerge.models import kv_cache
@@ -72,6 +73,7 @@ def _write_graph(
         _share_buffers(model, length)
         if turn:
             turn_inside(model, length)
+        sum_inside(model.graph)
         DeduplicateInitializersPass()(model)
         ir.save(model, folder / GRAPH)
         _check_same(folder / record.path, folder / GRAPH, record, dtype)
@@ -278,11 +280,16 @@ def _exact(path: Path) -> Any:
 def _check_same(one: Path, other: Path, record: GraphRecord, dtype: str) -> None:
     """Raise _Plain unless two graphs put out the same behind a prompt, and for a token more."""
     close = CLOSE_ROUNDED if dtype in ROUNDED else CLOSE
-    first, second = _exact(one), _exact(other)
-    drawn = record.probe.draw(0, batch=1)
-    caches: list[dict[str, Array]] = [
-        {name: array[:, :, :0] for name, array in drawn.items() if kv_cache.is_past(name)}
-    ] * 2
+    for first, second in zip(_logits(one, record), _logits(other, record), strict=True):
+        if np.abs(first - second).max() > close * np.abs(first).max():
+            raise _Plain("with the operator the logits are others")
+
+
+def _logits(path: Path, record: GraphRecord) -> list[Array]:
+    """Return the last logits behind a prompt, and behind a token more; one graph is open then."""
+    session, drawn, logits = _exact(path), record.probe.draw(0, batch=1), []
+    names = [output.name for output in session.get_outputs()]
+    cache = {name: array[:, :, :0] for name, array in drawn.items() if kv_cache.is_past(name)}
     for before, new in ((0, LENGTH), (LENGTH, 1)):
         feeds = {
             "input_ids": drawn["input_ids"].reshape(-1)[:1].repeat(new)[None] + np.arange(new) % 2,
@@ -290,11 +297,7 @@ def _check_same(one: Path, other: Path, record: GraphRecord, dtype: str) -> None
             "position_ids": np.arange(before, before + new)[None],
         }
         read = {name: feeds[name] for name in feeds if name in drawn}
-        logits = []
-        for number, session in enumerate((first, second)):
-            names = [output.name for output in session.get_outputs()]
-            found = dict(zip(names, session.run(None, {**read, **caches[number]}), strict=True))
-            logits.append(found.pop(LOGITS)[:, -1])
-            caches[number] = {kv_cache.past_of(name): array for name, array in found.items()}
-        if np.abs(logits[0] - logits[1]).max() > close * np.abs(logits[0]).max():
-            raise _Plain("with the operator the logits are others")
+        found = dict(zip(names, session.run(None, {**read, **cache}), strict=True))
+        logits.append(found.pop(LOGITS)[:, -1])
+        cache = {kv_cache.past_of(name): array for name, array in found.items()}
+    return logits

@@ -99,7 +99,7 @@ def _tables(
         made.append(ir.node("Reshape", [new[value], numbers(graph, (length, -1))]))
         tables.append(made[-1].outputs[0])
     for number, node in enumerate(made):
-        node.outputs[0].name = f"genai.table.{number}"
+        node.outputs[0].name = f"{wanted[0].name}/table.{number}"
     graph.insert_before(graph[0], made)
     return tables
 

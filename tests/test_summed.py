@@ -1,0 +1,51 @@
+"""In the graph for onnxruntime-genai a norm makes the sum that it reads, or the sum stays."""
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from graphs import build, normal, ops, run
+
+from ffmerge.exporter.summed import sum_inside
+
+BODY = """s = Add(x, z) n = RMSNormalization<axis=-1, epsilon=0.001>(s, w)
+    m = Neg(n) y = Add(s, m) q = RMSNormalization<axis=-1>(y, w)"""
+TEXT = "(float[b,t,16] x, float[b,t,16] z) => (float[b,t,16] q, float[b,t,16] y) { BODY }"
+
+
+def graph(body: str) -> ir.Model:
+    weights: dict[str, Any] = {"w": normal(16, seed=2) + 1}
+    if "one" in body:
+        weights["one"] = normal(16, seed=3)
+    model = build(TEXT.replace("BODY", body), 23, **weights)
+    for node in model.graph:
+        node.outputs[0].shape = ir.Shape(["b", "t", 16])
+    for value in model.graph.initializers.values():
+        assert value.const_value is not None
+        value.shape = value.const_value.shape
+    model.opset_imports["com.microsoft"] = 1
+    return model
+
+
+@pytest.mark.parametrize(
+    ("body", "joined"),
+    [
+        (BODY, 2),  # what is summed is read behind it, and is an output
+        (BODY.replace("Add(x, z)", "Add(x, one)"), 1),  # one vector for all
+        (BODY.replace("s = Add", "k = Neg(w) s = Add").replace("(s, w)", "(s, k)"), 1),
+        (BODY.replace("Add(s, m)", "Sub(s, m)"), 1),
+        (BODY.replace("m = Neg(n)", "m = RMSNormalization<axis=-1>(s, w)"), 2),  # read by two
+    ],
+)
+def test_the_sum_and_its_norm_are_what_they_were(body: str, joined: int) -> None:
+    model = graph(body)
+    feeds = {"x": normal(2, 3, 16), "z": normal(2, 3, 16, seed=1)}
+    if "one" in body:
+        del feeds["z"]
+        model.graph.inputs.pop()
+    wanted = run(model, **feeds)
+    sum_inside(model.graph)
+    assert ops(model)["SkipSimplifiedLayerNormalization"] == joined
+    for one, other in zip(run(model, **feeds), wanted, strict=True):
+        assert np.allclose(one, other, atol=1e-5)
