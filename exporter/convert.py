@@ -6,7 +6,6 @@ stored, so that ``exporter/write.py`` can store it once.
 """
 
 from collections.abc import Iterable, Mapping
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +14,7 @@ import onnx_ir as ir
 from ffmerge.config import PLAIN_OPSET, QuantizeConfig, parse_budget
 from ffmerge.errors import ExportError
 from ffmerge.exporter.fused import check_fused
+from ffmerge.exporter.graphs import STATES
 from ffmerge.exporter.merged import merge_decoders
 from ffmerge.exporter.packed import pack
 from ffmerge.exporter.plan import Plan
@@ -22,9 +22,12 @@ from ffmerge.exporter.torch_onnx import SizeError, to_onnx
 from ffmerge.exporter.trace import record_trace
 from ffmerge.models.manifest import Skip
 from ffmerge.models.trace import Trace
+from ffmerge.passes.graph.bits import Files
+from ffmerge.passes.graph.joined import SECOND, clone, join
 from ffmerge.passes.graph.opset import to_opset
+from ffmerge.passes.graph.quantize import for_package
 from ffmerge.passes.graph.run import ShareResult, bring_to, share_again, share_model
-from ffmerge.passes.graph.tensors import is_op
+from ffmerge.passes.graph.tensors import is_op, stored
 
 DIRECT = 18  # the first opset that PyTorch's exporter writes by itself; older ones are converted
 
@@ -70,23 +73,11 @@ def copied(translated: Translated, plan: Plan) -> Translated:
     """Return the graphs again, for one precision of several; their tensors are the same ones."""
     results = {}
     for name, result in translated.results.items():
-        copy = replace(result, model=_clone(result.model))
+        copy = replace(result, model=clone(result.model))
         if plan.config.dtype == "fp32":
             copy = share_again(copy)
         results[name] = copy
     return replace(translated, results=results)
-
-
-def _clone(model: ir.Model) -> ir.Model:
-    """Return a model with nodes and values of its own; a clone of onnx_ir has the same types."""
-    clone = model.clone()
-    for graph in clone.graphs():
-        values = [*graph.inputs, *graph.initializers.values()]
-        for node in graph:
-            values += node.outputs
-        for value in values:
-            value.type = deepcopy(value.type)
-    return clone
 
 
 def translate(plan: Plan) -> Translated:
@@ -141,22 +132,77 @@ def _quantized(translated: Translated, plan: Plan) -> dict[str, ShareResult]:
         block=plan.config.block,
         rounded=rounded,
         forms={},
-        budget=_budget(results.values(), plan),
+        budget=_budget(results, plan),
     )
+    calibration = plan.calibration
+    if common.budget is not None and len(results) > 1:
+        common, calibration = _for_all(results, plan, common), {}
     done = {}
     for name, before in results.items():
-        config = replace(common, calibration=plan.calibration.get(name, ()))
+        config = replace(common, calibration=calibration.get(name, ()))
         done[name] = bring_to(before, plan.config.dtype, config)
-        if common.budget is not None and common.forms:
+        if plan.config.budget is not None and common.forms:
             done[name] = replace(done[name], forms=common.forms)
     return done
 
 
-def _budget(results: Iterable[ShareResult], plan: Plan) -> int | None:
+def _for_all(
+    results: Mapping[str, ShareResult], plan: Plan, config: QuantizeConfig
+) -> QuantizeConfig:
+    """Return the settings with which the graphs of a pair take its budget together.
+
+    They run as one, the encoder and the first step of the decoder. Later steps have its weights.
+    """
+    models = {name: result.model for name, result in results.items()}
+    encoder, decoder = plan.graphs[:2]
+    (states,) = encoder.outputs
+    joined = join(models[encoder.name], models[decoder.name], {states: STATES})
+    batches = []
+    for one, other in zip(*(plan.calibration[g.name] for g in (encoder, decoder)), strict=True):
+        batches.append(_joined(one, other))
+    config = replace(config, calibration=batches)
+    forms, rounded = for_package(joined, _files(plan, models), config)
+    return replace(config, calibration=(), budget=None, forms=forms, rounded=rounded)
+
+
+def _joined(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a batch of both graphs: as many rows as the decoder has, and fewer tokens there.
+
+    So no values of the decoder are as many as the encoder's mask has places.
+    """
+    rows = len(other[STATES])
+    batch = {name: array[:rows] for name, array in one.items()}
+    for name, array in other.items():
+        if name == STATES:
+            continue
+        if name == "input_ids" and array.shape[1] == other[STATES].shape[1] > 1:
+            array = array[:, :-1]
+        batch[f"{SECOND}{name}"] = array
+    return batch
+
+
+def _files(plan: Plan, models: Mapping[str, ir.Model]) -> Files:
+    """Return what the files of the package will be made of."""
+    inner: set[str] = set()
+    shared = plan.config.file_layout == "optimum"
+    for graph in plan.graphs:
+        if not shared:
+            inner |= set(graph.parts)
+    files = []
+    for graph in plan.graphs:
+        if graph.name not in inner:
+            files.append([models[name] for name in graph.parts or (graph.name,)])
+    return Files(files, shared)
+
+
+def _budget(results: Mapping[str, ShareResult], plan: Plan) -> int | None:
     """Return the bytes that the graphs may take, if they have a budget."""
     if plan.config.budget is None:
         return None
-    return parse_budget(plan.config.budget, sum(result.bytes_after for result in results))
+    sizes: dict[str, int] = {}  # a weight that several graphs read counts once
+    for result in results.values():
+        sizes |= {item.name: item.tensor.nbytes for item in stored(result.model)}
+    return parse_budget(plan.config.budget, sum(sizes.values()))
 
 
 def _multiplied(results: Iterable[ShareResult]) -> frozenset[str]:

@@ -77,7 +77,7 @@ def make_plan(model: Any, config: ExportConfig, source: Path | None, data: Data 
     keeps = config.file_layout == "transformers.js"
     planned = _settled_graphs(graphs(model, task, specs, keeps), model, task, found)
     if config.budget is not None:
-        _check_budget(model, config.budget, len(planned))
+        _check_budget(model, config.budget)
     plan = Plan(model, task, config, source, planned, left_out(model, specs))
     if data is not None:
         return _with_rows(plan, as_examples(data, source or model.name_or_path, task))
@@ -87,10 +87,8 @@ def make_plan(model: Any, config: ExportConfig, source: Path | None, data: Data 
     return replace(plan, greedy=_greedy(plan, drawn.draw(len(drawn.cases) - 1)))
 
 
-def _check_budget(model: Any, text: str, graphs: int) -> None:
+def _check_budget(model: Any, text: str) -> None:
     """Raise InputError unless bits can be chosen for a budget, before anything is traced."""
-    if graphs > 1:
-        raise InputError(f"a budget is for a model of one graph, this one has {graphs}.")
     whole = sum(parameter.nbytes for parameter in model.parameters())
     least = sum(parameter.numel() for parameter in model.parameters()) * BITS_AT_LEAST // 8
     if (budget := parse_budget(text, whole)) < least:

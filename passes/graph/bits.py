@@ -10,7 +10,10 @@ tied weight is one weight, so all that read it agree.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
 from math import prod
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -21,9 +24,9 @@ from ffmerge.files import size_text
 from ffmerge.models.codes import Form, block_codes, block_values
 from ffmerge.models.kv_cache import is_present
 from ffmerge.passes.graph.matrix import Matrix
-from ffmerge.passes.graph.tensors import Array, shape_of, stored, values_of
+from ffmerge.passes.graph.tensors import Array, is_op, shape_of, stored, values_of
 from ffmerge.passes.graph.walk import Batch, Kept, Walk
-from ffmerge.passes.graph.write import LARGE, PAGE
+from ffmerge.passes.graph.write import EMBEDDED_TENSOR, LARGE, PAGE
 
 FORMS = (
     Form(2, 32), Form(2, 64), Form(4, 32), Form(4, 64), Form(4, 128), Form(8, 64), Form(8, 128),
@@ -39,20 +42,45 @@ BESIDE, UNPACKED, DATA = 150, 1000, "data" * 10
 Options = Mapping[Form, tuple[int, float]]  # of a matrix: bytes and loss in each form
 
 
-def assign(
-    model: ir.Model, matrices: Sequence[Matrix], config: QuantizeConfig
-) -> list[dict[str, Form]]:
-    """Return forms of all matrices, by name, with which the model takes ``config.budget`` bytes.
+@dataclass(frozen=True)
+class Files:
+    """What a package is written as: of which graphs each file is made.
 
-    These are those of :func:`choose`, one or two.
+    The weights of all are in one data file if they are ``shared``, else in the files.
+    """
+
+    graphs: Sequence[Sequence[ir.Model]]
+    shared: bool = True
+
+    def copies(self, name: str) -> int:
+        """Return how often a weight is stored."""
+        if self.shared:
+            return 1
+        found = 0
+        for models in self.graphs:
+            found += any(name in model.graph.initializers for model in models)
+        return found
+
+
+def assign(
+    model: ir.Model, matrices: Sequence[Matrix], config: QuantizeConfig, files: Files
+) -> list[dict[str, Form]]:
+    """Return forms of all matrices, by name, with which the files take ``config.budget`` bytes.
+
+    ``model`` is what runs, and has all their weights. The forms are those of :func:`choose`, one or
+    two.
 
     Raises:
         InputError: that is less than the weights take in the fewest bits.
     """
     assert config.budget is not None
     forms = {matrix: _forms(matrix, config) for matrix in matrices}
-    room = config.budget - _beside(model, matrices)
-    least = sum(min(_bytes(matrix, form) for form in forms[matrix]) for matrix in matrices)
+    room, least = config.budget - _beside(files, matrices, config.plain_lookups), 0
+    sizes: dict[Matrix, dict[Form, int]] = {}
+    for matrix in matrices:
+        times = files.copies(str(matrix.weight.name))
+        sizes[matrix] = {form: times * _bytes(matrix, form) for form in forms[matrix]}
+        least += min(sizes[matrix].values())
     if room < least:
         needed = size_text(config.budget - room + least)
         raise InputError(
@@ -64,7 +92,7 @@ def assign(
     for matrix in matrices:
         errors = _errors(matrix, forms[matrix])
         scale = lost[matrix] / max(errors[TRIED], 1e-30)
-        own = {form: (_bytes(matrix, form), scale * errors[form]) for form in forms[matrix]}
+        own = {form: (size, scale * errors[form]) for form, size in sizes[matrix].items()}
         options.append(own)
     names = [str(matrix.weight.name) for matrix in matrices]
     return [dict(zip(names, chosen, strict=True)) for chosen in choose(options, room)]
@@ -284,14 +312,34 @@ def _bytes(matrix: Matrix, form: Form) -> int:
     return size + (2 * PAGE if size > LARGE else 0)
 
 
-def _beside(model: ir.Model, matrices: Sequence[Matrix]) -> int:
-    """Return the bytes of all but the matrices: other tensors, and the graph."""
-    chosen = {matrix.weight for matrix in matrices}
-    others = sum(item.tensor.nbytes for item in stored(model) if item.value not in chosen)
-    added = 0
-    for matrix in matrices:
-        added += BESIDE + 2 * len(str(matrix.weight.name)) + UNPACKED * len(matrix.lookups)
-    return others + _graph_bytes(model) + added
+def _beside(files: Files, matrices: Sequence[Matrix], plain: bool) -> int:
+    """Return the bytes of all but the matrices: other tensors, and the graphs.
+
+    ``plain`` is that of lookups (:class:`ffmerge.config.QuantizeConfig`).
+    """
+    chosen = {str(matrix.weight.name) for matrix in matrices}
+    total = 0
+    others: dict[Any, int] = {}
+    for number, models in enumerate(files.graphs):
+        for model in models:
+            total += _graph_bytes(model)
+            for item in stored(model):
+                if item.name in chosen:
+                    total += BESIDE + 2 * len(item.name) + UNPACKED * _unpacked(item.value, plain)
+                elif item.tensor.nbytes < EMBEDDED_TENSOR:
+                    total += item.tensor.nbytes
+                else:  # where equal bytes are once
+                    file = 0 if files.shared else number
+                    others[file, sha256(item.tensor.tobytes()).digest()] = item.tensor.nbytes
+    return total + sum(others.values())
+
+
+def _unpacked(weight: ir.Value, plain: bool) -> int:
+    """Return how many lookups of a weight unpack its rows by standard operators."""
+    lookups = [node for node in weight.consumers() if is_op(node, "Gather")]
+    if len(lookups) == len(weight.consumers()) and not plain:
+        return 0
+    return len(lookups)
 
 
 def _graph_bytes(model: ir.Model) -> int:

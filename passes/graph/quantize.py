@@ -91,7 +91,7 @@ def _to_blocks(
     forms = {} if config.forms is None else config.forms
     rounded = {} if config.rounded is None else config.rounded
     if config.budget is not None:
-        chosen, codes = _best_for_budget(model, matrices, config)
+        chosen, codes = _best_for_budget(model, matrices, config, bits.Files([[model]]))
         forms.update(chosen)
         rounded.update(codes)
     for matrix in matrices:
@@ -104,8 +104,25 @@ def _to_blocks(
         blocks.to_blocks(model, matrix, config)
 
 
+def for_package(
+    joined: ir.Model, files: bits.Files, config: QuantizeConfig
+) -> tuple[dict[str, Form], gptq.Rounded]:
+    """Return forms and codes with which the files of several graphs take ``config.budget`` bytes.
+
+    ``joined`` is all of them as one, and of no use after that.
+
+    Raises:
+        InputError: they cannot, or the model is of an older opset.
+    """
+    _check(joined, "int4", config)
+    infer_types(joined)
+    config = replace(config, block=BLOCKS[4])
+    matrices, _ = _matrices(joined, config, config.block)
+    return _best_for_budget(joined, matrices, config, files)
+
+
 def _best_for_budget(
-    model: ir.Model, matrices: Sequence[Matrix], config: QuantizeConfig
+    model: ir.Model, matrices: Sequence[Matrix], config: QuantizeConfig, files: bits.Files
 ) -> tuple[dict[str, Form], gptq.Rounded]:
     """Return forms that fit, and codes: of those to try the ones that move the outputs least.
 
@@ -114,7 +131,7 @@ def _best_for_budget(
     whole = [(matrix.weight, matrix.tensor) for matrix in matrices]
     rows, best = bits.few(config.calibration), None
     least = float("inf")
-    tried = bits.assign(model, matrices, config)
+    tried = bits.assign(model, matrices, config, files)
     expected = bits.outputs_of(model, rows)
     for forms in tried:
         codes = gptq.round_on_data(model, matrices, replace(config, forms=forms))
