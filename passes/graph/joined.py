@@ -24,7 +24,7 @@ def join(first: ir.Model, second: ir.Model, reads: Mapping[str, str]) -> ir.Mode
     """
     joined, other = clone(first), clone(second)
     graph, outputs = joined.graph, {value.name: value for value in joined.graph.outputs}
-    given = {reads[name]: value for name, value in outputs.items() if name in reads}
+    given = {reads[str(name)]: value for name, value in outputs.items() if name in reads}
     inputs = list(other.graph.inputs)
     other.graph.inputs.clear()
     for value in inputs:
