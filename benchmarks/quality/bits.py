@@ -1,8 +1,9 @@
 """Fewer bits of a trained model: bytes, what is lost on held-out text, and time, for each mode.
 
 ``python benchmarks/quality/bits.py PACKAGE CALIBRATION HELD_OUT [MODE ...]`` with a package of
-``ffmerge export`` in fp32, of a folder of ``benchmarks/trained.py``, and two text files. A model
-that gives logits is measured by its perplexity, in windows of 256 tokens; another by the mean
+``ffmerge export`` in fp32, of a folder of ``benchmarks/trained.py``, and two text files, or folders
+of pictures (``benchmarks/real/pictures.py`` writes them), which are compared by the class token. A
+model that gives logits is measured by its perplexity, in windows of 256 tokens; another by the mean
 cosine of sentence embeddings to those of fp32: with ``--original`` to those of another package, for
 one that was narrowed or merged. A mode is a precision, with ``data``, a block or a budget after it:
 ``int4``, ``int4,data``, ``int4,data,128``, ``int4,data,12.2MB``. Each is made by ``ffmerge share``
@@ -20,7 +21,8 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-from transformers import AutoTokenizer
+from PIL import Image
+from transformers import AutoImageProcessor, AutoTokenizer
 
 SENTENCES, LENGTH = (640, 256), 128  # to calibrate and to measure with, and most tokens of each
 TOKENS, WINDOW = (16384, 2048), 256
@@ -53,6 +55,12 @@ def sentences(path: Path, tokenizer: Any, count: int) -> Feeds:
     return {name: array.astype(np.int64) for name, array in made.items()}
 
 
+def squares(path: Path, processor: Any, count: int) -> Feeds:
+    """Return the pictures of a folder as inputs of an encoder."""
+    pictures = [Image.open(file) for file in sorted(path.iterdir())[:count]]
+    return {"pixel_values": processor(pictures, return_tensors="np")["pixel_values"]}
+
+
 def windows(path: Path, tokenizer: Any, count: int) -> Feeds:
     """Return the first tokens of a text in windows."""
     ids = np.array(tokenizer(path.read_text())["input_ids"][:count]).reshape(-1, WINDOW)
@@ -74,13 +82,16 @@ def whole(batch: Feeds, opened: onnxruntime.InferenceSession) -> Feeds:
 
 
 def embeddings(path: Path, batch: Feeds) -> np.ndarray:
-    """Return the mean of the last hidden states of each sentence, of length 1."""
+    """Return the mean of the hidden states of each sentence, or the class token, of length 1."""
     opened, found = session(path), []
-    for start in range(0, len(batch["input_ids"]), 16):
+    for start in range(0, len(next(iter(batch.values()))), 16):
         some = {i.name: batch[i.name][start : start + 16] for i in opened.get_inputs()}
-        mask = some["attention_mask"][..., None]
-        mean = (opened.run(None, some)[0] * mask).sum(1) / mask.sum(1)
-        found.append(mean / np.linalg.norm(mean, axis=1, keepdims=True))
+        states = opened.run(None, some)[0]
+        vectors = states[:, 0]
+        if "attention_mask" in some:
+            mask = some["attention_mask"][..., None]
+            vectors = (states * mask).sum(1) / mask.sum(1)
+        found.append(vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
     return np.concatenate(found)
 
 
@@ -119,16 +130,20 @@ def share(graph: Path, path: Path, flags: list[str]) -> tuple[float, int]:
 
 
 def prepared(
-    graph: Path, tokenizer: Any, texts: tuple[Path, Path], rows: Path
+    graph: Path, package: Path, data: tuple[Path, Path], rows: Path
 ) -> Callable[[Path], float]:
     """Write the inputs to calibrate with, and return what holds a graph against ``graph``."""
-    opened = session(graph)
+    opened, read = session(graph), sentences
+    if data[0].is_dir():
+        processor, read = AutoImageProcessor.from_pretrained(package), squares
+    else:
+        processor = AutoTokenizer.from_pretrained(package)
     if "logits" in [output.name for output in opened.get_outputs()]:
-        np.savez(rows, **whole(windows(texts[0], tokenizer, TOKENS[0]), opened))
-        held_out = windows(texts[1], tokenizer, TOKENS[1])
+        np.savez(rows, **whole(windows(data[0], processor, TOKENS[0]), opened))
+        held_out = windows(data[1], processor, TOKENS[1])
         return lambda path: perplexity(path, held_out)
-    np.savez(rows, **sentences(texts[0], tokenizer, SENTENCES[0]))
-    held_out = sentences(texts[1], tokenizer, SENTENCES[1])
+    np.savez(rows, **read(data[0], processor, SENTENCES[0]))
+    held_out = read(data[1], processor, SENTENCES[1])
     expected = embeddings(graph, held_out)
     return lambda path: float((embeddings(path, held_out) * expected).sum(1).mean())
 
@@ -142,14 +157,13 @@ def main() -> None:
     parser.add_argument("modes", nargs="*", default=MODES)
     given = parser.parse_args()
     graph = given.package / "model.onnx"
-    tokenizer = AutoTokenizer.from_pretrained(given.package)
     print("| mode | bytes | perplexity or cosine | processor time of rounding | peak |")
     print("|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
-        texts = given.calibration, given.held_out
+        data = given.calibration, given.held_out
         original = (given.original or given.package) / "model.onnx"
-        measure = prepared(original, tokenizer, texts, folder / "rows.npz")
+        measure = prepared(original, given.package, data, folder / "rows.npz")
         for number, mode in enumerate(given.modes):
             path, taken, peak = graph, 0.0, 0
             if mode != "fp32":

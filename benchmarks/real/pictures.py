@@ -1,8 +1,11 @@
 """Pictures that two packages of the registry bring: parts of photographs, drawn at random.
 
-Split by photograph: nothing of one that is calibrated on is measured on, whoever runs this.
+``python benchmarks/real/pictures.py FOLDER`` writes those of each part into a folder of its own;
+``run.py`` takes them as they are. Split by photograph: nothing of one that is calibrated on is
+measured on, whoever runs this.
 """
 
+import argparse
 import subprocess
 import sys
 import tempfile
@@ -14,6 +17,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 PARTS = ("calibrate", "calibrate", "validate", "test")  # what becomes of every fourth photograph
+COUNTS = {"calibrate": 128, "validate": 32, "test": 96}
 SMALLEST = 0.35  # of the shorter side of a photograph, that the side of a part of it has
 
 
@@ -32,12 +36,12 @@ def photographs() -> list[Image.Image]:
     return found
 
 
-def part(name: str, count: int) -> list[Any]:
-    """Return ``count`` square parts of the photographs of a part, some of them mirrored."""
+def part(name: str) -> list[Any]:
+    """Return square parts of the photographs of a part, some of them mirrored."""
     chosen = [each for at, each in enumerate(photographs()) if PARTS[at % len(PARTS)] == name]
     generator = np.random.default_rng(0)
     found = []
-    for number in range(count):
+    for number in range(COUNTS[name]):
         picture = chosen[number % len(chosen)]
         side = int(generator.uniform(SMALLEST, 1) * min(picture.size))
         left = int(generator.integers(0, picture.width - side + 1))
@@ -47,3 +51,18 @@ def part(name: str, count: int) -> list[Any]:
             square = square.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         found.append(square)
     return found
+
+
+def main() -> None:
+    """Write the pictures of each part."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
+    for name in COUNTS:
+        (folder / name).mkdir(parents=True)
+        for number, picture in enumerate(part(name)):
+            picture.save(folder / name / f"{number:03}.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -49,7 +49,6 @@ PARTS = (10, 15, 20)  # percent of all parameters removed
 ROWS = {"calibrate": 1024, "validate": 64, "test": 256}  # sentences of an encoder
 BATCH = 32  # sentences
 NEIGHBOURS = 10  # of an embedding, that should stay its nearest
-PICTURES = {"calibrate": 128, "validate": 32, "test": 96}
 WINDOWS = {"calibrate": 48, "validate": 8, "test": 16}  # of a language model
 LENGTH = 256  # tokens of a window
 
@@ -84,7 +83,7 @@ def sentences(tokenizer: Any, part: str) -> Examples:
 
 def squares(processor: Any, part: str) -> Examples:
     """Return parts of photographs."""
-    found = processor(pictures.part(part, PICTURES[part]), return_tensors="np")
+    found = processor(pictures.part(part), return_tensors="np")
     return from_arrays({"pixel_values": found["pixel_values"]})
 
 
