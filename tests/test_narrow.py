@@ -85,7 +85,7 @@ def _through(
 def _narrow(model: Any, data: dict[str, np.ndarray], width: int) -> Any:
     """Narrow every sublayer of a model to a width, in place; return its sublayers before that."""
     members = find(model)
-    [found] = narrow.fit(model, members, [dict.fromkeys(members, width)], [data])
+    found = narrow.fit(model, members, dict.fromkeys(members, width), [data])
     ties.tie_(model, [members], [found])
     return members
 
@@ -216,27 +216,13 @@ def test_many_batches_of_padded_rows_are_as_one(tmp_path: Path) -> None:
     wide = dict.fromkeys(members, 40)
     data["attention_mask"] = np.ones_like(data["input_ids"])
     data["attention_mask"][::3, 6:] = 0
-    [once] = narrow.fit(model, members, [wide], [data])
+    once = narrow.fit(model, members, wide, [data])
     data["input_ids"][::3, 6:] = 7  # padding
     parts = [{name: array[i : i + 5] for name, array in data.items()} for i in range(0, 24, 5)]
-    [again] = narrow.fit(model, members, [wide], parts)
+    again = narrow.fit(model, members, wide, parts)
     for one, other in zip(once.own, again.own, strict=True):
         for key, tensor in one.items():
             assert (tensor - other[key]).abs().max() < 1e-4
-
-
-def test_plans_side_by_side_are_as_one_by_one() -> None:
-    """None of them sees what another has put out."""
-    model = MODELS["llama"]()
-    data = _data(model)
-    members = find(model)
-    plans = [dict.fromkeys(members, 40), dict.fromkeys(members, 24)]
-    together = narrow.fit(model, members, plans, [data])
-    for plan, found in zip(plans, together, strict=True):
-        [alone] = narrow.fit(model, members, [plan], [data])
-        for one, other in zip(found.own, alone.own, strict=True):
-            for key, tensor in one.items():
-                assert torch.equal(tensor, other[key])
 
 
 def test_a_fit_that_is_broken_off_leaves_no_thread_and_no_hook() -> None:
@@ -248,7 +234,7 @@ def test_a_fit_that_is_broken_off_leaves_no_thread_and_no_hook() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        narrow.fit(model, members, [dict.fromkeys(members, 40)] * 2, [_data(model)], stop)
+        narrow.fit(model, members, dict.fromkeys(members, 40), [_data(model)], stop)
     assert threading.active_count() == threads
     assert not any(module._forward_hooks for module in model.modules())
 
@@ -264,10 +250,10 @@ def test_batches_are_as_large_as_one_sublayer_allows(monkeypatch: pytest.MonkeyP
     seen: list[int] = []
     fit = narrow.fit
 
-    def counting(model: Any, members: Any, plans: Any, batches: Any, progress: Any) -> Any:
+    def counting(model: Any, members: Any, wide: Any, batches: Any, *more: Any) -> Any:
         batches = [*batches]
         seen.extend(len(batch["input_ids"]) for batch in batches)
-        return fit(model, members, plans, batches, progress)
+        return fit(model, members, wide, batches, *more)
 
     monkeypatch.setattr(narrow, "fit", counting)
     merge_(model, data, MergeConfig(method="narrow", budget="-5%", batch_size=16), data)
@@ -293,7 +279,7 @@ def _even(model: Any, data: Any, folder: Path, monkeypatched: int) -> None:
     """Merge to one width everywhere and save."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            widths, "plans", lambda _, members, *more: [dict.fromkeys(members, monkeypatched)]
+            widths, "chosen", lambda _, members, *more: dict.fromkeys(members, monkeypatched)
         )
         merge_(model, data, MergeConfig(method="narrow", budget="-1%"), data)
     checkpoint.save(model, folder / "out")
@@ -308,8 +294,8 @@ def test_widths_of_their_own_are_loaded_by_ffmerge_and_by_the_code_beside_them(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             widths,
-            "plans",
-            lambda _, members, *more: [{m: 40 - 4 * (m.layer % 2) for m in members}],
+            "chosen",
+            lambda _, members, *more: {m: 40 - 4 * (m.layer % 2) for m in members},
         )
         merge_(model, data, MergeConfig(method="narrow", budget="-1%"), data)
     checkpoint.save(model, tmp_path / "out")

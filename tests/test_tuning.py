@@ -28,7 +28,7 @@ def test_each_sublayer_is_nearer_to_what_it_should_put_out(name: str) -> None:
     plan = dict.fromkeys(members, 24)
     expected, error = _outputs(model, data), []
     for steps in (0, STEPS):
-        [weights] = narrow.fit(model, members, [plan], batches, steps=steps)
+        weights = narrow.fit(model, members, plan, batches, steps=steps)
         with in_place(model, {tuple(members): weights}):
             error.append(float((_outputs(model, data) - expected).square().mean()))
     assert error[1] < 0.9 * error[0]  # 0.56 (bert) to 0.81 (gpt2)
@@ -78,9 +78,9 @@ def test_a_function_that_is_not_known_leaves_the_closed_form(monkeypatch: Any) -
         layer.intermediate.intermediate_act_fn = Sine()
     members, batches = find(model), [_data(model)]
     plan = dict.fromkeys(members, 24)
-    [closed] = narrow.fit(model, members, [plan], batches)
+    closed = narrow.fit(model, members, plan, batches)
     with pytest.warns(FfmergeWarning, match="layer 0 of .* is not trained"):
-        [tuned] = narrow.fit(model, members, [plan], batches, steps=3)
+        tuned = narrow.fit(model, members, plan, batches, steps=3)
     for one, other in zip(closed.own, tuned.own, strict=True):
         assert all(torch.equal(one[key], other[key]) for key in one)
 

@@ -141,11 +141,12 @@ def cosine(rows: Examples, original: Any) -> Callable[[Any], dict[str, float]]:
 
 def evenly(model: Any, calibration: Examples, part: int) -> Any:
     """Return what rids every sublayer of the same part of its neurons: no widths are searched."""
-    members = find(model)
-    remove = part * size_of(model)[0] // 100
-    plan = widths.cheapest(model, widths.even(model, members), remove)
-    [found] = narrow.fit(model, members, [plan], calibration.batches(8))
-    return {members: found}
+    members, costs = find(model), {}
+    for member in members:  # least where all lose the same part
+        gone = np.arange(member.d_ff) / member.d_ff
+        costs[member] = gone**2 * member.d_ff * widths.per_neuron(model, member)
+    even = widths.cheapest(model, costs, part * size_of(model)[0] // 100)
+    return {members: narrow.fit(model, members, even, calibration.batches(8))}
 
 
 def rows_of(folder: str, methods: list[str], parts: list[int], save: Path | None) -> Any:

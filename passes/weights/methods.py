@@ -251,7 +251,7 @@ def narrow_all(model: Any, members: Sequence[FeedForward], evidence: Evidence) -
     for layers in stacks(members).values():
         remove += ((evidence.k or 1) - 1) * widths.parameters_of(model, layers[0])
     wide = widths.chosen(model, members, remove, evidence.batches)
-    return narrow.fit(model, members, [wide], evidence.batches())[0]
+    return narrow.fit(model, members, wide, evidence.batches())
 
 
 def orders(members: Sequence[FeedForward], evidence: Evidence) -> list[Tensor | None]:

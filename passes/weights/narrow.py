@@ -7,7 +7,7 @@ in the *narrowed* model. Its target is what the *original* model puts out there,
 that it is added to (``stream.py``) is short of in the narrowed model: so each sublayer makes up for
 what was lost before it, in attention too (for one sublayer: arXiv 2602.05243). Where that sum is
 normalized, an error counts by what it is divided by. All batches are on their way in the original
-and narrowed, once for each set of widths (``abreast.py``); the sums of a sublayer, (f, f) and (f,
+and narrowed (``abreast.py``); the sums of a sublayer, (f, f) and (f,
 d), are held while it is its turn.
 """
 
@@ -88,12 +88,12 @@ class Turn:
 def fit(
     model: Any,
     members: Sequence[FeedForward],
-    plans: Sequence[Mapping[FeedForward, int]],
+    widths: Mapping[FeedForward, int],
     batches: Batches,
     progress: Progress = silent,
     steps: int = 0,
-) -> list[SharedWeights]:
-    """Return for each plan the members' own weights at its widths; the model stays as it is.
+) -> SharedWeights:
+    """Return the members' own weights at these widths; the model stays as it is.
 
     With ``steps`` each sublayer is then trained alone (``tuning.py``), before the next is solved.
 
@@ -103,27 +103,23 @@ def fit(
     _check(model, members)
     by_path, known = {member.output: member for member in members}, streams(model, members)
     normalized = {member for member, stream in known.items() if stream.normalized}
-    found: list[dict[FeedForward, dict[Key, Tensor]]] = [{} for _ in plans]
+    parts: dict[FeedForward, dict[Key, Tensor]] = {}
     given, reads = [stream.given for stream in known.values()], [m.inputs[0] for m in members]
     with abreast(model, by_path, given, reads) as start:
         original = _started(model, members, batches, start, TOKENS)
-        narrowed = [_again(original, start) for _ in plans]
+        narrowed = [start(each.batch) for each in original]
         while True:
             member = by_path[original[0].at.path]
-            solved = []
-            for plan, parts, passes in zip(plans, found, narrowed, strict=True):
-                turn = Turn(model, member, original, passes, member in normalized)
-                parts[member], puts_out = _solved(turn, plan[member], steps)
-                solved.append((passes, puts_out))
-            progress("narrowing", len(found[0]), len(members))
-            if len(found[0]) == len(members):
-                return [_in_order(members, parts) for parts in found]
+            turn = Turn(model, member, original, narrowed, member in normalized)
+            parts[member], puts_out = _solved(turn, widths[member], steps)
+            progress("narrowing", len(parts), len(members))
+            if len(parts) == len(members):
+                return SharedWeights({}, [parts[each] for each in members])
             for each in original:
                 each.go_on()
-            for passes, puts_out in solved:
-                for each in passes:
-                    each.go_on(puts_out(each))
-                heap.trim()
+            for each in narrowed:
+                each.go_on(puts_out(each))
+            heap.trim()
 
 
 def forecast(
@@ -190,22 +186,10 @@ def _started(
     return passes
 
 
-def _again(passes: Sequence[Pass], start: Callable[[Batch], Pass]) -> list[Pass]:
-    """Return new passes of the same batches."""
-    return [start(each.batch) for each in passes]
-
-
 def _counted(model: Any, member: FeedForward, at: Pass) -> Tensor:
     """Return which positions count, where a pass stands."""
     counted = positions(model, at.batch, member.reads, at.at.out.shape[:-1])
     return counted.to(at.at.out.device)
-
-
-def _in_order(
-    members: Sequence[FeedForward], parts: Mapping[FeedForward, dict[Key, Tensor]]
-) -> SharedWeights:
-    """Return the members' own weights, in the order of the members."""
-    return SharedWeights({}, [parts[member] for member in members])
 
 
 def _solved(turn: Turn, width: int, steps: int) -> tuple[dict[Key, Tensor], PutsOut]:

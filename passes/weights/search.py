@@ -198,7 +198,7 @@ def search_widths(
 ) -> tuple[Merged, Candidate, tuple[Candidate, ...]]:
     """Take neurons until the model has ``limit`` bytes; return as :func:`search_budget`.
 
-    Measured are the widths that are forecast to cost least, and the same part of every sublayer.
+    Measured are the widths that are forecast to cost least, and once more where they are tuned.
 
     Raises:
         InputError: the limit is out of reach, or nothing need be narrowed for it.
@@ -211,17 +211,12 @@ def search_widths(
     least = now.bytes - size * widths.most(model, members)
     if least > limit:
         raise _out_of_reach(limit, least, "with as few neurons as can be")
+    chosen = widths.chosen(model, members, remove, data.batches, trials.progress)
     tried: list[tuple[Candidate, Merged]] = []
-    plans = widths.plans(model, members, remove, data.batches, trials.progress)
-    for change in narrow.fit(model, members, plans, data.batches(), trials.progress):
+    for steps in dict.fromkeys((0, trials.tune)):
+        change = narrow.fit(model, members, chosen, data.batches(), trials.progress, steps)
         tried.append(_narrowed(trials, members, change))
-    at = max(range(len(plans)), key=lambda i: trials.rank(tried[i][0].value))
-    if trials.tune:
-        asked = model, members, [plans[at]], data.batches(), trials.progress, trials.tune
-        [change] = narrow.fit(*asked)
-        tried.append(_narrowed(trials, members, change))
-        at = max(at, -1, key=lambda i: trials.rank(tried[i][0].value))
-    best, merged = tried[at]
+    best, merged = max(tried, key=lambda each: trials.rank(each[0].value))
     candidates = [candidate for candidate, _ in tried]
     trials.tried += candidates
     return merged, best, (now, *candidates)

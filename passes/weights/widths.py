@@ -10,7 +10,6 @@ import heapq
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,21 +30,6 @@ _STEPS = 16  # of which a sublayer has at least so many
 _POSITIONS = 2_048  # that sensitivities are taken from
 
 
-def plans(
-    model: Any,
-    members: Sequence[FeedForward],
-    remove: int,
-    batches: Callable[[], Batches],
-    progress: Progress = silent,
-) -> list[Widths]:
-    """Return widths that take ``remove`` parameters: the best by forecast, and even ones."""
-    found = [chosen(model, members, remove, batches, progress)]
-    equal = cheapest(model, even(model, members), remove)
-    if equal not in found:
-        found.append(equal)
-    return found
-
-
 def chosen(
     model: Any,
     members: Sequence[FeedForward],
@@ -57,15 +41,6 @@ def chosen(
     costs = narrow.forecast(model, members, batches(), progress)
     weights = sensitivities(model, members, batches())
     return cheapest(model, {m: weights[m] * cost for m, cost in costs.items()}, remove)
-
-
-def even(model: Any, members: Sequence[FeedForward]) -> dict[FeedForward, Matrix]:
-    """Return costs that are least where all sublayers lose the same part of their neurons."""
-    costs = {}
-    for member in members:
-        part = np.arange(member.d_ff) / member.d_ff
-        costs[member] = part**2 * member.d_ff * per_neuron(model, member)
-    return costs
 
 
 def cheapest(model: Any, costs: Costs, remove: int) -> Widths:
