@@ -98,21 +98,30 @@ def _groups(model: ir.Model) -> list[list[Product]]:
 
 def _product_of(value: ir.Value | None) -> Product | None:
     """Return the product that gives what an attention reads, if it has a weight of its own."""
-    node = value.producer() if value is not None else None
+    node, added = _maker(value), None
     while node is not None and is_op(node, *_BETWEEN):
-        node = node.inputs[0].producer() if node.inputs[0] is not None else None
-    if node is None:
-        return None
-    added = None
-    if is_op(node, "Add"):
-        added, others = node, [each for each in node.inputs if not _is_stored(each)]
-        node = others[0].producer() if len(others) == 1 and others[0] is not None else None
+        node = _maker(node.inputs[0])
+    if node is not None and is_op(node, "Add"):
+        added, node = node, _before_sum(node)
     if node is None or not _multiplies(node) or node.outputs[0].is_graph_output():
         return None
-    if not all(_is_stored(each) and len(each.uses()) == 1 for each in node.inputs[1:] if each):
-        return None
     product = Product(node, _width(node), added)
-    return product if _adds_alone(product) else product._replace(added=None)
+    if not all(_is_stored(weight) and len(weight.uses()) == 1 for weight in product.weights):
+        return None
+    if not _adds_alone(product):
+        return product._replace(added=None)
+    return product
+
+
+def _maker(value: ir.Value | None) -> ir.Node | None:
+    """Return the node that gives a value, if one does."""
+    return value.producer() if value is not None else None
+
+
+def _before_sum(add: ir.Node) -> ir.Node | None:
+    """Return the node to whose result a tensor is added."""
+    others = [each for each in add.inputs if not _is_stored(each)]
+    return _maker(others[0]) if len(others) == 1 else None
 
 
 def _adds_alone(product: Product) -> bool:
@@ -160,38 +169,44 @@ def _kind(product: Product) -> Any:
 
 def _join(group: Sequence[Product], main: ir.Graph) -> None:
     """Put one product, what it adds and a Split in the place of several products."""
-    first, name = group[0].node, _joined_name(_names(group))
-    weights = []
-    for number, values in enumerate(zip(*(product.weights for product in group), strict=True)):
-        suffix = "" if number == 0 else f"/{number}"
-        tensor = _behind_one_another(values, first.op_type == "MatMul")
-        weights.append(store(main, f"{name}{suffix}", tensor))
-    widths = [product.width for product in group]
-    attributes = dict(first.attributes)
-    if "N" in attributes:
-        attributes["N"] = ir.AttrInt64("N", sum(widths))
-    nodes = [ir.Node(first.domain, first.op_type, [first.inputs[0], *weights], attributes.values())]
+    name = _joined_name(_names(group))
+    widths, old = [product.width for product in group], [product.given for product in group]
+    nodes = [_product(group, name, main)]
     if any(product.added for product in group):
         bias = store(main, f"{name}/bias", _bias(group))
         nodes.append(ir.Node("", "Add", [nodes[0].outputs[0], bias]))
-    whole, old = nodes[-1].outputs[0], [product.given for product in group]
+    for node in nodes:
+        node.outputs[0].name = f"{name}/{node.op_type}"
+        node.outputs[0].type = old[0].type
     nodes.append(
-        ir.Node("", "Split", [whole, numbers(main, widths)], [ir.AttrInt64("axis", -1)],
-                num_outputs=len(group))
+        ir.Node("", "Split", [nodes[-1].outputs[0], numbers(main, widths)],
+                [ir.AttrInt64("axis", -1)], num_outputs=len(group))
     )  # fmt: skip
-    for number, node in enumerate(nodes):
+    gone, held = [], []
+    for node in nodes:
         node.name = f"{name}/{node.op_type}"
-        if number < len(nodes) - 1:
-            node.outputs[0].name = node.name
-            node.outputs[0].type = old[0].type
-    gone = []
     for product in group:
         gone += [node for node in (product.added, product.node) if node is not None]
-    held = [value for product in group for value in product.held]
+        held += product.held
+    first = group[0].node
     ir.convenience.replace_nodes_and_values(main, first, gone, nodes, old, nodes[-1].outputs)
     for value in held:
         if not value.uses():
             main.initializers.pop(str(value.name), None)
+
+
+def _product(group: Sequence[Product], name: str, main: ir.Graph) -> ir.Node:
+    """Return one product by the weights of all, behind one another."""
+    first, weights = group[0].node, []
+    for number, values in enumerate(zip(*(product.weights for product in group), strict=True)):
+        suffix = "" if number == 0 else f"/{number}"
+        tensor = _behind_one_another(values, first.op_type == "MatMul")
+        weights.append(store(main, f"{name}{suffix}", tensor))
+    attributes = dict(first.attributes)
+    if "N" in attributes:
+        attributes["N"] = ir.AttrInt64("N", sum(product.width for product in group))
+    inputs = [first.inputs[0], *weights]
+    return ir.Node(first.domain, first.op_type, inputs, attributes.values())
 
 
 def _behind_one_another(values: Sequence[ir.Value], by_column: bool) -> ir.TensorProtocol:
