@@ -54,10 +54,9 @@ def write_reference(
         real = plan.real.get(graph.name, {})
         if not graph.parts:  # one made of parts is given what its first part is
             tensors |= {input_key(file, name): array for name, array in real.items()}
-        tensors |= _outputs(graph, file, real)
-        rounding.append({})
-        if "fp32" in plan.config.dtypes:
-            rounding[-1] = _rounding(graph, real)
+        kept, most = _outputs(graph, file, real, "fp32" in plan.config.dtypes)
+        tensors |= kept
+        rounding.append(most)
     for file, trace in traces.items():
         traced[trace_key(file)] = described(trace)
         tensors[trace_key(file)] = joined(trace)
@@ -73,12 +72,19 @@ def _save(
     save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, path, about)
 
 
-def _outputs(graph: Graph, file: str, real: Mapping[str, Array]) -> dict[str, Array]:
-    """Return what is kept of the outputs of a graph on its drawn cases and on the real one."""
-    kept = {}
+def _outputs(
+    graph: Graph, file: str, real: Mapping[str, Array], exactly: bool
+) -> tuple[dict[str, Array], dict[str, float]]:
+    """Return what is kept of the outputs of a graph on its drawn cases and on the real one.
+
+    Where they are computed ``exactly`` too, also by how much each is off in float32, at most.
+    """
+    kept: dict[str, Array] = {}
+    most = dict.fromkeys(graph.outputs if exactly else (), 0.0)
     drawn = len(graph.probe.cases)
     for case in range(drawn + graph.probe.real):
-        outputs = graph.run(graph.probe.feeds(case, real))
+        feeds = graph.probe.feeds(case, real)
+        outputs = graph.run(feeds)
         for name, array in outputs.items():
             real_case = case >= drawn
             sample = stored_elements(array, len(outputs), name, real_case)
@@ -87,22 +93,23 @@ def _outputs(graph: Graph, file: str, real: Mapping[str, Array]) -> dict[str, Ar
                 classes = best_classes(array)
                 scores = best_scores(array, classes).astype(np.float32)
                 kept |= zip(best_keys(file, case, name), (classes, scores), strict=True)
-    return kept
+        if most:
+            most = _rounded_off(graph, feeds, outputs, most)
+    return kept, most
 
 
-def _rounding(graph: Graph, real: Mapping[str, Array]) -> dict[str, float]:
-    """Return by how much each output is off in float32, at most, over all cases."""
-    most = dict.fromkeys(graph.outputs, 0.0)
-    for case in range(len(graph.probe.cases) + graph.probe.real):
-        feeds = graph.probe.feeds(case, real)
-        outputs = graph.run(feeds)
-        try:
-            exact = graph.run(feeds, exact=True)
-        except RuntimeError:  # an operator has no float64 kernel: the usual bounds hold
-            return {}
-        for name, array in outputs.items():
-            most[name] = max(most[name], rounded_off(array, exact[name], RTOL))
-    return most
+def _rounded_off(
+    graph: Graph, feeds: Mapping[str, Array], outputs: Mapping[str, Array], most: dict[str, float]
+) -> dict[str, float]:
+    """Return by how much each output is off in float32, or ``most`` where that is more."""
+    try:
+        exact = graph.run(feeds, exact=True)
+    except RuntimeError:  # an operator has no float64 kernel: the usual bounds hold
+        return {}
+    found = {}
+    for name, array in outputs.items():
+        found[name] = max(most[name], rounded_off(array, exact[name], RTOL))
+    return found
 
 
 def has_labels(plan: Plan) -> bool:
