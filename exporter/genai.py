@@ -52,11 +52,12 @@ class _Plain(Exception):
 def write_genai(folder: Path, record: GraphRecord, model: Any, dtype: str) -> Skip | None:
     """Write configuration and graph beside the graph of ``record``; ``model`` is PyTorch's.
 
-    Returns why the graph is not written, if it is not.
+    Returns why the graph is not written, or its attention does not rotate, if so.
     """
     graph, skip, length = GRAPH, None, _length(model.config)
     reason = _write_graph(folder, record, dtype, length, turn=True)
     if reason is not None:
+        skip = Skip("genai", f"queries and keys are rotated before the attention: {reason}")
         reason = _write_graph(folder, record, dtype, length, turn=False)
     if reason is not None:
         graph, skip = record.path, Skip("genai", f"its cache grows by copies: {reason}")

@@ -13,6 +13,8 @@ from packages import linear_package
 from tiny import gpt2
 
 import ffmerge
+from ffmerge.exporter import reference
+from ffmerge.exporter.graphs import graphs
 from ffmerge.models.float64 import Float64, rounded_off
 from ffmerge.models.manifest import Manifest
 from ffmerge.runtime_tests.parity import check_parity
@@ -50,6 +52,16 @@ def test_what_is_rounded_off_is_counted_beyond_a_part_of_each_element() -> None:
     assert rounded_off(output, exact, rtol=1e-5) == pytest.approx(0.01, rel=2e-3)  # 0.02 - 0.01
     assert rounded_off(output, exact, rtol=1e-4) == pytest.approx(4e-4, rel=1e-3)
     assert rounded_off(output[:0], exact[:0], rtol=1e-5) == 0
+
+
+def test_the_largest_of_all_cases_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first case is off by most here, so neither the last nor the mean is taken."""
+    graph = graphs(llama(), "text-generation")[0]
+    cases = iter([3e-4, 2e-4, 1e-4, 0.0])
+    monkeypatch.setattr(reference, "rounded_off", lambda *_: next(cases))
+    _, most = reference._outputs(graph, "model.onnx", {}, True)
+    assert len(graph.probe.cases) > 1 and graph.outputs == ("logits",)
+    assert most == {"logits": 3e-4}
 
 
 @pytest.mark.parametrize(("off", "ok"), [(5e-4, True), (5e-3, False)])
