@@ -1,13 +1,16 @@
-"""Pictures that two packages of the registry bring: parts of photographs, drawn at random.
+"""Pictures that packages of the registries bring: parts of photographs, drawn at random.
 
 ``python benchmarks/real/pictures.py FOLDER`` writes those of each part into a folder of its own;
 ``run.py`` takes them as they are. Split by photograph: nothing of one that is calibrated on is
-measured on, whoever runs this.
+measured on, whoever runs this. Of two packages for Python a quarter of the photographs measures and
+a quarter chooses; those of templates for web pages (npm) are calibrated on too. Needs ``npm``.
 """
 
 import argparse
+import io
 import subprocess
 import sys
+import tarfile
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,12 @@ from sklearn.datasets import load_sample_images
 PARTS = ("calibrate", "calibrate", "validate", "test")  # what becomes of every fourth photograph
 COUNTS = {"calibrate": 128, "validate": 32, "test": 96}
 SMALLEST = 0.35  # of the shorter side of a photograph, that the side of a part of it has
+TEMPLATES = (  # of Start Bootstrap, MIT
+    "agency@7.0.12", "business-casual@7.0.9", "clean-blog@6.0.9", "coming-soon@6.0.7",
+    "creative@7.0.7", "grayscale@7.0.6", "landing-page@6.0.6", "one-page-wonder@6.0.6",
+    "stylish-portfolio@6.0.6",
+)  # fmt: skip
+LEAST = 300  # pixels of the shorter side of a photograph of those
 
 
 def photographs() -> list[Image.Image]:
@@ -36,9 +45,27 @@ def photographs() -> list[Image.Image]:
     return found
 
 
+def more_photographs() -> list[Image.Image]:
+    """Return the photographs of the templates, each once."""
+    found: dict[bytes, Image.Image] = {}
+    for template in TEMPLATES:
+        with tempfile.TemporaryDirectory() as folder:
+            command = ["npm", "pack", "--silent", f"startbootstrap-{template}"]
+            subprocess.run(command, check=True, cwd=folder, stdout=subprocess.DEVNULL)
+            (file,) = Path(folder).glob("*.tgz")
+            with tarfile.open(file) as archive:
+                for member in archive.getmembers():
+                    if member.name.endswith(".jpg"):
+                        stored = archive.extractfile(member).read()  # type: ignore[union-attr]
+                        found[stored] = Image.open(io.BytesIO(stored)).convert("RGB")
+    return [picture for picture in found.values() if min(picture.size) >= LEAST]
+
+
 def part(name: str) -> list[Any]:
     """Return square parts of the photographs of a part, some of them mirrored."""
     chosen = [each for at, each in enumerate(photographs()) if PARTS[at % len(PARTS)] == name]
+    if name == "calibrate":
+        chosen += more_photographs()
     generator = np.random.default_rng(0)
     found = []
     for number in range(COUNTS[name]):
