@@ -22,6 +22,7 @@ from ffmerge.passes.weights.similarity import similarity
 from ffmerge.runtime_tests import report
 from ffmerge.runtime_tests import validate as validation
 from ffmerge.runtime_tests.results import MetricRow, Validation, metric_row
+from ffmerge.runtime_tests.rows import losses, rows, summary
 from ffmerge.runtime_tests.words import layers_text
 from ffmerge.tables import cost_table, points_table
 
@@ -54,9 +55,9 @@ class Demo:
         return plain(
             {
                 "ok": self.ok,
-                "before": report.summary(self.before),
-                "after": report.summary(self.after),
-                "losses": report.losses(self.stages, self.after.max_abs),
+                "before": summary(self.before),
+                "after": summary(self.after),
+                "losses": losses(self.stages, self.after.max_abs),
                 "merge": self.merge.to_json(),
                 "points": self.points,
             }
@@ -69,7 +70,7 @@ class Demo:
             f"ViT on digits: layers {layers_text(record.groups[0])} of 6 share one "
             f"feed-forward sublayer ({record.method}, untuned; {first.examples} test pictures)"
         )
-        costs = cost_table(report.rows(self.before, self.after, self.stages), title)
+        costs = cost_table(rows(self.before, self.after, self.stages), title)
         return Group(costs, points_table(self.points, str(first.name), first.examples))
 
 

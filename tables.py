@@ -16,8 +16,8 @@ from ffmerge.heatmap import MAPS
 from ffmerge.runtime_tests.words import ABSENT, layers_text
 
 if TYPE_CHECKING:
-    from ffmerge.runtime_tests.report import Row
     from ffmerge.runtime_tests.results import Validation
+    from ffmerge.runtime_tests.rows import Row
 
 
 def _table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> Table:
@@ -280,7 +280,7 @@ def cost_table(rows: Sequence[Row], title: str | None = None) -> Table:
 
 def validation_table(result: Validation) -> Group:
     """Show a Validation: what each runtime computed, what it cost, and what is wrong."""
-    from ffmerge.runtime_tests.report import tables
+    from ffmerge.runtime_tests.rows import tables
 
     return Group(Text(_verdict(result.ok), "bold"), *(_table(*each) for each in tables(result)))
 

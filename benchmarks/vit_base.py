@@ -16,7 +16,7 @@ from rich.console import Console
 from transformers import ViTConfig, ViTForImageClassification
 
 import ffmerge
-from ffmerge.runtime_tests.report import rows
+from ffmerge.runtime_tests.rows import rows
 from ffmerge.tables import cost_table
 
 

@@ -1,12 +1,11 @@
-"""What a merge cost and what it saved, in words: for the page, the text, the terminal, notebooks.
+"""The report of a validation: one page that loads nothing else, and the same as text.
 
-:func:`rows` is the table of before and after, :func:`output_rows` and :func:`runtime_rows` are
-those of one validation. All that shows results prints these: ``report.html.j2`` and
-``report.md.j2`` here, and, by :func:`tables`, the terminal and notebooks. A cell is one line of
-text; behind a line break stands small print.
+``validate``, ``demo`` and ``compress`` write it. In go a validation, the one before it, the metrics
+along the way and what else is to be told; out come ``report.html`` and ``report.md``, of the
+templates ``report.html.j2`` and ``report.md.j2`` here and of the rows of ``rows.py``.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.resources import files
@@ -20,47 +19,17 @@ from ffmerge.escapes import code_span, markdown, printable
 from ffmerge.files import size_text, write_whole
 from ffmerge.heatmap import heat_map
 from ffmerge.models.manifest import Manifest
-from ffmerge.models.metrics import ACCURACY, PERPLEXITY
-from ffmerge.models.notebook import Table
-from ffmerge.runtime_tests.results import (
-    MetricRow,
-    OutputParity,
-    ProviderResult,
-    Validation,
-    model_bytes,
-    sharing,
+from ffmerge.runtime_tests.results import MetricRow, Validation
+from ffmerge.runtime_tests.rows import (
+    cost_rows,
+    loss_rows,
+    output_rows,
+    runtime_rows,
+    summary,
 )
-from ffmerge.runtime_tests.words import (
-    ABSENT,
-    fraction_text,
-    layers_text,
-    metric_text,
-    number,
-    signed,
-    time_text,
-    yes_or_no,
-)
+from ffmerge.runtime_tests.words import layers_text, metric_text, number
 
 REPORT, TEXT = "report.html", "report.md"
-_RUNTIMES = ("runtime", "memory", "load", "first run", "median", "holds")
-MOST_TIMES = 100  # of its own rounding that a model in float32 is off, at most
-NOISE = 0.01  # a change of a cost by less says nothing
-Cost = tuple[str, str, Callable[[Any], str], str]  # name, key of the summary, how to show it, note
-
-_MEASURED = ("rss_bytes", "anonymous_bytes", "load_s", "median_ms", "p95_ms", "tokens_per_s")
-_SIZES: tuple[Cost, ...] = (
-    ("Size on disk", "bytes_on_disk", size_text, "graph and weights"),
-    ("Parameters", "parameters", "{:,}".format, "each shared one counted once"),
-    ("Memory", "rss_bytes", size_text, "resident, added by loading"),
-    ("Memory, anonymous", "anonymous_bytes", size_text, "the part no file backs"),
-    ("Memory, of files", "file_bytes", size_text, "the part that can be read again"),
-)
-_TIMES: tuple[Cost, ...] = (
-    ("Load time", "load_s", lambda s: time_text(1e3 * s), "opening the session"),
-    ("Latency, median", "median_ms", time_text, "batch 1, after the first run"),
-    ("Latency, p95", "p95_ms", time_text, "batch 1, after the first run"),
-    ("Tokens per second", "tokens_per_s", "{:,.1f}".format, "one sequence, with a cache"),
-)
 
 
 @dataclass(frozen=True)
@@ -90,64 +59,6 @@ class Extras:
     metric: str = ""
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the table, in words; ``verdict`` is better, worse, same or empty.
-
-    ``values`` are the numbers before and after, for a picture.
-    """
-
-    name: str
-    before: str | None
-    after: str
-    change: str
-    verdict: str
-    note: str
-    values: tuple[float | None, float | None] = (None, None)
-
-
-def summary(validation: Validation) -> dict[str, Any]:
-    """Return what one package costs and is worth, on the first runtime that was measured.
-
-    None is what was not measured.
-    """
-    cost, metric = validation.footprint, validation.metric
-    return {
-        "label": validation.label,
-        "bytes_on_disk": model_bytes(validation.manifest),
-        "parameters": validation.manifest.parameters,
-        **{name: getattr(cost, name, None) for name in _MEASURED},
-        "metric_name": getattr(metric, "name", None),
-        "metric": getattr(metric, "value", None),
-        "examples": getattr(metric, "examples", None),
-        "max_abs": validation.max_abs,
-        "file_bytes": getattr(cost, "file_bytes", None),
-    }
-
-
-def losses(stages: Sequence[MetricRow], max_abs: float | None) -> dict[str, Any] | None:
-    """Return one metric along the way, or None where the original's and the merged one's lack.
-
-    The method loss is from ``original`` to ``merged``, both in PyTorch, the export loss from
-    ``merged`` to ``exported``, with ``max_abs`` the largest difference in any output. They are
-    never added. ``exported`` is what was ``served`` on the same data, and None if nothing was:
-    then only the largest difference tells the export loss.
-    """
-    known = {row.stage: row for row in stages}
-    original, served = known.get("original"), known.get("served")
-    merged = known.get("recovered", known.get("merged"))
-    name = getattr(merged or original, "name", None)
-    if name is None:
-        return None
-    return {
-        "name": name,
-        "original": getattr(original, "value", None),
-        "merged": getattr(merged, "value", None),
-        "exported": getattr(served, "value", None),
-        "max_abs": max_abs,
-    }
-
-
 def made_by(manifest: Manifest, folder: str) -> list[str]:
     """Return the commands that make such a package of MODEL, with the layers that were chosen."""
     model, lines, merge = "MODEL", [], manifest.merge
@@ -171,263 +82,6 @@ def made_by(manifest: Manifest, folder: str) -> list[str]:
     return [*lines, f"ffmerge export {model} {folder} {task}{data}"]
 
 
-def rows(
-    before: Validation | None, after: Validation, stages: Sequence[MetricRow] | None = None
-) -> list[Row]:
-    """Return the before/after table: costs, task metric, losses; nothing that was not measured.
-
-    ``stages`` are the metrics of the original and the merged model, by default those that the
-    merge recorded.
-    """
-    return cost_rows(before, after) + loss_rows(after, stages)
-
-
-def cost_rows(before: Validation | None, after: Validation) -> list[Row]:
-    """Return the costs and the task metric."""
-    old, new = dict[str, Any](), summary(after)
-    if before:
-        old = summary(before)
-    found = [_cost_row(cost, old, new) for cost in _SIZES]
-    for place, dtype in enumerate(after.manifest.dtypes[1:], 1):
-        size = size_text(model_bytes(after.manifest, dtype))
-        found.insert(place, Row(f"Size on disk, {dtype}", None, size, "", "", "of its own files"))
-    found.append(_kept_row(before, after))
-    found += [_cost_row(cost, old, new) for cost in _TIMES]
-    found.append(_served_row(old, new))
-    return [row for row in found if row]
-
-
-def _cost_row(cost: Cost, old: Mapping[str, Any], new: Mapping[str, Any]) -> Row | None:
-    """Return the row of one cost, None if it was not measured; less than the noise is the same."""
-    name, key, show, note = cost
-    value, first = new[key], old.get(key)
-    if value is None:
-        return None
-    if first is None:
-        return Row(name, None, show(value), "", "", note, (None, value))
-    change, verdict = "", ""
-    if first:
-        fraction = (value - first) / first
-        noise = NOISE
-        if cost in _TIMES:
-            noise = max(NOISE, _spread(old), _spread(new))
-        change, verdict = signed(f"{100 * fraction:+.1f} %"), "same"
-        if abs(fraction) >= noise:
-            less_is_better = key != "tokens_per_s"
-            verdict = _verdict((fraction < 0) == less_is_better)
-        elif noise > NOISE:
-            change += ", noise"
-    return Row(name, show(first), show(value), change, verdict, note, (first, value))
-
-
-def _spread(found: Mapping[str, Any]) -> float:
-    """Return how far runs of one package lie apart, the 95th percentile over the median, less 1."""
-    if not found.get("p95_ms") or not found.get("median_ms"):
-        return 0.0
-    return float(found["p95_ms"] / found["median_ms"] - 1)
-
-
-def _kept_row(before: Validation | None, after: Validation) -> Row | None:
-    """Return how much of what the file no longer holds is gone from memory as well."""
-    kept = None
-    if before:
-        kept = sharing(before, after)
-    if not kept or kept.fraction is None:
-        return None
-    note = "memory saved, of the bytes removed"
-    return Row("Sharing kept", None, fraction_text(kept.fraction), "", "", note)
-
-
-def _served_row(old: Mapping[str, Any], new: Mapping[str, Any]) -> Row | None:
-    """Return the task metric of the package as it is served."""
-    name, value, first = new["metric_name"], new["metric"], None
-    if value is None:
-        return None
-    if old.get("metric_name") == name:
-        first = old["metric"]
-    note = f"served, on {new['examples']:,} examples"
-    return _metric_row(name.capitalize(), name, first, value, note)
-
-
-def loss_rows(after: Validation, stages: Sequence[MetricRow] | None = None) -> list[Row]:
-    """Return where quality was lost: by the method, and by the export."""
-    if stages is None:
-        stages = after.metrics
-    lost = losses(stages, after.max_abs)
-    if lost is None:
-        return []
-    found, name = [], lost["name"]
-    original, merged, exported = lost["original"], lost["merged"], lost["exported"]
-    if original is not None and merged is not None:
-        note = f"{name}, original against merged, both in PyTorch"
-        found.append(_metric_row("Method loss", name, original, merged, note))
-    if lost["max_abs"] is None:
-        return found
-    largest = f"outputs within {lost['max_abs']:.2g}"
-    if merged is not None and exported is not None:
-        note = f"{name}, merged in PyTorch against ONNX Runtime; {largest}"
-        found.append(_metric_row("Export loss", name, merged, exported, note))
-    elif original is not None and exported is not None:  # nothing but the weights was made smaller
-        note = (
-            f"{name}, original in PyTorch against {after.manifest.dtype} in ONNX Runtime; {largest}"
-        )
-        found.append(_metric_row("Export loss", name, original, exported, note))
-    else:
-        note = "every output, PyTorch against ONNX Runtime"
-        found.append(Row("Export loss", None, largest, "", "", note))
-    return found
-
-
-def _along(after: Validation, stages: Sequence[MetricRow] | None) -> list[MetricRow]:
-    """Return the metrics stage by stage, the original's too where only ``stages`` have it."""
-    found = after.metrics
-    if any(row.stage == "original" for row in found):
-        return found
-    return [row for row in stages or () if row.stage == "original"] + found
-
-
-def _first(
-    validation: Validation, metric: str, stages: Sequence[MetricRow] | None
-) -> dict[str, str]:
-    """Return what the original had, by the name of the row: the manifest tells its size and score.
-
-    Its weights count in float32.
-    """
-    manifest, found = validation.manifest, {}
-    if manifest.merge:
-        found["Size on disk"] = f"{size_text(manifest.merge.bytes_before)} of weights"
-    elif manifest.dtype != "fp32":
-        found["Size on disk"] = f"{size_text(4 * manifest.parameters)} of weights in float32"
-    known = validation.metrics if stages is None else stages
-    for row in known:
-        if row.stage == "original" and row.name.capitalize() == metric:
-            found[metric] = metric_text(row.name, row.value)
-    return found
-
-
-def _metric_row(name: str, metric: str, old: float | None, new: float, note: str) -> Row:
-    after = metric_text(metric, new)
-    if old is None:
-        return Row(name, None, after, "", "", note, (None, new))
-    change, verdict = "no change", "same"
-    if new != old:
-        change = signed(f"{new - old:+.4f}")
-        if metric == ACCURACY.name:
-            change = signed(f"{100 * (new - old):+.2f} points")
-        verdict = _verdict((new > old) == (metric != PERPLEXITY.name))
-    return Row(name, metric_text(metric, old), after, change, verdict, note, (old, new))
-
-
-def output_rows(outputs: Sequence[OutputParity], manifest: Manifest) -> list[tuple[str, str, str]]:
-    """Return of each output its name, the largest difference, and whether it holds."""
-    rounding = {graph.path: graph.rounding for graph in manifest.graphs}
-    found = []
-    for output in outputs:
-        about = (
-            f"{output.graph}, optimization {output.optimization}; {output.compared:,} of "
-            f"{output.elements:,} elements; cosine {number(output.cosine, '.7f')}"
-        )
-        if quality := output.quality:
-            about += (
-                f"; same first class in {number(quality.agreement, '.2%')} of {quality.positions} "
-                f"real positions, KL divergence {number(quality.kl, '.2g')}"
-            )
-        own = rounding.get(output.graph, {}).get(output.name, 0.0)
-        difference = f"{number(output.max_abs, '.2g')}\n{_allowed(output, own)}"
-        found.append((f"{output.name}\n{about}", difference, yes_or_no(output.ok)))
-    return found
-
-
-def _allowed(output: OutputParity, own: float) -> str:
-    """Return how far an output may be off, by how far PyTorch's float32 is itself: ``own``.
-
-    Where that says nothing, because weights are rounded much further, in plain numbers.
-    """
-    share = f"{100 * output.rtol:.2g} % of each value"
-    if own <= 0 or output.atol > MOST_TIMES * own:
-        return f"allowed {output.atol:.2g}, and {share}"
-    told = f"allowed {output.atol / own:.2g} times"
-    if output.max_abs is not None:
-        told = f"{output.max_abs / own:.2g} times the model's own rounding in float32, {told}"
-    return f"{told}, and {share}"
-
-
-def runtime_rows(validation: Validation) -> list[tuple[str, ...]]:
-    """Return of each runtime where it ran, what it cost, and whether it holds."""
-    found: list[tuple[str, ...]] = []
-    for result in validation.providers:
-        cost = result.footprint
-        memory = load = first = median = ABSENT
-        if cost:
-            load = time_text(1e3 * cost.load_s)
-            first, median = time_text(cost.first_ms), time_text(cost.median_ms)
-            if cost.rss_bytes is not None:
-                memory = size_text(cost.rss_bytes)
-        name = f"{result.label}\n{_ran_on(result)}"
-        found.append((name, memory, load, first, median, yes_or_no(result.ok)))
-    return found
-
-
-def _ran_on(result: ProviderResult) -> str:
-    """Return what ran, on which device, and how many nodes each part of it took."""
-    told = result.used or f"{result.requested} was not used"
-    if result.device:
-        told += f", {result.device}"
-    if result.footprint and result.footprint.placement:
-        for part, count in result.footprint.placement.counts().items():
-            told += f"; {count} compute nodes on {part}"
-    return told
-
-
-def tables(validation: Validation) -> list[Table]:
-    """Return what the terminal and a notebook show."""
-    found: list[Table] = []
-    for result in validation.providers:
-        if result.outputs:
-            heads = (f"{result.label}, worst outputs", "largest difference", "holds")
-            found.append(("", heads, output_rows(result.worst(), validation.manifest)))
-    metrics = []
-    for row in validation.metrics:
-        value = metric_text(row.name, row.value)
-        data = f"{row.examples:,} of {row.data}"
-        metrics.append((row.stage, row.by, row.name, value, data))
-    costs = [(row.name, row.after) for row in rows(None, validation)]
-    if kept := validation.sharing:
-        costs.append((f"Bytes removed since {kept.against}", size_text(kept.bytes_removed)))
-        costs.append(("Sharing kept: of them gone from memory", fraction_text(kept.fraction)))
-    columns = ("greedy decoding", "ids that are PyTorch's", "ties", "verdict")
-    found.append(("Generation", columns, _decoding_rows(validation)))
-    found.append(("Metric", ("stage", "computed by", "metric", "value", "examples"), metrics))
-    found.append(("Cost", ("", ""), costs))
-    found.append(("Where it was run", _RUNTIMES, runtime_rows(validation)))
-    found.append(("Failed or not tested", ("runtime", "why"), _failures(validation)))
-    return [table for table in found if table[2]]
-
-
-def _decoding_rows(validation: Validation) -> list[tuple[Any, ...]]:
-    """Return of each greedy decoding how many ids are PyTorch's, and the verdict."""
-    found = []
-    for result in validation.providers:
-        for each in result.generation:
-            agreed = f"{each.agreement:.1%} of {each.compared}"
-            name = f"{result.label}, {each.optimization}"
-            found.append((name, agreed, each.ties, each.reason or "ok"))
-    return found
-
-
-def _failures(validation: Validation) -> list[tuple[str, str]]:
-    """Return of each runtime that failed or was not tested, and of the metric, why."""
-    found = []
-    for result in validation.providers:
-        if result.reason:
-            found.append((result.label, result.reason))
-    for name, why in validation.not_tested.items():
-        found.append((name, f"not tested: {why}"))
-    if validation.not_measured:
-        found.append(("metric", validation.not_measured))
-    return found
-
-
 def write_report(
     folder: Path,
     after: Validation,
@@ -439,7 +93,7 @@ def write_report(
     """Write ``report.html``, one file that loads nothing else, and ``report.md`` into ``folder``.
 
     Returns the path of the page; the same validations give the same bytes. ``stages`` is as for
-    :func:`rows`. With ``failed`` they are :func:`beside` the reports of a run that held.
+    ``rows.rows``. With ``failed`` they are :func:`beside` the reports of a run that held.
     """
     manifest = after.manifest
     table = {row.name: row for row in cost_rows(before, after)}
@@ -488,6 +142,33 @@ def write_report(
     return written
 
 
+def _first(
+    validation: Validation, metric: str, stages: Sequence[MetricRow] | None
+) -> dict[str, str]:
+    """Return what the original had, by the name of the row: the manifest tells its size and score.
+
+    Its weights count in float32.
+    """
+    manifest, found = validation.manifest, {}
+    if manifest.merge:
+        found["Size on disk"] = f"{size_text(manifest.merge.bytes_before)} of weights"
+    elif manifest.dtype != "fp32":
+        found["Size on disk"] = f"{size_text(4 * manifest.parameters)} of weights in float32"
+    known = validation.metrics if stages is None else stages
+    for row in known:
+        if row.stage == "original" and row.name.capitalize() == metric:
+            found[metric] = metric_text(row.name, row.value)
+    return found
+
+
+def _along(after: Validation, stages: Sequence[MetricRow] | None) -> list[MetricRow]:
+    """Return the metrics stage by stage, the original's too where only ``stages`` have it."""
+    found = after.metrics
+    if any(row.stage == "original" for row in found):
+        return found
+    return [row for row in stages or () if row.stage == "original"] + found
+
+
 def _placed(also: Extras) -> list[tuple[Point, str, str, float, float]]:
     """Return of each point its size and value in words, and its place in a picture, from 0 to 1."""
     values = [point.value for point in also.points]
@@ -513,9 +194,3 @@ def _markdown(value: Any) -> Any:
     if isinstance(value, str) and not isinstance(value, Markup):
         return markdown(value)
     return value
-
-
-def _verdict(better: bool) -> str:
-    if better:
-        return "better"
-    return "worse"

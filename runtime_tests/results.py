@@ -368,7 +368,7 @@ class Validation:
 
     def _repr_html_(self) -> str:
         """Return what the terminal shows, for a notebook."""
-        from ffmerge.runtime_tests.report import tables
+        from ffmerge.runtime_tests.rows import tables
 
         return f"<p>{escape(repr(self))}</p>{html_of(tables(self))}"
 

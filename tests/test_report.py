@@ -15,16 +15,7 @@ from ffmerge.files import size_text
 from ffmerge.models.manifest import FileRecord, GraphRecord, Manifest, MetricResult, Skip
 from ffmerge.models.probe import Probe
 from ffmerge.models.record import Group, MergeRecord, Tie
-from ffmerge.runtime_tests.report import (
-    Extras,
-    Point,
-    losses,
-    made_by,
-    output_rows,
-    rows,
-    summary,
-    write_report,
-)
+from ffmerge.runtime_tests.report import Extras, Point, made_by, write_report
 from ffmerge.runtime_tests.results import (
     Divergence,
     Footprint,
@@ -34,6 +25,7 @@ from ffmerge.runtime_tests.results import (
     ProviderResult,
     Validation,
 )
+from ffmerge.runtime_tests.rows import losses, output_rows, rows, summary
 from ffmerge.runtime_tests.validate import check_package, validate
 from ffmerge.runtime_tests.words import time_text
 from ffmerge.tables import cost_table
