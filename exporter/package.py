@@ -4,6 +4,7 @@
 (``plan.py``), graphs (``convert.py``), files (``write.py``) and the manifest (``describe.py``).
 """
 
+import gc
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from ffmerge.exporter.plan import Plan, by_dtype, make_plan, with_one_size
 from ffmerge.exporter.torch_onnx import SizeError
 from ffmerge.exporter.write import Written, write_graphs, write_rest
 from ffmerge.files import refuse_existing, staged
+from ffmerge.models import heap
 from ffmerge.models.data import Data
 from ffmerge.models.inputs import unchunked
 from ffmerge.models.manifest import Manifest
@@ -80,7 +82,7 @@ def export(
             exists or cannot be written.
     """
     refuse_existing(Path(target))
-    with unchunked(model):
+    with unchunked(model), heap.rarely_collected():
         plan = make_plan(model, config, source, data)
         with staged(Path(target)) as folder:
             try:
@@ -90,6 +92,9 @@ def export(
                 translated = translate(plan)
             several = len(config.dtypes) > 1
             written = [_written(folder, translated, one, several) for one in by_dtype(plan)]
+            del translated  # neither graphs nor programs are held while PyTorch computes
+            gc.collect()
+            heap.trim()
             records, variants, skipped = write_rest(folder, plan, written)
             manifest = describe(folder, plan, written, records, variants, skipped)
             manifest.write(folder)

@@ -17,7 +17,7 @@ from ffmerge.models.inputs import to_tensors
 from ffmerge.models.probe import Array, InputSpec, Probe, Tokens
 
 HEIGHT, WIDTH = "height", "width"  # the dynamic sizes of a picture
-_PICTURES = ("pixel_values", "pixel_values_videos")
+PICTURES = ("pixel_values", "pixel_values_videos")
 _STEP = 32  # of sizes that are tried, where a model has no patches
 
 
@@ -38,7 +38,7 @@ def any_size(graph: Any) -> Any:
     inputs: list[InputSpec] = []
     size: tuple[int, int] | None = None
     for spec in recipe.inputs:
-        if spec.name in _PICTURES and all(isinstance(side, int) for side in spec.shape[-2:]):
+        if spec.name in PICTURES and all(isinstance(side, int) for side in spec.shape[-2:]):
             size = int(spec.shape[-2]), int(spec.shape[-1])
             spec = replace(spec, shape=(*spec.shape[:-2], HEIGHT, WIDTH))
         inputs.append(spec)

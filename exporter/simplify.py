@@ -5,6 +5,9 @@ those of ``onnxscript.optimizer.optimize_ir`` but for one rule, that makes a spl
 lists all nodes anew for each of them, and changes no package that the tests know byte by byte.
 """
 
+from functools import cache
+from typing import Any
+
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 from onnxscript import optimizer, rewriter
@@ -58,12 +61,30 @@ _RULES = (
 )
 
 
+class _AtItsOperator:
+    """A rule that is tried at nodes of the operator that it ends in only; others it never fits."""
+
+    def __init__(self, rule: Any) -> None:
+        self._rule = rule
+        self._fits = cache(rule._target_pattern.output_nodes[0].op.matches)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._rule, name)
+
+    def try_rewrite(self, model: ir.Model, graph: Any, node: ir.Node, **given: Any) -> Any:
+        """Return what the rule puts in the place of a node, or None."""
+        if not self._fits(node.op_type):
+            return None
+        return self._rule.try_rewrite(model, graph, node, **given)
+
+
 def simplify(model: ir.Model) -> None:
     """Fold constants and apply the rewrite rules of onnxscript, in place."""
     passes.InlinePass()(model)
+    tried: Any = [_AtItsOperator(rule) for rule in _RULES]
     for _ in range(_ROUNDS):
         folded = optimizer.fold_constants_ir(model, onnx_shape_inference=True).modified
-        rewritten = rewriter.RewritePass(_RULES)(model).modified
+        rewritten = rewriter.RewritePass(tried)(model).modified
         passes.RemoveUnusedNodesPass()(model)
         passes.RemoveUnusedFunctionsPass()(model)
         passes.RemoveUnusedOpsetsPass()(model)

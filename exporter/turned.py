@@ -145,7 +145,11 @@ def session_of(model: ir.Model, value: ir.Value, inputs: Sequence[ir.Value]) -> 
 
 
 def opened(source: Any) -> Any:
-    """Return a session of a graph on ONNX Runtime's CPU."""
+    """Return a session of a graph on ONNX Runtime's CPU, which reads weights where the file is.
+
+    For few runs: packed, they would be copied, and each product would be faster.
+    """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    options.add_session_config_entry("session.disable_prepacking", "1")
     return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])

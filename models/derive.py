@@ -7,6 +7,7 @@ neither tells has to be given as an example (:func:`of_example`).
 """
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +15,13 @@ from typing import Any
 import torch
 
 from ffmerge.errors import InputError
-from ffmerge.models.probe import Array, InputSpec, Probe, Tokens
+from ffmerge.models.probe import LARGE, Array, InputSpec, Probe, Tokens
 
 Made = Mapping[str, tuple[Array, Array]]  # what a processor returns for two calls of unlike size
 
 # Batch sizes and lengths on which a package is compared with PyTorch.
 _CASES = ((1, 7), (3, 5), (8, 11))
+_FEW = (1, 2, 3)  # batch sizes where a row is large: PyTorch takes most of an export for more
 _IMAGE_SIZE = 224  # convolutional models name none: any will do
 _SAMPLES = 400  # of sound for one length of text: convolutions shorten it before the layers
 _FRAMES = 16  # the same for frames of a spectrogram
@@ -157,8 +159,10 @@ def probe(model: Any, specs: tuple[InputSpec, ...]) -> Probe:
     if longest <= 0:  # XLNet has -1: no bound
         longest = _CASES[-1][1]
     dimensions = [name for spec in specs for name in spec.shape if isinstance(name, str)]
-    cases = []
-    for rows, length in _CASES:
+    cases, large = [], any(_is_large(spec) for spec in specs)
+    for number, (rows, length) in enumerate(_CASES):
+        if large:
+            rows = _FEW[number]
         known = {
             "batch_size": rows,
             "sequence_length": min(length, longest),
@@ -168,6 +172,11 @@ def probe(model: Any, specs: tuple[InputSpec, ...]) -> Probe:
         }
         cases.append({name: known.get(name, length) for name in dimensions})
     return Probe(specs, tuple(cases))
+
+
+def _is_large(spec: InputSpec) -> bool:
+    sizes = [size for size in spec.shape[1:] if isinstance(size, int)]
+    return math.prod(sizes) > LARGE
 
 
 def _pictures(source: _Source, name: str) -> InputSpec:

@@ -16,6 +16,10 @@ from torch.utils._pytree import tree_map
 
 from ffmerge.models.probe import Array
 
+_WIDENED = (
+    1 << 21
+)  # elements of a weight that are wide at once; a head has ten times that, and more
+
 
 class Float64(TorchFunctionMode):
     """Within it every operator computes in float64: a weight is widened while it is used.
@@ -36,9 +40,23 @@ class Float64(TorchFunctionMode):
             return func(*args, **options)
         if func is Tensor.float:
             func = Tensor.double
+        if func is torch.nn.functional.linear:
+            return _linear(*args, **options)
         if func is not torch.nn.functional.embedding:  # a row that is looked up is exact
             args, options = tree_map(_wide, (args, options))
         return tree_map(_wide, func(*args, **options))
+
+
+def _linear(given: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return a product by a weight in float64, of which a few rows are widened at a time."""
+    given, rows = _wide(given), max(_WIDENED // weight.shape[-1], 1)
+    product = given.new_empty(*given.shape[:-1], len(weight))
+    held = given.new_empty(min(rows, len(weight)), weight.shape[-1])
+    for first in range(0, len(weight), rows):
+        part = weight[first : first + rows]
+        wide = held[: len(part)].copy_(part)
+        product[..., first : first + rows] = torch.nn.functional.linear(given, wide)
+    return product if bias is None else product + _wide(bias)
 
 
 def _wide(value: Any) -> Any:

@@ -1,7 +1,15 @@
-"""Freed memory that goes back to the system."""
+"""Memory of this process: when it is looked for what can be freed, and freed memory given back.
+
+The exporter and the passes over weights call it around what makes many objects or large ones.
+"""
 
 import ctypes
+import gc
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_MADE = 100_000  # objects that are made between two looks; Python's own is 700
 
 
 def trim() -> None:
@@ -14,3 +22,18 @@ def trim() -> None:
     give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl has not
     if give_back:
         give_back(0)
+
+
+@contextmanager
+def rarely_collected() -> Iterator[None]:
+    """Let Python look for cycles of objects less often: what is made inside stays, mostly.
+
+    A trace makes a million objects that live as long as it does, and every look goes through them.
+    """
+    before = gc.get_threshold()
+    if gc.isenabled() and 0 < before[0] < _MADE:
+        gc.set_threshold(_MADE, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)

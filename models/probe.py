@@ -24,6 +24,7 @@ STORED = 1 << 16
 # Of logits whole positions are stored, so that there is a first class and a distribution: at
 # least this many of a drawn and of a real case.
 POSITIONS, REAL_POSITIONS = 2, 16
+LARGE = 1 << 16  # values of a row, as a picture of 148 x 148 has: few rows are drawn and computed
 BEST = 64  # classes that are kept of every position of a real case, where not all positions are
 _COARSE = 4  # random points along each side of a drawn picture
 

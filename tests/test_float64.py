@@ -11,10 +11,13 @@ import torch
 import transformers
 from packages import linear_package
 from tiny import gpt2
+from torch import Tensor
+from torch.nn.functional import linear
 
 import ffmerge
 from ffmerge.exporter import reference
 from ffmerge.exporter.graphs import graphs
+from ffmerge.models import float64
 from ffmerge.models.float64 import Float64, rounded_off
 from ffmerge.models.manifest import Manifest
 from ffmerge.runtime_tests.parity import check_parity
@@ -46,6 +49,22 @@ def test_a_float32_model_is_computed_in_float64(make: Callable[[], Any]) -> None
     assert float((found - rounded).abs().max()) > 1e-8
 
 
+@pytest.mark.parametrize("bias", [None, torch.linspace(-1, 1, 50)])
+def test_a_large_weight_is_widened_a_part_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, bias: Tensor | None
+) -> None:
+    """A head of 50 rows in parts of 16, of which the last has 2; as it is all at once."""
+    monkeypatch.setattr(float64, "_WIDENED", 16 * 24 + 5)
+    torch.manual_seed(0)
+    given, weight = torch.randn(2, 3, 24), torch.randn(50, 24)
+    with Float64():
+        found = linear(given, weight, bias)
+    wide = None if bias is None else bias.double()
+    right = linear(given.double(), weight.double(), wide)
+    assert found.dtype == torch.float64
+    assert float((found - right).abs().max()) < 1e-13  # measured 3.6e-15
+
+
 def test_what_is_rounded_off_is_counted_beyond_a_part_of_each_element() -> None:
     exact = np.array([1000.0, 1.0, 0.0])
     output = np.array([1000.02, 1.0005, 0.0001], np.float32)
@@ -62,6 +81,24 @@ def test_the_largest_of_all_cases_counts(monkeypatch: pytest.MonkeyPatch) -> Non
     _, most = reference._outputs(graph, "model.onnx", {}, True)
     assert len(graph.probe.cases) > 1 and graph.outputs == ("logits",)
     assert most == {"logits": 3e-4}
+
+
+@pytest.mark.parametrize(("side", "rows", "computed"), [(16, [1, 3, 8], 3), (160, [1, 2, 3], 1)])
+def test_of_large_pictures_few_rows_are_computed(
+    monkeypatch: pytest.MonkeyPatch, side: int, rows: list[int], computed: int
+) -> None:
+    """Three batch sizes in any case; in float64 one row of large pictures, of others all."""
+    config = transformers.ViTConfig(
+        image_size=side, patch_size=side // 2, hidden_size=8, intermediate_size=8,
+        num_hidden_layers=1, num_attention_heads=1,
+    )  # fmt: skip
+    graph = graphs(transformers.ViTForImageClassification(config).eval(), "image-classification")[0]
+    assert [case["batch_size"] for case in graph.probe.cases] == rows
+    exact: list[int] = []
+    monkeypatch.setattr(reference, "rounded_off", lambda one, *_: exact.append(len(one)) or 0.0)
+    kept, _ = reference._outputs(graph, "model.onnx", {}, True)
+    assert exact == rows[:computed]
+    assert len(kept) == 3  # each case is compared
 
 
 @pytest.mark.parametrize(("off", "ok"), [(5e-4, True), (5e-3, False)])

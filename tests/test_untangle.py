@@ -6,6 +6,7 @@ import onnx_ir as ir
 import pytest
 from graphs import GEMM, build, names, normal, ops, run
 
+from ffmerge.passes.graph import untangle as untangle_module
 from ffmerge.passes.graph.untangle import UntanglePass
 
 
@@ -240,3 +241,18 @@ def test_casts_round_as_the_runtime_does():
         untangle(model)
         assert ops(model)["Cast"] == 1
         assert np.array_equal(run(model, x=zero)[0], before[0], equal_nan=True)
+
+
+def test_many_readers_of_one_number_are_looked_at_a_few_times(monkeypatch):
+    """Each step does all that it can: the looks grow with the readers, not with their square."""
+    looks = []
+    effect = untangle_module._effect
+    monkeypatch.setattr(untangle_module, "_effect", lambda *both: looks.append(1) or effect(*both))
+    casts = " ".join(f"c{n} = Cast<to=1>(W) y{n} = Neg(c{n})" for n in range(40))
+    outputs = ", ".join(f"float[2] y{n}" for n in range(40))
+    model = build(f"() => (int64[2] w, {outputs}) {{ w = Neg(W) {casts} }}", W=np.array([3, 4]))
+    before = run(model)
+    assert untangle(model)[0]
+    assert ops(model) == {"Neg": 41, "Cast": 1}
+    check_unchanged(before, run(model))
+    assert len(looks) <= 2 * 40  # measured 41; a pair at a time they were 820

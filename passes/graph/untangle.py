@@ -85,12 +85,11 @@ def _views(weight: ir.Value) -> list[ir.Node]:
 
 
 def _bypass_without_effect(effects: Effects, weight: ir.Value) -> bool:
-    """Case 1."""
-    for node, effect in effects.items():
-        if effect is None:
-            _bypass(node, weight)
-            return True
-    return False
+    """Case 1, for all."""
+    idle = [node for node, effect in effects.items() if effect is None]
+    for node in idle:
+        _bypass(node, weight)
+    return bool(idle)
 
 
 def _store_result(effects: Effects, weight: ir.Value) -> bool:
@@ -124,15 +123,18 @@ def _read_by_flag(effects: Effects, weight: ir.Value, model: ir.Model) -> bool:
 
 
 def _merge_equal(effects: Effects, main: ir.Graph) -> bool:
-    """Case 4, for one pair."""
+    """Case 4, for all pairs."""
     first_with: dict[Any, list[ir.Node]] = {}
+    merged = False
     for node, effect in effects.items():
-        for first in first_with.setdefault(effect, []):
-            if _reaches(first, node, main):
-                _bypass(node, first.outputs[0])
-                return True
-        first_with[effect].append(node)
-    return False
+        alike = first_with.setdefault(effect, [])
+        first = next((each for each in alike if _reaches(each, node, main)), None)
+        if first is None:
+            alike.append(node)
+        else:
+            _bypass(node, first.outputs[0])
+            merged = True
+    return merged
 
 
 def _remaining(weight: ir.Value, model: ir.Model) -> Iterator[Skip]:
