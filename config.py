@@ -13,6 +13,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ffmerge.errors import InputError
+from ffmerge.profiles import (
+    FUSED_OPSET,
+    PLAIN_OPSET,
+    PROFILE_HELP,
+    PROFILES,
+    check_profile,
+    profile_of,
+)
 
 Window = tuple[int, int]  # first and last layer, inclusive
 Default = TypeVar("Default")
@@ -44,12 +52,6 @@ SHORT = {"q8": "int8", "q4": "int4"}  # what transformers.js calls two of them
 # ... and what it puts behind the names of the graphs, so that a folder may hold these together
 SUFFIXES = {"fp32": "", "fp16": "_fp16", "int8": "_quantized", "int4": "_q4", "q4f16": "_q4f16"}
 LAYOUTS = ("optimum", "transformers.js")
-PROFILES = ("portable", "cpu")  # what a package is to run on best
-PROFILE_HELP = (
-    "What the package is for: portable, whatever runs ONNX, or cpu, ONNX Runtime's: attention, RMS "
-    "norms and rotation as one operator each."
-)
-PLAIN_OPSET, FUSED_OPSET = 20, 23  # of the two
 OPSETS = range(7, 24)  # ONNX Runtime still runs 7; 23 is the last that PyTorch exports
 
 
@@ -267,11 +269,6 @@ class MergeConfig(CompareConfig):
             raise InputError(f"the rank of a residual is 1 or more, not {self.rank}.")
 
 
-def _check_profile(profile: str) -> None:
-    if profile not in PROFILES:
-        raise InputError(f"no profile {profile!r}: there is {', '.join(PROFILES)}.")
-
-
 @dataclass(frozen=True, kw_only=True)
 class CompressConfig:
     """What a package may weigh, and the task that it is measured by.
@@ -287,7 +284,7 @@ class CompressConfig:
     def __post_init__(self) -> None:
         """Refuse a size that is none, and what is for nothing."""
         parse_budget(self.size, 1)
-        _check_profile(self.profile)
+        profile_of(self.profile)
         if self.batch_size < 1:
             raise InputError("batch_size must be 1 or more.")
 
@@ -378,8 +375,8 @@ class ExportConfig:
     profile: str = option("portable", PROFILE_HELP, "--for", choices=PROFILES)
     opset: int | None = option(
         None,
-        f"ONNX operator set, {OPSETS[0]} to {OPSETS[-1]}; {PLAIN_OPSET} if not given, for cpu "
-        f"{FUSED_OPSET}.",
+        f"ONNX operator set, {OPSETS[0]} to {OPSETS[-1]}; {PLAIN_OPSET} if not given, "
+        f"{FUSED_OPSET} for a provider.",
     )
     dtype: str = option(
         "fp32",
@@ -394,7 +391,7 @@ class ExportConfig:
     layout: str | None = option(
         None,
         "Folder and file names of optimum or transformers.js; optimum's if not given, for several "
-        "precisions those of the other.",
+        "precisions and for webgpu those of the other.",
         choices=LAYOUTS,
     )
     ort: bool = option(False, "Also model.ort and its required_operators.config.", "--ort")
@@ -406,13 +403,9 @@ class ExportConfig:
         """Refuse what there is not."""
         if self.opset is not None and self.opset not in OPSETS:
             raise InputError(f"opset {self.opset} is not one of {OPSETS[0]} to {OPSETS[-1]}.")
-        _check_profile(self.profile)
-        if self.profile == "cpu" and self.opset not in (None, FUSED_OPSET):
-            raise InputError(
-                f"for cpu the opset is {FUSED_OPSET}, not {self.opset}: leave out one of the two."
-            )
         for dtype in self.dtypes:
             check_dtype(dtype)
+        check_profile(self.profile, self.dtypes, self.opset)
         blocked = [dtype for dtype in self.dtypes if dtype in BLOCKED]
         check_block(self.block, (blocked or self.dtypes)[0])
         check_budget(self.budget, ",".join(self.dtypes), self.block)
@@ -453,16 +446,14 @@ class ExportConfig:
             return self.layout
         if len(self.dtypes) > 1:
             return "transformers.js"
-        return "optimum"
+        return profile_of(self.profile).layout or "optimum"
 
     @property
     def operators(self) -> int:
         """The opset of the graphs."""
         if self.opset is not None:
             return self.opset
-        if self.profile == "cpu":
-            return FUSED_OPSET
-        return PLAIN_OPSET
+        return profile_of(self.profile).opset
 
 
 @dataclass(frozen=True, kw_only=True)

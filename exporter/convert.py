@@ -5,19 +5,27 @@ once, and brought to every precision that is wanted; all agree on the form in wh
 stored, so that ``exporter/write.py`` can store it once.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import onnx_ir as ir
 
-from ffmerge.config import PLAIN_OPSET, QuantizeConfig, parse_budget
+from ffmerge.config import QuantizeConfig, parse_budget
 from ffmerge.errors import ExportError
 from ffmerge.exporter.fused import check_fused
 from ffmerge.exporter.graphs import STATES
+from ffmerge.exporter.half_cache import halve_cache
 from ffmerge.exporter.merged import merge_decoders
+from ffmerge.exporter.multihead import (
+    check_multihead,
+    one_row_behind_a_past,
+    shares_keys,
+    use_multihead,
+)
 from ffmerge.exporter.packed import pack
 from ffmerge.exporter.plan import Plan
+from ffmerge.exporter.summed import sum_inside
 from ffmerge.exporter.torch_onnx import SizeError, to_onnx
 from ffmerge.exporter.trace import record_trace
 from ffmerge.models.manifest import Skip
@@ -28,6 +36,7 @@ from ffmerge.passes.graph.opset import to_opset
 from ffmerge.passes.graph.quantize import for_package
 from ffmerge.passes.graph.run import ShareResult, bring_to, share_again, share_model
 from ffmerge.passes.graph.tensors import is_op, stored
+from ffmerge.profiles import HALVES, PLAIN_OPSET, profile_of
 
 DIRECT = 18  # the first opset that PyTorch's exporter writes by itself; older ones are converted
 
@@ -56,8 +65,7 @@ def convert(translated: Translated, plan: Plan) -> tuple[dict[str, ShareResult],
     results = dict(translated.results)
     if plan.config.dtype != "fp32":
         results = _quantized(translated, plan)
-    if plan.config.profile == "cpu":
-        pack([result.model for result in results.values()])
+    _fit(plan, [result.model for result in results.values()])
     traces = {}
     for graph in plan.graphs:
         if graph.parts:
@@ -67,6 +75,19 @@ def convert(translated: Translated, plan: Plan) -> tuple[dict[str, ShareResult],
             program, real = translated.programs[graph.name], plan.real.get(graph.name, {})
             traces[graph.name] = record_trace(graph, program, results[graph.name].model, real)
     return results, traces
+
+
+def _fit(plan: Plan, models: Sequence[ir.Model]) -> None:
+    """Bring graphs that are in their precision to the form that their profile has."""
+    profile = profile_of(plan.config.profile)
+    if profile.fused:
+        pack(models)
+    if profile.half_cache and plan.config.dtype in HALVES:
+        halve_cache(models)
+    if profile.multihead:
+        for model in models:
+            use_multihead(model)
+            sum_inside(model.graph)
 
 
 def copied(translated: Translated, plan: Plan) -> Translated:
@@ -88,13 +109,17 @@ def translate(plan: Plan) -> Translated:
         TieError: a shared weight would be stored twice.
         InputError: a graph cannot be of the opset.
     """
-    if plan.config.profile != "cpu":
+    profile = profile_of(plan.config.profile)
+    if not profile.fused:
         return _all_of(plan, plan.config.operators)
     try:
         for graph in plan.graphs:
             if not graph.parts:
                 check_fused(graph)
-        return _all_of(plan, plan.config.operators, fused=True)
+        translated = _all_of(plan, plan.config.operators, fused=True)
+        if profile.multihead:
+            _check_multihead(plan, translated)
+        return translated
     except SizeError:
         raise
     except ExportError as error:
@@ -104,6 +129,24 @@ def translate(plan: Plan) -> Translated:
     for name, result in plain.results.items():
         results[name] = replace(result, skipped=(skip, *result.skipped))
     return replace(plain, results=results)
+
+
+def as_taken(plan: Plan, translated: Translated) -> Plan:
+    """Return the plan with cases that the graphs can be run on in the form of their profile."""
+    if not profile_of(plan.config.profile).multihead:
+        return plan
+    graphs = []
+    for graph in plan.graphs:
+        if graph.name in translated.results and shares_keys(translated.results[graph.name].model):
+            graph = replace(graph, probe=one_row_behind_a_past(graph.probe))
+        graphs.append(graph)
+    return replace(plan, graphs=tuple(graphs))
+
+
+def _check_multihead(plan: Plan, translated: Translated) -> None:
+    for graph in plan.graphs:
+        if not graph.parts:
+            check_multihead(translated.results[graph.name].model, graph)
 
 
 def _all_of(plan: Plan, opset: int, fused: bool = False) -> Translated:

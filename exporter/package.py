@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ffmerge.config import ExportConfig
-from ffmerge.exporter.convert import Translated, convert, copied, translate
+from ffmerge.exporter.convert import Translated, as_taken, convert, copied, translate
 from ffmerge.exporter.describe import describe
 from ffmerge.exporter.plan import Plan, by_dtype, make_plan, with_one_size
 from ffmerge.exporter.torch_onnx import SizeError
@@ -90,6 +90,7 @@ def export(
             except SizeError:
                 plan = with_one_size(plan)
                 translated = translate(plan)
+            plan = as_taken(plan, translated)
             several = len(config.dtypes) > 1
             written = [_written(folder, translated, one, several) for one in by_dtype(plan)]
             del translated  # neither graphs nor programs are held while PyTorch computes

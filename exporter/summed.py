@@ -1,7 +1,8 @@
-"""Sums of the residual stream that the norm behind them makes, in the graph for onnxruntime-genai.
+"""Sums of the residual stream that the norm behind them makes.
 
-``exporter/genai.py`` calls :func:`sum_inside`. ``SkipSimplifiedLayerNormalization`` adds what a
-sublayer gives to the stream, gives the sum, and norms it while it is at hand.
+``exporter/genai.py`` calls :func:`sum_inside` for onnxruntime-genai, ``exporter/convert.py`` for
+WebGPU. ``SkipSimplifiedLayerNormalization`` adds what a sublayer gives to the stream, gives the
+sum, and norms it while it is at hand.
 """
 
 import onnx_ir as ir

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
+
 from ffmerge.config import SUFFIXES
 from ffmerge.exporter.card import card
 from ffmerge.exporter.genai import write_genai
@@ -96,7 +98,9 @@ def write_rest(
     variants: list[Variant] = []
     for other in written[1:]:
         for record, same in zip(records, other.records, strict=True):
-            variants.append(Variant(other.dtype, same.path, portable=True, graph=record.path))
+            variants.append(
+                Variant(other.dtype, same.path, True, record.path, cache=same.probe.cache)
+            )
     variants += _write_variants(folder, plan, records)
     traces: dict[str, Trace] = {}
     paths: list[str] = []
@@ -146,10 +150,19 @@ def _write_graphs(
         parts = tuple(paths[part] for part in graph.parts)
         inputs = results[graph.name].model.graph.inputs
         optional = tuple(str(value.name) for value in inputs if value.is_initializer())
+        probe = graph.probe.with_cache(_cache_of(inputs))
         records.append(
-            GraphRecord(paths[graph.name], graph.outputs, graph.probe, parts, optional=optional)
+            GraphRecord(paths[graph.name], graph.outputs, probe, parts, optional=optional)
         )
     return tuple(records)
+
+
+def _cache_of(inputs: Sequence[ir.Value]) -> str:
+    """Return the type in which a graph takes keys and values."""
+    for value in inputs:
+        if kv_cache.is_past(str(value.name)) and value.dtype is not None:
+            return str(value.dtype.numpy())
+    return "float32"
 
 
 def _write_variants(

@@ -84,12 +84,14 @@ class Variant:
 
     Its ``kind`` is ort or prepacked, or the precision that it has where a package has several. If
     it is not ``portable`` it depends on the processor it was made on, and so do its bytes.
+    ``cache`` is the type of the keys and values that it takes, where it has a precision of its own.
     """
 
     kind: str
     path: str
     portable: bool
     graph: str
+    cache: str = "float32"
 
 
 @dataclass(frozen=True, repr=False)
@@ -148,15 +150,16 @@ class Manifest:
             raise InputError(f"the package has no {dtype}: there is {', '.join(self.dtypes)}.")
         if len(self.dtypes) == 1:
             return self
-        paths = {graph.path: graph.path for graph in self.graphs}
-        if wanted != self.dtype:
-            paths = {each.graph: each.path for each in self.variants if each.kind == wanted}
+        found = {each.graph: each for each in self.variants if each.kind == wanted}
         graphs = []
         for graph in self.graphs:
-            rounding = graph.rounding
+            if wanted != self.dtype:
+                variant = found[graph.path]
+                probe = graph.probe.with_cache(variant.cache)
+                graph = replace(graph, path=variant.path, probe=probe)
             if wanted != "fp32":  # weights are rounded much further
-                rounding = {}
-            graphs.append(replace(graph, path=paths[graph.path], rounding=rounding))
+                graph = replace(graph, rounding={})
+            graphs.append(graph)
         return replace(self, dtype=wanted, graphs=tuple(graphs), variants=())
 
     def served(self, kind: str = "onnx") -> dict[str, GraphRecord]:

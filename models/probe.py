@@ -8,13 +8,14 @@ and compare. Of large outputs only a sample is stored: :func:`stored_elements`.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ffmerge.errors import InputError
+from ffmerge.models import kv_cache
 
 Array = npt.NDArray[Any]
 
@@ -97,6 +98,21 @@ class Probe:
                 sizes[name] = batch
         has_past = self._has_past(sizes)
         return {spec.name: _draw(spec, sizes, has_past, generator) for spec in self.inputs}
+
+    @property
+    def cache(self) -> str:
+        """The type of the keys and values that are taken, float32 if none are."""
+        kept = {spec.dtype for spec in self.inputs if kv_cache.is_past(spec.name)}
+        return next(iter(kept), "float32")
+
+    def with_cache(self, dtype: str) -> "Probe":
+        """Return the recipe with keys and values of another type."""
+        inputs = []
+        for spec in self.inputs:
+            if kv_cache.is_past(spec.name):
+                spec = replace(spec, dtype=dtype)
+            inputs.append(spec)
+        return replace(self, inputs=tuple(inputs))
 
     def _has_past(self, sizes: Mapping[str, int]) -> bool:
         """Tell whether an input is a cache that is not empty in a case of these sizes."""

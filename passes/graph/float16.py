@@ -252,7 +252,7 @@ def _halve(node: ir.Node, form: HalfForm) -> set[ir.Value]:
         node.attributes.add(ir.AttrTensor("value", ir.Tensor(_halved(value))))
     changed = {node.outputs[index] for index in form.outputs if _is_float(node.outputs[index])}
     for output in changed:
-        output.dtype = _HALF
+        output.type = ir.TensorType(_HALF)  # its type may be that of other values, too
     return changed
 
 

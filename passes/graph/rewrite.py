@@ -110,7 +110,7 @@ def store(main: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
 def replace_tensor(weight: ir.Value, tensor: ir.TensorProtocol) -> None:
     """Let an initializer hold another tensor, of its dtype and shape, under the same name."""
     weight.const_value = tensor
-    weight.dtype = tensor.dtype
+    weight.type = ir.TensorType(tensor.dtype)
     weight.shape = ir.Shape(shape_of(tensor))
 
 

@@ -183,5 +183,6 @@ RUNTIMES = (
     # TensorFloat-32 keeps 10 bits of the mantissa, too few to tell parity from a fault.
     _runtime("cuda", CUDA, "cuda:0", _GPU, {"use_tf32": "0", **_EXACT}),
     _runtime("cuda-tf32", CUDA, "cuda:0", _GPU, {"use_tf32": "1", **_EXACT}, "tf32"),
-    _runtime("webgpu", WEBGPU, "webgpu", "onnxruntime-ep-webgpu"),
+    # its shaders add float16 numbers in float16
+    _runtime("webgpu", WEBGPU, "webgpu", "onnxruntime-ep-webgpu", arithmetic="native"),
 )

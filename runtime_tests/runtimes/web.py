@@ -258,7 +258,7 @@ def _installed() -> tuple[str, Path]:
 RUNTIMES = (
     Runtime("wasm", "wasm", partial(_start, "wasm"), resident=partial(_held, "wasm")),
     Runtime(
-        "web-webgpu", "webgpu", partial(_start, "webgpu"),
+        "web-webgpu", "webgpu", partial(_start, "webgpu"), arithmetic="native",
         profile=_dispatched, resident=partial(_held, "webgpu"),
     ),
 )  # fmt: skip

@@ -1,0 +1,73 @@
+"""What a package is for: one row for each provider of ONNX Runtime that ``export --for`` names.
+
+``config.py`` refuses by this table what a provider has no kernels for, and ``exporter/`` makes the
+graphs as it says. Where each entry is from: docs/runtimes.md.
+"""
+
+from dataclasses import dataclass
+
+from ffmerge.errors import InputError
+
+PLAIN_OPSET, FUSED_OPSET = 20, 23  # 23 is the first with Attention, RMSNormalization and rotation
+HALVES = ("fp16", "q4f16")  # precisions that compute in float16
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How graphs are made for a provider.
+
+    ``fused``: attention, RMS norms and rotations are one operator each, of the standard. With
+    ``multihead`` attention is an operator of ONNX Runtime's own. ``half_cache``: where a decoder
+    computes in float16, it takes and gives keys and values so, as they are. ``dtypes`` are those
+    that the provider has kernels for, None: all. ``layout`` is that of the files, if none is asked
+    for, None: optimum's, for several precisions that of transformers.js.
+    """
+
+    opset: int
+    fused: bool = False
+    multihead: bool = False
+    half_cache: bool = False
+    dtypes: tuple[str, ...] | None = None
+    layout: str | None = None
+
+
+_GPU = ("fp32", "fp16", "int8", "int4", "q4f16")
+PROFILES = {
+    "portable": Profile(PLAIN_OPSET),
+    "cpu": Profile(FUSED_OPSET, fused=True),
+    "cuda": Profile(FUSED_OPSET, fused=True, half_cache=True, dtypes=_GPU),
+    "webgpu": Profile(
+        FUSED_OPSET, fused=True, multihead=True, half_cache=True, dtypes=_GPU,
+        layout="transformers.js",
+    ),
+}  # fmt: skip
+PROFILE_HELP = (
+    "What the package is for: portable, whatever runs ONNX, or a provider of ONNX Runtime, with "
+    "attention, RMS norms and rotation as one operator each: cpu, cuda, or webgpu, that of the "
+    "browser."
+)
+
+
+def profile_of(name: str) -> Profile:
+    """Return the profile of that name.
+
+    Raises:
+        InputError: there is none.
+    """
+    if name not in PROFILES:
+        raise InputError(f"no profile {name!r}: there is {', '.join(PROFILES)}.")
+    return PROFILES[name]
+
+
+def check_profile(name: str, dtypes: tuple[str, ...], opset: int | None) -> None:
+    """Raise InputError unless a profile has the precisions, and the opset if one is asked for."""
+    profile = profile_of(name)
+    if profile.fused and opset not in (None, profile.opset):
+        raise InputError(
+            f"for {name} the opset is {profile.opset}, not {opset}: leave out one of the two."
+        )
+    for dtype in dtypes:
+        if profile.dtypes is not None and dtype not in profile.dtypes:
+            raise InputError(
+                f"{name} has no kernels for {dtype}: choose one of {', '.join(profile.dtypes)}."
+            )

@@ -1,0 +1,223 @@
+"""``export --for``: what each provider's graphs are made of, what is refused, the same results.
+
+What WebGPU itself computes of them is in test_webgpu.py, and in a browser in test_web.py.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import tiny
+import torch
+from architectures import merge_all
+from graphs import build, ops
+from test_fused import DECODERS, FAST, LAYERS, WAYS, drawn
+
+import ffmerge
+from ffmerge.config import ExportConfig
+from ffmerge.errors import InputError
+from ffmerge.exporter.fused import NotFused
+from ffmerge.exporter.graphs import graphs
+from ffmerge.exporter.half_cache import halve_cache
+from ffmerge.exporter.multihead import check_multihead
+from ffmerge.exporter.package import export
+from ffmerge.models.manifest import Manifest
+from ffmerge.models.tasks import fit
+from ffmerge.passes.graph.audit import audit
+from ffmerge.passes.graph.infer import infer_types
+from ffmerge.profiles import PROFILES
+from ffmerge.runtime_tests.parity import check_parity
+
+HALF, FLOAT = ir.DataType.FLOAT16, ir.DataType.FLOAT
+ALONE = ("GPT-2",)  # each head has keys of its own
+
+
+def graph_of(package: Any, dtype: str | None = None) -> ir.Model:
+    (record,) = package.manifest.in_dtype(dtype).graphs
+    return ir.load(package.path / record.path)
+
+
+def kept(graph: ir.Model) -> set[ir.DataType | None]:
+    """Return the types of the keys and values that a decoder takes and gives."""
+    values = [*graph.graph.inputs, *graph.graph.outputs]
+    return {v.dtype for v in values if str(v.name).startswith(("past_key_values.", "present."))}
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in DECODERS]
+)
+def test_for_webgpu_a_decoder_writes_what_pytorch_writes(name: str, tmp_path: Path) -> None:
+    """Rows padded on the left by unlike amounts, longer than the window; greedy, beams, drawn."""
+    model = drawn(DECODERS[name]())
+    package = export(model, tmp_path / "package", ExportConfig(profile="webgpu"))
+    assert package.manifest.profile == "webgpu" and package.manifest.opset == 23
+    assert not package.manifest.skipped
+    graph = graph_of(package)
+    found = ops(graph)
+    kind = "MultiHeadAttention" if name in ALONE else "GroupQueryAttention"
+    assert found[kind] == LAYERS and not {"Attention", "Softmax"} & set(found)
+    assert bool(found["SkipSimplifiedLayerNormalization"]) == (name != "GPT-2")
+    assert all(output.ok for output in check_parity(package.path, package.manifest))
+    loaded = ffmerge.load_package(package.path)
+    for rows, length in ((1, 1), (3, 9)):
+        ids = torch.randint(3, 97, (rows, length), generator=torch.Generator().manual_seed(rows))
+        mask = torch.ones_like(ids)
+        for row in range(rows):
+            mask[row, : 3 * row % length] = 0
+        for way in WAYS:
+            written = []
+            for each in (model, loaded):
+                torch.manual_seed(7)
+                written.append(
+                    each.generate(
+                        input_ids=ids * mask, attention_mask=mask, max_new_tokens=8,
+                        min_new_tokens=8, pad_token_id=0, **way,
+                    )
+                )  # fmt: skip
+            assert written[0].tolist() == written[1].tolist(), (rows, way)
+
+
+def test_an_encoder_for_webgpu_reads_both_ways(tmp_path: Path) -> None:
+    package = export(tiny.bert(layers=2), tmp_path / "package", ExportConfig(profile="webgpu"))
+    found = ops(graph_of(package))
+    assert found["MultiHeadAttention"] == 2 and not {"Attention", "Softmax"} & set(found)
+    assert all(output.ok for output in check_parity(package.path, package.manifest))
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Any]]:
+    """Return a merged decoder and its package for WebGPU in three precisions."""
+    torch.manual_seed(0)
+    model = drawn(DECODERS["Qwen3"]())
+    assert merge_all(model)
+    target = tmp_path_factory.mktemp("several") / "package"
+    yield model, export(model, target, ExportConfig(profile="webgpu", dtype="fp32,fp16,q4f16"))
+
+
+def test_keys_and_values_stay_float16_between_the_steps(several: tuple[Any, Any]) -> None:
+    """No step casts what is kept, and each precision of a folder is given its own type."""
+    _, package = several
+    assert audit(package.path).ok
+    for dtype, kind in (("fp32", FLOAT), ("fp16", HALF), ("q4f16", HALF)):
+        graph = graph_of(package, dtype)
+        assert kept(graph) == {kind}
+        found = ops(graph)
+        assert found["GroupQueryAttention"] == LAYERS
+        for node in graph.graph:
+            if node.op_type == "GroupQueryAttention":
+                assert str(node.inputs[3].name).startswith("past_key_values.")
+                assert {value.dtype for value in node.inputs[3:5]} == {kind}
+        specs = package.manifest.in_dtype(dtype).graphs[0].probe.inputs
+        past = {spec.dtype for spec in specs if spec.name.startswith("past_key_values.")}
+        assert past == {"float16" if kind == HALF else "float32"}
+        assert Manifest.read(package.path).in_dtype(dtype).graphs == (
+            package.manifest.in_dtype(dtype).graphs
+        )
+
+
+def test_greedy_decoding_with_a_float16_cache(several: tuple[Any, Any]) -> None:
+    model, package = several
+    ids = torch.tensor([[0, 0, 5, 6, 7], [8, 9, 10, 11, 12]])
+    settings: dict[str, Any] = {
+        "attention_mask": (ids > 0).long(), "do_sample": False, "max_new_tokens": 12,
+        "min_new_tokens": 12, "pad_token_id": 0,
+    }  # fmt: skip
+    expected = model.generate(input_ids=ids, **settings)
+    loaded = ffmerge.load_package(package.path, dtype="fp16")
+    found = loaded.generate(input_ids=ids, **settings)
+    assert len(expected[:, 5:].unique()) > 4  # not one token for ever
+    assert found.tolist() == expected.tolist()
+    step = loaded(input_ids=ids, attention_mask=settings["attention_mask"])
+    assert step.past_key_values.layers[0].keys.dtype == torch.float16
+    with torch.no_grad():
+        exact = model(input_ids=ids[1:]).logits
+    # measured 0.0066 of logits up to 6.2; float16 keeps 11 bits
+    assert (step.logits[1:] - exact).abs().max() < 0.02
+
+
+def test_for_cuda_a_decoder_is_of_standard_operators_in_float16(tmp_path: Path) -> None:
+    """As for the CPU, but for the cache: ONNX Runtime's CUDA has kernels for these operators."""
+    model = drawn(DECODERS["Llama"]())
+    assert merge_all(model)
+    package = export(model, tmp_path / "cuda", ExportConfig(profile="cuda", dtype="fp16"))
+    graph = graph_of(package)
+    found = ops(graph)
+    assert {node.domain for node in graph.graph} == {""} and found["Attention"] == LAYERS
+    assert kept(graph) == {HALF}
+    assert found["Split"] == LAYERS  # of one product for queries, keys and values
+    for node in graph.graph:  # types of values are their own: none is cast to what it is
+        if node.op_type == "Cast":
+            assert node.inputs[0].dtype != node.outputs[0].dtype
+    assert all(output.ok for output in check_parity(package.path, package.manifest))
+    assert audit(package.path).ok and not package.manifest.skipped
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (("tpu", "fp32", None), "no profile 'tpu': there is portable, cpu, cuda, webgpu"),
+        (("cuda", "int8-static", None), "cuda has no kernels for int8-static: choose one of fp32"),
+        (("webgpu", "fp32,int8-dynamic", None), "webgpu has no kernels for int8-dynamic"),
+        (("webgpu", "fp32", 20), "for webgpu the opset is 23, not 20"),
+    ],
+)
+def test_what_a_provider_lacks_is_refused(settings: tuple[str, str, int], told: str) -> None:
+    profile, dtype, opset = settings
+    with pytest.raises(InputError, match=told):
+        ExportConfig(profile=profile, dtype=dtype, opset=opset)
+
+
+def test_a_profile_has_its_layout_and_opset() -> None:
+    layouts = {name: ExportConfig(profile=name).file_layout for name in PROFILES}
+    others = {name: "optimum" for name in PROFILES if name != "webgpu"}
+    assert layouts == {**others, "webgpu": "transformers.js"}
+    assert ExportConfig(profile="webgpu", layout="optimum").file_layout == "optimum"
+    opsets = {name: ExportConfig(profile=name).operators for name in PROFILES}
+    assert opsets == {"portable": 20, "cpu": 23, "cuda": 23, "webgpu": 23}
+
+
+def test_a_mask_that_shows_later_tokens_is_not_left_to_the_operator(tmp_path: Path) -> None:
+    """Of shared keys it lets no token read a later one; such a model gets the plain graph."""
+    model = drawn(DECODERS["Llama"]())
+    task = fit(None, model, lambda: ())
+    (graph,) = graphs(model, task)
+    package = export(model, tmp_path / "package", ExportConfig(profile="cpu"))
+    translated = ir.load(package.path / "model.onnx")
+    check_multihead(translated, graph)  # as it is, it can be
+    (mask,) = {n.inputs[3] for n in translated.graph if n.op_type == "Attention"}
+    shown = ir.node("Mul", [mask, ir.Value(name="nothing")])
+    shown.inputs[1].const_value = ir.tensor(np.zeros(1, np.float32), name="nothing")
+    translated.graph.register_initializer(shown.inputs[1])
+    shown.outputs[0].shape = mask.shape
+    for node in list(mask.consumers()):
+        if node.op_type == "Attention":
+            node.replace_input_with(3, shown.outputs[0])
+    translated.graph.insert_after(mask.producer(), shown)
+    with pytest.raises(NotFused, match="a mask lets a token read later ones"):
+        check_multihead(translated, graph)
+
+
+def test_a_cache_that_something_else_reads_stays_float32() -> None:
+    """The graphs of a pair hand it on to each other: all take and give it alike, or none."""
+    cast = named_as_kept(
+        build(
+            """(float[b,2] a) => (float[b,2] z) {
+            half = Cast <to = 10> (a)  more = Add (half, half)  z = Cast <to = 1> (more) }"""
+        )
+    )
+    plain = named_as_kept(build("(float[b,2] a) => (float[b,2] z) { z = Relu (a) }"))
+    before = ops(cast)
+    halve_cache([cast, plain])
+    assert (ops(cast), kept(cast), kept(plain)) == (before, {FLOAT}, {FLOAT})
+    halve_cache([cast])
+    assert (ops(cast), kept(cast)) == ({"Add": 1}, {HALF})
+
+
+def named_as_kept(model: ir.Model) -> ir.Model:
+    infer_types(model)
+    model.graph.inputs[0].name = "past_key_values.0.key"
+    model.graph.outputs[0].name = "present.0.key"
+    return model
