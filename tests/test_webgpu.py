@@ -18,6 +18,7 @@ import pytest
 import tiny
 from architectures import CASES, index_of, merge_all, model_of
 from packages import linear_package
+from test_fused import DECODERS, drawn
 
 from ffmerge.config import ExportConfig
 from ffmerge.errors import NotInstalled
@@ -114,6 +115,63 @@ def test_blocks_run_on_webgpu(dtype: str, settings: dict[str, str], tmp_path: Pa
     (webgpu,) = result["providers"]
     assert code == 0, webgpu["reason"]
     assert "MatMulNBits" in webgpu["placement"]["compute"][WEBGPU]
+
+
+def llama() -> Any:
+    return drawn(DECODERS["Llama"]())
+
+
+def bert() -> Any:
+    return tiny.bert(layers=2)
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [(llama, "GroupQueryAttention"), (gpt2, "MultiHeadAttention"), (bert, "MultiHeadAttention")],
+)
+def test_for_webgpu_attention_is_computed_there(
+    make: Callable[[], Any], kind: str, settings: dict[str, str], tmp_path: Path
+) -> None:
+    """As one operator; angles, which are small, ONNX Runtime leaves to the processor."""
+    model = make()
+    assert merge_all(model)
+    export(model, tmp_path / "package", ExportConfig(profile="webgpu"))
+    code, result = run(tmp_path / "package", "--provider", "webgpu", **settings)
+    (webgpu,) = result["providers"]
+    assert code == 0, webgpu["reason"]
+    assert webgpu["placement"]["compute"][WEBGPU][kind] == 2
+    elsewhere = webgpu["placement"]["compute"].get("CPUExecutionProvider", {})
+    assert set(elsewhere) <= {"Cast", "Cos", "Sin"}
+    # measured 1.0e-6, 6.0e-7 and 1.2e-7
+    assert max(output["max_abs"] for output in webgpu["outputs"]) <= 5e-6
+
+
+def test_the_attention_of_the_standard_is_left_to_the_processor(
+    settings: dict[str, str], tmp_path: Path
+) -> None:
+    """Why there is a profile for WebGPU: once this fails, the one for the CPU may do."""
+    export(bert(), tmp_path / "package", ExportConfig(profile="cpu"))
+    _, result = run(tmp_path / "package", "--provider", "webgpu", **settings)
+    (webgpu,) = result["providers"]
+    assert webgpu["placement"]["compute"]["CPUExecutionProvider"]["Attention"] == 2
+
+
+@pytest.mark.parametrize("make", [llama, gpt2, bert])
+@pytest.mark.parametrize("dtype", ["fp16", "q4f16"])
+def test_half_precision_on_a_driver_that_has_it(
+    make: Callable[[], Any], dtype: str, tmp_path: Path
+) -> None:
+    """With FFMERGE_VULKAN, the file of such a driver; keys and values stay float16."""
+    driver = os.environ.get("FFMERGE_VULKAN")
+    if driver is None:
+        pytest.skip("FFMERGE_VULKAN names no driver that computes in float16")
+    export(make(), tmp_path / "package", ExportConfig(profile="webgpu", dtype=dtype))
+    settings = {"VK_ICD_FILENAMES": driver, ALLOWED: "1"}
+    code, result = run(tmp_path / "package", "--provider", "webgpu", **settings)
+    (webgpu,) = result["providers"]
+    assert code == 0, webgpu["reason"]
+    compute = webgpu["placement"]["compute"]
+    assert set(compute.get("CPUExecutionProvider", {})) <= {"Cast", "Cos", "Sin"}
 
 
 def test_int8_products_are_left_to_the_processor_and_that_fails(

@@ -140,8 +140,8 @@ try {
   for (const backend of ["wasm", "webgpu"]) {
     found.demo[backend] = await demo(browser, backend);
     found.library[backend] = {};
-    for (const model of job.models[backend]) {
-      found.library[backend][model[0]] = await library(browser, backend, model);
+    for (const [key, ...model] of job.models[backend]) {
+      found.library[backend][key] = await library(browser, backend, model);
     }
   }
   console.log(JSON.stringify(found));
