@@ -503,7 +503,8 @@ class QuantizeConfig:
     ``models/codes.py`` says. ``calibration`` are the batches from which int8-static takes its
     ranges and by which 4 bits are rounded, inputs of the graph by name. ``multiplied`` names
     weights that another graph of the package multiplies by: a table among them is stored as it
-    is there. ``plain_lookups`` unpacks the rows of every table in blocks by standard operators:
+    is there. Of ``looked_up`` another graph looks rows up: they are stored as they are looked up.
+    ``plain_lookups`` unpacks the rows of every table in blocks by standard operators:
     onnxruntime-web has no GatherBlockQuantized for wasm. ``rounded`` is where codes and
     scales in blocks are found and left, by the name of a weight, and ``forms`` where bits and block
     are: they are then the same in all graphs. ``budget`` are bytes for which int4 chooses these.
@@ -512,6 +513,7 @@ class QuantizeConfig:
     block: int | None = None
     calibration: Sequence[Mapping[str, Any]] = ()
     multiplied: frozenset[str] = frozenset()
+    looked_up: frozenset[str] = frozenset()
     plain_lookups: bool = False
     rounded: dict[str, tuple[Any, Any]] | None = None
     forms: dict[str, Any] | None = None

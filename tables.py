@@ -140,6 +140,8 @@ def package_table(package: Any, blind: bool = False) -> Table:
         text += f", {_size(cost['anonymous_bytes'])} anonymous, {cost['load_s']:.2f} s load"
         rows.append((path, f"{text}, {cost['median_ms']:.3g} ms run"))
     rows += _bits_rows(manifest.bits)
+    for path, products in manifest.int8.items():
+        rows.append((f"{path}, products of int8", INT8[products]))
     if blind:
         rows.append(("4 bits without data", WITHOUT_DATA))
     return _table(f"{package.path}: {manifest.task}", ("file", "size"), rows)
@@ -154,6 +156,12 @@ def _size(count: int | None) -> str:
 WITHOUT_DATA = (
     "with --data it loses about a third: 1 - cosine 0.009 for 0.031 of a sentence encoder"
 )
+
+
+INT8 = {
+    "rows": "a range for each row: fastest for many tokens at once (--block 64: nearer)",
+    "blocks": "a scale for each block of a row: nearest, and fastest for one token at a time",
+}
 
 
 def _bits_rows(forms: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -180,6 +188,8 @@ def share_table(result: Any, target: Path, blind: bool = False) -> Table:
     for skip in result.skipped:
         rows.append((f"left alone: {skip.name}", skip.reason))
     rows += _bits_rows(result.forms)
+    if result.int8:
+        rows.append(("products of int8", INT8[result.int8]))
     if blind:
         rows.append(("4 bits without data", WITHOUT_DATA))
     return _table(str(target), ("", ""), rows)

@@ -70,7 +70,8 @@ def convert(translated: Translated, plan: Plan) -> tuple[dict[str, ShareResult],
     for graph in plan.graphs:
         if graph.parts:
             first, later = (results[part].model for part in graph.parts)
-            results[graph.name] = merge_decoders(first, later, graph)
+            merged = merge_decoders(first, later, graph)
+            results[graph.name] = replace(merged, int8=results[graph.parts[0]].int8)
         else:
             program, real = translated.programs[graph.name], plan.real.get(graph.name, {})
             traces[graph.name] = record_trace(graph, program, results[graph.name].model, real)
@@ -170,7 +171,8 @@ def _quantized(translated: Translated, plan: Plan) -> dict[str, ShareResult]:
     if plan.calibration:
         rounded = translated.rounded
     common = QuantizeConfig(
-        multiplied=_multiplied(results.values()),
+        multiplied=_read_by(results.values(), "MatMul", "Gemm"),
+        looked_up=_read_by(results.values(), "Gather"),
         plain_lookups=plan.config.layout == "transformers.js",
         block=plan.config.block,
         rounded=rounded,
@@ -248,11 +250,11 @@ def _budget(results: Mapping[str, ShareResult], plan: Plan) -> int | None:
     return parse_budget(plan.config.budget, sum(sizes.values()))
 
 
-def _multiplied(results: Iterable[ShareResult]) -> frozenset[str]:
-    """Return the names of the weights that a graph of the package multiplies by."""
+def _read_by(results: Iterable[ShareResult], *ops: str) -> frozenset[str]:
+    """Return the names of the weights that such an operator reads in a graph of the package."""
     names = set()
     for result in results:
         for value in result.model.graph.initializers.values():
-            if any(is_op(node, "MatMul", "Gemm") for node in value.consumers()):
+            if any(is_op(node, *ops) for node in value.consumers()):
                 names.add(str(value.name))
     return frozenset(names)

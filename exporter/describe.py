@@ -43,6 +43,9 @@ def describe(
             skipped[skip] = None
     skipped |= dict.fromkeys(left_out)
     paths = [record.path for each in written for record in each.records]
+    int8: dict[str, str] = {}
+    for each in written:
+        int8 |= each.int8
     source = {}
     if plan.source:
         source = fingerprint(plan.source)
@@ -69,6 +72,7 @@ def describe(
         tensors=record_tensors(folder, paths),
         variants=tuple(variants),
         bits=written[0].forms,
+        int8=int8,
     )
 
 

@@ -42,7 +42,8 @@ LAYOUTS: dict[str, tuple[str, Mapping[str, str]]] = {
 class Written:
     """The graphs of one precision, in their files, and what is told of them.
 
-    ``traces`` are by path, ``forms`` bits and block of weights by name, where they were chosen.
+    ``traces`` are by path, ``forms`` bits and block of weights by name, where they were chosen,
+    ``int8`` by path the form in which int8 multiplies.
     """
 
     dtype: str
@@ -52,6 +53,7 @@ class Written:
     ties: tuple[Tie, ...]
     skipped: tuple[Skip, ...]
     forms: Mapping[str, Form]
+    int8: Mapping[str, str]
 
 
 def write_graphs(
@@ -80,6 +82,7 @@ def write_graphs(
         ties=join_ties(ties),
         skipped=tuple(skipped),
         forms=forms,
+        int8={path: results[name].int8 for name, path in paths.items() if results[name].int8},
     )
 
 

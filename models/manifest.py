@@ -101,8 +101,10 @@ class Manifest:
     ``bytes_total`` is the sum of ``files``, ``bytes_unique`` that of the distinct initializers,
     ``parameter_bytes`` that of the distinct PyTorch parameters. ``metric`` is PyTorch's on the real
     rows that the package holds, if they have labels. ``bits`` are those of each weight, by name,
-    where they were chosen for a budget. ``graphs`` and ``dtype`` are those of the first precision,
-    others are ``variants``. ``profile`` is what the graphs are for (``export --for``).
+    where they were chosen for a budget; ``int8`` says of graphs in int8, by path, what has a range
+    of its own in their products: rows, or blocks of them. ``graphs`` and ``dtype`` are those of the
+    first precision, others are ``variants``. ``profile`` is what the graphs are for (``export
+    --for``).
     """
 
     versions: Mapping[str, str]
@@ -124,6 +126,7 @@ class Manifest:
     metric: MetricResult | None = None
     variants: tuple[Variant, ...] = ()
     bits: Mapping[str, Form] = field(default_factory=dict)
+    int8: Mapping[str, str] = field(default_factory=dict)
     profile: str = "portable"
 
     def __repr__(self) -> str:

@@ -6,6 +6,7 @@ import pytest
 from graphs import build, names, normal, ops, run
 from lowered import GEMMS, LOWER, TWO, array, lower, nibbles, relative
 from onnxruntime.quantization import QuantType, quantize_dynamic
+from scipy.linalg import hadamard
 
 from ffmerge.config import FOUR_BITS
 from ffmerge.errors import InputError
@@ -39,11 +40,15 @@ def test_dynamic_int8_is_the_arithmetic_of_the_specification(text):
         weights["c"] = normal(64, seed=1)
     result = lower(build(text, **weights), "int8-dynamic")
     w = weights["W"].T if text == GEMMS else weights["W"]
+    # of rows and weight, sixteen at a time; float32: 1 and -1 in it put the zero point on an edge
+    spread = np.kron(np.eye(4), hadamard(16) / 4).astype("f")
+    w = spread @ w
     # the largest that 8 bits, and two neighbours' sum in the 16 bits of x86, must hold
     scale = np.abs([*w, *(w[::2] + w[1::2])]).max(0) / 127
     codes = np.rint(w / scale)
 
     def product(values):
+        values = values @ spread
         largest = np.abs(values).max(-1, keepdims=True)
         values = values / largest
         low, high = min(values.min(), 0), max(values.max(), 0)
@@ -55,7 +60,8 @@ def test_dynamic_int8_is_the_arithmetic_of_the_specification(text):
     expected = product(np.maximum(product(x), 0))
     # a code on a rounding edge may go the other way: one step of one input
     assert relative(run(result.model, x=x)[0], expected) < 5e-3  # measured 0
-    assert array(result.model, "W").tolist() == codes.tolist()
+    edges = np.abs(array(result.model, "W") - codes)
+    assert edges.max() <= 1 and edges.mean() < 1e-3  # measured 0: on an edge either is right
     assert array(result.model, "W/scale").size == 64
 
 
@@ -63,10 +69,14 @@ def test_dynamic_int8_is_the_arithmetic_of_the_specification(text):
 def test_int8_products_do_not_saturate_on_any_processor(rows):
     """Neighbours at their largest together: on x86 without VNNI the product was half of itself."""
     weight = np.linspace(0.5, 1, 256, dtype="f") * np.ones((rows, 1), "f")
-    model = build(f"(float[n,{rows}] x) => (float[n,256] y) {{ y = MatMul(x, W) }}", W=weight)
+    text = f"(int64[k] i, float[n,{rows}] x) => (float[n,256] y, float[{rows},k] t) {{"
+    # looked up, so that it is not spread: the neighbours stay next to each other
+    text += " y = Gemm<transB=1>(x, W) e = Gather(W, i) t = Transpose(e) }"
+    model = build(text, W=np.ascontiguousarray(weight.T))
     x = np.ones((3, rows), "f")
     result = share_model(model, dtype="int8-dynamic")
-    assert relative(run(result.model, x=x)[0], x @ weight) < 0.01  # measured 0.008; was 0.49
+    got = run(result.model, x=x, i=np.array([1]))[0]
+    assert relative(got, x @ weight) < 0.01  # measured 0.008; was 0.49
     codes = array(result.model, "W").astype(int)
     assert np.abs(codes[:-1:2] + codes[1::2]).max() <= 128
 
@@ -99,6 +109,47 @@ def test_a_token_of_large_values_leaves_the_others_their_digits(case, precision,
     assert (off <= 0.02 * np.linalg.norm(expected, axis=-1)).all()
 
 
+def test_a_channel_of_large_values_leaves_the_others_their_digits():
+    """An encoder's reaches 17 times the median of the others, in all of its tokens."""
+    weights, x = {"W": normal(256, 256) / 16}, normal(64, 256, seed=2)
+    x[:, 99] *= 30
+    text = "(float[n,256] x) => (float[n,256] y) { y = MatMul(x, W) }"
+    got = run(share_model(build(text, **weights), dtype="int8-dynamic").model, x=x)[0]
+    off = np.linalg.norm(got - x @ weights["W"]) / np.linalg.norm(x @ weights["W"])
+    assert off < 0.02  # measured 0.014; 0.036 without
+
+
+CACHED = """(float[b,s,256] x, float[b,p,256] past_key_values.0.key) =>
+    (float[b,s,256] y, float[b,t,256] present.0.key) {
+    y = MatMul(x, W) present.0.key = Concat<axis=1>(past_key_values.0.key, y) }"""
+
+
+def test_int8_multiplies_rows_where_many_come_and_blocks_where_one_does():
+    weight, text = normal(256, 256), OUTLIER["matmul"]
+    alone = share_model(build(text, W=weight), dtype="int8")
+    assert alone.int8 == "rows" and ops(alone.model)["MatMulInteger"] == 1
+    cached = CACHED.replace("past_key_values.0.key", "past_0").replace("present.0.key", "present_0")
+    after = share_model(build(cached, W=weight), dtype="int8")
+    assert after.int8 == "blocks" and ops(after.model)["MatMulNBits"] == 1
+    asked = lower(build(text, W=weight), "int8", block=64)
+    assert asked.int8 == "blocks" and ops(asked.model)["MatMulNBits"] == 1
+    assert share_model(build(text, W=weight), dtype="int8-dynamic").int8 == ""
+
+
+def test_a_table_of_another_graph_is_in_blocks_in_both():
+    """Spread or in rows here and looked up there, it would be stored twice."""
+    table = normal(128, 64)
+    text = (
+        "(float[b,s,64] x) => (float[b,s,128] y) { T = Transpose<perm=[1, 0]>(W) y = MatMul(x, T) }"
+    )
+    head = build(text, W=table)
+    looked = build("(int64[b,s] i) => (float[b,s,64] e) { e = Gather(W, i) }", W=table)
+    for precision in ("int8", "int8-dynamic"):
+        one = lower(looked, precision, multiplied=frozenset("W"))
+        two = lower(head, precision, looked_up=frozenset("W"))
+        assert np.array_equal(array(one.model, "W").ravel(), array(two.model, "W").ravel())
+
+
 def test_int8_table_is_read_row_by_row():
     table = normal(50, 40) * np.linspace(0.1, 10, 50, dtype="f")[:, None]
     model = build("(int64[b,s] i) => (float[b,s,40] y) { y = Gather(W, i) }", W=table)
@@ -119,10 +170,10 @@ def test_weights_in_blocks_by_hand(transposed, precision):
         f"(float[n,72] x) => (float[n,48] y) {{ y = {node}(x, W) }}",
         W=weight.T.copy() if transposed else weight,
     )
-    result = lower(model, precision)
+    block = 32 if precision == "int4" else 64
+    result = lower(model, precision, block=block)
     bits = 4 if precision == "int4" else 8
     unpack = nibbles if bits == 4 else np.asarray
-    block = 32 if bits == 4 else 64
     blocks = -(-72 // block)
     codes = unpack(array(result.model, "W")).reshape(48, blocks, block).astype(np.float32)
     scale = array(result.model, "W/scale")

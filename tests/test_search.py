@@ -318,19 +318,27 @@ def test_weights_are_rounded_as_the_exporter_does(shape) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "dtype"), [(partial(gpt2, 64, 128, 2), "int8"), (partial(vit, 64, 128, 2), "int4")]
+    ("make", "dtype"),
+    [
+        (partial(gpt2, 64, 128, 2), "int8"),
+        (partial(vit, 48, 96, 2), "int8"),
+        (partial(vit, 64, 128, 2), "int4"),
+    ],
 )
 def test_rounding_is_what_a_package_does(make, dtype, tmp_path) -> None:
     """Sizes and outputs of the exported graph."""
     model = make()
     inputs = {name: array for name, array in labelled(model, 8).items() if name != "labels"}
-    task = "text-generation" if "input_ids" in inputs else None
+    task = "text-generation-with-past" if "input_ids" in inputs else None
     made = package.export(model, tmp_path / "p", ExportConfig(task=task, dtype=dtype)).manifest
     session = onnxruntime.InferenceSession(tmp_path / "p" / made.graphs[0].path)
     fed = dict(inputs)
-    for name in {i.name for i in session.get_inputs()} - {*fed}:
-        ones = np.ones_like(inputs["input_ids"])
-        fed[name] = ones if name == "attention_mask" else ones.cumsum(1) - 1
+    for value in session.get_inputs():
+        if value.name.startswith("past"):
+            fed[value.name] = np.zeros((8, value.shape[1], 0, value.shape[3]), np.float32)
+        elif value.name not in fed:
+            ones = np.ones_like(inputs["input_ids"])
+            fed[value.name] = ones if value.name == "attention_mask" else ones.cumsum(1) - 1
     logits = session.run(["logits"], fed)[0]
     tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
     before = {name: p.clone() for name, p in model.named_parameters()}
@@ -341,11 +349,11 @@ def test_rounding_is_what_a_package_does(make, dtype, tmp_path) -> None:
         assert np.array_equal(model(**tensors).logits.numpy(), plain)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     size = np.linalg.norm(logits - plain)
-    assert abs(precision.bytes_of(model, dtype) / made.bytes_unique - 1) < 0.02  # measured 0.0038
-    if dtype == "int4":
-        assert np.linalg.norm(logits - rounded) < 0.2 * size  # measured 0.086
-    # int8 products read rounded inputs: how far they are off is alike, not where (0.95 and 0.99)
-    assert 0.7 < np.linalg.norm(rounded - plain) / size < 1.3
+    more = precision.bytes_of(model, dtype) / made.bytes_unique - 1
+    rows = "rows" in made.int8.values()  # counted as blocks
+    assert abs(more) < (0.06 if rows else 0.02)  # measured 0.0024, 0.029, 0.0016
+    # measured 1.7e-5 (blocks), 1.8e-5 (rows) and 0.087
+    assert np.linalg.norm(logits - rounded) < 0.2 * size
 
 
 def test_the_best_precision_that_fits_is_chosen(command, tmp_path) -> None:

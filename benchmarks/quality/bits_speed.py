@@ -1,12 +1,17 @@
-"""Processor time of one product and of three layers of BERT-base in each precision, in turns.
+"""Processor time of a product and three layers of BERT-base and ViT-B in each precision, in turns.
 
-``python benchmarks/quality/bits_speed.py`` makes a product of 768 x 3,072 and an encoder of three
+``python benchmarks/quality/bits_speed.py`` makes a product of 768 x 3,072 and encoders of three
 layers (random weights, 768 wide), has ``ffmerge share`` write each in every precision, and runs all
 of them in turns on one thread: one row and 1,024 of the product, 1 x 128 and 8 x 128 tokens of the
-encoder. Prints the median of the processor times in ms; which is best depends on the processor.
+one encoder, and 1 and 8 pictures (197 tokens each) of the other. Prints the median of the processor
+times in ms; which is best depends on the processor. With ``--beside FOLDER`` what an earlier
+version, in FOLDER/ffmerge, makes of int8-dynamic runs in the same turns.
 """
 
+import argparse
 import os
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -18,13 +23,15 @@ import onnx.parser
 import onnx_ir as ir
 import onnxruntime
 import torch
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, PreTrainedModel, ViTConfig, ViTModel
 
 from ffmerge.config import ExportConfig, ShareConfig
 from ffmerge.exporter.package import export
 from ffmerge.passes.graph.run import share_file
 
-DTYPES = ("fp32", "int8", "int8-dynamic", "int4")
+MODES = {  # by name of a column: precision and block
+    "fp32": None, "int8": ("int8", None), "int8 in blocks": ("int8", 64), "int4": ("int4", None)
+}  # fmt: skip
 TURNS = 15
 PRODUCT = """<ir_version: 10, opset_import: ["" : 20]> product (float[b,768] x) => (float[b,3072] y)
     { y = MatMul(x, W) }"""
@@ -41,13 +48,24 @@ def product(path: Path) -> Path:
     return path
 
 
-def encoder(folder: Path) -> Path:
-    """Write the graph of three layers."""
+def encoder(model: PreTrainedModel, folder: Path) -> Path:
+    """Write the graph of an encoder."""
+    package = export(model.eval(), folder, ExportConfig(task="feature-extraction"))
+    return package.path / package.manifest.graphs[0].path
+
+
+def bert(folder: Path) -> Path:
+    """Write three layers of BERT-base."""
     torch.manual_seed(0)
     config = BertConfig(num_hidden_layers=3, vocab_size=2048)
-    model = BertModel(config, add_pooling_layer=False).eval()
-    package = export(model, folder, ExportConfig(task="feature-extraction"))
-    return package.path / package.manifest.graphs[0].path
+    return encoder(BertModel(config, add_pooling_layer=False), folder)
+
+
+def vit(folder: Path) -> Path:
+    """Write three layers of ViT-B."""
+    torch.manual_seed(0)
+    model = ViTModel(ViTConfig(num_hidden_layers=3), add_pooling_layer=False)
+    return encoder(model, folder)
 
 
 def session(path: Path) -> onnxruntime.InferenceSession:
@@ -58,23 +76,43 @@ def session(path: Path) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
+def pictures(rows: int) -> Feeds:
+    """Return inputs of the ViT."""
+    draw = np.random.default_rng(0)
+    return {"pixel_values": draw.standard_normal((rows, 3, 224, 224)).astype(np.float32)}
+
+
 def tokens(rows: int) -> Feeds:
-    """Return inputs of the encoder."""
+    """Return inputs of the BERT."""
     ids = np.random.default_rng(0).integers(0, 2048, (rows, 128))
     return {
         "input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)
     }  # fmt: skip
 
 
-def timed(graph: Path, feeds: list[Feeds]) -> list[list[float]]:
-    """Return the processor time in ms of each input in each precision, all of them in turns."""
-    sessions = []
-    for dtype in DTYPES:
+def written(graph: Path, beside: Path | None) -> list[Path]:
+    """Return the file of a graph in each precision, and in that of an earlier version."""
+    paths = []
+    for number, mode in enumerate(MODES.values()):
         path = graph
-        if dtype != "fp32":
-            path = graph.with_name(f"{dtype}.onnx")
-            share_file(graph, path, ShareConfig(dtype=dtype))
-        sessions.append(session(path))
+        if mode is not None:
+            path = graph.with_name(f"{number}.onnx")
+            share_file(graph, path, ShareConfig(dtype=mode[0], block=mode[1]))
+        paths.append(path)
+    if beside:
+        paths.append(graph.with_name("earlier.onnx"))
+        command = [sys.executable, "-m", "ffmerge", "share", str(graph), str(paths[-1])]
+        environment = {**os.environ, "PYTHONPATH": str(beside)}
+        subprocess.run(
+            [*command, "--dtype", "int8-dynamic"], check=True, env=environment, cwd=beside,
+            stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+    return paths
+
+
+def timed(paths: list[Path], feeds: list[Feeds]) -> list[list[float]]:
+    """Return the processor time in ms of each input in each file, all of them in turns."""
+    sessions = [session(path) for path in paths]
     found = []
     for each in feeds:
         seconds: list[list[float]] = [[] for _ in sessions]
@@ -90,18 +128,31 @@ def timed(graph: Path, feeds: list[Feeds]) -> list[list[float]]:
 
 def main() -> None:
     """Print a row for each input."""
-    draw = np.random.default_rng(1)
-    rows = {f"product, {count:,} rows": count for count in (1, 1024)}
-    batches = {f"encoder, {count} x 128": count for count in (1, 8)}
-    print(f"| {os.uname().machine} | {' | '.join(DTYPES)} |\n{'|---' * (len(DTYPES) + 1)}|")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--beside", type=Path)
+    beside = parser.parse_args().beside
+    columns, draw = (
+        [*MODES, *(["earlier int8-dynamic"] if beside else [])],
+        np.random.default_rng(1),
+    )
+    print(f"| {os.uname().machine} | {' | '.join(columns)} |\n{'|---' * (len(columns) + 1)}|")
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         (folder / "product").mkdir()
-        given = [{"x": draw.standard_normal((n, 768)).astype(np.float32)} for n in rows.values()]
-        found = timed(product(folder / "product" / "product.onnx"), given)
-        found += timed(encoder(folder / "encoder"), [tokens(count) for count in batches.values()])
-        for name, taken in zip([*rows, *batches], found, strict=True):
-            print(f"| {name} | {' | '.join(f'{value:.2f}' for value in taken)} |")
+        given = [{"x": draw.standard_normal((n, 768)).astype(np.float32)} for n in (1, 1024)]
+        graph = product(folder / "product" / "product.onnx")
+        show("product, {} rows", (1, 1024), timed(written(graph, beside), given))
+        given = [tokens(count) for count in (1, 8)]
+        show("BERT, {} x 128", (1, 8), timed(written(bert(folder / "bert"), beside), given))
+        given = [pictures(count) for count in (1, 8)]
+        show("ViT, {} x 197", (1, 8), timed(written(vit(folder / "vit"), beside), given))
+
+
+def show(name: str, counts: tuple[int, ...], found: list[list[float]]) -> None:
+    """Print a row for each count."""
+    for count, taken in zip(counts, found, strict=True):
+        cells = " | ".join(f"{value:.2f}" for value in taken)
+        print(f"| {name.format(count)} | {cells} |", flush=True)
 
 
 if __name__ == "__main__":

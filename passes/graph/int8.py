@@ -4,7 +4,8 @@
 codes and one scale for each output feature, and all its products and lookups are rewritten.
 
 * :func:`to_dynamic` gives MatMulInteger behind DynamicQuantizeLinear, in a range for each row of
-  the input: no data is needed, and no operator but ONNX's own.
+  the input, whose neighbours are spread over each other before (``models/codes.py``): no data is
+  needed, and no operator but ONNX's own.
 * :func:`to_static` gives QDQ form, QuantizeLinear and DequantizeLinear around float MatMuls, which
   is what NPUs take; the ranges of the inputs come from calibration batches.
 * :func:`read_dequantized` is for weights that some node reads in another way than these.
@@ -17,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ffmerge.config import QuantizeConfig
-from ffmerge.models.codes import int8_codes, range_scale
+from ffmerge.models.codes import HADAMARD, SPREAD, int8_codes, range_scale, spread
 from ffmerge.models.manifest import Skip
 from ffmerge.passes.graph.calibration import measure_ranges
 from ffmerge.passes.graph.matrix import Matrix, as_matmuls
@@ -33,26 +34,42 @@ def to_dynamic(model: ir.Model, matrices: Sequence[Matrix], config: QuantizeConf
 
     Each row is divided by its largest magnitude before, and its result multiplied by it: in one
     range for all, a token with values a thousand times the others' would leave these no digits.
+    Rows and weight are spread, where no lookup wants the weight as it is.
     """
     opset = model.opset_imports[""]
-    quantized: dict[ir.Value, Sequence[ir.Value]] = {}
+    quantized: dict[tuple[ir.Value, bool], Sequence[ir.Value]] = {}
     for matrix in matrices:
         matrix = as_matmuls(matrix, model.graph)
-        scale = _store_codes(matrix, model.graph, config)
+        wide = _is_spread(matrix, config)
+        scale = _store_codes(matrix, model.graph, config, wide)
         for node in matrix.products:
             x = node.inputs[0]
             assert x is not None
             new = Rewrite(node, model.graph)
-            if x not in quantized:
-                quantized[x] = _quantize_dynamically(x, new, opset)
-            largest, codes, x_scale, zero = quantized[x]
+            if (x, wide) not in quantized:
+                quantized[x, wide] = _quantize_dynamically(x, new, opset, wide)
+            largest, codes, x_scale, zero = quantized[x, wide]
             total = new.op("Cast", new.op("MatMulInteger", codes, matrix.weight, zero), to=_FLOAT)
             of_rows = new.op("Mul", total, new.op("Mul", x_scale, scale))
             new.take_place(new.op("Mul", of_rows, largest))
 
 
-def _quantize_dynamically(x: ir.Value, new: Rewrite, opset: int) -> Sequence[ir.Value]:
-    """Return of a value the largest magnitude of each row, and codes, scale and zero point."""
+def _is_spread(matrix: Matrix, config: QuantizeConfig) -> bool:
+    """Say whether a matrix [width, n] is stored spread, in all graphs that have it."""
+    looked_up = matrix.lookups or matrix.weight.name in config.looked_up
+    return not looked_up and shape_of(matrix.tensor)[0] % SPREAD == 0
+
+
+def _quantize_dynamically(x: ir.Value, new: Rewrite, opset: int, wide: bool) -> Sequence[ir.Value]:
+    """Return of a value the largest magnitude of each row, and codes, scale and zero point.
+
+    They are of its rows spread if ``wide``.
+    """
+    name = f"{x.name}/whole"
+    if wide:
+        name, shape = str(x.name), new.op("Shape", x)
+        parts = new.op("Reshape", x, new.constant(np.array([-1, SPREAD])))
+        x = new.op("Reshape", new.op("MatMul", parts, new.constant(HADAMARD)), shape)
     inputs: list[ir.Value] = [x]
     axes: dict[str, Any] = {"axes": [-1]}
     if opset >= AXES_AS_INPUT:
@@ -61,10 +78,10 @@ def _quantize_dynamically(x: ir.Value, new: Rewrite, opset: int) -> Sequence[ir.
     low = new.op("ReduceMin", *inputs, keepdims=1, **axes)
     tiny = new.constant(np.array(np.finfo(np.float32).tiny))  # of a row of zeros
     largest = new.op("Max", high, new.op("Neg", low), tiny)
-    parts = [ir.Value(name=f"{x.name}/{part}") for part in ("int8", "scale", "zero")]
-    name, rows = f"{x.name}/DynamicQuantizeLinear", new.op("Div", x, largest)
-    new.nodes.append(ir.Node("", "DynamicQuantizeLinear", [rows], outputs=parts, name=name))
-    return [largest, *parts]
+    found = [ir.Value(name=f"{name}/{part}") for part in ("int8", "scale", "zero")]
+    rows, node = new.op("Div", x, largest), f"{name}/DynamicQuantizeLinear"
+    new.nodes.append(ir.Node("", "DynamicQuantizeLinear", [rows], outputs=found, name=node))
+    return [largest, *found]
 
 
 def to_static(
@@ -125,15 +142,19 @@ def read_dequantized(weight: ir.Value, model: ir.Model) -> None:
     _connect(uses, _after("DequantizeLinear", [weight, scales], model, axis=axis))
 
 
-def _store_codes(matrix: Matrix, main: ir.Graph, config: QuantizeConfig) -> ir.Value:
-    """Store a weight as int8, let lookups scale what they find; return its scales.
+def _store_codes(
+    matrix: Matrix, main: ir.Graph, config: QuantizeConfig, wide: bool = False
+) -> ir.Value:
+    """Store a weight as int8, spread if ``wide``, let lookups scale what they find.
 
-    They are one for each column where the weight is multiplied by, in this graph or in another,
-    else one for each row.
+    Return its scales. They are one for each column where the weight is multiplied by, in this graph
+    or in another, else one for each row.
     """
     weight = matrix.weight
     by_column = bool(matrix.products) or weight.name in config.multiplied
     values = values_of(matrix.tensor)
+    if wide:
+        values = spread(values.T).T
     if by_column:
         codes, scales = int8_codes(values, 0, paired=True)
         scales = scales.squeeze()

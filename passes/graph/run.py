@@ -33,7 +33,7 @@ from ffmerge.passes.graph.contract import check_ties, read_ties, write_ties
 from ffmerge.passes.graph.loads import check_loads
 from ffmerge.passes.graph.opset import to_opset
 from ffmerge.passes.graph.prepare import infer_ranks, make_constant, make_liftable
-from ffmerge.passes.graph.quantize import quantize
+from ffmerge.passes.graph.quantize import int8_products, quantize
 from ffmerge.passes.graph.read import read_model
 from ffmerge.passes.graph.resident import weights_to_left, weights_to_right
 from ffmerge.passes.graph.share import SharePass
@@ -52,7 +52,8 @@ class ShareResult:
 
     ``ties`` are those that hold in the model; ties whose tensors were equal have become one.
     ``files`` are what was written, the graph first; empty for a model in memory. ``forms`` are bits
-    and block of each weight, by name, where they were chosen for a budget.
+    and block of each weight, by name, where they were chosen for a budget. ``int8`` says in which
+    form int8 multiplies (:func:`ffmerge.passes.graph.quantize.int8_products`).
     """
 
     model: ir.Model
@@ -62,6 +63,7 @@ class ShareResult:
     ties: tuple[Tie, ...]
     files: tuple[Path, ...] = ()
     forms: Mapping[str, Form] = field(default_factory=dict)
+    int8: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -74,6 +76,7 @@ class ShareResult:
             "skipped": [asdict(skip) for skip in self.skipped],
             "ties": [tie.to_json() for tie in self.ties],
             "bits": {name: asdict(form) for name, form in self.forms.items()},
+            "int8": self.int8,
         }
 
 
@@ -137,9 +140,10 @@ def bring_to(
     Raises:
         InputError: the model cannot be brought to ``dtype``.
     """
+    products = int8_products(shared.model, config) if dtype == "int8" else ""
     skipped = quantize(shared.model, dtype, config)
     make_constant(shared.model)
-    return share_again(shared, skipped, resident)
+    return replace(share_again(shared, skipped, resident), int8=products)
 
 
 def share_again(
