@@ -41,7 +41,10 @@ PARTS = ("merged", "all")  # of a model, to recover
 MIXED_PRECISION = ("no", "bf16")
 FOUR_BITS = ("int4", "q4f16")  # with activations in float32, or in float16
 BLOCKED, BLOCKS = ("int8", *FOUR_BITS), (32, 64, 128)  # of weights in blocks
-BLOCK_HELP = "Weights that share a scale in int8 (else 64) and 4 bits (else 32): 32, 64 or 128."
+BLOCK_HELP = (
+    "Weights that share a scale: 32, 64 or 128; if not given 32 for 4 bits, and for int8 64 in a "
+    "graph that keeps a cache, none in others."
+)
 BUDGET_HELP = (
     "With --dtype int4 and --data: 2, 4 or 8 bits for each weight, as many as the size has room "
     "for: 60MB, or -25%."

@@ -13,7 +13,7 @@ from transformers import BertConfig, BertForSequenceClassification, WhisperConfi
 from transformers import WhisperForConditionalGeneration as Whisper
 
 import ffmerge
-from ffmerge.config import ExportConfig
+from ffmerge.config import ExportConfig, QuantizeConfig
 from ffmerge.exporter.package import export
 from ffmerge.exporter.packed import pack
 from ffmerge.models.record import Tie
@@ -58,7 +58,8 @@ def products(model: ir.Model) -> int:
 def test_one_product_gives_what_three_gave(body: str, dtype: str | None) -> None:
     """Grouped heads, so keys are half as wide; a bias for all but the values."""
     model = graph(body)
-    share_model(model, dtype=dtype)
+    settings = QuantizeConfig(block=64 if dtype == "int8" else None)
+    share_model(model, dtype=dtype, config=settings)
     expected, before = run(model, x=X)[0], sum(v.const_value.nbytes for v in held(model))
     pack([model])
     assert products(model) == 1 and ops(model)["Split"] == 1 and ops(model)["Add"] <= 1

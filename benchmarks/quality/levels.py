@@ -99,7 +99,8 @@ def main() -> None:
     for dtype in given.dtypes:
         with tempfile.TemporaryDirectory() as folder:
             made = Path(folder) / "model.onnx"
-            share_file(graph, made, ShareConfig(dtype=dtype))
+            block = 64 if dtype == "int8" else None  # else rows, which have no level
+            share_file(graph, made, ShareConfig(dtype=dtype, block=block))
             for level in ("4", "0", *given.apart):
                 path = at_level(made, level)
                 start = time.process_time()

@@ -1,9 +1,11 @@
 """Text that every Python brings: docstrings of its library and the pages of its language reference.
 
+``python benchmarks/real/texts.py FOLDER`` writes each part into a file of its own.
 Split by file: nothing of a file that is calibrated on is measured on, whoever runs this.
 """
 
 import ast
+import sys
 import sysconfig
 import zlib
 from collections.abc import Iterator
@@ -54,3 +56,8 @@ def _modules() -> Iterator[tuple[str, str]]:
                     texts.append(text)
         if texts:
             yield name, "\n\n".join(texts)
+
+
+if __name__ == "__main__":
+    for each in dict.fromkeys(PARTS):
+        (Path(sys.argv[1]) / f"{each}.txt").write_text("\n\n".join(part(each)), "utf-8")

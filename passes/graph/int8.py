@@ -69,7 +69,8 @@ def _quantize_dynamically(x: ir.Value, new: Rewrite, opset: int, wide: bool) -> 
     if wide:
         name, shape = str(x.name), new.op("Shape", x)
         parts = new.op("Reshape", x, new.constant(np.array([-1, SPREAD])))
-        x = new.op("Reshape", new.op("MatMul", parts, new.constant(HADAMARD)), shape)
+        by = store(new.main, "hadamard", ir.Tensor(HADAMARD))  # one, when the graph is shared again
+        x = new.op("Reshape", new.op("MatMul", parts, by), shape)
     inputs: list[ir.Value] = [x]
     axes: dict[str, Any] = {"axes": [-1]}
     if opset >= AXES_AS_INPUT:
@@ -79,7 +80,7 @@ def _quantize_dynamically(x: ir.Value, new: Rewrite, opset: int, wide: bool) -> 
     tiny = new.constant(np.array(np.finfo(np.float32).tiny))  # of a row of zeros
     largest = new.op("Max", high, new.op("Neg", low), tiny)
     found = [ir.Value(name=f"{name}/{part}") for part in ("int8", "scale", "zero")]
-    rows, node = new.op("Div", x, largest), f"{name}/DynamicQuantizeLinear"
+    rows, node = new.op("Mul", x, new.op("Reciprocal", largest)), f"{name}/DynamicQuantizeLinear"
     new.nodes.append(ir.Node("", "DynamicQuantizeLinear", [rows], outputs=found, name=node))
     return [largest, *found]
 
