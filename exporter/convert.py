@@ -28,6 +28,7 @@ from ffmerge.exporter.plan import Plan
 from ffmerge.exporter.summed import sum_inside
 from ffmerge.exporter.torch_onnx import SizeError, to_onnx
 from ffmerge.exporter.trace import record_trace
+from ffmerge.models.codes import BLOCKS
 from ffmerge.models.manifest import Skip
 from ffmerge.models.trace import Trace
 from ffmerge.passes.graph.bits import Files
@@ -174,7 +175,7 @@ def _quantized(translated: Translated, plan: Plan) -> dict[str, ShareResult]:
         multiplied=_read_by(results.values(), "MatMul", "Gemm"),
         looked_up=_read_by(results.values(), "Gather"),
         plain_lookups=plan.config.layout == "transformers.js",
-        block=plan.config.block,
+        block=_block(plan),
         rounded=rounded,
         forms={},
         budget=_budget(results, plan),
@@ -189,6 +190,15 @@ def _quantized(translated: Translated, plan: Plan) -> dict[str, ShareResult]:
         if plan.config.budget is not None and common.forms:
             done[name] = replace(done[name], forms=common.forms)
     return done
+
+
+def _block(plan: Plan) -> int | None:
+    """Return the block that is asked for; of int8 always one, where rows have no kernels."""
+    kernels = profile_of(plan.config.profile).dtypes
+    rows = kernels is None or "int8-dynamic" in kernels
+    if plan.config.dtype == "int8" and not rows:
+        return plan.config.block or BLOCKS[8]
+    return plan.config.block
 
 
 def _for_all(

@@ -170,6 +170,16 @@ def test_what_a_provider_lacks_is_refused(settings: tuple[str, str, int], told: 
         ExportConfig(profile=profile, dtype=dtype, opset=opset)
 
 
+@pytest.mark.parametrize("profile", ["cpu", "webgpu"])
+def test_int8_is_in_blocks_where_rows_have_no_kernels(profile: str, tmp_path: Path) -> None:
+    config = ExportConfig(profile=profile, dtype="int8")
+    package = export(tiny.vit(64, 128, 2), tmp_path / "package", config)
+    found = ops(graph_of(package))
+    rows, blocks = found["MatMulInteger"], found["MatMulNBits"]
+    assert (rows > 0, blocks > 0) == (profile == "cpu", profile != "cpu")
+    assert set(package.manifest.int8.values()) == {"rows" if profile == "cpu" else "blocks"}
+
+
 def test_a_profile_has_its_layout_and_opset() -> None:
     layouts = {name: ExportConfig(profile=name).file_layout for name in PROFILES}
     others = {name: "optimum" for name in PROFILES if name != "webgpu"}
