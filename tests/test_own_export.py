@@ -90,9 +90,9 @@ def test_shared_once_whole_and_close(name: str, precision: str, tmp_path: Path) 
     stored = graph.graph.initializers
     for weight in _shared(model):
         readers = [use.node.op_type for use in stored[weight].uses()]
-        kinds = {"fp32": {"MatMul", "Gemm"}}
-        assert len(readers) == 2 and set(readers) <= kinds.get(precision, {"MatMulNBits"})
-        dtypes = {"int8": ir.DataType.UINT8, "int4": ir.DataType.UINT8, "fp32": ir.DataType.FLOAT}
+        kinds = {"fp32": {"MatMul", "Gemm"}, "int8": {"MatMulInteger"}, "int4": {"MatMulNBits"}}
+        assert len(readers) == 2 and set(readers) <= kinds[precision]
+        dtypes = {"int8": ir.DataType.INT8, "int4": ir.DataType.UINT8, "fp32": ir.DataType.FLOAT}
         tensor = stored[weight].const_value
         assert tensor is not None and tensor.dtype == dtypes[precision]
     ir.save(graph, tmp_path / "model.onnx")
@@ -108,7 +108,7 @@ def test_shared_once_whole_and_close(name: str, precision: str, tmp_path: Path) 
     assert error < {"fp32": 5e-6, "int8": 0.06, "int4": 0.04}[precision]
     for name, values in parameters(model).items():  # residuals are quantized as any weight is
         if name.endswith((".up", ".down")) and name in stored:
-            kind = {"int8": ir.DataType.UINT8, "int4": ir.DataType.UINT8}.get(precision)
+            kind = {"int8": ir.DataType.INT8, "int4": ir.DataType.UINT8}.get(precision)
             tensor = stored[name].const_value
             assert tensor is not None
             assert tensor.dtype == (kind if kind and values.size >= 1024 else ir.DataType.FLOAT)
