@@ -37,23 +37,44 @@ def read_flat(model: ir.Model) -> None:
     Where the heads do not stand behind the tokens before, all stays as it is.
     """
     for node in list(model.graph):
-        if is_op(node, "Attention"):
-            _read_flat(node, model.graph)
+        if is_op(node, "Attention") and can_be_flat(node, 3):
+            make_flat(node, model.graph, 3)
 
 
-def _read_flat(node: ir.Node, graph: ir.Graph) -> None:
+def can_be_flat(node: ir.Node, count: int) -> bool:
+    """Say whether an attention can read its first inputs joined, and give joined heads."""
     users = node.outputs[0].consumers()
     if len(users) != 1 or not _swaps(users[0]):
-        return
-    read = [_before_swap(value) for value in node.inputs[:3]]
-    key, given = read[1], _apart(users[0].outputs[0])
-    if None in read or key is None or given is None or given.value.is_graph_output():
-        return
-    for index, (value, apart) in enumerate(zip(node.inputs[:3], read, strict=True)):
+        return False
+    given = _apart(users[0].outputs[0])
+    if given is None or given.value.is_graph_output():
+        return False
+    if _key_heads(node) is None:
+        return False
+    return all(_before_swap(value) is not None for value in node.inputs[:count])
+
+
+def _key_heads(node: ir.Node) -> int | None:
+    """Return how many heads the keys have that an attention reads apart, if it is known."""
+    key = node.inputs[1]
+    apart = _before_swap(key)
+    if apart is not None:
+        return apart.heads
+    if key is None or key.shape is None or not isinstance(key.shape[1], int):
+        return None
+    return key.shape[1]
+
+
+def make_flat(node: ir.Node, graph: ir.Graph, count: int) -> None:
+    """Let an attention, of which :func:`can_be_flat` holds, do so in place."""
+    given, key_heads = _apart(node.outputs[0].consumers()[0].outputs[0]), _key_heads(node)
+    assert given is not None and key_heads is not None
+    for index, value in enumerate(node.inputs[:count]):
+        apart = _before_swap(value)
         assert value is not None and apart is not None
         node.replace_input_with(index, _joined(value, apart, node, graph))
     node.attributes["q_num_heads"] = ir.AttrInt64("q_num_heads", given.heads)
-    node.attributes["kv_num_heads"] = ir.AttrInt64("kv_num_heads", key.heads)
+    node.attributes["kv_num_heads"] = ir.AttrInt64("kv_num_heads", key_heads)
     _give(node, given, graph)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from ffmerge.exporter.flat import can_be_flat, make_flat
 from ffmerge.exporter.fused import HIDDEN, NotFused
 from ffmerge.exporter.graphs import Graph
 from ffmerge.exporter.turned import session_of
@@ -24,6 +25,7 @@ from ffmerge.passes.graph.tensors import is_op
 
 WHOLE = 8  # of heads that share keys the size is a multiple of this
 _MASK, _PAST = 3, 4  # inputs of Attention
+QUERY = 1  # how many of its inputs the query is
 
 
 def check_multihead(model: ir.Model, graph: Graph) -> None:
@@ -36,11 +38,11 @@ def check_multihead(model: ir.Model, graph: Graph) -> None:
         if not is_op(node, "Attention"):
             continue
         mask = _input(node, _MASK)
-        if "q_num_heads" not in node.attributes:
+        if not _is_joined(node) and not _can_be_joined(node):
             raise NotFused("heads are not joined before an attention")
         if mask is not None and (mask.shape is None or mask.shape.rank() != 4):
             raise NotFused("a mask has not the four sizes that the operator takes")
-        if _shares_keys(node):
+        if _is_joined(node) and _shares_keys(node):
             if mask is None or _input(node, _PAST) is None:
                 raise NotFused("heads share keys without a mask, or without a past")
             if _head_size(node) % WHOLE:
@@ -71,6 +73,8 @@ def use_multihead(model: ir.Model) -> None:
     for node in list(model.graph):
         if not is_op(node, "Attention"):
             continue
+        if not _is_joined(node):
+            make_flat(node, model.graph, QUERY)
         mask, past = _input(node, _MASK), [_input(node, _PAST), _input(node, _PAST + 1)]
         read: list[ir.Value | None] = list(node.inputs[:3])
         heads = ir.AttrInt64("num_heads", node.attributes["q_num_heads"].as_int())
@@ -96,7 +100,8 @@ def use_multihead(model: ir.Model) -> None:
 
 def shares_keys(model: ir.Model) -> bool:
     """Say whether an attention of a graph will be ``GroupQueryAttention``."""
-    return any(is_op(node, "Attention") and _shares_keys(node) for node in model.graph)
+    nodes = [node for node in model.graph if is_op(node, "Attention")]
+    return any(_is_joined(node) and _shares_keys(node) for node in nodes)
 
 
 def one_row_behind_a_past(probe: Probe) -> Probe:
@@ -115,6 +120,26 @@ def one_row_behind_a_past(probe: Probe) -> Probe:
 
 def _input(node: ir.Node, index: int) -> ir.Value | None:
     return node.inputs[index] if index < len(node.inputs) else None
+
+
+def _is_joined(node: ir.Node) -> bool:
+    """Say whether an attention reads and gives joined heads."""
+    return "q_num_heads" in node.attributes
+
+
+def _can_be_joined(node: ir.Node) -> bool:
+    """Say whether one whose keys and values lie apart, as they are kept, can read joined queries.
+
+    So a decoder reads what it kept of the encoder.
+    """
+    key, value = (_input(node, index) for index in (1, 2))
+    query = node.inputs[0]
+    if _input(node, _PAST) is not None or not can_be_flat(node, QUERY):
+        return False
+    shapes = [each.shape for each in (query, key, value) if each is not None]
+    return all(shape is not None and shape.rank() == 4 for shape in shapes) and (
+        len({shape[1] for shape in shapes if shape is not None}) == 1
+    )
 
 
 def _shares_keys(node: ir.Node) -> bool:

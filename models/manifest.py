@@ -84,14 +84,20 @@ class Variant:
 
     Its ``kind`` is ort or prepacked, or the precision that it has where a package has several. If
     it is not ``portable`` it depends on the processor it was made on, and so do its bytes.
-    ``cache`` is the type of the keys and values that it takes, where it has a precision of its own.
+    ``cache`` is the type of the keys and values that it takes, if it has a precision of its own.
     """
 
     kind: str
     path: str
     portable: bool
     graph: str
-    cache: str = "float32"
+    cache: str | None = None
+
+    def recorded(self, graph: GraphRecord) -> GraphRecord:
+        """Return the record of ``graph``, whose variant this is, with inputs as this takes them."""
+        if self.cache is None:
+            return graph
+        return replace(graph, probe=graph.probe.with_cache(self.cache))
 
 
 @dataclass(frozen=True, repr=False)
@@ -158,8 +164,7 @@ class Manifest:
         for graph in self.graphs:
             if wanted != self.dtype:
                 variant = found[graph.path]
-                probe = graph.probe.with_cache(variant.cache)
-                graph = replace(graph, path=variant.path, probe=probe)
+                graph = replace(variant.recorded(graph), path=variant.path)
             if wanted != "fp32":  # weights are rounded much further
                 graph = replace(graph, rounding={})
             graphs.append(graph)
@@ -177,7 +182,7 @@ class Manifest:
         records = {graph.path: graph for graph in self.graphs if graph.path not in parts}
         if kind in ("onnx", self.dtype):
             return records
-        found = {v.path: records[v.graph] for v in self.variants if v.kind == kind}
+        found = {v.path: v.recorded(records[v.graph]) for v in self.variants if v.kind == kind}
         if not found:
             raise InputError(f"the package holds no graph of the kind {kind!r}.")
         return found

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ffmerge.errors import InputError
-from ffmerge.models.kv_cache import is_present
+from ffmerge.models.kv_cache import is_present, keeps_cache
 from ffmerge.models.manifest import GraphRecord, Manifest
 from ffmerge.models.probe import Array, is_logits, kept, stored_elements
 from ffmerge.runtime_tests.quality import (
@@ -114,6 +114,10 @@ def _sample(
         counted = mask[:, -output.shape[1] :] != 0
     counted = counted.reshape(-1)
     got = stored_elements(output, of, name, real)
+    unread = _unread(graph, name, output.shape, mask)
+    if unread is not None and expected is not None and expected.shape == got.shape:
+        skipped = stored_elements(unread, of, name, real) & np.isfinite(got)
+        got = np.where(skipped, expected, got)
     scores = None
     classes, best = reference.best(graph, case, name)
     comparable = expected is not None and expected.shape == got.shape
@@ -125,6 +129,26 @@ def _sample(
         scores = of_all(expected.reshape(-1, width), got.reshape(-1, width))
     judges = real and not graph.probe.made
     return _Sample(case, judges, expected, got, output.shape, step, width, scores, counted)
+
+
+def _unread(
+    graph: GraphRecord, name: str, shape: Sequence[int], mask: Array | None
+) -> Array | None:
+    """Return which elements a decoder gives of padding before its first token, if there is any.
+
+    Such a token has nothing to attend to, each of PyTorch's own kernels makes something else of
+    it, and no later token reads it.
+    """
+    if mask is None or mask.ndim != 2 or not keeps_cache(graph.outputs):
+        return None
+    nothing = np.cumsum(mask, 1) == 0
+    if is_present(name) and len(shape) == 4 and shape[2] == nothing.shape[1]:
+        nothing = nothing[:, None, :, None]
+    elif is_logits(name) and len(shape) == 3:
+        nothing = nothing[:, nothing.shape[1] - shape[1] :, None]
+    else:
+        return None
+    return np.broadcast_to(nothing, shape)
 
 
 def _judged(

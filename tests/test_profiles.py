@@ -12,7 +12,7 @@ import onnx_ir as ir
 import pytest
 import tiny
 import torch
-from architectures import merge_all
+from architectures import CASES, index_of, merge_all, model_of
 from graphs import build, ops
 from test_fused import DECODERS, FAST, LAYERS, WAYS, drawn
 
@@ -29,7 +29,12 @@ from ffmerge.models.tasks import fit
 from ffmerge.passes.graph.audit import audit
 from ffmerge.passes.graph.infer import infer_types
 from ffmerge.profiles import PROFILES
-from ffmerge.runtime_tests.parity import check_parity
+from ffmerge.runtime_tests.parity import check_parity, parity_of
+from ffmerge.runtime_tests.reference import read_reference
+from ffmerge.runtime_tests.runtimes.base import LEVEL
+from ffmerge.runtime_tests.runtimes.registry import find_runtime
+from ffmerge.runtime_tests.tolerance import for_dtype
+from ffmerge.runtime_tests.validate import check_package
 
 HALF, FLOAT = ir.DataType.FLOAT16, ir.DataType.FLOAT
 ALONE = ("GPT-2",)  # each head has keys of its own
@@ -87,6 +92,57 @@ def test_an_encoder_for_webgpu_reads_both_ways(tmp_path: Path) -> None:
     assert all(output.ok for output in check_parity(package.path, package.manifest))
 
 
+@pytest.mark.parametrize("profile", ["portable", "webgpu"])
+def test_rows_of_data_may_be_padded_on_the_left(profile: str, tmp_path: Path) -> None:
+    """Nobody reads what a decoder makes of padding before its first token; all else is compared."""
+    model = drawn(DECODERS["Llama"]())
+    ids, mask = np.random.default_rng(0).integers(3, 97, (4, 9)), np.ones((4, 9), np.int64)
+    for row in range(4):
+        mask[row, : 2 * row] = 0
+    data = {"input_ids": ids * mask, "attention_mask": mask}
+    package = export(model, tmp_path / "package", ExportConfig(profile=profile), data=data)
+    (graph,) = package.manifest.graphs
+    reference = read_reference(package.path)
+    session = find_runtime("cpu").open(package.path / graph.path)
+
+    def right() -> list[bool]:
+        found = parity_of(graph, session, reference, LEVEL, for_dtype("fp32"))
+        return [output.ok for output in found]
+
+    assert all(right())
+    case = len(graph.probe.cases)  # the real one
+    logits = reference.expected(graph, case, "logits").reshape(4, -1, 97)
+    if logits.shape[1] == 9:
+        logits[3, 5] += 1  # padding
+        assert all(right())
+    logits[3, -1] += 1
+    assert right() == [False] + [True] * (len(graph.outputs) - 1)
+
+
+@pytest.mark.parametrize("name", ["MarianMTModel", "T5ForConditionalGeneration"])
+def test_what_is_kept_of_an_encoder_is_read_as_it_lies(name: str, tmp_path: Path) -> None:
+    """Of two layers, both steps: 4 in the encoder and the first step's, 4 in later ones."""
+    model = model_of(*CASES[index_of(name)][:3])
+    assert merge_all(model)
+    config = ExportConfig(profile="webgpu", dtype="fp32,fp16")
+    package = export(model, tmp_path / "package", config)
+    assert not package.manifest.skipped and audit(package.path).ok
+    for dtype, kind in (("fp32", FLOAT), ("fp16", HALF)):
+        manifest = package.manifest.in_dtype(dtype)
+        encoder, decoder = (ir.load(package.path / record.path) for record in manifest.graphs)
+        assert ops(encoder)["MultiHeadAttention"] == 2 and ops(decoder)["MultiHeadAttention"] == 8
+        assert not {"Attention", "Softmax"} & {*ops(encoder), *ops(decoder)}
+        assert kept(decoder) == {kind}
+    assert [each.reason for each in check_package(package.path).providers] == [None, None]
+    ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 0]])
+    settings: dict[str, Any] = {
+        "input_ids": ids, "attention_mask": (ids > 0).long(), "do_sample": False,
+        "max_new_tokens": 8, "min_new_tokens": 8,
+    }  # fmt: skip
+    loaded = ffmerge.load_package(package.path)
+    assert loaded.generate(**settings).tolist() == model.generate(**settings).tolist()
+
+
 @pytest.fixture(scope="module")
 def several(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Any]]:
     """Return a merged decoder and its package for WebGPU in three precisions."""
@@ -113,6 +169,8 @@ def test_keys_and_values_stay_float16_between_the_steps(several: tuple[Any, Any]
         specs = package.manifest.in_dtype(dtype).graphs[0].probe.inputs
         past = {spec.dtype for spec in specs if spec.name.startswith("past_key_values.")}
         assert past == {"float16" if kind == HALF else "float32"}
+        (served,) = package.manifest.served(dtype).values()
+        assert served.probe.inputs == specs
         assert Manifest.read(package.path).in_dtype(dtype).graphs == (
             package.manifest.in_dtype(dtype).graphs
         )
