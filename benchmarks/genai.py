@@ -6,13 +6,15 @@
 Forms: ``portable`` and ``cpu`` (``ffmerge export --for``) on ONNX Runtime; where onnxruntime-genai
 is installed, ``genai``, which is the package ``cpu`` on it, ``tied``, the same of the model with
 ten pairs of feed-forward sublayers that are one, and ``builder``, what its own builder makes. All
-make the same steps in one process, in turns, so that what else the machine does falls on all; the
-times are processor time, of several ``--threads`` wall time. A ratio is the median of those of
-pairs, one turn of a form over the same turn of ``--base``. ``same`` are the first greedy ids behind
-a prompt that are PyTorch's, of 64. Packages are made once, under ``--build``.
+make the same steps in one process, in turns, one open at a time, so that what else the machine does
+falls on all; the times are processor time, of several ``--threads`` wall time. A ratio is the
+median of those of pairs, one turn of a form over the same turn of ``--base``. ``same`` are the
+first greedy ids behind a prompt that are PyTorch's, of 64. Packages are made once, under
+``--build``.
 """
 
 import argparse
+import gc
 import json
 import statistics
 import subprocess
@@ -28,7 +30,7 @@ import onnxruntime as ort
 FORMS = ("portable", "cpu", "genai", "tied", "builder")
 PREFILLED = (256, 1024)  # tokens of a prompt
 PAIRS = 10
-TOKENS, GREEDY = 16, 64
+TOKENS, GREEDY, WARM = 16, 64, 8
 Clock = Callable[[], float]
 PAST, KEPT = "past_key_values.", "num_logits_to_keep"
 
@@ -174,16 +176,23 @@ def same(form: Any, ids: list[int], wanted: list[int]) -> int:
 
 
 def measure(
-    forms: dict[str, Any], ids: list[int], turns: int, lengths: list[int], clock: Clock
+    paths: dict[str, Path], threads: int, ids: list[int], lengths: list[int], turns: int
 ) -> dict[str, dict[str, list[float]]]:
-    """Return the ms of every turn, by what is measured and form."""
+    """Return the ms of every turn, by what is measured and form.
+
+    A form is opened for each turn and is alone in memory then: of two that were open together the
+    one that had been opened first took up to a sixth longer.
+    """
+    clock = time.process_time if threads == 1 else time.perf_counter
     found: dict[str, dict[str, list[float]]] = {}
     for length in lengths:
-        for number in range(turns + 1):
-            for name in sorted(forms, reverse=bool(number % 2)):
-                read, decoded = turn(forms[name], ids, length, clock)
-                if number == 0:  # buffers are made
-                    continue
+        for number in range(turns):
+            for name in sorted(paths, reverse=bool(number % 2)):
+                form = opened(name, paths[name], threads)
+                turn(form, ids, WARM, clock)  # buffers are made
+                read, decoded = turn(form, ids, length, clock)
+                del form
+                gc.collect()
                 if length in PREFILLED:
                     found.setdefault(f"prefill {length}", {}).setdefault(name, []).append(read)
                 found.setdefault(f"decode {length}", {}).setdefault(name, []).append(decoded)
@@ -210,16 +219,17 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(given.checkpoint)
     ids = tokenizer(given.text.read_text())["input_ids"][: max(given.lengths)]
     wanted = expected(given.checkpoint, ids[:32])
-    forms = {name: opened(name, path, given.threads) for name, path in paths.items()}
-    agreed = {name: same(form, ids[:32], wanted) for name, form in forms.items() if name != "tied"}
-    clock = time.process_time if given.threads == 1 else time.perf_counter
-    found = measure(forms, ids, given.turns, given.lengths, clock)
+    agreed = {}
+    for name, path in paths.items():
+        if name != "tied":
+            agreed[name] = same(opened(name, path, given.threads), ids[:32], wanted)
+    found = measure(paths, given.threads, ids, given.lengths, given.turns)
     print(f"{given.dtype}; greedy ids that are PyTorch's, of {GREEDY}: {agreed}\n")
-    print("| | " + " | ".join(f"{name}: ms, ratio" for name in forms) + " |")
-    print("|---" * (len(forms) + 1) + "|")
+    print("| | " + " | ".join(f"{name}: ms, ratio" for name in paths) + " |")
+    print("|---" * (len(paths) + 1) + "|")
     for what, times in found.items():
         cells = []
-        for name in forms:
+        for name in paths:
             ratios = [a / b for a, b in zip(times[name], times[given.base], strict=True)]
             ms, ratio = statistics.median(times[name]), statistics.median(ratios)
             cells.append(f"{ms:.1f}, {ratio:.2f}")

@@ -5,7 +5,7 @@ once, and brought to every precision that is wanted; all agree on the form in wh
 stored, so that ``exporter/write.py`` can store it once.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ import onnx_ir as ir
 from ffmerge.config import QuantizeConfig, parse_budget
 from ffmerge.errors import ExportError
 from ffmerge.exporter.fused import check_fused
-from ffmerge.exporter.graphs import STATES
+from ffmerge.exporter.graphs import STATES, Graph
 from ffmerge.exporter.half_cache import halve_cache
 from ffmerge.exporter.merged import merge_decoders
 from ffmerge.exporter.multihead import (
@@ -28,6 +28,7 @@ from ffmerge.exporter.plan import Plan
 from ffmerge.exporter.summed import sum_inside
 from ffmerge.exporter.torch_onnx import SizeError, to_onnx
 from ffmerge.exporter.trace import record_trace
+from ffmerge.models import kv_cache
 from ffmerge.models.codes import BLOCKS
 from ffmerge.models.manifest import Skip
 from ffmerge.models.trace import Trace
@@ -66,7 +67,7 @@ def convert(translated: Translated, plan: Plan) -> tuple[dict[str, ShareResult],
     results = dict(translated.results)
     if plan.config.dtype != "fp32":
         results = _quantized(translated, plan)
-    _fit(plan, [result.model for result in results.values()])
+    _fit(plan, {name: result.model for name, result in results.items()})
     traces = {}
     for graph in plan.graphs:
         if graph.parts:
@@ -79,10 +80,12 @@ def convert(translated: Translated, plan: Plan) -> tuple[dict[str, ShareResult],
     return results, traces
 
 
-def _fit(plan: Plan, models: Sequence[ir.Model]) -> None:
+def _fit(plan: Plan, named: Mapping[str, ir.Model]) -> None:
     """Bring graphs that are in their precision to the form that their profile has."""
-    profile = profile_of(plan.config.profile)
-    if profile.fused:
+    profile, models = profile_of(plan.config.profile), list(named.values())
+    if plan.config.profile == "cpu":
+        pack([named[graph.name] for graph in plan.graphs if _is_decoder(graph)])
+    elif profile.fused:
         pack(models)
     if profile.half_cache and plan.config.dtype in HALVES:
         halve_cache(models)
@@ -90,6 +93,11 @@ def _fit(plan: Plan, models: Sequence[ir.Model]) -> None:
         for model in models:
             use_multihead(model)
             sum_inside(model.graph)
+
+
+def _is_decoder(graph: Graph) -> bool:
+    """Say whether a graph of its own keeps a cache, so that tokens come one by one."""
+    return not graph.parts and kv_cache.keeps_cache(graph.outputs)
 
 
 def copied(translated: Translated, plan: Plan) -> Translated:

@@ -1,10 +1,11 @@
-"""Queries, keys and values of a layer by one product, for ``export --for cpu``.
+"""Queries, keys and values of a layer by one product, for decoders of ``export --for cpu``.
 
-``exporter/convert.py`` calls :func:`pack` when the graphs are in their precision. The products of
-an attention that read the same value become one, of their weights behind one another, and a Split
-gives the parts by the names that they had. What a product gives is unchanged: each row of a weight
-in blocks has scales of its own. A weight that is tied, or that anything else reads, stays apart:
-packed, it would be stored twice.
+``exporter/convert.py`` calls :func:`pack` when the graphs are in their precision. For one token one
+product is faster than three; for many the parts are copied out of it, which costs more. The
+products of an attention that read the same value become one, of their weights behind one another,
+and a Split gives the parts by the names that they had. What a product gives is unchanged: each row
+of a weight in blocks has scales of its own. A weight that is tied, or that anything else reads,
+stays apart: packed, it would be stored twice.
 """
 
 from collections.abc import Sequence

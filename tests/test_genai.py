@@ -20,6 +20,7 @@ from ffmerge.config import ExportConfig
 from ffmerge.exporter import genai
 from ffmerge.exporter.genai import CONFIG, GRAPH, _Plain, _window
 from ffmerge.exporter.package import export
+from ffmerge.passes.graph import resident
 from ffmerge.passes.graph.audit import audit
 
 FAST = ("Qwen3", "Mistral")  # they write unlike ids
@@ -148,6 +149,19 @@ def test_in_less_bits_it_reads_the_same_data_file(tmp_path: Path) -> None:
         for each in (one, other)
     ]  # fmt: skip
     assert held[0] == held[1] == {"model.onnx_data"}
+
+
+def test_a_tied_head_is_where_it_is_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is multiplied from the left in the graph that holds it once, and not in the library's."""
+    monkeypatch.setattr(resident, "LARGE", 0)
+    model, package = packed("GPT-2", tmp_path)
+    found = []
+    for name in ("model.onnx", GRAPH):
+        table = ir.load(package.path / name).graph.initializers["transformer.wte.weight"]
+        found.append({(node.op_type, index) for node, index in table.uses()})
+    assert found == [{("Gather", 0), ("MatMul", 0)}, {("Gather", 0), ("Gemm", 1)}]
+    assert greedy(package.path / GRAPH, 64) == wanted(model)
+    assert audit(package.path).ok
 
 
 def test_only_a_decoder_for_the_cpu_has_it(tmp_path: Path) -> None:
