@@ -27,6 +27,7 @@ from transformers.masking_utils import eager_mask
 from ffmerge.errors import ExportError
 from ffmerge.exporter.flat import read_flat
 from ffmerge.exporter.graphs import Graph
+from ffmerge.exporter.settle import has_large_pictures
 from ffmerge.models.probe import Array
 from ffmerge.passes.graph.rewrite import store
 from ffmerge.passes.graph.tensors import is_op, shape_of
@@ -97,11 +98,13 @@ def fused_attention(model: Any) -> Iterator[None]:
 def check_fused(graph: Graph) -> None:
     """Raise NotFused unless a graph gives the same with :func:`attend` as with its own attention.
 
-    On the cases that it is compared on later, by PyTorch, in float64 if its operators can: what
-    differs then is no rounding, however little attention says.
+    On the cases that it is compared on later, of large pictures on the first, by PyTorch, in float64
+    if its operators can: what differs then is no rounding, however little attention says.
     """
     for case in range(len(graph.probe.cases)):
         feeds = graph.probe.draw(case)
+        if case and has_large_pictures(feeds):
+            continue
         exact, close = True, CLOSE
         try:
             expected = graph.run(feeds, exact)

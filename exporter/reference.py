@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from ffmerge.exporter.graphs import Graph
 from ffmerge.exporter.plan import Plan
-from ffmerge.exporter.settle import PICTURES
+from ffmerge.exporter.settle import has_large_pictures
 from ffmerge.models import tasks
 from ffmerge.models.examples import from_arrays
 from ffmerge.models.float64 import rounded_off
@@ -28,7 +28,6 @@ from ffmerge.models.manifest import (
 )
 from ffmerge.models.metrics import for_task
 from ffmerge.models.probe import (
-    LARGE,
     Array,
     best_classes,
     best_scores,
@@ -95,17 +94,9 @@ def _outputs(
                 classes = best_classes(array)
                 scores = best_scores(array, classes).astype(np.float32)
                 kept |= zip(best_keys(file, case, name), (classes, scores), strict=True)
-        if most and (case == 0 or not _has_large_pictures(feeds)):
+        if most and (case == 0 or not has_large_pictures(feeds)):
             most = _rounded_off(graph, feeds, outputs, most)
     return kept, most
-
-
-def _has_large_pictures(feeds: Mapping[str, Array]) -> bool:
-    """Say whether pictures of a case are so large that float64 would take most of an export.
-
-    Of those one row shows what is rounded off; rows of a text are less alike, by their padding.
-    """
-    return any(name in PICTURES and array[0].size > LARGE for name, array in feeds.items())
 
 
 def _rounded_off(

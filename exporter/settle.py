@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ffmerge.errors import InputError
 from ffmerge.models.inputs import to_tensors
-from ffmerge.models.probe import Array, InputSpec, Probe, Tokens
+from ffmerge.models.probe import LARGE, Array, InputSpec, Probe, Tokens
 
 HEIGHT, WIDTH = "height", "width"  # the dynamic sizes of a picture
-PICTURES = ("pixel_values", "pixel_values_videos")
+_PICTURES = ("pixel_values", "pixel_values_videos")
 _STEP = 32  # of sizes that are tried, where a model has no patches
 
 
@@ -38,7 +38,7 @@ def any_size(graph: Any) -> Any:
     inputs: list[InputSpec] = []
     size: tuple[int, int] | None = None
     for spec in recipe.inputs:
-        if spec.name in PICTURES and all(isinstance(side, int) for side in spec.shape[-2:]):
+        if spec.name in _PICTURES and all(isinstance(side, int) for side in spec.shape[-2:]):
             size = int(spec.shape[-2]), int(spec.shape[-1])
             spec = replace(spec, shape=(*spec.shape[:-2], HEIGHT, WIDTH))
         inputs.append(spec)
@@ -55,6 +55,14 @@ def any_size(graph: Any) -> Any:
     if _outputs(graph, other.draw(len(cases) - 1, batch=1)) is None:
         return graph
     return replace(graph, probe=other)
+
+
+def has_large_pictures(feeds: Mapping[str, Array]) -> bool:
+    """Say whether pictures of a case are so large that float64 would take most of an export.
+
+    Of those one row shows what is rounded off; rows of a text are less alike, by their padding.
+    """
+    return any(name in _PICTURES and array[0].size > LARGE for name, array in feeds.items())
 
 
 def one_size(recipe: Probe) -> Probe:

@@ -16,6 +16,7 @@ from torch.nn.functional import linear
 
 import ffmerge
 from ffmerge.exporter import reference
+from ffmerge.exporter.fused import check_fused
 from ffmerge.exporter.graphs import graphs
 from ffmerge.models import float64
 from ffmerge.models.float64 import Float64, rounded_off
@@ -99,6 +100,13 @@ def test_of_large_pictures_few_rows_are_computed(
     kept, _ = reference._outputs(graph, "model.onnx", {}, True)
     assert exact == rows[:computed]
     assert len(kept) == 3  # each case is compared
+    fed: list[int] = []
+    run = type(graph).run
+    monkeypatch.setattr(
+        type(graph), "run", lambda self, x, exact=False: fed.append(exact) or run(self, x, exact)
+    )
+    check_fused(graph)
+    assert fed == [True] * 2 * computed
 
 
 @pytest.mark.parametrize(("off", "ok"), [(5e-4, True), (5e-3, False)])
