@@ -25,6 +25,7 @@ from ffmerge.passes.graph.tensors import is_op
 
 WHOLE = 8  # of heads that share keys the size is a multiple of this
 _MASK, _PAST = 3, 4  # inputs of Attention
+PAST_SIZE = "past_sequence_length"  # of a decoder alone
 QUERY = 1  # how many of its inputs the query is
 
 
@@ -34,22 +35,30 @@ def check_multihead(model: ir.Model, graph: Graph) -> None:
     What the masks let through is computed for the inputs on which the graph is compared later.
     """
     masks: dict[ir.Value, None] = {}
-    for node in model.graph:
-        if not is_op(node, "Attention"):
-            continue
+    for node in [node for node in model.graph if is_op(node, "Attention")]:
         mask = _input(node, _MASK)
         if not _is_joined(node) and not _can_be_joined(node):
             raise NotFused("heads are not joined before an attention")
         if mask is not None and (mask.shape is None or mask.shape.rank() != 4):
             raise NotFused("a mask has not the four sizes that the operator takes")
         if _is_joined(node) and _shares_keys(node):
-            if mask is None or _input(node, _PAST) is None:
-                raise NotFused("heads share keys without a mask, or without a past")
-            if _head_size(node) % WHOLE:
-                raise NotFused(f"heads share keys whose size is no multiple of {WHOLE}")
-            masks[mask] = None
+            masks[_mask_for_shared_keys(node, graph)] = None
     for mask in masks:
         _check_causal(model, graph, mask)
+
+
+def _mask_for_shared_keys(node: ir.Node, graph: Graph) -> ir.Value:
+    """Return the mask of an attention whose heads share keys.
+
+    Raises:
+        NotFused: it is not the attention of a decoder alone, or its heads are too narrow.
+    """
+    mask = _input(node, _MASK)
+    if mask is None or _input(node, _PAST) is None or PAST_SIZE not in graph.probe.cases[0]:
+        raise NotFused("heads share keys elsewhere than in a decoder alone with a mask and a past")
+    if _head_size(node) % WHOLE:
+        raise NotFused(f"heads share keys whose size is no multiple of {WHOLE}")
+    return mask
 
 
 def _check_causal(model: ir.Model, graph: Graph, mask: ir.Value) -> None:
@@ -112,7 +121,7 @@ def one_row_behind_a_past(probe: Probe) -> Probe:
     """
     cases = []
     for sizes in probe.cases:
-        if sizes.get("past_sequence_length") and sizes["sequence_length"] > 1:
+        if sizes.get(PAST_SIZE) and sizes["sequence_length"] > 1:
             sizes = {**sizes, "batch_size": 1}
         cases.append(sizes)
     return replace(probe, cases=tuple(cases))

@@ -4,6 +4,7 @@ What WebGPU itself computes of them is in test_webgpu.py, and in a browser in te
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +256,9 @@ def test_a_mask_that_shows_later_tokens_is_not_left_to_the_operator(tmp_path: Pa
     package = export(model, tmp_path / "package", ExportConfig(profile="cpu"))
     translated = ir.load(package.path / "model.onnx")
     check_multihead(translated, graph)  # as it is, it can be
+    pair = replace(graph, probe=replace(graph.probe, cases=({"decoder_sequence_length": 1},)))
+    with pytest.raises(NotFused, match="elsewhere than in a decoder alone"):
+        check_multihead(translated, pair)
     (mask,) = {n.inputs[3] for n in translated.graph if n.op_type == "Attention"}
     shown = ir.node("Mul", [mask, ir.Value(name="nothing")])
     shown.inputs[1].const_value = ir.tensor(np.zeros(1, np.float32), name="nothing")
