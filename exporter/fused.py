@@ -98,8 +98,8 @@ def fused_attention(model: Any) -> Iterator[None]:
 def check_fused(graph: Graph) -> None:
     """Raise NotFused unless a graph gives the same with :func:`attend` as with its own attention.
 
-    On the cases that it is compared on later, of large pictures on the first, by PyTorch, in float64
-    if its operators can: what differs then is no rounding, however little attention says.
+    On the cases that it is compared on later, of large pictures on the first, by PyTorch, in
+    float64 if its operators can: what differs then is no rounding, however little attention says.
     """
     for case in range(len(graph.probe.cases)):
         feeds = graph.probe.draw(case)
