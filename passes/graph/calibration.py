@@ -16,13 +16,15 @@ from ffmerge.errors import InputError, first_line
 from ffmerge.models.data import read
 from ffmerge.models.examples import Examples
 from ffmerge.passes.graph.tensors import Array
+from ffmerge.passes.graph.walk import Kept
 
 ROWS = 8  # of one run: all values that are measured are in memory at once
 
 
-def read_calibration(model: ir.Model, path: Path) -> list[dict[str, Array]]:
+def read_calibration(model: ir.Model, path: Path) -> Kept:
     """Return the rows of an ``.npz`` of graph inputs, as many at a time as the graph takes.
 
+    They wait on disk: pictures may take as much as the model that reads them.
     Those are ``ROWS`` where the first axis of the inputs has no fixed length; where it has, rows
     that do not fill a last batch are left out.
 
@@ -43,10 +45,9 @@ def read_calibration(model: ir.Model, path: Path) -> list[dict[str, Array]]:
         used -= len(examples) % rows
     if not used:
         raise InputError(f"{path} has {len(examples)} rows, the graph takes {rows} at a time.")
-    batches = []
-    for batch in Examples(examples.rows[:used], examples.take).batches(rows):
-        batches.append({str(value.name): batch[str(value.name)] for value in inputs})
-    return batches
+    batches = Examples(examples.rows[:used], examples.take).batches(rows)
+    names = [str(value.name) for value in inputs]
+    return Kept({name: batch[name] for name in names} for batch in batches)
 
 
 def _fixed_rows(inputs: Iterable[ir.Value]) -> int | None:

@@ -22,7 +22,7 @@ from ffmerge.passes.graph.attention import mixed_gram, scores_of, scores_put_out
 from ffmerge.passes.graph.calibration import check_batch
 from ffmerge.passes.graph.matrix import Matrix
 from ffmerge.passes.graph.tensors import Array, shape_of, values_of
-from ffmerge.passes.graph.walk import Batch, Walk
+from ffmerge.passes.graph.walk import Batch, Kept, Walk
 
 
 class Read(NamedTuple):
@@ -69,7 +69,7 @@ def _rounded_in_parts(
     model: ir.Model, matrices: Sequence[Matrix], config: QuantizeConfig
 ) -> dict[str, tuple[Array, Array]]:
     assert config.forms is not None
-    batches = [_without_padding(model, batch) for batch in config.calibration]
+    batches = Kept(_without_padding(model, batch) for batch in config.calibration)
     masks = [batch.get("attention_mask") for batch in batches]
     model.graph.sort()
     walk, found = Walk(model, batches), {}
