@@ -2,8 +2,8 @@
 
 ``python benchmarks/real/pictures.py FOLDER`` writes those of each part into a folder of its own;
 ``run.py`` takes them as they are. Split by photograph: nothing of one that is calibrated on is
-measured on, whoever runs this. Of two packages for Python a quarter of the photographs measures and
-a quarter chooses; those of templates for web pages (npm) are calibrated on too. Needs ``npm``.
+measured on, whoever runs this. They are those of two packages for Python, textures and skies among
+them, and of templates for web pages: 69. Needs ``npm``.
 """
 
 import argparse
@@ -31,6 +31,11 @@ LEAST = 300  # pixels of the shorter side of a photograph of those
 
 
 def photographs() -> list[Image.Image]:
+    """Return all photographs, each once."""
+    return from_python() + from_templates()
+
+
+def from_python() -> list[Image.Image]:
     """Return the photographs of scikit-image 0.26.0, which are no drawings, and scikit-learn's."""
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target"]
     found = [Image.fromarray(array) for array in load_sample_images().images]
@@ -45,8 +50,8 @@ def photographs() -> list[Image.Image]:
     return found
 
 
-def more_photographs() -> list[Image.Image]:
-    """Return the photographs of the templates, each once."""
+def from_templates() -> list[Image.Image]:
+    """Return the photographs of the templates, those of enough pixels."""
     found: dict[bytes, Image.Image] = {}
     for template in TEMPLATES:
         with tempfile.TemporaryDirectory() as folder:
@@ -64,8 +69,6 @@ def more_photographs() -> list[Image.Image]:
 def part(name: str) -> list[Any]:
     """Return square parts of the photographs of a part, some of them mirrored."""
     chosen = [each for at, each in enumerate(photographs()) if PARTS[at % len(PARTS)] == name]
-    if name == "calibrate":
-        chosen += more_photographs()
     generator = np.random.default_rng(0)
     found = []
     for number in range(COUNTS[name]):
