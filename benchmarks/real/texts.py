@@ -1,11 +1,12 @@
 """Text that every Python brings: docstrings of its library and the pages of its language reference.
 
-``python benchmarks/real/texts.py FOLDER`` writes each part into a file of its own.
-Split by file: nothing of a file that is calibrated on is measured on, whoever runs this.
+``python benchmarks/real/texts.py FOLDER`` writes each part into a file of its own. Split by file:
+nothing of a file that is calibrated on is measured on, whoever runs this. Releases of Python differ
+in their docstrings, so that figures of two of them are of different texts.
 """
 
+import argparse
 import ast
-import sys
 import sysconfig
 import zlib
 from collections.abc import Iterator
@@ -58,6 +59,15 @@ def _modules() -> Iterator[tuple[str, str]]:
             yield name, "\n\n".join(texts)
 
 
+def main() -> None:
+    """Write the text of each part."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
+    folder.mkdir(parents=True)
+    for name in dict.fromkeys(PARTS):
+        (folder / f"{name}.txt").write_text("\n\n".join(part(name)), "utf-8")
+
+
 if __name__ == "__main__":
-    for each in dict.fromkeys(PARTS):
-        (Path(sys.argv[1]) / f"{each}.txt").write_text("\n\n".join(part(each)), "utf-8")
+    main()
