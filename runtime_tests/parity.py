@@ -165,6 +165,8 @@ def _judged(
     verdict = _undecided(graph, name, optimization, samples, tolerance)
     if problem := _incomparable(samples):
         return replace(verdict, reason=problem)
+    if is_present(name):
+        tolerance = tolerance.for_cache()
     tolerance = tolerance.for_size(_rms(samples))
     verdict = replace(verdict, atol=tolerance.atol, rtol=tolerance.rtol)
     cases = tuple(_compare(sample, tolerance) for sample in samples)
@@ -182,8 +184,6 @@ def _judged(
         reason: str | None = f"{off} of {verdict.compared} elements are out of tolerance"
     else:
         least, scores = tolerance.cosine, quality
-        if is_present(name):
-            least = tolerance.cache
         if tolerance.real and not judged[0].real:
             # rounding is made for real data: on drawn inputs it says little of a quantized model
             least, scores = min(least, DRAWN), None

@@ -58,6 +58,16 @@ class Tolerance:
             kl=max(self.kl, off**2),
         )
 
+    def for_cache(self) -> "Tolerance":
+        """Return the bounds on a cached key or value: it may be ``cache`` off in direction.
+
+        Its elements may be off as much more as the length of what it is off, which is the square
+        root of what its cosine lacks. Measured: 0.66 root mean squares, one element of 3,185 of
+        SmolLM2 at -20 % in int8, whose logits have PyTorch's first class everywhere.
+        """
+        wider = ((1 - self.cache) / (1 - self.cosine)) ** 0.5
+        return replace(self, cosine=self.cache, atol=self.atol * wider)
+
     def for_size(self, rms: float) -> "Tolerance":
         """Return the bounds on an output of this root mean square."""
         return replace(self, atol=self.atol * rms) if self.real else self
