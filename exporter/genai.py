@@ -4,8 +4,7 @@
 ``model_genai.onnx``, reads the data file of ``model.onnx`` and differs from it: the attention is
 ``GroupQueryAttention``, which appends to keys and values where they lie, in buffers that
 onnxruntime-genai makes once, and rotates what it reads (``turned.py``); norms make the sums before
-them (``summed.py``); the head is multiplied by for the last token only, on the right, where ONNX
-Runtime packs it. That operator takes no
+them (``summed.py``); the head is multiplied by for the last token only. That operator takes no
 mask: :func:`_window` looks at what each mask of the graph lets through, and where that is not what
 the operator computes, the configuration names ``model.onnx``, whose cache grows by copies.
 """
@@ -28,7 +27,6 @@ from ffmerge.models.kv_cache import KEPT, PAST
 from ffmerge.models.manifest import GraphRecord, Skip
 from ffmerge.models.probe import Array
 from ffmerge.passes.graph.blocks import MICROSOFT
-from ffmerge.passes.graph.resident import weights_to_right
 from ffmerge.passes.graph.rewrite import store
 from ffmerge.passes.graph.tensors import is_op
 
@@ -77,8 +75,6 @@ def _write_graph(
         if turn:
             turn_inside(model, length)
         sum_inside(model.graph)
-        weights_to_right(model)  # a head takes 6 ms of 35 less for a token, and is in memory twice
-        RemoveUnusedNodesPass()(model)
         DeduplicateInitializersPass()(model)
         ir.save(model, folder / GRAPH)
         _check_same(folder / record.path, folder / GRAPH, record, dtype)
