@@ -29,13 +29,13 @@ from ffmerge.exporter.summed import sum_inside
 from ffmerge.exporter.torch_onnx import SizeError, to_onnx
 from ffmerge.exporter.trace import record_trace
 from ffmerge.models import kv_cache
-from ffmerge.models.codes import BLOCKS
+from ffmerge.models.codes import BLOCKS, FLOOR
 from ffmerge.models.manifest import Skip
 from ffmerge.models.trace import Trace
 from ffmerge.passes.graph.bits import Files
 from ffmerge.passes.graph.joined import SECOND, clone, join
 from ffmerge.passes.graph.opset import to_opset
-from ffmerge.passes.graph.quantize import for_package
+from ffmerge.passes.graph.quantize import IN_BLOCKS, ROWS, for_package, int8_products
 from ffmerge.passes.graph.run import ShareResult, bring_to, share_again, share_model
 from ffmerge.passes.graph.tensors import is_op, stored
 from ffmerge.profiles import HALVES, PLAIN_OPSET, profile_of
@@ -183,7 +183,7 @@ def _quantized(translated: Translated, plan: Plan) -> dict[str, ShareResult]:
         multiplied=_read_by(results.values(), "MatMul", "Gemm"),
         looked_up=_read_by(results.values(), "Gather"),
         plain_lookups=plan.config.layout == "transformers.js",
-        block=_block(plan),
+        block=_block(plan, results.values()),
         rounded=rounded,
         forms={},
         budget=_budget(results, plan),
@@ -200,13 +200,26 @@ def _quantized(translated: Translated, plan: Plan) -> dict[str, ShareResult]:
     return done
 
 
-def _block(plan: Plan) -> int | None:
-    """Return the block that is asked for; of int8 always one, where rows have no kernels."""
+def _block(plan: Plan, results: Iterable[ShareResult]) -> int | None:
+    """Return the block that is asked for; of int8 always one, where rows have no kernels.
+
+    Or where a graph in blocks multiplies by a weight of one in rows: it would be stored twice.
+    """
     kernels = profile_of(plan.config.profile).dtypes
     rows = kernels is None or "int8-dynamic" in kernels
-    if plan.config.dtype == "int8" and not rows:
+    if plan.config.dtype == "int8" and not (rows and _stored_in_one_form(results)):
         return plan.config.block or BLOCKS[8]
     return plan.config.block
+
+
+def _stored_in_one_form(results: Iterable[ShareResult]) -> bool:
+    """Say whether all graphs that multiply by one weight want the same form of int8."""
+    named: dict[str, set[str]] = {ROWS: set(), IN_BLOCKS: set()}
+    for result in results:
+        form = int8_products(result.model, QuantizeConfig())
+        large = {item.name for item in stored(result.model) if item.tensor.size >= FLOOR}
+        named[form] |= large & _read_by([result], "MatMul", "Gemm")
+    return named[ROWS].isdisjoint(named[IN_BLOCKS])
 
 
 def _for_all(

@@ -31,14 +31,21 @@ def halve_cache(models: Sequence[ir.Model]) -> None:
 
 
 def _can_be_half(model: ir.Model) -> bool:
-    """Say whether what is kept is only cast, to float16 where it is read, from it where given."""
+    """Say whether what is kept is only cast, to float16 where it is read, from it where given.
+
+    Each output from a value of its own: that takes its name.
+    """
+    halves: set[ir.Value] = set()
     for value in model.graph.inputs:
         if kv_cache.is_past(str(value.name)):
             if value.is_graph_output() or not all(map(_casts_to_half, value.consumers())):
                 return False
     for value in model.graph.outputs:
-        if kv_cache.is_present(str(value.name)) and _half_of(value) is None:
-            return False
+        if kv_cache.is_present(str(value.name)):
+            half = _half_of(value)
+            if half is None or half in halves:
+                return False
+            halves.add(half)
     return True
 
 

@@ -45,9 +45,11 @@ class Float64(TorchFunctionMode):
         return tree_map(_wide, func(*args, **options))
 
 
-def _linear(given: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return a product by a weight in float64, of which a few rows are widened at a time."""
-    given, rows = _wide(given), max(_WIDENED // weight.shape[-1], 1)
+    if weight.ndim == 1:
+        return torch.nn.functional.linear(_wide(input), _wide(weight), _wide(bias))
+    given, rows = _wide(input), max(_WIDENED // weight.shape[-1], 1)
     product = given.new_empty(*given.shape[:-1], len(weight))
     held = given.new_empty(min(rows, len(weight)), weight.shape[-1])
     for first in range(0, len(weight), rows):

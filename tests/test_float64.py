@@ -66,6 +66,15 @@ def test_a_large_weight_is_widened_a_part_at_a_time(
     assert float((found - right).abs().max()) < 1e-13  # measured 3.6e-15
 
 
+def test_a_product_may_be_by_a_vector_and_name_its_input() -> None:
+    given, weight = torch.randn(3, 4), torch.randn(5, 4)
+    with Float64():
+        named, vector = linear(input=given, weight=weight), linear(given, weight[0])
+    right = given.double() @ weight.double().T
+    assert float((named - right).abs().max()) < 1e-14  # measured 0
+    assert vector.shape == (3,) and float((vector - right[:, 0]).abs().max()) < 1e-14  # measured 0
+
+
 def test_what_is_rounded_off_is_counted_beyond_a_part_of_each_element() -> None:
     exact = np.array([1000.0, 1.0, 0.0])
     output = np.array([1000.02, 1.0005, 0.0001], np.float32)

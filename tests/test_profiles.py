@@ -288,6 +288,21 @@ def test_a_cache_that_something_else_reads_stays_float32() -> None:
     assert (ops(cast), kept(cast)) == ({"Add": 1}, {HALF})
 
 
+def test_a_cache_whose_keys_are_its_values_stays_float32() -> None:
+    """One float16 value cannot have the names of two outputs."""
+    model = named_as_kept(
+        build(
+            """(float[b,2] a) => (float[b,2] z, float[b,2] v) {
+            half = Cast <to = 10> (a)  more = Add (half, half)
+            z = Cast <to = 1> (more)  v = Cast <to = 1> (more) }"""
+        )
+    )
+    model.graph.outputs[1].name = "present.0.value"
+    halve_cache([model])
+    assert [value.name for value in model.graph.outputs] == ["present.0.key", "present.0.value"]
+    assert kept(model) == {FLOAT}
+
+
 def named_as_kept(model: ir.Model) -> ir.Model:
     infer_types(model)
     model.graph.inputs[0].name = "past_key_values.0.key"

@@ -119,6 +119,22 @@ def test_a_channel_of_large_values_leaves_the_others_their_digits():
     assert off < 0.02  # measured 0.014; 0.036 without
 
 
+BRANCHES = """(float[b,64] x, bool c) => (float[b,64] y) {
+    y = If(c) <then_branch = t() => (float[b,64] p) { p = MatMul(x, W) },
+               else_branch = e() => (float[b,64] q) { r = MatMul(x, V) q = Relu(r) }> }"""
+
+
+@pytest.mark.parametrize("precision", ["int8", "int8-dynamic"])
+def test_two_branches_quantize_the_same_input_each(precision):
+    """What one of them computes the other cannot read: the graph did not load."""
+    weights, x = {"W": normal(64, 64), "V": normal(64, 64, seed=1)}, normal(5, 64, seed=2)
+    model = share_model(build(BRANCHES, **weights), dtype=precision).model
+    assert ops(model)["MatMulInteger"] == 2
+    expected = {True: x @ weights["W"], False: np.maximum(x @ weights["V"], 0)}
+    for case, right in expected.items():
+        assert relative(run(model, x=x, c=np.array(case))[0], right) < 0.02  # measured 0.0096
+
+
 CACHED = """(float[b,s,256] x, float[b,p,256] past_key_values.0.key) =>
     (float[b,s,256] y, float[b,t,256] present.0.key) {
     y = MatMul(x, W) present.0.key = Concat<axis=1>(past_key_values.0.key, y) }"""

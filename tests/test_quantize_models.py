@@ -17,6 +17,7 @@ from graphs import build, normal, ops, run
 from lowered import LOWER, TWO, decoded, lower, relative
 from onnxruntime.quantization import quantize_dynamic
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+from transformers import BertConfig, EncoderDecoderConfig, EncoderDecoderModel
 
 from ffmerge.config import ExportConfig, MergeConfig
 from ffmerge.exporter.graphs import graphs
@@ -39,6 +40,28 @@ def test_gpt2_whose_gemms_the_int4_quantizer_leaves_in_float():
     assert ops(ir.from_proto(theirs.model.model))["Gemm"] >= gemms - 1
     result = share_model(model, dtype="int4")
     assert (ops(result.model)["Gemm"], ops(result.model)["MatMulNBits"]) == (0, gemms)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_weight_of_encoder_and_decoder_is_stored_once_in_int8(tied, tmp_path):
+    """Rows in the one and blocks in the other were two copies, and no check saw it."""
+    sizes = {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1,
+        "num_attention_heads": 4, "vocab_size": 97, "max_position_embeddings": 64,
+    }  # fmt: skip
+    config = EncoderDecoderConfig.from_encoder_decoder_configs(
+        BertConfig(**sizes), BertConfig(**sizes, is_decoder=True, add_cross_attention=True)
+    )
+    config.decoder_start_token_id, config.pad_token_id, config.eos_token_id = 1, 0, 2
+    model = EncoderDecoderModel(config).eval()
+    if tied:
+        encoder, decoder = model.encoder.encoder.layer[0], model.decoder.bert.encoder.layer[0]
+        decoder.intermediate.dense.weight = encoder.intermediate.dense.weight
+    manifest = export(model, tmp_path / "package", ExportConfig(dtype="int8")).manifest
+    stored = [tensor.name for tensor in manifest.tensors]
+    assert len(stored) == len(set(stored))
+    assert manifest.int8["decoder_model.onnx"] == "blocks"
+    assert manifest.int8["encoder_model.onnx"] == ("blocks" if tied else "rows")
 
 
 def test_stock_export_that_quantize_dynamic_cannot_read(tmp_path):

@@ -20,7 +20,6 @@ import numpy as np
 import onnx
 from bits import prepared, share
 from onnxruntime.quantization import matmul_nbits_quantizer as nbits
-from transformers import AutoTokenizer
 
 BLOCK, ROWS = 32, 8  # of a scale, and of a batch
 FEW = 8  # batches for a tool that runs the whole graph anew for each product
@@ -139,13 +138,12 @@ def main() -> None:
     parser.add_argument("--tool", nargs="*", choices=tools(Path()), default=list(tools(Path())))
     given = parser.parse_args()
     graph = given.package / "model.onnx"
-    tokenizer = AutoTokenizer.from_pretrained(given.package)
     print("| tool | bytes | perplexity or cosine | time |")
     print("|---|---|---|---|")
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         rows = folder / "rows.npz"
-        measure = prepared(graph, tokenizer, (given.calibration, given.held_out), rows)
+        measure = prepared(graph, given.package, (given.calibration, given.held_out), rows)
         whole = dict(np.load(rows))
         batches = []
         for start in range(0, len(next(iter(whole.values()))), ROWS):

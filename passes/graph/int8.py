@@ -37,7 +37,8 @@ def to_dynamic(model: ir.Model, matrices: Sequence[Matrix], config: QuantizeConf
     Rows and weight are spread, where no lookup wants the weight as it is.
     """
     opset = model.opset_imports[""]
-    quantized: dict[tuple[ir.Value, bool], Sequence[ir.Value]] = {}
+    # by graph, too: what one branch of an If computes the other cannot read
+    quantized: dict[tuple[ir.Graph | ir.Function | None, ir.Value, bool], Sequence[ir.Value]] = {}
     for matrix in matrices:
         matrix = as_matmuls(matrix, model.graph)
         wide = _is_spread(matrix, config)
@@ -46,9 +47,10 @@ def to_dynamic(model: ir.Model, matrices: Sequence[Matrix], config: QuantizeConf
             x = node.inputs[0]
             assert x is not None
             new = Rewrite(node, model.graph)
-            if (x, wide) not in quantized:
-                quantized[x, wide] = _quantize_dynamically(x, new, opset, wide)
-            largest, codes, x_scale, zero = quantized[x, wide]
+            place = node.graph, x, wide
+            if place not in quantized:
+                quantized[place] = _quantize_dynamically(x, new, opset, wide)
+            largest, codes, x_scale, zero = quantized[place]
             total = new.op("Cast", new.op("MatMulInteger", codes, matrix.weight, zero), to=_FLOAT)
             of_rows = new.op("Mul", total, new.op("Mul", x_scale, scale))
             new.take_place(new.op("Mul", of_rows, largest))
