@@ -67,7 +67,7 @@ def convert(translated: Translated, plan: Plan) -> tuple[dict[str, ShareResult],
     results = dict(translated.results)
     if plan.config.dtype != "fp32":
         results = _quantized(translated, plan)
-    _fit(plan, {name: result.model for name, result in results.items()})
+    results = _fit(plan, results)
     traces = {}
     for graph in plan.graphs:
         if graph.parts:
@@ -80,19 +80,25 @@ def convert(translated: Translated, plan: Plan) -> tuple[dict[str, ShareResult],
     return results, traces
 
 
-def _fit(plan: Plan, named: Mapping[str, ir.Model]) -> None:
-    """Bring graphs that are in their precision to the form that their profile has."""
+def _fit(plan: Plan, results: Mapping[str, ShareResult]) -> dict[str, ShareResult]:
+    """Bring graphs that are in their precision to the form that their profile has, in place.
+
+    Return them with what could not be.
+    """
+    named, skipped = {name: result.model for name, result in results.items()}, []
     profile, models = profile_of(plan.config.profile), list(named.values())
     if plan.config.profile == "cpu":
         pack([named[graph.name] for graph in plan.graphs if _is_decoder(graph)])
     elif profile.fused:
         pack(models)
     if profile.half_cache and plan.config.dtype in HALVES:
-        halve_cache(models)
+        if not halve_cache(models):
+            skipped.append(Skip("cache", "FLOAT: keys or values of a graph are not float16 alone"))
     if profile.multihead:
         for model in models:
             use_multihead(model)
             sum_inside(model.graph)
+    return {n: replace(r, skipped=(*r.skipped, *skipped)) for n, r in results.items()}
 
 
 def _is_decoder(graph: Graph) -> bool:

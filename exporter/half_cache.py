@@ -14,13 +14,14 @@ from ffmerge.passes.graph.tensors import is_op
 _HALF = ir.DataType.FLOAT16
 
 
-def halve_cache(models: Sequence[ir.Model]) -> None:
+def halve_cache(models: Sequence[ir.Model]) -> bool:
     """Let the graphs of a package take and give keys and values in float16, in place.
 
-    All of them, or none if one computes any in float32: what one gives the next one takes.
+    All of them, or none if one computes any in float32: what one gives the next one takes. Say
+    whether they do.
     """
     if not all(map(_can_be_half, models)):
-        return
+        return False
     for model in models:
         for value in model.graph.inputs:
             if kv_cache.is_past(str(value.name)):
@@ -28,6 +29,7 @@ def halve_cache(models: Sequence[ir.Model]) -> None:
         for index, value in enumerate(model.graph.outputs):
             if kv_cache.is_present(str(value.name)):
                 _give_half(index, value, model.graph)
+    return True
 
 
 def _can_be_half(model: ir.Model) -> bool:

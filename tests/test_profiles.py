@@ -20,6 +20,7 @@ from test_fused import DECODERS, FAST, LAYERS, WAYS, drawn
 import ffmerge
 from ffmerge.config import ExportConfig
 from ffmerge.errors import InputError
+from ffmerge.exporter import convert
 from ffmerge.exporter.fused import NotFused
 from ffmerge.exporter.graphs import graphs
 from ffmerge.exporter.half_cache import halve_cache
@@ -282,9 +283,9 @@ def test_a_cache_that_something_else_reads_stays_float32() -> None:
     )
     plain = named_as_kept(build("(float[b,2] a) => (float[b,2] z) { z = Relu (a) }"))
     before = ops(cast)
-    halve_cache([cast, plain])
+    assert not halve_cache([cast, plain])
     assert (ops(cast), kept(cast), kept(plain)) == (before, {FLOAT}, {FLOAT})
-    halve_cache([cast])
+    assert halve_cache([cast])
     assert (ops(cast), kept(cast)) == ({"Add": 1}, {HALF})
 
 
@@ -298,9 +299,19 @@ def test_a_cache_whose_keys_are_its_values_stays_float32() -> None:
         )
     )
     model.graph.outputs[1].name = "present.0.value"
-    halve_cache([model])
+    assert not halve_cache([model])
     assert [value.name for value in model.graph.outputs] == ["present.0.key", "present.0.value"]
     assert kept(model) == {FLOAT}
+
+
+def test_that_a_cache_stays_float32_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(convert, "halve_cache", lambda models: False)
+    given = ExportConfig(dtype="fp16", profile="cuda")
+    package = export(tiny.gpt2(layers=1), tmp_path / "package", given)
+    assert [skip.name for skip in package.manifest.skipped] == ["cache"]
+    assert package.manifest.graphs[0].probe.cache == "float32"
 
 
 def named_as_kept(model: ir.Model) -> ir.Model:

@@ -356,6 +356,16 @@ def test_rounding_is_what_a_package_does(make, dtype, tmp_path) -> None:
     assert np.linalg.norm(logits - rounded) < 0.2 * size
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_row_of_zeros_is_rounded_to_zeros_in_any_type(dtype) -> None:
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[1] = 0
+    found = precision.rounded_rows(x)
+    assert found.dtype == dtype and not found[1].any()
+    # measured 0.0055, in bfloat16 0.0059
+    assert float((found - x).float().norm() / x.float().norm()) < 0.01
+
+
 def test_the_best_precision_that_fits_is_chosen(command, tmp_path) -> None:
     """What fits is measured anew by hand; half the size needs no merging, a fifth does."""
     pixels = _pixels()

@@ -117,15 +117,18 @@ def rounded_input(x: Tensor, block: int) -> Tensor:
 
 
 def rounded_rows(x: Tensor) -> Tensor:
-    """Return what a product reads of ``x``: codes of 8 bits, a range for each row, spread."""
-    rows = _spread(x)
+    """Return what a product reads of ``x``: codes of 8 bits, a range for each row, spread.
+
+    Computed in float32, whatever ``x`` is: the least that float16 holds is far from ``tiny``.
+    """
+    rows = _spread(x.float())
     largest = rows.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     rows = rows / largest
     low, high = rows.amin().clamp_max(0), rows.amax().clamp_min(0)
     step = ((high - low) / 255).clamp_min(torch.finfo(torch.float32).tiny)
     zero = (-low / step).round()
     codes_of = ((rows / step).round() + zero).clamp(0, 255)
-    return _spread((codes_of - zero) * step * largest)
+    return _spread((codes_of - zero) * step * largest).to(x)
 
 
 def _spread(x: Tensor) -> Tensor:
