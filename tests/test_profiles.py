@@ -16,6 +16,7 @@ import torch
 from architectures import CASES, index_of, merge_all, model_of
 from graphs import build, ops
 from test_fused import DECODERS, FAST, LAYERS, WAYS, drawn
+from transformers import BertModel
 
 import ffmerge
 from ffmerge.config import ExportConfig
@@ -33,6 +34,7 @@ from ffmerge.passes.graph.infer import infer_types
 from ffmerge.profiles import PROFILES
 from ffmerge.runtime_tests.parity import check_parity, parity_of
 from ffmerge.runtime_tests.reference import read_reference
+from ffmerge.runtime_tests.results import OutputParity
 from ffmerge.runtime_tests.runtimes.base import LEVEL
 from ffmerge.runtime_tests.runtimes.registry import find_runtime
 from ffmerge.runtime_tests.tolerance import for_dtype
@@ -119,6 +121,31 @@ def test_rows_of_data_may_be_padded_on_the_left(profile: str, tmp_path: Path) ->
         assert all(right())
     logits[3, -1] += 1
     assert right() == [False] + [True] * (len(graph.outputs) - 1)
+
+
+def test_what_an_encoder_makes_of_padding_is_not_compared(tmp_path: Path) -> None:
+    """All elements of tokens are, and no others are counted."""
+    mask = (np.arange(9) < [[9], [7], [4], [5]]).astype(np.int64)
+    ids = np.random.default_rng(0).integers(3, 60, (4, 9)) * mask
+    data = {"input_ids": ids, "attention_mask": mask}
+    model = BertModel(tiny.bert(layers=2).config, add_pooling_layer=False).eval()
+    package = export(model, tmp_path / "package", data=data)
+    (graph,) = package.manifest.graphs
+    reference, case = read_reference(package.path), len(graph.probe.cases)
+    session = find_runtime("cpu").open(package.path / graph.path)
+
+    def judged() -> OutputParity:
+        return parity_of(graph, session, reference, LEVEL, for_dtype("fp32"))[0]
+
+    states = reference.expected(graph, case, judged().name).reshape(4, 9, -1)
+    tokens = sum(
+        int(reference.feeds(graph, each)["attention_mask"].sum()) for each in range(case + 1)
+    )
+    assert judged().compared == tokens * states.shape[-1]
+    states[2, 4] += 1
+    assert judged().ok
+    states[2, 3] += 1
+    assert not judged().ok
 
 
 @pytest.mark.parametrize("name", ["MarianMTModel", "T5ForConditionalGeneration"])
