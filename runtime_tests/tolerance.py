@@ -111,9 +111,9 @@ ARITHMETIC = {
     # OpenVINO 2026.4 on a processor with avx512_bf16: the digits ViT (logits up to 9.8)
     "bf16": Tolerance(3e-1, 2e-2, 0.9995, 0.9995, 0.228, 0.98, 1e-2, 0.1, 0.8, 0.1),
     # The evaluator and WebGPU add float16 numbers in float16, other engines in float32: fp16
-    # packages, the digits ViT on the evaluator (4.8e-2), a sentence encoder of six layers on WebGPU
-    # (llvmpipe; of states up to 6, cosine 0.99996).
-    "native": Tolerance(2e-1, 5e-3, 0.9999, 0.9999, 1.3e-1, 0.99, 1e-3, 2e-2, 0.9, 2e-2),
+    # packages, the digits ViT on the evaluator; on WebGPU (llvmpipe) the tokens of a trained
+    # sentence encoder are 2.9e-2 off.
+    "native": Tolerance(6e-2, 5e-3, 0.9999, 0.9999, 4.8e-2, 0.99, 1e-3, 2e-2, 0.9, 2e-2),
 }
 
 

@@ -15,7 +15,7 @@ import tiny
 import torch
 from architectures import CASES, index_of, merge_all, model_of
 from graphs import build, ops
-from test_fused import DECODERS, FAST, LAYERS, WAYS, drawn
+from test_fused import DECODERS, FAST, LAYERS, check_writes_the_same, drawn
 from transformers import BertModel
 
 import ffmerge
@@ -70,23 +70,7 @@ def test_for_webgpu_a_decoder_writes_what_pytorch_writes(name: str, tmp_path: Pa
     assert found[kind] == LAYERS and not {"Attention", "Softmax"} & set(found)
     assert bool(found["SkipSimplifiedLayerNormalization"]) == (name != "GPT-2")
     assert all(output.ok for output in check_parity(package.path, package.manifest))
-    loaded = ffmerge.load_package(package.path)
-    for rows, length in ((1, 1), (3, 9)):
-        ids = torch.randint(3, 97, (rows, length), generator=torch.Generator().manual_seed(rows))
-        mask = torch.ones_like(ids)
-        for row in range(rows):
-            mask[row, : 3 * row % length] = 0
-        for way in WAYS:
-            written = []
-            for each in (model, loaded):
-                torch.manual_seed(7)
-                written.append(
-                    each.generate(
-                        input_ids=ids * mask, attention_mask=mask, max_new_tokens=8,
-                        min_new_tokens=8, pad_token_id=0, **way,
-                    )
-                )  # fmt: skip
-            assert written[0].tolist() == written[1].tolist(), (rows, way)
+    check_writes_the_same(model, ffmerge.load_package(package.path))
 
 
 def test_an_encoder_for_webgpu_reads_both_ways(tmp_path: Path) -> None:
