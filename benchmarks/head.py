@@ -4,7 +4,9 @@
 
 Forms: ``packed`` is ``x @ B``, a copy that ONNX Runtime packs; ``turned`` is ``(W @ x^T)^T``, whose
 Transpose it puts into the product; ``kept`` the same with a Reshape between, which the sharing
-passes write. Processor time of one thread for the sizes of SmolLM2-135M, medians of 15 runs.
+passes write; ``columns`` is ``x @ B`` of a ``B`` that a caller may give, as ``export --for cpu``
+has it, so that nothing is packed. Processor time of one thread for the sizes of SmolLM2-135M,
+medians of 15 runs.
 """
 
 import argparse
@@ -22,6 +24,7 @@ FORMS = {
               "  y = Transpose <perm = [1, 0]> (z)",
     "kept": "t = Transpose <perm = [1, 0]> (x)  u = Reshape (t, sizes)  z = MatMul (W, u)"
             "  y = Transpose <perm = [1, 0]> (z)",
+    "columns": "y = MatMul (x, B)",
 }  # fmt: skip
 
 
@@ -34,6 +37,9 @@ def session(form: str, table: np.ndarray) -> ort.InferenceSession:
     arrays = {"B": np.ascontiguousarray(table.T), "W": table, "sizes": np.array([WIDTH, -1])}
     for name in {name for node in model.graph.node for name in node.input} & set(arrays):
         model.graph.initializer.append(onnx.numpy_helper.from_array(arrays[name], name))
+    if form == "columns":
+        kind = onnx.TensorProto.FLOAT
+        model.graph.input.append(onnx.helper.make_tensor_value_info("B", kind, [WIDTH, VOCABULARY]))
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     source = model.SerializeToString()

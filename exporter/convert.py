@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from ffmerge.config import QuantizeConfig, parse_budget
 from ffmerge.errors import ExportError
+from ffmerge.exporter.by_columns import store_by_columns
 from ffmerge.exporter.fused import check_fused
 from ffmerge.exporter.graphs import STATES, Graph
 from ffmerge.exporter.half_cache import halve_cache
@@ -77,6 +78,8 @@ def convert(translated: Translated, plan: Plan) -> tuple[dict[str, ShareResult],
         else:
             program, real = translated.programs[graph.name], plan.real.get(graph.name, {})
             traces[graph.name] = record_trace(graph, program, results[graph.name].model, real)
+    if (plan.config.profile, plan.config.dtype) == ("cpu", "fp32"):
+        store_by_columns([result.model for result in results.values()])
     return results, traces
 
 

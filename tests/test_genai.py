@@ -152,13 +152,14 @@ def test_in_less_bits_it_reads_the_same_data_file(tmp_path: Path) -> None:
 
 
 def test_a_tied_head_is_in_memory_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is multiplied from the left, where nothing is packed, in the graph for the library too."""
+    """It is stored by columns and may be given, so that nothing is packed, for the library too."""
     monkeypatch.setattr(resident, "LARGE", 0)
     model, package = packed("GPT-2", tmp_path)
     for name in ("model.onnx", GRAPH):
         table = ir.load(package.path / name).graph.initializers["transformer.wte.weight"]
         uses = {(node.op_type, index) for node, index in table.uses()}
-        assert uses == {("Gather", 0), ("MatMul", 0)}
+        assert uses == {("Gather", 0), ("MatMul", 1)} and table.is_graph_input()
+        assert np.array_equal(table.const_value.numpy().T, model.lm_head.weight.detach().numpy())
     assert greedy(package.path / GRAPH, 64) == wanted(model)
     assert audit(package.path).ok
 

@@ -27,7 +27,7 @@ def weights_to_left(model: ir.Model) -> list[Skip]:
     """
     skipped = []
     for weight in tuple(model.graph.initializers.values()):
-        if _may_be_packed(weight) and (reason := _move(weight, model.graph)):
+        if may_be_packed(weight) and (reason := _move(weight, model.graph)):
             why = f"may be in memory twice once loaded: {reason}"
             skipped.append(Skip(weight.name or "", why))
     return skipped
@@ -40,7 +40,7 @@ def _move(weight: ir.Value, main: ir.Graph) -> str | None:
     forms = {node.attributes.get_int("transB", 0) for node in products}
     if len(forms) + raw < 2:
         return None
-    obstacles = {node: _obstacle(node) for node in products}
+    obstacles = {node: obstacle(node) for node in products}
     first = next(filter(None, obstacles.values()), None)
     if first and not raw:  # it would be packed all the same
         return first
@@ -50,7 +50,7 @@ def _move(weight: ir.Value, main: ir.Graph) -> str | None:
     return first
 
 
-def _may_be_packed(weight: ir.Value) -> bool:
+def may_be_packed(weight: ir.Value) -> bool:
     tensor = weight.const_value
     if tensor is None or weight.is_graph_input():  # what may change is not packed
         return False
@@ -98,7 +98,7 @@ def _turns(node: ir.Node) -> bool:
     return is_op(node, "Transpose") and tuple(node.attributes.get_ints("perm") or ()) == (1, 0)
 
 
-def _obstacle(node: ir.Node) -> str | None:
+def obstacle(node: ir.Node) -> str | None:
     """Return why the weight on a node's right cannot stand on its left, or None."""
     attributes = {name: attribute.value for name, attribute in node.attributes.items()}
     plain = {"transA": 0, "transB": 1, "alpha": 1.0, "beta": 1.0}
