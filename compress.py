@@ -30,7 +30,6 @@ from ffmerge.config import (
 from ffmerge.early import check_output
 from ffmerge.errors import InputError
 from ffmerge.exporter import package
-from ffmerge.exporter.graphs import graphs
 from ffmerge.files import scratch, size_text
 from ffmerge.models import checkpoint
 from ffmerge.models.companions import companion_bytes
@@ -43,11 +42,7 @@ from ffmerge.models.tasks import task_of
 from ffmerge.passes.weights import merge as merging
 from ffmerge.passes.weights.evaluate import Score, score_for
 from ffmerge.passes.weights.precision import bytes_of, shapes_of
-from ffmerge.passes.weights.target import (
-    Way,
-    measured,
-    takes_mixed,
-)
+from ffmerge.passes.weights.target import Way, measured, takes_mixed
 from ffmerge.progress import Progress
 from ffmerge.runtime_tests import report
 from ffmerge.runtime_tests.results import Validation, metric_row, stages
@@ -57,9 +52,6 @@ from ffmerge.steps import RESULT, Steps, call_of
 
 NARROWED = 1.15  # what the graph of a narrowed model takes, of the original's: measured 1.11
 MIXED = "2, 4 and 8 bits by data"
-# Below so much of int4's bytes mixed bits alone lose more than after a part of the neurons is gone,
-# of which so much stays (a trained encoder: docs/quality.md).
-ALONE, PART = 0.85, 0.9
 NONE: Mapping[str, Any] = {"value": None}  # a way that does not lead there
 # Seconds of a step: so many times those of the data through the model once, and so many for tracing
 # and for what is measured in a process of its own.
@@ -203,13 +195,12 @@ def outline(
     if "mixed" in ways:
         cost = BITS_COST * once + TRACED
         found.append((f"export and measure {MIXED}", size_text(run.limit), cost, "mixed"))
-    if "narrowed-mixed" in ways:
-        what = f"take {1 - PART:.0%} of the parameters out, export and measure {MIXED}"
-        cost = (NARROW_COST + BITS_COST) * once + TRACED
-        found.append((what, size_text(run.limit), cost, "narrowed-mixed"))
     if aim is not None:
-        what = f"take neurons out of {aim[0]} and measure it"
-        found.append((what, size_text(run.limit), NARROW_COST * once + TRACED, "narrowed"))
+        what, cost = f"take neurons out of {aim[0]} and measure it", NARROW_COST * once + TRACED
+        if aim[0] == "int4":
+            what = f"take neurons out, export and measure {MIXED}"
+            cost += BITS_COST * once
+        found.append((what, size_text(run.limit), cost, "narrowed"))
     megabytes = bytes_of(model, "fp32") / 1e6
     found.append(("export the best", "", EXPORT_COST * megabytes + TRACED, "best"))
     found.append(("validate it", "", EXPORT_COST * megabytes + TRACED, ""))
@@ -330,9 +321,9 @@ def _taken(run: _Run) -> int:
 def _ways(run: _Run, room: int, limit: int) -> dict[str, Callable[[Path], Mapping[str, Any]]]:
     """Return by the name of its step what makes and measures each way to the size.
 
-    Where 8 bits do not fit a model of one graph, its bits are mixed, and where that alone would
-    leave little, after a part of the neurons is gone as well. What is rounded to 4 bits by data is
-    measured as the package that is shipped.
+    Where 8 bits do not fit, bits are mixed, and where 4 do not even in their widest blocks, after
+    so many neurons are gone that those would fit as well. What is mixed is measured as the package
+    that is shipped.
 
     Raises:
         InputError: no way leads there.
@@ -340,18 +331,13 @@ def _ways(run: _Run, room: int, limit: int) -> dict[str, Callable[[Path], Mappin
     shapes = shapes_of(run.model)
     check_reach(shapes, limit, limit - room)
     fits, aim = fitting(shapes, room), narrower(shapes, room)
-    single = len(graphs(run.model, str(run.config.task))) == 1
-    mixes = single and takes_mixed(shapes, room)
     ways: dict[str, Callable[[Path], Mapping[str, Any]]] = {}
-    if mixes:
+    if takes_mixed(shapes, room):
         ways["mixed"] = partial(_mixed, run, fits, limit)
     elif fits is not None:
         ways["whole"] = partial(_whole, run, fits)
-    if mixes and room < ALONE * bytes_of(run.model, "int4"):
-        kept = int(PART * bytes_of(run.model, "fp32"))
-        ways["narrowed-mixed"] = partial(_narrowed, run, "int4", kept, limit)
     if aim is not None:
-        ways["narrowed"] = partial(_narrowed, run, *aim, None)
+        ways["narrowed"] = partial(_narrowed, run, *aim, limit)
     return ways
 
 
@@ -370,10 +356,8 @@ def _mixed(run: _Run, fits: str | None, limit: int, folder: Path) -> Mapping[str
     return told
 
 
-def _narrowed(
-    run: _Run, dtype: str, kept: int, limit: int | None, folder: Path
-) -> Mapping[str, Any]:
-    """Save the model narrowed to some bytes of float32, and with a ``limit`` its mixed package.
+def _narrowed(run: _Run, dtype: str, kept: int, limit: int, folder: Path) -> Mapping[str, Any]:
+    """Save the model narrowed to some bytes of float32, and below 8 bits its mixed package.
 
     No value: nothing, or too little, can be narrowed.
     """
@@ -392,12 +376,9 @@ def _narrowed(
     checkpoint.save(model, folder / "checkpoint", run.folder)
     model = checkpoint.load(folder / "checkpoint", run.trusted)
     removed = merge.record.narrowed[0].text
-    if limit is not None:
+    if dtype == "int4":
         return _with_mixed_bits(run, model, limit, folder, f"{MIXED}, {removed}")
-    text = f"{dtype}, {removed}"
-    if dtype == "int4" and len(graphs(model, str(run.config.task))) == 1:
-        return _as_package(run, model, folder, _export(run, dtype), text)
-    return vars(measured(model, dtype, run.score, text))
+    return vars(measured(model, dtype, run.score, f"{dtype}, {removed}"))
 
 
 def _with_mixed_bits(

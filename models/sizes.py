@@ -10,20 +10,22 @@ from pathlib import Path
 
 from ffmerge.errors import InputError
 from ffmerge.files import size_text
-from ffmerge.models.codes import BLOCKS, FLOOR
+from ffmerge.models.codes import BLOCKS, FLOOR, Form
 from ffmerge.models.companions import companion_bytes
 
 Shapes = Sequence[Sequence[int]]
 
 BITS = {"int8": 8, "int4": 4}  # of weights in blocks
+WIDER = (32, 64, 128)  # blocks of 4 bits that a package of mixed bits may have
 DTYPES = ("fp32", "int8", "int4")  # fp16 halves a package too, but is slower on most processors
 MOST = 0.4  # of all parameters: more are not taken out
 GRAPH = 1_500  # bytes of a graph for each weight: measured 400 (an encoder) to 1,220 (a Llama)
 
 
-def bytes_of(shapes: Shapes, dtype: str) -> int:
+def bytes_of(shapes: Shapes, dtype: str, blocks: Sequence[int] = ()) -> int:
     """Return the bytes of weights of these shapes in a package, scales counted.
 
+    Each matrix has that of the ``blocks`` in which it takes least, or the one of its precision.
     Graph, and copies that runtimes need of a weight, are not in it.
     """
     total = 0
@@ -35,7 +37,8 @@ def bytes_of(shapes: Shapes, dtype: str) -> int:
             total += 4 * count
         elif len(shape) == 2:
             bits = BITS[dtype]
-            total += count * bits // 8 + 4 * (count // BLOCKS[bits])
+            forms = [Form(bits, block) for block in blocks or (BLOCKS[bits],)]
+            total += min(form.bytes_of(*shape) for form in forms)
         else:
             total += count + 4 * max(shape)
     return total
@@ -57,26 +60,28 @@ def fitting(shapes: Shapes, room: int) -> str | None:
 def narrower(shapes: Shapes, room: int) -> tuple[str, int] | None:
     """Return the precision above the highest that fits, and the float32 bytes that may stay.
 
-    None where nothing is to be narrowed, or too much.
+    Where none fits that is int4 in wider blocks: a trained model loses less in those than by the
+    neurons that narrower ones would cost (docs/quality.md). None where nothing is to be narrowed,
+    or too much.
     """
     fits = fitting(shapes, room)
     if fits == DTYPES[0]:
         return None
-    dtype = DTYPES[-1]
-    if fits is not None:
+    if fits is None:
+        dtype, size = DTYPES[-1], _least(shapes)
+    else:
         dtype = DTYPES[DTYPES.index(fits) - 1]
-    kept = _kept(shapes, dtype, room)
-    if kept is None:
+        size = bytes_of(shapes, dtype)
+    if not (1 - MOST) * size <= room < size:
         return None
-    return dtype, kept
+    return dtype, bytes_of(shapes, "fp32") * room // size
 
 
 def check_reach(shapes: Shapes, size: int, beside: int) -> None:
     """Raise InputError where no way leads to ``size``; ``beside`` of it are not for weights."""
-    room = size - beside
-    if fitting(shapes, room) is not None or narrower(shapes, room) is not None:
+    least = int((1 - MOST) * _least(shapes))
+    if size - beside >= least:
         return
-    least = int((1 - MOST) * bytes_of(shapes, DTYPES[-1]))
     raise InputError(
         f"{size_text(size)} is out of reach: graph and tokenizer take about "
         f"{size_text(beside)}, and the weights in {DTYPES[-1]} with {MOST:.0%} of them gone "
@@ -84,14 +89,6 @@ def check_reach(shapes: Shapes, size: int, beside: int) -> None:
     )
 
 
-def _kept(shapes: Shapes, dtype: str, room: int) -> int | None:
-    """Return the float32 bytes that may stay for ``room`` bytes of ``dtype``; None: too few."""
-    weight = 4.0
-    if dtype in BITS:
-        bits = BITS[dtype]
-        weight = bits / 8 + 4 / BLOCKS[bits]
-    count = sum(prod(shape) for shape in shapes)
-    gone = (bytes_of(shapes, dtype) - room) / weight
-    if gone > MOST * count:
-        return None
-    return int(4 * (count - gone))
+def _least(shapes: Shapes) -> int:
+    """Return what the weights take in 4 bits, each in the blocks that take least."""
+    return bytes_of(shapes, DTYPES[-1], WIDER)

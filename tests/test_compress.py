@@ -15,6 +15,7 @@ from reference.tasks import REFERENCES
 import ffmerge
 from ffmerge import compress
 from ffmerge.config import CompressConfig, DataConfig, LoadConfig
+from ffmerge.errors import InputError
 from ffmerge.exporter import package
 from ffmerge.models import sizes
 from ffmerge.passes.weights.precision import bytes_of
@@ -70,8 +71,6 @@ def test_mixed_bits_are_shipped_where_they_keep_most(
 ) -> None:
     """What is told of them is what ONNX Runtime computes with the package."""
     monkeypatch.setattr(compress, "narrower", lambda *_: None)
-    monkeypatch.setattr(compress, "ALONE", 0)
-    monkeypatch.setattr(compress, "check_reach", lambda *_: None)
     out = tmp_path / "small"
     words = ("compress", DIGITS.folder, out, "--size", "345kB", "--data", data, "--json")
     code, found, err = run(*words)
@@ -97,20 +96,47 @@ def test_mixed_bits_are_shipped_where_they_keep_most(
 def test_4_bits_of_a_narrowed_model_are_measured_as_they_are_shipped(
     data: Path, tmp_path: Path, run: Any
 ) -> None:
-    """345 kB leave so little for weights that neurons go: then int4 by data, or mixed bits."""
+    """345 kB leave so little for weights that neurons go, and what is left has mixed bits."""
     out = tmp_path / "small"
     words = ("compress", DIGITS.folder, out, "--size", "345kB", "--data", data, "--json")
     code, found, err = run(*words)
     assert code == 0, err
     kinds = [way["what"] for way in found["ways"]]
-    assert {what.partition(",")[0] for what in kinds} == {"int4", "2"}
-    assert sum("neurons" in what for what in kinds) == 2
+    assert {what.partition(",")[0] for what in kinds} == {"2"}
+    assert ["neurons" in what for what in kinds].count(True) == 1
     served = ffmerge.load_package(out / "package")
     with np.load(data) as arrays:
         half = {name: arrays[name][1::2] for name in arrays.files}
     logits = served(pixel_values=torch.from_numpy(half["pixel_values"])).logits
     right = float((logits.argmax(-1).numpy() == half["labels"]).mean())
     assert right == pytest.approx(found["ways"][0]["value"])
+
+
+def test_below_4_bits_so_many_neurons_go_that_the_widest_blocks_fit() -> None:
+    """By hand: a row of 256 takes least in blocks of 128, a row of 192 in blocks of 64."""
+    shapes, whole = [(1000, 256), (1000, 192)], 4 * 1000 * (256 + 192)
+    least = 1000 * 2 * (64 + 4) + 1000 * 3 * (32 + 4)
+    assert sizes.bytes_of(shapes, "int4") == 1000 * 8 * 20 + 1000 * 6 * 20 > least
+    assert sizes.narrower(shapes, least) is None  # mixed bits do
+    assert sizes.narrower(shapes, 3 * least // 4) == ("int4", 3 * whole // 4)
+    lowest = 6 * least // 10
+    assert sizes.narrower(shapes, lowest) == ("int4", 6 * whole // 10)
+    sizes.check_reach(shapes, lowest, beside=0)
+    with pytest.raises(InputError, match="out of reach"):
+        sizes.check_reach(shapes, lowest - 1, beside=0)
+
+
+@pytest.mark.slow
+def test_an_encoder_and_a_decoder_are_mixed_and_narrowed_too(tmp_path: Path, run: Any) -> None:
+    numerals, file = REFERENCES["numerals"], tmp_path / "pairs.npz"
+    np.savez(file, **{name: array[:64] for name, array in numerals.load("test").items()})
+    out = tmp_path / "small"
+    words = ("compress", numerals.folder, out, "--size", "700kB", "--data", file, "--json")
+    code, found, err = run(*words)
+    assert code == 0, err
+    assert found["shipped"] <= found["size"]
+    assert {way["what"].partition(",")[0] for way in found["ways"]} == {"2"}
+    assert len(found["ways"]) == 2
 
 
 @pytest.mark.slow

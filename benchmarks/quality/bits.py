@@ -129,21 +129,29 @@ def share(graph: Path, path: Path, flags: list[str]) -> tuple[float, int]:
     return float(seconds), int(kilobytes) * 1024
 
 
+def read(folder: Path, path: Path, generates: bool, part: int = 0) -> Feeds:
+    """Return the rows of a text or of a folder of pictures: to calibrate with, or of part 1."""
+    if path.is_dir():
+        return squares(path, AutoImageProcessor.from_pretrained(folder), SENTENCES[part])
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if generates:
+        return windows(path, tokenizer, TOKENS[part])
+    return sentences(path, tokenizer, SENTENCES[part])
+
+
 def prepared(
     graph: Path, package: Path, data: tuple[Path, Path], rows: Path
 ) -> Callable[[Path], float]:
     """Write the inputs to calibrate with, and return what holds a graph against ``graph``."""
-    opened, read = session(graph), sentences
-    if data[0].is_dir():
-        processor, read = AutoImageProcessor.from_pretrained(package), squares
-    else:
-        processor = AutoTokenizer.from_pretrained(package)
-    if "logits" in [output.name for output in opened.get_outputs()]:
-        np.savez(rows, **whole(windows(data[0], processor, TOKENS[0]), opened))
-        held_out = windows(data[1], processor, TOKENS[1])
+    opened = session(graph)
+    generates = "logits" in [output.name for output in opened.get_outputs()]
+    calibration, held_out = (
+        read(package, path, generates, number) for number, path in enumerate(data)
+    )
+    if generates:
+        np.savez(rows, **whole(calibration, opened))
         return lambda path: perplexity(path, held_out)
-    np.savez(rows, **read(data[0], processor, SENTENCES[0]))
-    held_out = read(data[1], processor, SENTENCES[1])
+    np.savez(rows, **calibration)
     expected = embeddings(graph, held_out)
     return lambda path: float((embeddings(path, held_out) * expected).sum(1).mean())
 

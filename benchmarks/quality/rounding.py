@@ -1,55 +1,36 @@
-"""int4 of a merged sentence encoder: rounded, by the first product's inputs, by those of all.
+"""int4 of merged models: rounded, by the first product that reads a shared weight, by all of them.
 
-``python benchmarks/quality/rounding.py ENCODER CALIBRATION HELD_OUT`` with a folder of
-``benchmarks/trained.py minilm`` and two text files. Layers are merged (``calibrated``, the first
-window of k), and the embeddings of held-out sentences in int4 are held against those of the merged
-model in float32. Prints the table of docs/quality.md.
+``python benchmarks/quality/rounding.py CHECKPOINT CALIBRATION HELD_OUT`` with a folder of
+``benchmarks/trained.py`` and the data of ``bits.py``, whose measure this is. The middle half of
+the layers shares by k (``calibrated``), and the package in int4 is held against the merged model in
+float32. Prints a row of docs/quality.md for each k.
 """
 
 import argparse
-import re
 import tempfile
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
-import onnxruntime
-from transformers import AutoModel, AutoTokenizer
+from bits import prepared, read
 
+import ffmerge
 from ffmerge.config import ExportConfig, MergeConfig, ShareConfig
 from ffmerge.exporter.package import export
+from ffmerge.models import ties
+from ffmerge.models.examples import from_arrays
+from ffmerge.models.find import find
 from ffmerge.passes.graph import gptq
 from ffmerge.passes.graph.audit import audit
 from ffmerge.passes.graph.run import share_file
-from ffmerge.passes.weights.merge import merge_
+from ffmerge.passes.weights.evidence import Statistics
+from ffmerge.passes.weights.methods import METHODS
+from ffmerge.passes.weights.search import Trials
+from ffmerge.progress import silent
 
-CALIBRATION, HELD_OUT, LENGTH = 512, 256, 128
+METHOD = "calibrated"
 all_inputs = gptq.inputs_of
-
-
-def sentences(path: Path, count: int) -> list[str]:
-    """Return the first sentences of a text that are neither short nor long."""
-    parts = re.split(r"(?<=[.!?])\s+|\n\n+", path.read_text())
-    return [part.strip() for part in parts if 30 < len(part.strip()) < 400][:count]
-
-
-def tokens(tokenizer: Any, texts: list[str]) -> dict[str, np.ndarray]:
-    """Return the inputs of an encoder."""
-    made = tokenizer(texts, padding=True, truncation=True, max_length=LENGTH, return_tensors="np")
-    return {name: array.astype(np.int64) for name, array in made.items()}
-
-
-def embeddings(path: Path, batch: dict[str, np.ndarray]) -> np.ndarray:
-    """Return the mean of the last hidden states of each sentence, of length 1."""
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    found = []
-    for start in range(0, len(batch["input_ids"]), 16):
-        some = {i.name: batch[i.name][start : start + 16] for i in session.get_inputs()}
-        mask = some["attention_mask"][..., None]
-        mean = (session.run(None, some)[0] * mask).sum(1) / mask.sum(1)
-        found.append(mean / np.linalg.norm(mean, axis=1, keepdims=True))
-    return np.concatenate(found)
 
 
 def first_input(matrix: gptq.Matrix) -> gptq.Inputs:
@@ -57,39 +38,53 @@ def first_input(matrix: gptq.Matrix) -> gptq.Inputs:
     return all_inputs(matrix)[:1]
 
 
+def share_(model: Any, rows: dict[str, np.ndarray], k: int) -> int:
+    """Make the middle half of the layers share by k; return how many groups there are."""
+    members = find(model)
+    start, many = len(members) // 4, len(members) // 2
+    groups = [tuple(members[at : at + k]) for at in range(start, start + many - k + 1, k)]
+    config = MergeConfig(window=(0, k - 1), method=METHOD)
+    stacks = {members[0].stack: members}
+    statistics = Statistics(model, from_arrays(rows), stacks, config, silent)
+    trials = Trials(model, METHODS[METHOD], statistics, None, silent)
+    trials.learn([groups])
+    _, merged = trials.attempt(groups, {})
+    for group, weights in merged.items():
+        ties.tie_(model, [group], [weights])
+    return len(groups)
+
+
 def main() -> None:
     """Print a row for each number of layers that share."""
     parser = argparse.ArgumentParser(description=__doc__)
-    for name in ("encoder", "calibration", "held_out"):
+    for name in ("checkpoint", "calibration", "held_out"):
         parser.add_argument(name, type=Path)
-    paths = parser.parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(paths.encoder)
-    rows = tokens(tokenizer, sentences(paths.calibration, CALIBRATION))
-    held_out = tokens(tokenizer, sentences(paths.held_out, HELD_OUT))
-    print("| k | bytes of int4 | rounded | by the first product | by all products |")
-    print("|---|---|---|---|---|")
+    given = parser.parse_args()
+    print("| layers that share | fp32 | bytes of int4 | rounded | by the first | by all products |")
+    print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
-        np.savez(folder / "rows.npz", **rows)
         for k in (2, 3):
-            model = AutoModel.from_pretrained(paths.encoder).eval()
-            merge_(model, rows, MergeConfig(window=(1, k), method="calibrated"))
-            package = export(model, folder / f"p{k}", ExportConfig(task="feature-extraction"))
-            graph = package.path / package.manifest.graphs[0].path
-            expected, cells, size = embeddings(graph, held_out), [], 0
+            model = ffmerge.load(given.checkpoint)
+            data = read(given.checkpoint, given.calibration, model.can_generate())
+            groups = share_(model, data, k)
+            package = export(model, folder / f"p{k}", ExportConfig(), given.checkpoint)
+            graph, rows = package.path / package.manifest.graphs[0].path, folder / f"{k}.npz"
+            measure = prepared(graph, package.path, (given.calibration, given.held_out), rows)
+            cells, size = [f"{measure(graph):.4f}"], 0
             for name, data, inputs in (
                 ("rounded", None, all_inputs),
-                ("first", folder / "rows.npz", first_input),
-                ("all", folder / "rows.npz", all_inputs),
+                ("first", rows, first_input),
+                ("all", rows, all_inputs),
             ):
                 target = folder / f"{name}{k}.onnx"
                 with mock.patch.object(gptq, "inputs_of", inputs):
                     result = share_file(graph, target, ShareConfig(dtype="int4", data=data))
                 size = sum(path.stat().st_size for path in result.files)
                 assert audit(target).ok
-                cosine = (embeddings(target, held_out) * expected).sum(1).mean()
-                cells.append(f"{cosine:.4f}")
-            print(f"| {k} | {size:,} | {' | '.join(cells)} |", flush=True)
+                cells.append(f"{measure(target):.4f}")
+            cells.insert(1, f"{size:,}")
+            print(f"| {groups} x {k} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
