@@ -13,7 +13,7 @@ import torch
 from reference.tasks import REFERENCES
 
 import ffmerge
-from ffmerge import compress
+from ffmerge import compress, ways
 from ffmerge.config import CompressConfig, DataConfig, LoadConfig
 from ffmerge.errors import InputError
 from ffmerge.exporter import package
@@ -51,14 +51,14 @@ def test_what_is_shipped_fits_and_is_whole(data: Path, tmp_path: Path, run: Any)
     assert f"original | PyTorch | accuracy | {100 * found['original']:.2f} %" in " ".join(
         page.split()
     ), page
-    ways = [way["what"] for way in found["ways"]]
+    texts = [way["what"] for way in found["ways"]]
     values = [way["value"] for way in found["ways"]]
     assert values == sorted(values, reverse=True)
     model = ffmerge.load(DIGITS.folder)
     assert found["before"] == bytes_of(model, "fp32")
-    assert {way.partition(",")[0] for way in ways} == {"int8", "2"}
+    assert {way.partition(",")[0] for way in texts} == {"int8", "2"}
     narrowed = (out / "checkpoint").exists()
-    assert narrowed == ("neurons" in ways[0])
+    assert narrowed == ("neurons" in texts[0])
     if narrowed:
         smaller = ffmerge.load(out / "checkpoint")
         assert sum(p.numel() for p in smaller.parameters()) < sum(
@@ -70,7 +70,7 @@ def test_mixed_bits_are_shipped_where_they_keep_most(
     data: Path, tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is told of them is what ONNX Runtime computes with the package."""
-    monkeypatch.setattr(compress, "narrower", lambda *_: None)
+    monkeypatch.setattr(ways, "narrower", lambda *_: None)
     out = tmp_path / "small"
     words = ("compress", DIGITS.folder, out, "--size", "345kB", "--data", data, "--json")
     code, found, err = run(*words)

@@ -1,0 +1,165 @@
+"""The ways in which a model can be shipped under a size, each made and measured.
+
+``compress.py`` measures these against each other and takes the best. A way is a precision of the
+package, or bits that are mixed by data, and where those do not fit, fewer hidden neurons
+(``narrow.py``). Of the precisions that fit as they are only the highest is a way
+(``sizes.fitting``): a lower one loses more. The next higher one, narrowed until it fits
+(``sizes.narrower``), may be better. Weights are rounded as in a package (``precision.py``); what is
+mixed by data is measured as a package.
+"""
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ffmerge.config import CompressConfig, ExportConfig, MergeConfig
+from ffmerge.errors import InputError
+from ffmerge.exporter import package
+from ffmerge.models import checkpoint
+from ffmerge.models.companions import companion_bytes
+from ffmerge.models.examples import Examples
+from ffmerge.models.manifest import REFERENCE, Manifest
+from ffmerge.models.sizes import check_reach, fitting, narrower
+from ffmerge.passes.weights import merge as merging
+from ffmerge.passes.weights.evaluate import Score
+from ffmerge.passes.weights.precision import bytes_of, rounded, shapes_of
+from ffmerge.progress import Progress
+from ffmerge.serving import load_package
+
+MIXED = "2, 4 and 8 bits by data"
+PLAIN = ("fp32", "int8")  # where one of these fits, bits are not mixed
+BESIDE = (REFERENCE, "README.md")  # what a runtime does not read
+NONE: Mapping[str, Any] = {"value": None}  # a way that does not lead there
+Make = Callable[[Path], Mapping[str, Any]]  # makes and measures a way, given its folder
+
+
+@dataclass(frozen=True)
+class Way:
+    """A precision, its bytes and metric, and in words what is done to the model."""
+
+    dtype: str
+    bytes: int
+    value: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a call works with; ``open`` gives the model anew."""
+
+    model: Any
+    folder: Path
+    open: Callable[[], Any]
+    config: CompressConfig
+    calibration: Examples
+    held_out: Examples
+    score: Score
+    limit: int
+    show: Progress
+    trusted: bool
+
+
+def ways_to(run: Run, room: int, limit: int) -> dict[str, Make]:
+    """Return by the name of its step what makes and measures each way to the size.
+
+    Where 8 bits do not fit, bits are mixed, and where 4 do not even in their widest blocks, after
+    so many neurons are gone that those would fit as well. What is mixed is measured as the package
+    that is shipped.
+
+    Raises:
+        InputError: no way leads there.
+    """
+    shapes = shapes_of(run.model)
+    check_reach(shapes, limit, limit - room)
+    fits, aim = fitting(shapes, room), narrower(shapes, room)
+    found: dict[str, Make] = {}
+    if fits not in PLAIN:
+        found["mixed"] = partial(_mixed, run, fits, limit)
+    elif fits is not None:
+        found["whole"] = partial(_whole, run, fits)
+    if aim is not None:
+        found["narrowed"] = partial(_narrowed, run, *aim, limit)
+    return found
+
+
+def _whole(run: Run, dtype: str, folder: Path) -> Mapping[str, Any]:
+    """Measure the model in a precision."""
+    run.show("measuring", 0, 0)
+    return vars(_measured(run.model, dtype, run.score, dtype))
+
+
+def _mixed(run: Run, fits: str | None, limit: int, folder: Path) -> Mapping[str, Any]:
+    """Write the package of 2, 4 and 8 bits of so many bytes, or else of int4 if that ``fits``."""
+    told = _with_mixed_bits(run, run.model, limit, folder, MIXED)
+    if told["value"] is None and fits is not None:
+        shutil.rmtree(folder / "package", ignore_errors=True)
+        return _as_package(run, run.model, folder, export_config(run, fits), fits)
+    return told
+
+
+def _narrowed(run: Run, dtype: str, kept: int, limit: int, folder: Path) -> Mapping[str, Any]:
+    """Save the model narrowed to some bytes of float32, and below 8 bits its mixed package.
+
+    No value: nothing, or too little, can be narrowed.
+    """
+    budget = MergeConfig(
+        method="narrow",
+        budget=f"{kept}B",
+        task=run.config.task,
+        batch_size=run.config.batch_size,
+    )
+    model = run.open()
+    try:
+        merge, merged = merging.choose(model, run.calibration, run.held_out, budget, run.show)
+    except InputError:
+        return NONE
+    merging.apply_(model, merge, merged)
+    checkpoint.save(model, folder / "checkpoint", run.folder)
+    model = checkpoint.load(folder / "checkpoint", run.trusted)
+    removed = merge.record.narrowed[0].text
+    if dtype == "int4":
+        return _with_mixed_bits(run, model, limit, folder, f"{MIXED}, {removed}")
+    return vars(_measured(model, dtype, run.score, f"{dtype}, {removed}"))
+
+
+def _with_mixed_bits(
+    run: Run, model: Any, limit: int, folder: Path, text: str
+) -> Mapping[str, Any]:
+    """Write the model's package of 2, 4 and 8 bits that takes so many bytes; or no value."""
+    run.show("choosing bits", 0, 0)
+    export = replace(export_config(run, "int4"), budget=f"{limit - companion_bytes(run.folder)}B")
+    try:
+        told = _as_package(run, model, folder, export, text)
+    except InputError:  # so few bytes that 2 bits do not do, or data that one graph does not take
+        return NONE
+    written = Manifest.read(folder / "package")
+    if sum(file.bytes for file in written.files if file.path not in BESIDE) > limit:
+        return NONE
+    return told
+
+
+def _as_package(
+    run: Run, model: Any, folder: Path, export: ExportConfig, text: str
+) -> Mapping[str, Any]:
+    """Write the model's package into a folder, and measure it as it is."""
+    written = package.export(model, folder / "package", export, run.folder, run.calibration)
+    run.show("measuring", 0, 0)
+    value = run.score.measure(load_package(written.path).float())
+    return vars(Way(export.dtype, written.manifest.bytes_unique, value, text))
+
+
+def export_config(run: Run, dtype: str) -> ExportConfig:
+    return ExportConfig(task=run.config.task, dtype=dtype, profile=run.config.profile)
+
+
+def _measured(model: Any, dtype: str, score: Score, text: str) -> Way:
+    """Return a way by what the model as it is keeps in a precision."""
+    if dtype == "fp32":
+        value = score.measure(model)
+    else:
+        with rounded(model, dtype):
+            value = score.measure(model)
+    return Way(dtype, bytes_of(model, dtype), value, text)
