@@ -125,11 +125,10 @@ def abreast(
         hooked(model, reads, keep_read),
         hooked(model, paths, stop),
         unchunked(model),
+        heap.returned(),
     ):
-        heap.trim()
         try:
             yield start
         finally:
             for each in passes:
                 each.end()
-            heap.trim()

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ffmerge.errors import FfmergeWarning, InputError
-from ffmerge.models import heap, ties
+from ffmerge.models import ties
 from ffmerge.models.offload import device_of
 from ffmerge.models.sublayer import FeedForward
 from ffmerge.models.ties import Key, SharedWeights
@@ -119,7 +119,6 @@ def fit(
                 each.go_on()
             for each in narrowed:
                 each.go_on(puts_out(each))
-            heap.trim()
 
 
 def forecast(
@@ -146,7 +145,6 @@ def forecast(
                 return found
             for each in original:
                 each.go_on()
-            heap.trim()
 
 
 def _check(model: Any, members: Sequence[FeedForward]) -> None:
