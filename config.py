@@ -508,9 +508,10 @@ class QuantizeConfig:
     weights that another graph of the package multiplies by: a table among them is stored as it
     is there. Of ``looked_up`` another graph looks rows up: they are stored as they are looked up.
     ``plain_lookups`` unpacks the rows of every table in blocks by standard operators:
-    onnxruntime-web has no GatherBlockQuantized for wasm. ``rounded`` is where codes and
-    scales in blocks are found and left, by the name of a weight, and ``forms`` where bits and block
-    are: they are then the same in all graphs. ``budget`` are bytes for which int4 chooses these.
+    onnxruntime-web has no GatherBlockQuantized for wasm. ``rounded`` is where codes, scales and
+    zero points in blocks are found and left, by the name of a weight, and ``forms`` where bits and
+    block are: they are then the same in all graphs. ``budget`` are bytes for which int4 chooses
+    these.
     """
 
     block: int | None = None
@@ -518,7 +519,7 @@ class QuantizeConfig:
     multiplied: frozenset[str] = frozenset()
     looked_up: frozenset[str] = frozenset()
     plain_lookups: bool = False
-    rounded: dict[str, tuple[Any, Any]] | None = None
+    rounded: dict[str, Any] | None = None
     forms: dict[str, Any] | None = None
     budget: int | None = None
 

@@ -166,16 +166,19 @@ INT8 = {
 
 def _bits_rows(forms: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Show how many weights have which bits, and which have most."""
-    names: dict[tuple[int, int], list[str]] = {}
+    names: dict[tuple[int, int, bool], list[str]] = {}
     for name, form in forms.items():
-        names.setdefault((form.bits, form.block), []).append(name)
+        names.setdefault((form.bits, form.block, form.zeros), []).append(name)
     rows = []
-    for bits, block in sorted(names, reverse=True):
-        some = names[bits, block]
+    for bits, block, zeros in sorted(names, reverse=True):
+        some = names[bits, block, zeros]
         text = ", ".join(some[:3])
         if len(some) > 3:
             text += f" and {len(some) - 3} more"
-        rows.append((f"{bits} bits in blocks of {block}: {len(some)} weights", text))
+        kind = f"{bits} bits in blocks of {block}"
+        if zeros:
+            kind += " with zero points"
+        rows.append((f"{kind}: {len(some)} weights", text))
     return rows
 
 

@@ -30,7 +30,7 @@ from ffmerge.exporter.summed import sum_inside
 from ffmerge.exporter.torch_onnx import SizeError, to_onnx
 from ffmerge.exporter.trace import record_trace
 from ffmerge.models import kv_cache
-from ffmerge.models.codes import BLOCKS, FLOOR
+from ffmerge.models.codes import BLOCKS, FLOOR, Blocks
 from ffmerge.models.manifest import Skip
 from ffmerge.models.trace import Trace
 from ffmerge.passes.graph.bits import Files
@@ -48,12 +48,12 @@ DIRECT = 18  # the first opset that PyTorch's exporter writes by itself; older o
 class Translated:
     """The graphs that are not made of others, in float32, and the programs they are of, by name.
 
-    ``rounded`` are codes and scales that were found by data: those of int4 are q4f16's, too.
+    ``rounded`` are codes that were found by data, in blocks: those of int4 are q4f16's, too.
     """
 
     results: Mapping[str, ShareResult]
     programs: Mapping[str, Any]
-    rounded: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    rounded: dict[str, Blocks] = field(default_factory=dict)
 
 
 def convert(translated: Translated, plan: Plan) -> tuple[dict[str, ShareResult], dict[str, Trace]]:

@@ -4,8 +4,8 @@
 product is faster than three; for many the parts are copied out of it, which costs more. The
 products of an attention that read the same value become one, of their weights behind one another,
 and a Split gives the parts by the names that they had. What a product gives is unchanged: each row
-of a weight in blocks has scales of its own. A weight that is tied, or that anything else reads,
-stays apart: packed, it would be stored twice.
+of a weight in blocks has scales of its own, and zero points if one of the weights has. A weight
+that is tied, or that anything else reads, stays apart: packed, it would be stored twice.
 """
 
 from collections.abc import Sequence
@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnx_ir as ir
 
+from ffmerge.models.codes import middle
+from ffmerge.models.codes import pack as packed_codes
 from ffmerge.passes.graph.blocks import MICROSOFT
 from ffmerge.passes.graph.contract import read_ties
 from ffmerge.passes.graph.rewrite import store
@@ -22,6 +24,7 @@ from ffmerge.passes.graph.transposed import numbers
 
 # what may stand between a product and the attention that reads it, each with one input that counts
 _BETWEEN = ("RotaryEmbedding", "RMSNormalization", "Reshape", "Transpose")
+SCALED = 2  # of what a product in blocks reads codes and scales; zero points may be missing
 
 
 class Product(NamedTuple):
@@ -164,7 +167,7 @@ def _kind(product: Product) -> Any:
     for name, attribute in product.node.attributes.items():
         if name != "N":
             settings.append((name, attribute.value))
-    types = tuple(value.dtype for value in product.weights)
+    types = tuple(value.dtype for value in product.weights[:SCALED])
     return product.node.inputs[0], product.node.op_identifier(), tuple(sorted(settings)), types
 
 
@@ -199,9 +202,11 @@ def _join(group: Sequence[Product], main: ir.Graph) -> None:
 def _product(group: Sequence[Product], name: str, main: ir.Graph) -> ir.Node:
     """Return one product by the weights of all, behind one another."""
     first, weights = group[0].node, []
-    for number, values in enumerate(zip(*(product.weights for product in group), strict=True)):
+    most = max(len(product.weights) for product in group)
+    for number in range(most):
+        tensors = [_tensor(product, number) for product in group]
         suffix = "" if number == 0 else f"/{number}"
-        tensor = _behind_one_another(values, first.op_type == "MatMul")
+        tensor = _behind_one_another(tensors, first.op_type == "MatMul")
         weights.append(store(main, f"{name}{suffix}", tensor))
     attributes = dict(first.attributes)
     if "N" in attributes:
@@ -210,21 +215,32 @@ def _product(group: Sequence[Product], name: str, main: ir.Graph) -> ir.Node:
     return ir.Node(first.domain, first.op_type, inputs, attributes.values())
 
 
-def _behind_one_another(values: Sequence[ir.Value], by_column: bool) -> ir.TensorProtocol:
+def _tensor(product: Product, number: int) -> ir.TensorProtocol:
+    """Return what a product reads in a place; without zero points those that are meant."""
+    tensors = [value.const_value for value in product.weights]
+    assert tensors[0] is not None
+    if number < len(tensors):
+        tensor = tensors[number]
+        assert tensor is not None
+        return tensor
+    bits = product.node.attributes["bits"].as_int()
+    rows, blocks = shape_of(tensors[0])[:2]
+    return ir.Tensor(packed_codes(np.full((rows, blocks), middle(bits), np.uint8), bits))
+
+
+def _behind_one_another(tensors: Sequence[ir.TensorProtocol], by_column: bool) -> ir.TensorProtocol:
     """Return tensors as one that is made when it is read: rows, or columns, of all."""
-    tensors = [value.const_value for value in values]
-    shapes = [shape_of(tensor) for tensor in tensors if tensor is not None]
+    shapes = [shape_of(tensor) for tensor in tensors]
     axis = 1 if by_column else 0
     shape = list(shapes[0])
     shape[axis] = sum(each[axis] for each in shapes)
 
     def compute() -> ir.TensorProtocol:
-        arrays: list[Array] = [values_of(tensor) for tensor in tensors if tensor is not None]
+        arrays: list[Array] = [values_of(tensor) for tensor in tensors]
         if by_column:  # weights of PyTorch are stored turned
             return ir.Tensor(np.concatenate([array.T for array in arrays]).T)
         return ir.Tensor(np.concatenate(arrays))
 
-    assert tensors[0] is not None
     return ir.LazyTensor(compute, dtype=tensors[0].dtype, shape=ir.Shape(shape))
 
 

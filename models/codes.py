@@ -5,14 +5,15 @@ search rounds PyTorch's weights in the same way, to choose by what the package w
 float32 arrays come in, arrays go out; nothing here knows a model.
 
 * A scale for each row or column of a matrix, codes of 8 bits from -127 to 127 around zero.
-* Blocks of 2, 4 or 8 bits: a scale for each ``BLOCKS`` elements of a row, codes from 0 on around a
-  fixed middle; two codes of 4 bits make a byte, or four of 2.
+* Blocks of 2, 4 or 8 bits: a scale for each ``BLOCKS`` elements of a row, codes from 0 on; the one
+  that stands for zero is the middle one, or each block has its own. Two codes of 4 bits make a
+  byte, or four of 2.
 * Activations: codes from 0 to 255 around a zero point, in a range that was seen. Where that is one
   range for a row, each ``SPREAD`` neighbours of it are spread over each other before.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -33,14 +34,38 @@ HADAMARD = np.kron(np.kron(_PAIR, _PAIR), np.kron(_PAIR, _PAIR)) / np.float32(4)
 
 @dataclass(frozen=True)
 class Form:
-    """How a matrix is stored in blocks: bits of a code, elements of a row that share a scale."""
+    """How a matrix is stored in blocks: bits of a code, elements of a row that share a scale.
+
+    With ``zeros`` each block has its own zero point, which takes the bits of a code.
+    """
 
     bits: int
     block: int
+    zeros: bool = False
 
     def bytes_of(self, rows: int, width: int) -> int:
-        """Return what a matrix takes, rows filled up to whole blocks."""
-        return rows * -(-width // self.block) * (self.block * self.bits // 8 + 4)
+        """Return what a matrix takes, rows filled up to whole blocks, zero points to bytes."""
+        blocks = -(-width // self.block)
+        size = blocks * (self.block * self.bits // 8 + 4)
+        if self.zeros:
+            size += -(-blocks * self.bits // 8)
+        return rows * size
+
+
+class Blocks(NamedTuple):
+    """A matrix in blocks: codes [rows, blocks, block], scales and zero points [rows, blocks].
+
+    A zero point is the code that stands for zero.
+    """
+
+    codes: Array
+    scales: Array
+    zeros: Array
+
+    def values(self, width: int) -> Array:
+        """Return the matrix [rows, width] that they stand for."""
+        values = (self.codes.astype(np.float32) - self.zeros[..., None]) * self.scales[..., None]
+        return values.reshape(len(self.codes), -1)[:, :width]
 
 
 def int8_codes(
@@ -76,70 +101,74 @@ def spread(values: Array) -> Array:
     return parts.reshape(values.shape)
 
 
-def block_codes(values: Array, bits: int, block: int | None = None) -> tuple[Array, Array]:
-    """Return codes [rows, blocks, block] of a matrix, and scales [rows, blocks].
+def block_codes(values: Array, form: Form) -> Blocks:
+    """Return a matrix in blocks, with the scales and zero points of :func:`block_scales`.
 
-    Scales are those of :func:`block_scales`. Rows are filled up with zeros. Some rows are worked on
-    at a time: a large table needs no copies of itself.
+    Rows are filled up with zeros. Some rows are worked on at a time: a large table needs no copies
+    of itself.
     """
-    block = block or BLOCKS[bits]
-    blocks = -(-values.shape[1] // block)
-    codes = np.empty((len(values), blocks, block), np.uint8)
+    blocks = -(-values.shape[1] // form.block)
+    codes = np.empty((len(values), blocks, form.block), np.uint8)
     scales = np.empty((len(values), blocks), np.float32)
+    zeros = np.empty((len(values), blocks), np.uint8)
     step = max(1, AT_ONCE // values.shape[1])
     for start in range(0, len(values), step):
         rows = slice(start, start + step)
-        codes[rows], scales[rows] = _codes_of_rows(values[rows], bits, block)
-    return codes, scales
+        codes[rows], scales[rows], zeros[rows] = _codes_of_rows(values[rows], form)
+    return Blocks(codes, scales, zeros)
 
 
-def _codes_of_rows(values: Array, bits: int, block: int) -> tuple[Array, Array]:
+def _codes_of_rows(values: Array, form: Form) -> tuple[Array, Array, Array]:
     rows, width = values.shape
-    filled = np.pad(values, ((0, 0), (0, -width % block))).reshape(rows, -1, block)
-    scale = block_scales(filled, bits)
-    return _nearest(filled, scale, bits).astype(np.uint8), scale
+    filled = np.pad(values, ((0, 0), (0, -width % form.block))).reshape(rows, -1, form.block)
+    scales, zeros = block_scales(filled, form)
+    return _nearest(filled, scales, zeros, form.bits), scales, zeros
 
 
-def block_scales(filled: Array, bits: int, weights: Array | None = None) -> Array:
-    """Return the scale of each block of [rows, blocks, block].
+def block_scales(filled: Array, form: Form, weights: Array | None = None) -> tuple[Array, Array]:
+    """Return scales and zero points, both float32, of the blocks of [rows, blocks, block].
 
-    At full range a block's largest magnitude has the code 0 (that is -8, or -128), whatever its
-    sign: the scale takes the sign. With less than 8 bits smaller ranges are tried, which cut it off
+    With zero points of their own the codes go from a block's least value to its largest. Without,
+    at full range its largest magnitude has the code 0 (that is -8, or -128), whatever its sign: the
+    scale takes the sign. With less than 8 bits smaller ranges are tried, which cut it off
     (``CLIPS``); the one with the least squared error stays, each element's by its ``weights``.
     """
     low, high = filled.min(-1, initial=0), filled.max(-1, initial=0)
-    full = (np.where(high > -low, high, low) / -middle(bits)).astype(np.float32)
-    if bits == 8:
-        return full
+    if form.zeros:
+        full = ((high - low) / (2**form.bits - 1)).astype(np.float32)
+        zeros = np.rint(-low / np.where(full == 0, 1, full))
+    else:
+        full = (np.where(high > -low, high, low) / -middle(form.bits)).astype(np.float32)
+        zeros = np.full(full.shape, middle(form.bits))
+    if form.bits == 8:
+        return full, zeros
     best, least = full, np.full(full.shape, np.inf, np.float32)
     for clip in CLIPS:
         scale = full * np.float32(clip)
-        off = (_nearest(filled, scale, bits) - middle(bits)) * scale[..., None] - filled
+        off = (_nearest(filled, scale, zeros, form.bits) - zeros[..., None]) * scale[..., None]
+        off -= filled
         squares = off * off if weights is None else off * off * weights
         error = squares.sum(-1)
         best, least = np.where(error < least, scale, best), np.minimum(error, least)
-    return best
+    return best, zeros
 
 
-def _nearest(filled: Array, scale: Array, bits: int) -> Array:
-    """Return the nearest codes for these scales, as float32."""
-    steps = np.rint(filled / np.where(scale == 0, 1, scale)[..., None])
-    return np.clip(steps + middle(bits), 0, 2**bits - 1)
-
-
-def block_values(codes: Array, scales: Array, bits: int, width: int) -> Array:
-    """Return the matrix [rows, width] that codes and scales of :func:`block_codes` stand for."""
-    values = (codes.astype(np.float32) - middle(bits)) * scales[..., None]
-    return values.reshape(len(codes), -1)[:, :width]
+def _nearest(filled: Array, scales: Array, zeros: Array, bits: int) -> Array:
+    """Return the nearest codes for these scales and zero points, as float32."""
+    steps = np.rint(filled / np.where(scales == 0, 1, scales)[..., None])
+    return np.clip(steps + zeros[..., None], 0, 2**bits - 1)
 
 
 def middle(bits: int) -> np.float32:
-    """Return the code in blocks that stands for zero."""
+    """Return the code that stands for zero in blocks without zero points of their own."""
     return np.float32(2 ** (bits - 1))
 
 
 def pack(codes: Array, bits: int) -> Array:
-    """Put codes of less than 8 bits together into bytes, the first in the lowest bits."""
+    """Put codes [..., n] of less than 8 bits together into bytes, the first in the lowest bits."""
+    missing = -codes.shape[-1] % (8 // bits)
+    if missing:
+        codes = np.pad(codes, [*[(0, 0)] * (codes.ndim - 1), (0, missing)])
     packed = codes[..., :: 8 // bits]
     for place in range(1, 8 // bits):
         packed = packed | (codes[..., place :: 8 // bits] << (place * bits))

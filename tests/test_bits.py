@@ -20,11 +20,11 @@ from ffmerge.models.codes import Form
 from ffmerge.models.manifest import Manifest
 from ffmerge.passes.graph import bits
 from ffmerge.passes.graph.audit import audit
-from ffmerge.passes.graph.bits import FORMS, choose
+from ffmerge.passes.graph.bits import choose
 from ffmerge.passes.graph.run import share_file
 from ffmerge.tables import _bits_rows
 
-TWO, FOUR, EIGHT = FORMS[0], FORMS[2], FORMS[5]
+TWO, FOUR, EIGHT = Form(2, 32), Form(4, 32), Form(8, 64)
 # of three weights that count alike, W is heard a hundred times as loud, and V is tied
 LOUD = """(float[b,s,256] x) => (float[b,s,256] y) {
     a = MatMul(x, W) t = Tanh(a) b = MatMul(x, V) c = MatMul(t, U) d = MatMul(b, V)
@@ -103,6 +103,9 @@ def test_what_the_outputs_hear_keeps_its_bits(tmp_path: Path) -> None:
     assert forms["plain"] == {}
     assert forms["mixed"]["V"]["bits"] < forms["mixed"]["W"]["bits"]
     assert forms["small"]["V"]["bits"] == 2
+    assert forms["small"]["W"] == {"bits": 4, "block": 32, "zeros": True}
+    assert result.model.graph.initializers["W/zero"].const_value.nbytes == 256 * 256 // 32 // 2
+    assert "4 bits in blocks of 32 with zero points: " in str(_bits_rows(result.forms))
 
 
 def test_logits_are_told_apart_by_what_they_say() -> None:

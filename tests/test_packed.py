@@ -53,19 +53,29 @@ def products(model: ir.Model) -> int:
     return ops(model)["MatMul"] + ops(model)["MatMulNBits"]
 
 
-@pytest.mark.parametrize("dtype", [None, "int4", "int8"])
+@pytest.mark.parametrize(
+    ("dtype", "block"), [(None, None), ("int4", 32), ("int4", 64), ("int8", 64)]
+)
 @pytest.mark.parametrize("body", MORE)
-def test_one_product_gives_what_three_gave(body: str, dtype: str | None) -> None:
-    """Grouped heads, so keys are half as wide; a bias for all but the values."""
+def test_one_product_gives_what_three_gave(body: str, dtype: str | None, block: int | None) -> None:
+    """Grouped heads, so keys are half as wide; a bias for all but the values.
+
+    In blocks of 64 the queries, which are moved off zero, have zero points, and no other weight.
+    """
     model = graph(body)
-    settings = QuantizeConfig(block=64 if dtype == "int8" else None)
+    if (dtype, block) == ("int4", 64):
+        model = graph(body, l_q_w=WEIGHTS["l_q_w"] + 1)
+    settings = QuantizeConfig(block=block)
     share_model(model, dtype=dtype, config=settings)
     expected, before = run(model, x=X)[0], sum(v.const_value.nbytes for v in held(model))
     pack([model])
     assert products(model) == 1 and ops(model)["Split"] == 1 and ops(model)["Add"] <= 1
+    with_zeros = [node for node in model.graph if len(node.inputs) == 4 and node.domain]
+    assert len(with_zeros) == ((dtype, block) == ("int4", 64))
     assert np.allclose(run(model, x=X)[0], expected, atol=SUMS)
     grown = sum(value.const_value.nbytes for value in held(model)) - before
-    assert grown <= 3 * 8 + 32 * 4  # sizes of the parts, zeros for the values
+    # sizes of the parts, zeros for the values, and zero points of keys and values
+    assert grown <= 3 * 8 + 32 * 4 + (64 if block == 64 else 0)
     once = ir.to_proto(model).SerializeToString()
     pack([model])
     assert ir.to_proto(model).SerializeToString() == once

@@ -79,10 +79,10 @@ def test_rows_that_go_through_at_a_time_fit_the_memory(monkeypatch) -> None:
 
 def test_a_table_is_quantized_by_rows_as_at_once(monkeypatch) -> None:
     values = torch.randn(50, 37, generator=torch.Generator().manual_seed(0)).numpy()
-    whole = codes.block_codes(values, 4)
+    whole = codes.block_codes(values, codes.Form(4, 32))
     monkeypatch.setattr(codes, "AT_ONCE", 37 * 7)  # seven rows, one at the end
-    parts = codes.block_codes(values, 4)
-    assert [p.shape for p in parts] == [(50, 2, 32), (50, 2)]
+    parts = codes.block_codes(values, codes.Form(4, 32))
+    assert [p.shape for p in parts] == [(50, 2, 32), (50, 2), (50, 2)]
     assert all(map(np.array_equal, parts, whole))
 
 

@@ -22,7 +22,7 @@ from ffmerge.config import ExportConfig, MergeConfig, parse_budget
 from ffmerge.errors import InputError
 from ffmerge.exporter import package
 from ffmerge.models import checkpoint
-from ffmerge.models.codes import block_codes, block_values
+from ffmerge.models.codes import Form, block_codes
 from ffmerge.models.examples import from_arrays
 from ffmerge.models.find import find
 from ffmerge.models.record import Group
@@ -312,8 +312,8 @@ def test_two_processes_choose_and_compute_what_one_does(tmp_path) -> None:
 @pytest.mark.parametrize("shape", [(48, 64), (33, 50)])
 def test_weights_are_rounded_as_the_exporter_does(shape) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    for dtype, bits in (("int8", 8), ("int4", 4)):
-        blocks = block_values(*block_codes(weight.numpy(), bits), bits, shape[1])
+    for dtype, form in (("int8", Form(8, 64)), ("int4", Form(4, 32))):
+        blocks = block_codes(weight.numpy(), form).values(shape[1])
         assert np.abs(precision.to_dtype(weight, dtype).numpy() - blocks).max() == 0
 
 
@@ -364,6 +364,7 @@ def test_a_row_of_zeros_is_rounded_to_zeros_in_any_type(dtype) -> None:
     assert found.dtype == dtype and not found[1].any()
     # measured 0.0055, in bfloat16 0.0059
     assert float((found - x).float().norm() / x.float().norm()) < 0.01
+    assert precision.rounded_rows(x[:, None][:, :0]).shape == (3, 0, 64)
 
 
 def test_the_best_precision_that_fits_is_chosen(command, tmp_path) -> None:

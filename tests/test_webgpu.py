@@ -108,9 +108,18 @@ def test_a_merged_package_runs_on_webgpu(
         assert webgpu["device"] == "webgpu, in software"
 
 
-@pytest.mark.parametrize("dtype", ["int8", "int4"])
-def test_blocks_run_on_webgpu(dtype: str, settings: dict[str, str], tmp_path: Path) -> None:
-    export(gpt2(), tmp_path / "package", ExportConfig(dtype=dtype))
+@pytest.mark.parametrize(("dtype", "block"), [("int8", 64), ("int4", 32), ("int4", 64)])
+def test_blocks_run_on_webgpu(
+    dtype: str, block: int, settings: dict[str, str], tmp_path: Path
+) -> None:
+    """Of 4 bits in blocks of 64 with zero points: weights are moved away from zero."""
+    model = gpt2()
+    for parameter in model.parameters():
+        if (dtype, block) == ("int4", 64) and parameter.ndim == 2:
+            parameter.data += 2 * parameter.data.std()
+    package = export(model, tmp_path / "package", ExportConfig(dtype=dtype, block=block))
+    zeros = [record.name for record in package.manifest.tensors if record.name.endswith("/zero")]
+    assert bool(zeros) == ((dtype, block) == ("int4", 64))
     code, result = run(tmp_path / "package", "--provider", "webgpu", **settings)
     (webgpu,) = result["providers"]
     assert code == 0, webgpu["reason"]

@@ -1,16 +1,19 @@
-"""Weights in blocks of 4 or 8 bits: codes with a scale for each block.
+"""Weights in blocks of 2, 4 or 8 bits: codes with a scale for each block, and maybe a zero point.
 
 :func:`ffmerge.passes.graph.quantize.quantize` has chosen the matrices; each is stored once as the
 bytes that ONNX Runtime's MatMulNBits takes: ``[rows, blocks, bytes of a block]``, where a row is an
-output feature, and scales ``[rows, blocks]``. Products become MatMulNBits. Lookups become
-GatherBlockQuantized, or standard operators where that cannot read the layout or is missing.
+output feature, scales ``[rows, blocks]``, and zero points as the codes of a row are. Products
+become MatMulNBits. Lookups become GatherBlockQuantized, or standard operators where that cannot
+read the layout or is missing, or there are zero points (it refuses them on WebGPU).
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from ffmerge.config import QuantizeConfig
-from ffmerge.models.codes import block_codes, middle, pack
+from ffmerge.models.codes import Form, block_codes, middle, pack
 from ffmerge.passes.graph.matrix import Matrix
 from ffmerge.passes.graph.rewrite import Rewrite, replace_tensor, store
 from ffmerge.passes.graph.tensors import shape_of, values_of
@@ -24,61 +27,77 @@ ACCURACY = 4
 def to_blocks(model: ir.Model, matrix: Matrix, config: QuantizeConfig) -> None:
     """Store a matrix in blocks, of its form in ``config``; its products and lookups read them.
 
-    Codes and scales are those of ``config.rounded``, or are left there for the other graphs.
+    Codes are those of ``config.rounded``, or are left there for the other graphs.
     """
     model.opset_imports.setdefault(MICROSOFT, 1)
     weight, (rows, width) = matrix.weight, shape_of(matrix.tensor)
     by_column = bool(matrix.products) and not matrix.turned
     if by_column:
         rows, width = width, rows
-    plain = bool(matrix.products) or config.plain_lookups
     name, rounded = str(weight.name), config.rounded
     assert config.forms is not None and rounded is not None
-    bits, block = config.forms[name].bits, config.forms[name].block
+    form = config.forms[name]
+    plain = bool(matrix.products) or config.plain_lookups or form.zeros
     if name not in rounded:
         values = values_of(matrix.tensor)
-        rounded[name] = block_codes(values.T if by_column else values, bits, block)
-    codes, scale = rounded[name]
-    packed = pack(codes, bits)
+        rounded[name] = block_codes(values.T if by_column else values, form)
+    found = rounded[name]
+    packed = pack(found.codes, form.bits)
     if not plain:
         packed = packed.reshape(rows, -1)
     replace_tensor(weight, ir.Tensor(packed))
-    scales = store(model.graph, f"{weight.name}/scale", ir.Tensor(scale))
-    layout = {"bits": bits, "block_size": block}
+    stored = [weight, store(model.graph, f"{weight.name}/scale", ir.Tensor(found.scales))]
+    if form.zeros:
+        zeros = ir.Tensor(pack(found.zeros, form.bits))
+        stored.append(store(model.graph, f"{weight.name}/zero", zeros))
+    layout = {"bits": form.bits, "block_size": form.block}
     for node in matrix.products:
         new = Rewrite(node, model.graph)
         sizes = {"K": width, "N": rows, "accuracy_level": ACCURACY, **layout}
-        inputs = [node.inputs[0], weight, scales]
+        inputs = [node.inputs[0], *stored]
         new.take_place(new.op("MatMulNBits", *inputs, domain=MICROSOFT, **sizes))
     for node in matrix.lookups:
         new = Rewrite(node, model.graph)
         if plain:
-            new.take_place(_unpacked_rows(new, weight, scales, bits, width))
+            new.take_place(_unpacked_rows(new, stored, form, width))
         else:
-            inputs = [weight, node.inputs[1], scales]
-            found = new.op(
+            inputs = [weight, node.inputs[1], *stored[1:]]
+            rows_found = new.op(
                 "GatherBlockQuantized", *inputs, domain=MICROSOFT, **layout, quantize_axis=1
             )
-            new.take_place(found)
+            new.take_place(rows_found)
 
 
-def _unpacked_rows(
-    new: Rewrite, table: ir.Value, scales: ir.Value, bits: int, width: int
-) -> ir.Value:
-    """Look rows up in the layout of MatMulNBits, whose shape GatherBlockQuantized cannot read."""
-    ids = new.node.inputs[1]
+def _unpacked_rows(new: Rewrite, stored: Sequence[ir.Value], form: Form, width: int) -> ir.Value:
+    """Look rows up in the layout of MatMulNBits, whose shape GatherBlockQuantized cannot read.
+
+    ``stored`` are codes, scales and, where the form has them, zero points.
+    """
+    table, (ids, scales, *zeros) = stored[0], (new.node.inputs[1], *stored[1:])
     assert ids is not None and ids.shape is not None and table.const_value is not None
     leading = [0] * ids.shape.rank()
     blocks, last = shape_of(table.const_value)[1], new.constant(np.array([-1]))
-    codes = new.op("Cast", new.op("Gather", table, ids), to=ir.DataType.FLOAT)
-    if bits == 4:  # by arithmetic: OpenVINO shifts a byte left without dropping its upper bits
-        sixteen = new.constant(np.array(16, np.float32))
-        high = new.op("Floor", new.op("Div", codes, sixteen))
-        low = new.op("Sub", codes, new.op("Mul", high, sixteen))
-        pair = [new.op("Unsqueeze", part, last) for part in (low, high)]
-        codes = new.op("Concat", *pair, axis=-1)
-        codes = new.op("Reshape", codes, new.constant(np.array([*leading, blocks, -1])))
-    centred = new.op("Sub", codes, new.constant(np.array(middle(bits))))
+    codes = _unpacked(new, new.op("Gather", table, ids), form.bits, [*leading, blocks, -1])
+    zero = new.constant(np.array(middle(form.bits)))
+    if zeros:
+        zero = _unpacked(new, new.op("Gather", zeros[0], ids), form.bits, [*leading, -1, 1])
+        if blocks * form.bits % 8:  # half a byte at the end is none
+            ends = (np.array([each]) for each in (0, blocks, len(leading)))
+            zero = new.op("Slice", zero, *map(new.constant, ends))
+    centred = new.op("Sub", codes, zero)
     scale = new.op("Unsqueeze", new.op("Gather", scales, ids), last)
     shape = new.constant(np.array([*leading, width]))
     return new.op("Reshape", new.op("Mul", centred, scale), shape)
+
+
+def _unpacked(new: Rewrite, packed: ir.Value, bits: int, shape: Sequence[int]) -> ir.Value:
+    """Return codes of 8 bits, or those of 4 in two each and then in a shape, as float32."""
+    codes = new.op("Cast", packed, to=ir.DataType.FLOAT)
+    if bits == 8:
+        return codes
+    # by arithmetic: OpenVINO shifts a byte left without dropping its upper bits
+    sixteen, last = new.constant(np.array(16, np.float32)), new.constant(np.array([-1]))
+    high = new.op("Floor", new.op("Div", codes, sixteen))
+    low = new.op("Sub", codes, new.op("Mul", high, sixteen))
+    pair = [new.op("Unsqueeze", part, last) for part in (low, high)]
+    return new.op("Reshape", new.op("Concat", *pair, axis=-1), new.constant(np.array(shape)))

@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ffmerge.config import QuantizeConfig
-from ffmerge.models.codes import Form, block_scales, block_values, middle
+from ffmerge.models.codes import Blocks, Form, block_scales
 from ffmerge.passes.graph.attention import mixed_gram, scores_of, scores_put_out
 from ffmerge.passes.graph.calibration import check_batch
 from ffmerge.passes.graph.matrix import Matrix
@@ -32,7 +32,7 @@ class Read(NamedTuple):
     scores: ir.Value | None
 
 
-Rounded = dict[str, tuple[Array, Array]]  # codes and scales by the name of a weight
+Rounded = dict[str, Blocks]  # by the name of a weight
 Inputs = tuple[Read, ...]  # of the products of a weight
 
 DAMPING = 0.01  # of the mean of a Hessian's diagonal
@@ -49,10 +49,8 @@ class Part:
     matrices: list[Matrix]
 
 
-def round_on_data(
-    model: ir.Model, matrices: Sequence[Matrix], config: QuantizeConfig
-) -> dict[str, tuple[Array, Array]]:
-    """Return codes and scales of the matrices that are multiplied by, by name.
+def round_on_data(model: ir.Model, matrices: Sequence[Matrix], config: QuantizeConfig) -> Rounded:
+    """Return the matrices that are multiplied by in blocks, by name.
 
     In the graph each has its rounded values afterwards, in float32.
 
@@ -67,7 +65,7 @@ def round_on_data(
 
 def _rounded_in_parts(
     model: ir.Model, matrices: Sequence[Matrix], config: QuantizeConfig
-) -> dict[str, tuple[Array, Array]]:
+) -> Rounded:
     assert config.forms is not None
     batches = Kept(_without_padding(model, batch) for batch in config.calibration)
     masks = [batch.get("attention_mask") for batch in batches]
@@ -86,20 +84,20 @@ def _rounded_in_parts(
             if not matrix.turned:
                 values = values.T
             form = config.forms[str(matrix.weight.name)]
-            codes, scales = gptq_codes(values, hessian, form.bits, form.block)
-            found[str(matrix.weight.name)] = codes, scales
-            matrix.weight.const_value = _values(matrix, codes, scales, form.bits)
+            made = gptq_codes(values, hessian, form)
+            found[str(matrix.weight.name)] = made
+            matrix.weight.const_value = _values(matrix, made)
         if starts:
             walk.go(starts.pop(0))
     return found
 
 
-def _values(matrix: Matrix, codes: Array, scales: Array, bits: int) -> ir.LazyTensor:
-    """Return what codes stand for, as the matrix is stored: computed where it is read."""
+def _values(matrix: Matrix, blocks: Blocks) -> ir.LazyTensor:
+    """Return what blocks stand for, as the matrix is stored: computed where it is read."""
     shape, turned = shape_of(matrix.tensor), matrix.turned
 
     def compute() -> ir.TensorProtocol:
-        values = block_values(codes, scales, bits, shape[1 if turned else 0])
+        values = blocks.values(shape[1 if turned else 0])
         return ir.Tensor(values if turned else np.ascontiguousarray(values.T))
 
     return ir.LazyTensor(
@@ -227,32 +225,36 @@ def _rows(array: Array, mask: Array | None) -> Array:
     return rows[np.isfinite(rows).all(-1)]
 
 
-def gptq_codes(values: Array, hessian: Array, bits: int, block: int) -> tuple[Array, Array]:
-    """Return codes [rows, blocks, block] and scales [rows, blocks] of a matrix [rows, width].
+def gptq_codes(values: Array, hessian: Array, form: Form) -> Blocks:
+    """Return a matrix [rows, width] in blocks.
 
     ``hessian`` [width, width] is that of the inputs. The scale of a block is the one with the
     least error, weighted with the Hessian's diagonal, when the blocks before it are rounded.
     """
     rows, width = values.shape
-    codes = np.empty((rows, -(-width // block), block), np.uint8)
+    codes = np.empty((rows, -(-width // form.block), form.block), np.uint8)
     scales = np.empty(codes.shape[:2], np.float32)
+    zeros = np.empty(codes.shape[:2], np.uint8)
     root, weights = _inverse_root(hessian), hessian.diagonal().astype(np.float32)
     for start in range(0, rows, ROWS):
         some = slice(start, start + ROWS)
-        codes[some], scales[some] = _codes_of_rows(values[some], root, weights, Form(bits, block))
-    return codes, scales
+        codes[some], scales[some], zeros[some] = _codes_of_rows(values[some], root, weights, form)
+    return Blocks(codes, scales, zeros)
 
 
-def _codes_of_rows(values: Array, root: Array, weights: Array, form: Form) -> tuple[Array, Array]:
+def _codes_of_rows(
+    values: Array, root: Array, weights: Array, form: Form
+) -> tuple[Array, Array, Array]:
     left = np.array(values.T, np.float32, order="C")  # [width, rows], what is still to be rounded
     width, rows = left.shape
-    zero, most, block = middle(form.bits), 2**form.bits - 1, form.block
-    codes = np.full((-(-width // block) * block, rows), zero, np.uint8)
-    scales = []
+    most, block = 2**form.bits - 1, form.block
+    codes = np.empty((-(-width // block) * block, rows), np.uint8)
+    scales, zeros = [], []
     for start in range(0, width, block):
         end = min(start + block, width)
         now = np.ascontiguousarray(left[start:end].T)
-        scale = block_scales(now[:, None], form.bits, weights[start:end])[:, 0]
+        found = block_scales(now[:, None], form, weights[start:end])
+        scale, zero = (each[:, 0] for each in found)
         divisor = np.where(scale == 0, 1, scale)
         errors = np.empty((end - start, rows), np.float32)
         for index in range(start, end):
@@ -261,9 +263,11 @@ def _codes_of_rows(values: Array, root: Array, weights: Array, form: Form) -> tu
             off = (left[index] - (whole - zero) * scale) / root[index, index]
             left[index + 1 : end] -= np.outer(root[index, index + 1 : end], off)
             errors[index - start] = off
+        codes[end : start + block] = zero
         left[end:] -= root[start:end, end:].T @ errors
         scales.append(scale)
-    return codes.T.reshape(rows, -1, block), np.stack(scales, 1)
+        zeros.append(zero)
+    return codes.T.reshape(rows, -1, block), np.stack(scales, 1), np.stack(zeros, 1)
 
 
 def _inverse_root(hessian: Array) -> Array:

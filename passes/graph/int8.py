@@ -27,6 +27,7 @@ from ffmerge.passes.graph.tensors import is_op, shape_of, values_of
 
 _FLOAT = ir.DataType.FLOAT
 AXES_AS_INPUT = 18  # the opset from which a reduction reads its axes as an input
+ALLOW_ZERO = 14  # ... and from which a 0 in a shape can mean a dimension of no elements
 
 
 def to_dynamic(model: ir.Model, matrices: Sequence[Matrix], config: QuantizeConfig) -> None:
@@ -72,7 +73,8 @@ def _quantize_dynamically(x: ir.Value, new: Rewrite, opset: int, wide: bool) -> 
         name, shape = str(x.name), new.op("Shape", x)
         parts = new.op("Reshape", x, new.constant(np.array([-1, SPREAD])))
         by = store(new.main, "hadamard", ir.Tensor(HADAMARD))  # one, when the graph is shared again
-        x = new.op("Reshape", new.op("MatMul", parts, by), shape)
+        of_none: dict[str, Any] = {"allowzero": 1} if opset >= ALLOW_ZERO else {}
+        x = new.op("Reshape", new.op("MatMul", parts, by), shape, **of_none)
     inputs: list[ir.Value] = [x]
     axes: dict[str, Any] = {"axes": [-1]}
     if opset >= AXES_AS_INPUT:

@@ -120,7 +120,9 @@ def _to_blocks(
         forms.update(chosen)
         rounded.update(codes)
     for matrix in matrices:
-        forms.setdefault(str(matrix.weight.name), Form(width, config.block))
+        name = str(matrix.weight.name)
+        if name not in forms:
+            forms[name] = bits.form_of(matrix, Form(width, config.block))
     config = replace(config, forms=forms, rounded=rounded)
     if width == 4 and config.calibration:
         left = [matrix for matrix in matrices if matrix.weight.name not in rounded]

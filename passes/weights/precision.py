@@ -89,9 +89,8 @@ def to_dtype(weight: Tensor, dtype: str) -> Tensor:
 def _rounded_values(values: Array, dtype: str) -> Array:
     if dtype == "fp16":
         return values.astype(np.float16)
-    bits = BITS[dtype]
-    whole, scales = codes.block_codes(values, bits)
-    return codes.block_values(whole, scales, bits, width=values.shape[1])
+    form = codes.Form(BITS[dtype], BLOCKS[BITS[dtype]])
+    return codes.block_codes(values, form).values(values.shape[1])
 
 
 def _rounded_weight(module: Any, dtype: str) -> Tensor:
@@ -121,6 +120,8 @@ def rounded_rows(x: Tensor) -> Tensor:
 
     Computed in float32, whatever ``x`` is: the least that float16 holds is far from ``tiny``.
     """
+    if x.numel() == 0:
+        return x
     rows = _spread(x.float())
     largest = rows.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     rows = rows / largest
