@@ -1,9 +1,10 @@
 """Processor time of a product and three layers of BERT-base and ViT-B in each precision, in turns.
 
-``python benchmarks/quality/bits_speed.py`` makes a product of 768 x 3,072 and encoders of three
-layers (random weights, 768 wide), has ``ffmerge share`` write each in every precision, and runs all
-of them in turns on one thread: one row and 1,024 of the product, 1 x 128 and 8 x 128 tokens of the
-one encoder, and 1 and 8 pictures (197 tokens each) of the other. Prints the median of the processor
+``python benchmarks/quality/bits_speed.py`` makes a product of 768 x 3,072, encoders of three layers
+(random weights, 768 wide) and a decoder of six layers of SmolLM2's shape, has ``ffmerge share``
+write each in every precision, and runs all of them in turns on one thread: one row and 1,024 of the
+product, 1 x 128 and 8 x 128 tokens of the one encoder, 1 and 8 pictures (197 tokens each) of the
+other, and one token of the decoder after 64. Prints the median of the processor
 times in ms; which is best depends on the processor. With ``--beside FOLDER`` what an earlier
 version, in FOLDER/ffmerge, makes of int8-dynamic runs in the same turns.
 """
@@ -23,7 +24,15 @@ import onnx.parser
 import onnx_ir as ir
 import onnxruntime
 import torch
-from transformers import BertConfig, BertModel, PreTrainedModel, ViTConfig, ViTModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    ViTConfig,
+    ViTModel,
+)
 
 from ffmerge.config import ExportConfig, ShareConfig
 from ffmerge.exporter.package import export
@@ -33,6 +42,7 @@ MODES = {  # by name of a column: precision and block
     "fp32": None, "int8": ("int8", None), "int8 in blocks": ("int8", 64), "int4": ("int4", None)
 }  # fmt: skip
 TURNS = 15
+LAYERS, HEADS, CACHED, PAST = 6, 9, 3, 64  # of the decoder: heads of queries, of keys, and tokens
 PRODUCT = """<ir_version: 10, opset_import: ["" : 20]> product (float[b,768] x) => (float[b,3072] y)
     { y = MatMul(x, W) }"""
 
@@ -48,9 +58,9 @@ def product(path: Path) -> Path:
     return path
 
 
-def encoder(model: PreTrainedModel, folder: Path) -> Path:
-    """Write the graph of an encoder."""
-    package = export(model.eval(), folder, ExportConfig(task="feature-extraction"))
+def exported(model: PreTrainedModel, folder: Path, task: str = "feature-extraction") -> Path:
+    """Write the graph of a model."""
+    package = export(model.eval(), folder, ExportConfig(task=task))
     return package.path / package.manifest.graphs[0].path
 
 
@@ -58,14 +68,24 @@ def bert(folder: Path) -> Path:
     """Write three layers of BERT-base."""
     torch.manual_seed(0)
     config = BertConfig(num_hidden_layers=3, vocab_size=2048)
-    return encoder(BertModel(config, add_pooling_layer=False), folder)
+    return exported(BertModel(config, add_pooling_layer=False), folder)
 
 
 def vit(folder: Path) -> Path:
     """Write three layers of ViT-B."""
     torch.manual_seed(0)
     model = ViTModel(ViTConfig(num_hidden_layers=3), add_pooling_layer=False)
-    return encoder(model, folder)
+    return exported(model, folder)
+
+
+def llama(folder: Path) -> Path:
+    """Write six layers as SmolLM2-135M has thirty, with a cache."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=576, intermediate_size=1536, num_hidden_layers=LAYERS, vocab_size=2048,
+        num_attention_heads=HEADS, num_key_value_heads=CACHED, tie_word_embeddings=True,
+    )  # fmt: skip
+    return exported(LlamaForCausalLM(config), folder, "text-generation-with-past")
 
 
 def session(path: Path) -> onnxruntime.InferenceSession:
@@ -88,6 +108,20 @@ def tokens(rows: int) -> Feeds:
     return {
         "input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)
     }  # fmt: skip
+
+
+def step() -> Feeds:
+    """Return one token of the decoder, and a cache of those before it."""
+    draw = np.random.default_rng(0)
+    feeds = {
+        "input_ids": np.array([[7]]), "attention_mask": np.ones((1, PAST + 1), np.int64),
+        "position_ids": np.array([[PAST]]),
+    }  # fmt: skip
+    for layer in range(LAYERS):
+        for kind in ("key", "value"):
+            cached = draw.standard_normal((1, CACHED, PAST, 64)).astype(np.float32)
+            feeds[f"past_key_values.{layer}.{kind}"] = cached
+    return feeds
 
 
 def written(graph: Path, beside: Path | None) -> list[Path]:
@@ -146,6 +180,8 @@ def main() -> None:
         show("BERT, {} x 128", (1, 8), timed(written(bert(folder / "bert"), beside), given))
         given = [pictures(count) for count in (1, 8)]
         show("ViT, {} x 197", (1, 8), timed(written(vit(folder / "vit"), beside), given))
+        steps = timed(written(llama(folder / "llama"), beside), [step()])
+        show("decoder, {} token", (1,), steps)
 
 
 def show(name: str, counts: tuple[int, ...], found: list[list[float]]) -> None:
