@@ -35,10 +35,11 @@ def bytes_of(shapes: Shapes, dtype: str, blocks: Sequence[int] = ()) -> int:
             total += 2 * count
         elif dtype == "fp32" or len(shape) < 2 or count < FLOOR:
             total += 4 * count
-        elif len(shape) == 2:
-            bits = BITS[dtype]
-            forms = [Form(bits, block) for block in blocks or (BLOCKS[bits],)]
+        elif len(shape) == 2 and dtype == "int4":
+            forms = [Form(4, block) for block in blocks or (BLOCKS[4],)]
             total += min(form.bytes_of(*shape) for form in forms)
+        elif len(shape) == 2:  # in rows they are not filled up to blocks
+            total += count + 4 * (count // BLOCKS[8])
         else:
             total += count + 4 * max(shape)
     return total
