@@ -254,6 +254,16 @@ def test_a_table_on_one_side_of_zero_has_zero_points(width, block):
     assert 0 <= result.bytes_after - packed < 150  # constants
 
 
+@pytest.mark.parametrize("block", [32, 128])
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0), (2, 3)])
+def test_no_row_may_be_looked_up(shape, block):
+    """Unpacked by standard operators: in blocks of 128 with zero points, of 32 without."""
+    model = build(TIED.replace(",64]", ",384]"), W=np.abs(normal(97, 384)))
+    result = lower(model, "int4", block=block)
+    rows, _ = run(result.model, i=np.ones(shape, np.int64), x=normal(2, 3, 384))
+    assert rows.shape == (*shape, 384)
+
+
 @pytest.mark.parametrize("precision", ["int4", "q4f16"])
 def test_table_and_head_have_one_set_of_zero_points(precision, tmp_path):
     table, x = np.abs(normal(97, 384)), normal(2, 3, 384, seed=1)

@@ -77,11 +77,15 @@ def _unpacked_rows(new: Rewrite, stored: Sequence[ir.Value], form: Form, width: 
     assert ids is not None and ids.shape is not None and table.const_value is not None
     leading = [0] * ids.shape.rank()
     blocks, last = shape_of(table.const_value)[1], new.constant(np.array([-1]))
-    codes = _unpacked(new, new.op("Gather", table, ids), form.bits, [*leading, blocks, -1])
+    # every size is given: ONNX Runtime tells none by the others where no row is looked up
+    sizes = [*leading, blocks, form.block]
+    codes = _unpacked(new, new.op("Gather", table, ids), form.bits, sizes)
     zero = new.constant(np.array(middle(form.bits)))
     if zeros:
-        zero = _unpacked(new, new.op("Gather", zeros[0], ids), form.bits, [*leading, -1, 1])
-        if blocks * form.bits % 8:  # half a byte at the end is none
+        filled = blocks + blocks * form.bits % 8 // form.bits
+        sizes = [*leading, filled, 1]
+        zero = _unpacked(new, new.op("Gather", zeros[0], ids), form.bits, sizes)
+        if filled > blocks:  # half a byte at the end is none
             ends = (np.array([each]) for each in (0, blocks, len(leading)))
             zero = new.op("Slice", zero, *map(new.constant, ends))
     centred = new.op("Sub", codes, zero)
