@@ -13,7 +13,7 @@ from graphs import build, normal, ops, run
 from scipy.special import rel_entr, softmax
 from tiny_wider import t5
 
-from ffmerge.config import ExportConfig, ShareConfig
+from ffmerge.config import ExportConfig, QuantizeConfig, ShareConfig
 from ffmerge.errors import InputError
 from ffmerge.exporter.package import export
 from ffmerge.models.codes import Form
@@ -21,7 +21,7 @@ from ffmerge.models.manifest import Manifest
 from ffmerge.passes.graph import bits
 from ffmerge.passes.graph.audit import audit
 from ffmerge.passes.graph.bits import choose
-from ffmerge.passes.graph.run import share_file
+from ffmerge.passes.graph.run import share_file, share_model
 from ffmerge.tables import _bits_rows
 
 TWO, FOUR, EIGHT = Form(2, 32), Form(4, 32), Form(8, 64)
@@ -150,6 +150,37 @@ def test_what_stays_in_float_counts(tmp_path: Path) -> None:
         result = share_file(tmp_path / "in.onnx", tmp_path / f"{budget}.onnx", config)
         size = sum(path.stat().st_size for path in result.files)
         assert 0.8 * budget < size <= budget
+
+
+def test_what_zero_points_take_in_the_graph_counts(tmp_path: Path) -> None:
+    """Six small tables on one side of zero, whose rows are then unpacked by nodes of their own."""
+    text, weights, sums = "", {}, "t0"
+    for number in range(6):
+        text += f"t{number} = Gather(W{number}, x) "
+        weights[f"W{number}"] = np.abs(normal(64, 256, seed=number))
+        if number:
+            text += f"s{number} = Add({sums}, t{number}) "
+            sums = f"s{number}"
+    text = f"(int64[b,s] x) => (float[b,s,256] y) {{ {text} y = Tanh({sums}) }}"
+    ir.save(build(text, **weights), tmp_path / "in.onnx")
+    np.savez(tmp_path / "rows.npz", x=np.arange(64).reshape(4, 16))
+    for budget in (64_000, 70_000, 76_000):
+        config = ShareConfig(dtype="int4", data=tmp_path / "rows.npz", budget=f"{budget}B")
+        result = share_file(tmp_path / "in.onnx", tmp_path / f"{budget}.onnx", config)
+        assert sum(path.stat().st_size for path in result.files) <= budget
+
+
+def test_a_weight_has_zero_points_where_they_are_worth_their_bytes() -> None:
+    """Not where each block ends as far below zero as above, nor in blocks of 32 of any weight."""
+    one = normal(64, 32)
+    even = np.stack([one, -one], -1).reshape(64, 64)
+    for values, block, expected in ((even, 64, False), (np.abs(even), 64, True),
+                                    (np.abs(even), 32, False)):  # fmt: skip
+        text = "(float[n,64] x) => (float[n,64] y) { y = MatMul(x, W) }"
+        model = build(text, W=np.ascontiguousarray(values.T))
+        config = QuantizeConfig(block=block)
+        found = share_model(model, dtype="int4", config=config).model.graph.initializers
+        assert ("W/zero" in found) == expected
 
 
 def test_a_budget_that_cannot_be_is_refused(tmp_path: Path) -> None:
