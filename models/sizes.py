@@ -73,7 +73,7 @@ def narrower(shapes: Shapes, room: int) -> tuple[str, int] | None:
     else:
         dtype = DTYPES[DTYPES.index(fits) - 1]
         size = bytes_of(shapes, dtype)
-    if not (1 - MOST) * size <= room < size:
+    if not int((1 - MOST) * size) <= room < size:
         return None
     return dtype, bytes_of(shapes, "fp32") * room // size
 
