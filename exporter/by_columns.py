@@ -31,21 +31,31 @@ def store_by_columns(models: Sequence[ir.Model]) -> None:
     """
     if not any(_keeps_cache(model) for model in models):
         return
-    readers: dict[str, list[ir.Value]] = {}
     for model in models:
         weights_to_right(model)
         RemoveUnusedNodesPass()(model)
-        for weight in model.graph.initializers.values():
-            if may_be_packed(weight) and not weight.is_graph_output():
-                readers.setdefault(str(weight.name), []).append(weight)
-    for weights in readers.values():
-        nodes = [use.node for weight in weights for use in weight.uses()]
-        both = {node.op_type for node in nodes} == {"Gather", "Gemm"}
-        if both and all(_looks_up(node) or _multiplies(node) for node in nodes):
-            for weight in weights:
-                _turn(weight)
+    for weights in _tables(models):
+        for weight in weights:
+            _turn(weight)
     for model in models:
         weights_to_left(model)
+
+
+def _tables(models: Sequence[ir.Model]) -> list[list[ir.Value]]:
+    """Return each table as all graphs have it that is nothing but looked up and multiplied by."""
+    found: dict[str, list[ir.Value]] = {}
+    for model in models:
+        for weight in model.graph.initializers.values():
+            if may_be_packed(weight) and not weight.is_graph_output():
+                found.setdefault(str(weight.name), []).append(weight)
+    return [weights for weights in found.values() if _is_table(weights)]
+
+
+def _is_table(weights: Sequence[ir.Value]) -> bool:
+    nodes = [use.node for weight in weights for use in weight.uses()]
+    if {node.op_type for node in nodes} != {"Gather", "Gemm"}:
+        return False
+    return all(_looks_up(node) or _multiplies(node) for node in nodes)
 
 
 def _keeps_cache(model: ir.Model) -> bool:
