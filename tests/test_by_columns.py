@@ -20,6 +20,7 @@ from ffmerge.exporter.package import export
 from ffmerge.passes.graph import resident
 from ffmerge.passes.graph.audit import audit
 from ffmerge.passes.graph.run import share_model
+from ffmerge.passes.graph.tensors import shape_of
 from ffmerge.runtime_tests.parity import check_parity
 
 ROWS, WIDTH = 5000, 64
@@ -79,6 +80,16 @@ def test_a_table_that_is_read_otherwise_stays(body: str) -> None:
     before = table_of(model)
     store_by_columns([model])
     assert table_of(model) == before and not before[1]
+
+
+def test_a_table_that_is_put_out_stays() -> None:
+    model = decoder()
+    model.graph.outputs.append(model.graph.initializers["W"])
+    store_by_columns([model])
+    assert not table_of(model)[1] and list(shape_of(model.graph.initializers["W"].const_value)) == [
+        ROWS,
+        WIDTH,
+    ]
 
 
 def test_where_no_token_comes_alone_or_another_graph_wants_rows_it_stays() -> None:
