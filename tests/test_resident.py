@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -122,6 +123,16 @@ print(json.dumps([b - a for a, b in zip(before, resident())]))
 """
 
 
+def growth_of(model: ir.Model, folder: Path) -> int:
+    """Return by how many bytes a fresh process grows that opens a graph of a new folder."""
+    folder.mkdir()
+    ir.save(model, folder / "m.onnx", external_data="m.onnx_data")
+    child = subprocess.run(
+        [sys.executable, "-c", GROWTH, folder / "m.onnx"], capture_output=True, check=True
+    )
+    return json.loads(child.stdout)[0]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 def test_a_fresh_session_holds_the_tied_weight_once(tmp_path):
     """40 MB; seen: 82 MB of growth on the right, 0.2 to 2.7 MB on the left (it stays mapped)."""
@@ -130,13 +141,7 @@ def test_a_fresh_session_holds_the_tied_weight_once(tmp_path):
         model = build(TIED.format(shape="2,3").replace("5000", "20000"), W=normal(20000, 512))
         model.graph.node("n1").outputs[0].shape = ir.Shape([2, 3, 512])
         share_model(model, resident=resident)
-        folder = tmp_path / str(resident)
-        folder.mkdir()
-        ir.save(model, folder / "m.onnx", external_data="m.onnx_data")
-        child = subprocess.run(
-            [sys.executable, "-c", GROWTH, folder / "m.onnx"], capture_output=True, check=True
-        )
-        growth[resident] = json.loads(child.stdout)[0]
+        growth[resident] = growth_of(model, tmp_path / str(resident))
     size = 20000 * 512 * 4
     assert growth[False] > 1.5 * size, growth  # the runtime still packs: else drop the pass
     assert growth[True] <= 1.1 * size, growth
