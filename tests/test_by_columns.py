@@ -115,7 +115,9 @@ def test_a_pair_looks_up_in_the_columns_too(
     package = export(model, tmp_path / "package", ExportConfig(profile="cpu"))
     for file in package.path.glob("*.onnx"):
         graph = ir.load(file)
-        reads = {node.op_type for node in graph.graph.initializers["shared.weight"].consumers()}
+        table = graph.graph.initializers["shared.weight"]
+        assert table.is_graph_input() and list(table.shape or ()) == [32, 97], file.name
+        reads = {node.op_type for node in table.consumers()}
         expected = {"Gather", "MatMul"}
         if "encoder" in file.name:
             expected = {"Gather"}
