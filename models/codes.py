@@ -12,6 +12,7 @@ float32 arrays come in, arrays go out; nothing here knows a model.
   range for a row, each ``SPREAD`` neighbours of it are spread over each other before.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -30,6 +31,9 @@ SPREAD = 16  # neighbours in a row that are spread over each other
 _PAIR = np.array([[1, 1], [1, -1]], np.float32)
 # Hadamard's matrix of that size, symmetric and its own inverse; its elements are 1/4 and -1/4
 HADAMARD = np.kron(np.kron(_PAIR, _PAIR), np.kron(_PAIR, _PAIR)) / np.float32(4)
+# What is below zero counts so much in the largest of a row. Rows are divided by that, and go from
+# -128 / 127 to 1: zero has code 128. From -1 to 1 it would be 127.5, which the last bit decides.
+BELOW = np.float32(-127 / 128)
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,14 @@ def int8_codes(
     scale = largest / np.float32(127)
     scale[scale == 0] = 1
     return np.rint(values / scale).astype(np.int8), scale
+
+
+def axis_of_scales(shape: Sequence[int]) -> int:
+    """Return the axis along which a tensor that is no matrix has its scales, one for each index.
+
+    It is the first that has several: of position embeddings (1, tokens, d) that of the tokens.
+    """
+    return int(np.argmax([size > 1 for size in shape]))
 
 
 def spread(values: Array) -> Array:

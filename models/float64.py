@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 
 from ffmerge.models.probe import Array
 
-_WIDENED = 1 << 21  # elements of a weight that are wide at once; a head has ten times as many
+_WIDENED = 1 << 18  # elements of a weight that are wide at once; a head has ten times as many
 
 
 class Float64(TorchFunctionMode):

@@ -40,8 +40,8 @@ def test_dynamic_int8_is_the_arithmetic_of_the_specification(text):
         weights["c"] = normal(64, seed=1)
     result = lower(build(text, **weights), "int8-dynamic")
     w = weights["W"].T if text == GEMMS else weights["W"]
-    # of rows and weight, sixteen at a time; float32: 1 and -1 in it put the zero point on an edge
-    spread = np.kron(np.eye(4), hadamard(16) / 4).astype("f")
+    # of rows and weight, sixteen at a time
+    spread = np.kron(np.eye(4), hadamard(16) / 4)
     w = spread @ w
     # the largest that 8 bits, and two neighbours' sum in the 16 bits of x86, must hold
     scale = np.abs([*w, *(w[::2] + w[1::2])]).max(0) / 127
@@ -49,7 +49,8 @@ def test_dynamic_int8_is_the_arithmetic_of_the_specification(text):
 
     def product(values):
         values = values @ spread
-        largest = np.abs(values).max(-1, keepdims=True)
+        # so that zero has code 128 where rows have their largest above and below
+        largest = np.maximum(values.max(-1), values.min(-1) * -127 / 128)[..., None]
         values = values / largest
         low, high = min(values.min(), 0), max(values.max(), 0)
         step = (high - low) / 255
@@ -59,10 +60,22 @@ def test_dynamic_int8_is_the_arithmetic_of_the_specification(text):
 
     expected = product(np.maximum(product(x), 0))
     # a code on a rounding edge may go the other way: one step of one input
-    assert relative(run(result.model, x=x)[0], expected) < 5e-3  # measured 0
+    assert relative(run(result.model, x=x)[0], expected) < 5e-3  # measured 1.6e-7
     edges = np.abs(array(result.model, "W") - codes)
     assert edges.max() <= 1 and edges.mean() < 1e-3  # measured 0: on an edge either is right
     assert array(result.model, "W/scale").size == 64
+
+
+@pytest.mark.parametrize("largest", [1, 3, 0.7, 1e-30])
+def test_rows_from_minus_to_plus_their_largest_have_zero_on_a_code(largest: float) -> None:
+    """From -1 to 1 it would be 127.5: which of two codes, the last bit of a division would say."""
+    result = lower(build(TWO, W=normal(64, 64)), "int8-dynamic")
+    (node,) = [node for node in result.model.graph if node.op_type == "DynamicQuantizeLinear"][:1]
+    result.model.graph.outputs.append(node.outputs[2])
+    x = np.zeros((2, 64), "f")
+    x[0, 0], x[1, 16] = largest, -largest  # spread: a quarter of it in 16 places, of one sign
+    found = run(result.model, x=x)
+    assert found[-1] == 128  # that of a row is exact, so on any processor
 
 
 @pytest.mark.parametrize("rows", [7, 64, 65])

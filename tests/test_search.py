@@ -322,6 +322,7 @@ def test_weights_are_rounded_as_the_exporter_does(shape) -> None:
     [
         (partial(gpt2, 64, 128, 2), "int8"),
         (partial(vit, 48, 96, 2), "int8"),
+        (partial(vit, 64, 128, 2), "int8"),  # its position embeddings are large enough to be int8
         (partial(vit, 64, 128, 2), "int4"),
     ],
 )
@@ -352,7 +353,7 @@ def test_rounding_is_what_a_package_does(make, dtype, tmp_path) -> None:
     more = precision.bytes_of(model, dtype) / made.bytes_unique - 1
     rows = "rows" in made.int8.values()  # counted as blocks
     assert abs(more) < (0.06 if rows else 0.02)  # measured 0.0024, 0.029, 0.0016
-    # measured 1.7e-5 (blocks), 1.8e-5 (rows) and 0.087
+    # measured 1.7e-5 (blocks), 1.7e-5 and 2.3e-5 (rows), 0.035
     assert np.linalg.norm(logits - rounded) < 0.2 * size
 
 

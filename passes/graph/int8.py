@@ -18,7 +18,15 @@ import numpy as np
 import onnx_ir as ir
 
 from ffmerge.config import QuantizeConfig
-from ffmerge.models.codes import HADAMARD, SPREAD, int8_codes, range_scale, spread
+from ffmerge.models.codes import (
+    BELOW,
+    HADAMARD,
+    SPREAD,
+    axis_of_scales,
+    int8_codes,
+    range_scale,
+    spread,
+)
 from ffmerge.models.manifest import Skip
 from ffmerge.passes.graph.calibration import measure_ranges
 from ffmerge.passes.graph.matrix import Matrix, as_matmuls
@@ -82,7 +90,8 @@ def _quantize_dynamically(x: ir.Value, new: Rewrite, opset: int, wide: bool) -> 
     high = new.op("ReduceMax", *inputs, keepdims=1, **axes)
     low = new.op("ReduceMin", *inputs, keepdims=1, **axes)
     tiny = new.constant(np.array(np.finfo(np.float32).tiny))  # of a row of zeros
-    largest = new.op("Max", high, new.op("Neg", low), tiny)
+    below = new.op("Mul", low, new.constant(np.array(BELOW)))
+    largest = new.op("Max", high, below, tiny)
     found = [ir.Value(name=f"{name}/{part}") for part in ("int8", "scale", "zero")]
     rows, node = new.op("Mul", x, new.op("Reciprocal", largest)), f"{name}/DynamicQuantizeLinear"
     new.nodes.append(ir.Node("", "DynamicQuantizeLinear", [rows], outputs=found, name=node))
@@ -139,7 +148,7 @@ def read_dequantized(weight: ir.Value, model: ir.Model) -> None:
     """Store a weight as int8 and let all its consumers read one DequantizeLinear of it."""
     assert weight.const_value is not None
     shape, uses = shape_of(weight.const_value), weight.uses()
-    axis = int(np.argmax([size > 1 for size in shape]))
+    axis = axis_of_scales(shape)
     others = tuple(i for i in range(len(shape)) if i != axis)
     codes, scale = int8_codes(values_of(weight.const_value), others)
     scales = store(model.graph, f"{weight.name}/scale", ir.Tensor(scale.reshape(-1)))

@@ -6,7 +6,7 @@ of a package: ``models/codes.py``. int8 has two forms there (``passes/graph/quan
 that generates is taken to be exported with its cache, in blocks, and any other multiplies rows.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -18,12 +18,13 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ffmerge.models import codes, sizes
-from ffmerge.models.codes import AT_ONCE, BLOCKS, FLOOR, SPREAD, Array
+from ffmerge.models.codes import AT_ONCE, BELOW, BLOCKS, FLOOR, SPREAD, Array
 from ffmerge.models.sizes import BITS
 
 PRODUCTS = (nn.Linear, Conv1D)
 ROUNDED = (*PRODUCTS, nn.Embedding, nn.Conv1d, nn.Conv2d)
 DTYPES = ("fp32", "fp16", "int8", "int4")
+Round = Callable[[Any, tuple[Any, ...]], Any]  # a module and what it is called with
 
 
 def bytes_of(model: nn.Module, dtype: str) -> int:
@@ -49,10 +50,15 @@ def rounded(model: nn.Module, dtype: str) -> Iterator[None]:
     by_rows = _by_rows(model, dtype)
     with ExitStack() as stack:
         for module in model.modules():
-            if isinstance(module, ROUNDED):
-                whole: list[Tensor] = []
-                round_ = _round_rows_ if module in by_rows else partial(_round_, dtype)
-                before, after = partial(round_, whole), partial(_restore_, whole)
+            names = ["weight"]
+            round_: Round = partial(_round_, dtype)
+            if module in by_rows:
+                round_ = _round_rows_
+            elif not isinstance(module, ROUNDED):
+                names, round_ = _summed(module, dtype), _round_summed_
+            if names:
+                whole: list[dict[str, Tensor]] = []
+                before, after = partial(_replace_, names, whole, round_), partial(_restore_, whole)
                 stack.callback(module.register_forward_pre_hook(before).remove)
                 stack.callback(module.register_forward_hook(after, always_call=True).remove)
         yield
@@ -68,6 +74,18 @@ def _by_rows(model: nn.Module, dtype: str) -> set[nn.Module]:
         if isinstance(module, PRODUCTS) and module.weight.numel() >= FLOOR:
             if id(module.weight) not in tables:
                 found.add(module)
+    return found
+
+
+def _summed(module: nn.Module, dtype: str) -> list[str]:
+    """Return the names of a module's parameters that no map reads, as position embeddings are.
+
+    A package in fewer bits has them in int8, if they are large.
+    """
+    found = []
+    for name, parameter in module.named_parameters(recurse=False):
+        if dtype in BITS and parameter.ndim > 1 and parameter.numel() >= FLOOR:
+            found.append(name)
     return found
 
 
@@ -100,10 +118,17 @@ def _rounded_weight(module: Any, dtype: str) -> Tensor:
         return weight
     rows = weight.T if turned else weight
     if weight.ndim > 2 and dtype != "fp16":
-        whole, scale = codes.int8_codes(rows.flatten(1).float().cpu().numpy(), axis=1)
-        return torch.from_numpy(whole * scale).to(weight).view(rows.shape)
+        return _int8(rows)
     new = to_dtype(rows.flatten(1), dtype).view(rows.shape)
     return new.T if turned else new
+
+
+def _int8(values: Tensor) -> Tensor:
+    """Return what is no matrix as a package has it in int8."""
+    axis = codes.axis_of_scales(values.shape)
+    others = tuple(other for other in range(values.ndim) if other != axis)
+    whole, scale = codes.int8_codes(values.float().cpu().numpy(), others)
+    return torch.from_numpy(whole * scale).to(values)
 
 
 def rounded_input(x: Tensor, block: int) -> Tensor:
@@ -123,8 +148,9 @@ def rounded_rows(x: Tensor) -> Tensor:
     if x.numel() == 0:
         return x
     rows = _spread(x.float())
-    largest = rows.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    rows = rows / largest
+    high, low = rows.amax(-1, keepdim=True), rows.amin(-1, keepdim=True)
+    largest = high.maximum(low * BELOW).clamp_min(torch.finfo(torch.float32).tiny)
+    rows = rows * largest.reciprocal()
     low, high = rows.amin().clamp_max(0), rows.amax().clamp_min(0)
     step = ((high - low) / 255).clamp_min(torch.finfo(torch.float32).tiny)
     zero = (-low / step).round()
@@ -147,9 +173,25 @@ def _rows_weight(weight: Tensor) -> Tensor:
     return _spread(torch.from_numpy(whole * scale)).to(weight)
 
 
-def _round_rows_(whole: list[Tensor], module: Any, args: tuple[Any, ...]) -> Any:
+def _replace_(
+    names: Sequence[str],
+    whole: list[dict[str, Tensor]],
+    round_: Round,
+    module: Any,
+    args: tuple[Any, ...],
+) -> Any:
+    """Round a module's parameters of these names, and what it reads; keep what they were."""
+    whole.append({name: getattr(module, name).data for name in names})
+    return round_(module, args)
+
+
+def _restore_(whole: list[dict[str, Tensor]], module: Any, *_: Any) -> None:
+    for name, values in whole.pop().items():
+        getattr(module, name).data = values
+
+
+def _round_rows_(module: Any, args: tuple[Any, ...]) -> Any:
     weight = module.weight
-    whole.append(weight.data)
     if isinstance(module, Conv1D):
         weight.data = _rows_weight(weight.data.T).T
     else:
@@ -157,14 +199,15 @@ def _round_rows_(whole: list[Tensor], module: Any, args: tuple[Any, ...]) -> Any
     return (rounded_rows(args[0]), *args[1:])
 
 
-def _round_(dtype: str, whole: list[Tensor], module: Any, args: tuple[Any, ...]) -> Any:
+def _round_(dtype: str, module: Any, args: tuple[Any, ...]) -> Any:
     weight = module.weight
-    whole.append(weight.data)
     weight.data = _rounded_weight(module, dtype)
     if dtype not in BITS or weight.numel() < FLOOR or not isinstance(module, PRODUCTS):
         return None
     return (rounded_input(args[0], BLOCKS[BITS[dtype]]), *args[1:])
 
 
-def _restore_(whole: list[Tensor], module: Any, *_: Any) -> None:
-    module.weight.data = whole.pop()
+def _round_summed_(module: Any, _: tuple[Any, ...]) -> None:
+    for name in _summed(module, "int8"):
+        parameter = getattr(module, name)
+        parameter.data = _int8(parameter.data)
