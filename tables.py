@@ -113,9 +113,10 @@ def comparison_table(found: Any) -> Group:
 
 def _done(found: Any, share: str = " share") -> str:
     """Return in words what a record or a candidate merged or narrowed."""
-    if found.narrowed:
-        return "; ".join(f"{each.stack} {each.text}" for each in found.narrowed)
-    return f"{_layers(found.groups)}{share}"
+    words = [f"{each.stack} {each.text}" for each in found.narrowed]
+    if found.groups or not words:
+        words.insert(0, f"{_layers(found.groups)}{share}")
+    return "; ".join(words)
 
 
 def _layers(groups: Any) -> str:

@@ -143,7 +143,8 @@ def _merge_text(record: MergeRecord | None) -> str:
     done = f"Feed-forward sublayers of layers {groups} share one set of weights"
     if record.narrowed:
         widths = [f"{each.text} in stack {code_span(each.stack)}" for each in record.narrowed]
-        done = f"Feed-forward sublayers are narrowed: {'; '.join(widths)}"
+        cut = f"Feed-forward sublayers are narrowed: {'; '.join(widths)}"
+        done = f"{done}. {cut}" if record.groups else cut
     removed = 1 - record.parameters_after / record.parameters_before
     text = (
         f"{done} (method {code_span(record.method)}): {removed:.2%} of "

@@ -279,9 +279,9 @@ def _write_expanded(
 ) -> None:
     """Write a merged model as if every member had the weights for itself, all neurons of them."""
     groups, state = ties.groups_of(found, record), model.state_dict()
-    narrowed.fill(state, found, record)
     if record.own:
         _multiply_out(model, state)
+    narrowed.fill(state, found, record)
     own = modeling_ffmerge.pop_own(model, ties.maps_of(model, groups), state)
     for name in ties.dropped_names(groups, record.own):
         state[name] = state[name].clone()

@@ -45,7 +45,7 @@ class MergeRecord:
     Stacks and layers are numbers and stack names, never parameter names: those differ between
     releases of transformers, these do not. ``own`` are the parts that each layer has for itself:
     ``bias``, ``scale``, and of a low-rank residual ``down`` and ``up``. ``narrowed`` tells what has
-    fewer neurons and shares nothing.
+    fewer neurons: of a model with groups these, too, and what is before is the merged model then.
     """
 
     method: str
@@ -60,11 +60,11 @@ class MergeRecord:
 
     def __repr__(self) -> str:
         groups = ", ".join(f"{g.stack} {'+'.join(map(str, g.layers))}" for g in self.groups)
-        done = f"{groups or 'nothing'} shared"
-        if self.narrowed:
-            done = f"{', '.join(each.stack for each in self.narrowed)} narrowed"
+        done = [f"{each.stack} narrowed" for each in self.narrowed]
+        if groups or not done:
+            done.insert(0, f"{groups or 'nothing'} shared")
         counts = f"{self.parameters_before:,} -> {self.parameters_after:,} parameters"
-        return f"<MergeRecord: {self.method}, {done}, {counts}>"
+        return f"<MergeRecord: {self.method}, {', '.join(done)}, {counts}>"
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values, the inverse of :func:`from_json`.

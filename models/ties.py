@@ -21,6 +21,7 @@ from ffmerge.models.record import MergeRecord, Tie
 from ffmerge.models.sublayer import FeedForward, stacks
 
 Groups = Sequence[Sequence[FeedForward]]  # the members of each, the anchor first
+Unit = tuple[FeedForward, ...]  # a sublayer, or all that use the weights of one
 Key = tuple[int, str]
 
 
@@ -32,13 +33,23 @@ def ties(model: nn.Module) -> tuple[Tie, ...]:
     return tuple(Tie(same[0], tuple(same)) for same in names.values() if len(same) > 1)
 
 
+def units(model: nn.Module, sublayers: Sequence[FeedForward]) -> list[Unit]:
+    """Return the sublayers in their order, those that use the same matrices together."""
+    found: dict[tuple[int, ...], Unit] = {}
+    for sublayer in sublayers:
+        weights = tuple(id(model.get_submodule(path).weight) for path in sublayer.maps)
+        found[weights] = (*found.get(weights, ()), sublayer)
+    return [*found.values()]
+
+
 @dataclass(frozen=True)
 class SharedWeights:
     """What takes the place of a group's weights: what a merge method returns.
 
     ``shared`` are the tensors that all members use, ``own`` those of each member, in the order of
     the members. Keys are those of :attr:`FeedForward.keys`: number of the map and part. Where
-    nothing is shared the members are narrowed: their own weights have fewer neurons.
+    nothing is shared the members are narrowed: their own weights have fewer neurons, and a tensor
+    that is there for several members was one before.
     """
 
     shared: Mapping[Key, Tensor]
@@ -52,18 +63,24 @@ class SharedWeights:
 
 def tie_(model: nn.Module, groups: Groups, sharings: Sequence[SharedWeights]) -> None:
     """Make the members of each group use one new Parameter per shared tensor, and their own."""
+    made: dict[int, nn.Parameter] = {}
     for members, weights in zip(groups, sharings, strict=True):
         needs_grad = model.get_parameter(members[0].weights[0].name).requires_grad
         shared = {key: nn.Parameter(t, needs_grad) for key, t in weights.shared.items()}
         own = weights.own or [{}] * len(members)
         for member, tensors in zip(members, own, strict=True):
-            _give_own_(model, member, tensors, needs_grad)
+            for tensor in tensors.values():
+                made.setdefault(id(tensor), nn.Parameter(tensor, needs_grad))
+            _give_own_(model, member, tensors, made)
             for (number, part), parameter in shared.items():
                 setattr(model.get_submodule(member.maps[number]), part, parameter)
 
 
 def _give_own_(
-    model: nn.Module, member: FeedForward, tensors: Mapping[Key, Tensor], needs_grad: bool
+    model: nn.Module,
+    member: FeedForward,
+    tensors: Mapping[Key, Tensor],
+    made: Mapping[int, nn.Parameter],
 ) -> None:
     """Give the maps of one member its own tensors, also parts that their class does not have."""
     added: dict[str, dict[str, Tensor]] = {}
@@ -73,7 +90,7 @@ def _give_own_(
         if getattr(module, part, None) is None:
             added.setdefault(path, {})[part] = tensor
         else:
-            setattr(module, part, nn.Parameter(tensor, needs_grad))
+            setattr(module, part, made[id(tensor)])
             fit_sizes_(module)
     for path, parts in added.items():
         give_own_(model.get_submodule(path), parts)

@@ -19,6 +19,7 @@ from ffmerge.escapes import code_span, markdown, printable
 from ffmerge.files import size_text, write_whole
 from ffmerge.heatmap import heat_map
 from ffmerge.models.manifest import Manifest
+from ffmerge.models.record import MergeRecord
 from ffmerge.runtime_tests.results import MetricRow, Validation
 from ffmerge.runtime_tests.rows import (
     cost_rows,
@@ -63,16 +64,18 @@ def made_by(manifest: Manifest, folder: str) -> list[str]:
     """Return the commands that make such a package of MODEL, with the layers that were chosen."""
     model, lines, merge = "MODEL", [], manifest.merge
     if merge and (merge.groups or merge.narrowed):
-        spans = {group.stack: layers_text(group) for group in merge.groups}
-        chosen = f"--budget {merge.bytes_after}B"
-        if len(merge.groups) == 1:
-            chosen = f"--window {layers_text(merge.groups[0])}"
-        elif len(spans) == len(merge.groups):  # the command takes one window for each stack
-            chosen = " ".join(f"--window {stack}:{span}" for stack, span in spans.items())
+        method, size = merge.method, merge.bytes_after
+        if merge.groups and merge.narrowed:
+            shared, _, method = method.partition(", ")
+            chosen = _chosen(merge, merge.bytes_before)
+            lines = [f"ffmerge merge MODEL shared {chosen} --method {shared} --data DATA"]
+            model, chosen = "shared", f"--budget {size}B"
+        else:
+            chosen = _chosen(merge, size)
         recover = " --recover STEPS" * (merge.metric.get("recovered") is not None)
-        lines = [
-            f"ffmerge merge MODEL merged {chosen} --method {merge.method} --data DATA{recover}"
-        ]
+        lines.append(
+            f"ffmerge merge {model} merged {chosen} --method {method} --data DATA{recover}"
+        )
         model = "merged"
     task = f"--task {manifest.task} --opset {manifest.opset}"
     task += f" --dtype {','.join(manifest.dtypes)}"
@@ -80,6 +83,16 @@ def made_by(manifest: Manifest, folder: str) -> list[str]:
         task += f" --for {manifest.profile}"
     data = " --data DATA" * any(graph.probe.real for graph in manifest.graphs)
     return [*lines, f"ffmerge export {model} {folder} {task}{data}"]
+
+
+def _chosen(merge: MergeRecord, size: int) -> str:
+    """Return the options that merge these groups; a size, if no window says it."""
+    spans = {group.stack: layers_text(group) for group in merge.groups}
+    if len(merge.groups) == 1:
+        return f"--window {layers_text(merge.groups[0])}"
+    if merge.groups and len(spans) == len(merge.groups):  # one window for each stack
+        return " ".join(f"--window {stack}:{span}" for stack, span in spans.items())
+    return f"--budget {size}B"
 
 
 def write_report(

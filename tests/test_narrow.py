@@ -379,11 +379,11 @@ def test_the_cheapest_widths_are_those_of_all_choices() -> None:
     model = MODELS["llama"]()
     one, two = find(model)
     gone = np.arange(48) / 48
-    costs = {one: gone**2, two: 3 * gone**2}
-    remove = 30 * widths.per_neuron(model, one)
+    costs = {(one,): gone**2, (two,): 3 * gone**2}
+    remove = 30 * widths.per_neuron(model, (one,))
     found = widths.cheapest(model, costs, remove)
     best = min(
-        (costs[one][48 - a] + costs[two][48 - b], a, b)
+        (costs[one,][48 - a] + costs[two,][48 - b], a, b)
         for a in range(2, 49, 2)
         for b in range(2, 49, 2)
         if 96 - a - b >= 30

@@ -40,12 +40,13 @@ from ffmerge.passes.weights.widths import parameters_of
 
 RESULTS = Path(__file__).parent.parent / "results" / "real.json"
 METHODS = (
-    "narrow", "narrow, even", "narrow, tuned", "calibrated", "permute", "low-rank", "drop-ffn",
-    "drop-layer", "finercut",
+    "narrow", "narrow, even", "narrow, tuned", "both", "calibrated", "permute", "low-rank",
+    "drop-ffn", "drop-layer", "finercut",
 )  # fmt: skip
+BOTH = "both"  # half of it by groups of calibrated, which are then narrowed with all others
 TUNED = "narrow, tuned"  # each narrowed sublayer trained alone for as many steps
 STEPS = {True: 80, False: 300}  # of a language model, of an encoder
-PARTS = (10, 15, 20)  # percent of all parameters removed
+PARTS = (10, 15, 20, 25, 30)  # percent of all parameters removed
 ROWS = {"calibrate": 1024, "validate": 64, "test": 256}  # sentences of an encoder
 BATCH = 32  # sentences
 NEIGHBOURS = 10  # of an embedding, that should stay its nearest
@@ -144,7 +145,7 @@ def evenly(model: Any, calibration: Examples, part: int) -> Any:
     members, costs = find(model), {}
     for member in members:  # least where all lose the same part
         gone = np.arange(member.d_ff) / member.d_ff
-        costs[member] = gone**2 * member.d_ff * widths.per_neuron(model, member)
+        costs[member,] = gone**2 * member.d_ff * widths.per_neuron(model, (member,))
     even = widths.cheapest(model, costs, part * size_of(model)[0] // 100)
     return {members: narrow.fit(model, members, even, calibration.batches(8))}
 
@@ -188,6 +189,16 @@ def reduced(
         with finercut.without(model, paths):
             yield count - gone
         return
+    if method == BOTH:
+        with shared(model, part / 2, data):
+            size = size_of(model)[0]
+            rest = 100 * (1 - (1 - part / 100) * count / size)
+            asked = {"method": "narrow", "budget": f"-{rest:.4f}%"}
+            config = MergeConfig(batch_size=8 if is_language else BATCH, **asked)
+            _, merged = merging.choose(model, calibration, held_out, config)
+            with in_place(model, merged):
+                yield size_of(model, merged)[0]
+        return
     if method == "narrow, even":
         merged = evenly(model, calibration, part)
     else:
@@ -204,6 +215,22 @@ def reduced(
             checkpoint.save(smaller, save, Path(model.name_or_path))
     with in_place(model, merged):
         yield size_of(model, merged)[0]
+
+
+@contextmanager
+def shared(model: Any, part: float, data: list[Examples]) -> Iterator[None]:
+    """Have groups share by the method calibrated, for the length of the block."""
+    is_language = type(model).__name__.endswith("ForCausalLM")
+    config = MergeConfig(
+        method="calibrated", budget=f"-{part}%", batch_size=8 if is_language else BATCH
+    )
+    merge, merged = merging.choose(model, *data, config)
+    with in_place(model, merged):
+        model.config.ffmerge = merge.record.to_json()
+        try:
+            yield
+        finally:
+            del model.config.ffmerge
 
 
 def kept(row: dict[str, Any]) -> float:

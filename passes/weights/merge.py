@@ -22,7 +22,7 @@ from ffmerge.models.data import Data, examples_for
 from ffmerge.models.examples import Examples, with_held_out
 from ffmerge.models.finite import check_merged, check_weights
 from ffmerge.models.notebook import html_of
-from ffmerge.models.record import MergeRecord
+from ffmerge.models.record import MergeRecord, merge_record
 from ffmerge.models.sublayer import FeedForward
 from ffmerge.models.ties import SharedWeights
 from ffmerge.passes.weights import methods, rivals
@@ -40,10 +40,9 @@ from ffmerge.passes.weights.methods import (
     size_of,
 )
 from ffmerge.passes.weights.search import Candidate, Trials, search_budget, search_widths
-from ffmerge.passes.weights.windows import Choice, Stacks, find_stacks, windows
+from ffmerge.passes.weights.windows import NARROW, Choice, Stacks, find_stacks, windows
 from ffmerge.progress import Progress, silent
 
-NARROW = "narrow"  # the method whose budget is met by widths
 __all__ = ["Merge", "choose", "merge_", "rivals"]  # rivals are registered by being imported
 
 
@@ -109,7 +108,7 @@ def apply_(model: Any, merge: Merge, merged: Merged) -> None:
     for members, weights in merged.items():
         assert isinstance(weights, SharedWeights)  # the method's result can be saved
         ties.tie_(model, [members], [weights])
-    if merge.record.narrowed:
+    if merge.record.narrowed and not merge.record.groups:
         narrowed.settle_config_(model)
     if merged:
         model.config.ffmerge = merge.record.to_json()
@@ -205,19 +204,26 @@ def _check_needs_no_data(method: Method, searches: Sequence[Sequence[Choice]]) -
 
 
 def _record(model: Any, method: Method, merged: Merged, metric: dict[str, Any]) -> MergeRecord:
-    """Return the record of a merge of a model that is still as it was."""
+    """Return the record of a merge of a model that is still as it was.
+
+    What shares its weights when it is narrowed still does.
+    """
+    name, groups, own = method.name, groups_of(merged), methods.own_parts(merged)
+    before = merge_record(model.config)
+    if before:
+        name, groups, own = f"{before.method}, {name}", before.groups, before.own
     parameters, size = size_of(model)
     with in_place(model, merged):
         left, smaller = size_of(model, merged)
     return MergeRecord(
-        method=method.name,
-        groups=groups_of(merged),
+        method=name,
+        groups=groups,
         parameters_before=parameters,
         parameters_after=left,
         bytes_before=size,
         bytes_after=smaller,
         metric=metric,
-        own=methods.own_parts(merged),
+        own=own,
         narrowed=narrowed_of(merged),
     )
 

@@ -9,11 +9,17 @@ what was lost before it, in attention too (for one sublayer: arXiv 2602.05243). 
 normalized, an error counts by what it is divided by. All batches are on their way in the original
 and narrowed (``abreast.py``); the sums of a sublayer, (f, f) and (f,
 d), are held while it is its turn.
+
+Sublayers that share their weights (a unit) are narrowed as one at the turn of the first: the sums
+are those of all, of the later ones what is hidden in the original, taken in a pass before. A bias
+of its own each gets at its own turn.
 """
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,16 +29,15 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ffmerge.errors import FfmergeWarning, InputError
-from ffmerge.models import ties
-from ffmerge.models.offload import device_of
 from ffmerge.models.sublayer import FeedForward
-from ffmerge.models.ties import Key, SharedWeights
+from ffmerge.models.ties import Key, SharedWeights, Unit
 from ffmerge.passes.weights.abreast import Batch, Pass, abreast
 from ffmerge.passes.weights.activations import Batches, positions
 from ffmerge.passes.weights.elimination import Elimination, Matrix, eliminate
 from ffmerge.passes.weights.least_squares import Regression
 from ffmerge.passes.weights.stream import streams
 from ffmerge.passes.weights.tuning import Function, as_function, tune
+from ffmerge.passes.weights.units import units_of
 from ffmerge.progress import Progress, silent
 
 TOKENS = 32_768  # positions that W_out is solved over
@@ -44,12 +49,12 @@ _TINY = 1e-6  # of the mean one: so much is added too, for neurons that are neve
 
 @dataclass(frozen=True)
 class Problem:
-    """A sublayer's regression, once all positions are added up; in float64.
+    """The regression of a unit, once all positions of its members are added up; in float64.
 
     ``damped`` (f, f) are the sums of products of its neurons, ridge included, ``weight`` (f, d) the
     best W_out of all of them; ``mean`` (f,) is what is hidden and ``target`` (d,) what is to be put
     out on average: None for a map without bias, which takes nothing from a mean. ``count`` are the
-    positions, ``energy`` the sum of squares of what is to be put out.
+    positions.
     """
 
     damped: Matrix
@@ -75,14 +80,30 @@ class Problem:
 class Turn:
     """The turn of one member: passes of the original and narrowed model that stand at it.
 
-    ``normalized`` says that its sum with the stream is.
+    ``unit`` are all that use its weights; ``normalized`` says that its sum with the stream is.
     """
 
     model: Any
+    unit: Unit
     member: FeedForward
     original: Sequence[Pass]
     narrowed: Sequence[Pass]
     normalized: bool = False
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """What is known before a unit's turn, and what was made at it.
+
+    ``ahead`` are the sums of a unit's later members, ``made`` by its id what takes the place of a
+    Parameter, so that what is one stays one; of a unit that had its turn ``kept`` are the neurons
+    and ``w_out`` (width, d), in float64.
+    """
+
+    ahead: dict[Unit, Regression]
+    made: dict[int, Tensor] = field(default_factory=dict)
+    kept: dict[Unit, Any] = field(default_factory=dict)
+    w_out: dict[Unit, Matrix] = field(default_factory=dict)
 
 
 def fit(
@@ -100,18 +121,21 @@ def fit(
     Raises:
         InputError: a member cannot be narrowed, or the data does not fit the model.
     """
-    _check(model, members)
+    units = units_of(model, members)
     by_path, known = {member.output: member for member in members}, streams(model, members)
     normalized = {member for member, stream in known.items() if stream.normalized}
     parts: dict[FeedForward, dict[Key, Tensor]] = {}
     given, reads = [stream.given for stream in known.values()], [m.inputs[0] for m in members]
+    cuts = Cuts({})
+    if any(len(unit) > 1 for unit in units.values()):
+        batches = _look_ahead_(cuts, model, units, batches)
     with abreast(model, by_path, given, reads) as start:
         original = _started(model, members, batches, start, TOKENS)
         narrowed = [start(each.batch) for each in original]
         while True:
             member = by_path[original[0].at.path]
-            turn = Turn(model, member, original, narrowed, member in normalized)
-            parts[member], puts_out = _solved(turn, widths[member], steps)
+            turn = Turn(model, units[member], member, original, narrowed, member in normalized)
+            parts[member], puts_out = _solved(turn, widths[member], steps, cuts)
             progress("narrowing", len(parts), len(members))
             if len(parts) == len(members):
                 return SharedWeights({}, [parts[each] for each in members])
@@ -123,44 +147,49 @@ def fit(
 
 def forecast(
     model: Any, members: Sequence[FeedForward], batches: Batches, progress: Progress = silent
-) -> dict[FeedForward, Matrix]:
-    """Return what each width costs each member: by how many neurons are gone, from none on.
+) -> dict[Unit, Matrix]:
+    """Return what each width costs each unit: by how many neurons are gone, from none on.
 
-    That is the mean square of what its output misses, W_out solved for anew and all else as it is.
+    That is the mean square of what the outputs of its members miss, added up, W_out solved for anew
+    and all else as it is.
 
     Raises:
         InputError: as of :func:`fit`.
     """
-    _check(model, members)
-    by_path = {member.output: member for member in members}
-    found: dict[FeedForward, Matrix] = {}
-    with abreast(model, by_path, ()) as start:  # of the original nothing is short
-        original = _started(model, members, batches, start, FORECAST)
-        while True:
-            member = by_path[original[0].at.path]
-            problem = _problem(Turn(model, member, original, original))
-            found[member] = problem.eliminated(1).errors / problem.count
-            progress("forecasting", len(found), len(members))
-            if len(found) == len(members):
-                return found
-            for each in original:
-                each.go_on()
+    units = units_of(model, members)
+    sums: dict[Unit, Regression] = {}
+    seen: Counter[Unit] = Counter()
+    found: dict[Unit, Matrix] = {}
+    with closing(_turns(model, units, batches, FORECAST)) as turns:
+        for turn in turns:
+            unit = turn.unit
+            _add(sums.setdefault(unit, _no_sums(turn)), turn)
+            seen[unit] += 1
+            if seen[unit] == len(unit):
+                problem = _problem(turn, sums.pop(unit))
+                found[unit] = problem.eliminated(1).errors / problem.count * len(unit)
+            progress("forecasting", seen.total(), len(members))
+    return found
 
 
-def _check(model: Any, members: Sequence[FeedForward]) -> None:
-    """Refuse what is not narrowed: sublayers that run often, that share, that are not all there."""
-    maps = {path for member in members for path in member.maps}
-    for name in (name for tie in ties.ties(model) for name in tie.members):
-        if name.rpartition(".")[0] in maps:
-            raise InputError(f"{name} is shared with another layer already: it is not narrowed.")
-    for member in members:
-        if member.runs > 1:
-            raise InputError(
-                f"stack {member.stack!r} is shared already: one sublayer is run {member.runs} "
-                "times, and only one that runs once is narrowed."
-            )
-    if device_of(model) != next(model.parameters()).device:
-        raise InputError("narrow runs all batches side by side: leave out --offload.")
+def _turns(
+    model: Any,
+    units: Mapping[FeedForward, Unit],
+    batches: Batches,
+    tokens: int,
+    normalized: Collection[FeedForward] = (),
+    given: Iterable[str] = (),
+) -> Generator[Turn, None, None]:
+    """Yield the turn of each member in the original model, of which nothing is short."""
+    by_path = {member.output: member for member in units}
+    with abreast(model, by_path, given) as start:
+        passes = _started(model, [*units], batches, start, tokens)
+        for done in range(1, len(units) + 1):
+            member = by_path[passes[0].at.path]
+            yield Turn(model, units[member], member, passes, passes, member in normalized)
+            if done < len(units):
+                for each in passes:
+                    each.go_on()
 
 
 def _started(
@@ -190,11 +219,19 @@ def _counted(model: Any, member: FeedForward, at: Pass) -> Tensor:
     return counted.to(at.at.out.device)
 
 
-def _solved(turn: Turn, width: int, steps: int) -> tuple[dict[Key, Tensor], PutsOut]:
+def _solved(turn: Turn, width: int, steps: int, cuts: Cuts) -> tuple[dict[Key, Tensor], PutsOut]:
     """Return a member's weights at a width, and what puts out what they do, where a pass stands."""
-    problem = _problem(turn)
-    kept = problem.eliminated(width).kept(width, turn.member.d_ff)
-    parts = _cut(turn.model, turn.member, kept, *problem.solved(kept))
+    unit = turn.unit
+    if unit in cuts.kept:
+        b_out = _bias_left(turn, cuts.kept[unit], cuts.w_out[unit])
+    else:
+        sums = cuts.ahead.pop(unit, None) or _no_sums(turn)
+        _add(sums, turn)
+        problem = _problem(turn, sums)
+        cuts.kept[unit] = problem.eliminated(width).kept(width, turn.member.d_ff)
+        cuts.w_out[unit], b_out = problem.solved(cuts.kept[unit])
+    kept = cuts.kept[unit]
+    parts = _cut(turn, cuts, b_out)
     function = None
     if steps:
         function = _function(turn)
@@ -210,12 +247,14 @@ def _function(turn: Turn) -> Function | None:
     for key, weight in zip(turn.member.keys, turn.member.weights, strict=True):
         own[key] = turn.model.get_parameter(weight.name).detach()
     at, found = turn.original[0].at, None
-    if at.read is not None:
+    why = "no activation of transformers gives what lies between its maps"
+    if len(turn.unit) > 1:
+        why = "other layers share its weights"
+    elif at.read is not None:
         found = as_function(turn.member, own, at.read, at.given)
     if found is None:
         warnings.warn(
-            f"layer {turn.member.layer} of {turn.member.stack!r} is not trained: no activation of "
-            "transformers gives what lies between its maps.",
+            f"layer {turn.member.layer} of {turn.member.stack!r} is not trained: {why}.",
             FfmergeWarning,
             stacklevel=2,
         )
@@ -245,27 +284,66 @@ def _short(one: Pass, other: Pass) -> Tensor:
     return short
 
 
-def _problem(turn: Turn) -> Problem:
+def _look_ahead_(
+    cuts: Cuts, model: Any, units: Mapping[FeedForward, Unit], batches: Batches
+) -> list[Batch]:
+    """Add up what the later members of all units have hidden in the original; return the batches.
+
+    Where the sum with the stream is normalized, positions count as they do in :func:`fit`.
+    """
+    known = streams(model, [*units])
+    normalized = {member for member, stream in known.items() if stream.normalized}
+    given = [stream.given for stream in known.values()]
+    batches_seen: list[Batch] = []
+    with closing(_turns(model, units, batches, TOKENS, normalized, given)) as turns:
+        for turn in turns:
+            batches_seen = [each.batch for each in turn.original]
+            if turn.member != turn.unit[0]:
+                _add(cuts.ahead.setdefault(turn.unit, _no_sums(turn)), turn)
+    return batches_seen
+
+
+def _no_sums(turn: Turn) -> Regression:
+    """Return the sums of no positions."""
+    zeros = _w_out(turn.model, turn.member)[0].new_zeros
+    f, d = turn.member.d_ff, turn.member.d_model
+    return Regression(zeros(f, f), zeros(f, d))
+
+
+def _mean_of(turn: Turn, sums_of: FeedForward) -> int:
+    """Return the number under which a regression keeps the means of a member.
+
+    Members with one bias have one mean.
+    """
+    bias = turn.model.get_submodule(sums_of.output).bias
+    return sums_of.layer if bias is None else id(bias)
+
+
+def _add(sums: Regression, turn: Turn) -> None:
     """Add up what the narrowed passes have hidden and what they are short of.
 
     Where the sum with the stream is ``normalized``, a position counts by what it is divided by.
     """
-    model, member = turn.model, turn.member
-    weight, bias = _w_out(model, member)
-    zeros = weight.new_zeros
-    sums = Regression(zeros(member.d_ff, member.d_ff), zeros(member.d_ff, member.d_model))
     for one, other in zip(turn.original, turn.narrowed, strict=True):
-        counted = _counted(model, member, one)
+        counted = _counted(turn.model, turn.member, one)
         hidden = other.at.given[counted].float()
         weights = None
         if turn.normalized:
             weights = _weights(one, counted)
-        sums.update(0, hidden, _short(one, other)[counted], weights)
+        number = _mean_of(turn, turn.member)
+        sums.update(number, hidden, _short(one, other)[counted], weights)
+
+
+def _problem(turn: Turn, sums: Regression) -> Problem:
+    """Return the regression of all that was added up, with the bias of the member of this turn."""
+    model, member = turn.model, turn.member
+    weight, bias = _w_out(model, member)
     gram, cross = (_whole(sums.gram), sums.cross.double().cpu().numpy())
-    hidden_mean, missing = sums.hidden[0].cpu().numpy(), sums.target[0].cpu().numpy()
     if bias is None:
-        gram += sums.counts[0] * np.outer(hidden_mean, hidden_mean)
-        cross += sums.counts[0] * np.outer(hidden_mean, missing)
+        for number, count in sums.counts.items():
+            mean = sums.hidden[number].cpu().numpy()
+            gram += count * np.outer(mean, mean)
+            cross += count * np.outer(mean, sums.target[number].cpu().numpy())
     if not (np.isfinite(gram).all() and np.isfinite(cross).all()):
         raise InputError(
             f"layer {member.layer} of {member.stack!r} gives NaN or infinite values on this data."
@@ -273,11 +351,31 @@ def _problem(turn: Turn) -> Problem:
     diagonal = gram.diagonal()
     gram[np.diag_indices_from(gram)] += RIDGE * diagonal + (_TINY * diagonal.mean() or 1.0)
     old = weight.double().cpu().numpy()
-    put_out = None
+    number = _mean_of(turn, member)
+    put_out, hidden_mean = None, sums.hidden[number].cpu().numpy()
     if bias is not None:
-        put_out = missing + bias.double().cpu().numpy() + hidden_mean @ old
+        put_out = sums.target[number].cpu().numpy() + hidden_mean @ old
+        put_out += bias.double().cpu().numpy()
     best = old + cho_solve(cho_factor(gram, lower=True), cross)
-    return Problem(gram, best, hidden_mean, put_out, sums.counts[0])
+    return Problem(gram, best, hidden_mean, put_out, sum(sums.counts.values()))
+
+
+def _bias_left(turn: Turn, kept: Any, w_out: Matrix) -> Matrix | None:
+    """Return b_out (d,) of a member whose W_out (width, d) stands: the mean of what is missing."""
+    if turn.model.get_submodule(turn.member.output).bias is None:
+        return None
+    rests, counts = [], []
+    for one, other in zip(turn.original, turn.narrowed, strict=True):
+        counted = _counted(turn.model, turn.member, one)
+        target = other.at.out[counted].float() + _short(one, other)[counted]
+        hidden = other.at.given[counted].double().cpu().numpy()
+        rests.append(target.double().cpu().numpy() - hidden[:, kept] @ w_out)
+        weights = torch.ones(len(target))
+        if turn.normalized:
+            weights = _weights(one, counted)
+        counts.append(weights.double().cpu().numpy())
+    left: Matrix = np.average(np.concatenate(rests), 0, np.concatenate(counts))
+    return left
 
 
 def _weights(at: Pass, counted: Tensor) -> Tensor:
@@ -304,21 +402,24 @@ def _w_out(model: Any, member: FeedForward) -> tuple[Tensor, Tensor | None]:
     )
 
 
-def _cut(
-    model: Any, member: FeedForward, kept: Any, w_out: Matrix, b_out: Matrix | None
-) -> dict[Key, Tensor]:
-    """Return a member's weights of the neurons ``kept``, in the layout and type of its own."""
+def _cut(turn: Turn, cuts: Cuts, b_out: Matrix | None) -> dict[Key, Tensor]:
+    """Return a member's weights of the neurons that stay, in the layout and type of its own."""
     parts: dict[Key, Tensor] = {}
-    order, last = torch.from_numpy(kept), len(member.inputs)
-    for key, weight in zip(member.keys, member.weights, strict=True):
-        value = model.get_parameter(weight.name).detach()
-        if key == (last, "weight"):
-            new = torch.from_numpy(w_out if weight.neurons == 0 else w_out.T)
-            parts[key] = new.to(value).contiguous()
-        elif key == (last, "bias"):
-            parts[key] = torch.from_numpy(b_out).to(value)
-        else:
-            parts[key] = weight.reordered(value, order)
+    w_out, last = cuts.w_out[turn.unit], len(turn.member.inputs)
+    order = torch.from_numpy(cuts.kept[turn.unit])
+    for key, weight in zip(turn.member.keys, turn.member.weights, strict=True):
+        parameter = turn.model.get_parameter(weight.name)
+        if id(parameter) not in cuts.made:
+            value = parameter.detach()
+            if key == (last, "weight"):
+                new = torch.from_numpy(w_out if weight.neurons == 0 else w_out.T)
+                new = new.to(value).contiguous()
+            elif key == (last, "bias"):
+                new = torch.from_numpy(b_out).to(value)
+            else:
+                new = weight.reordered(value, order)
+            cuts.made[id(parameter)] = new
+        parts[key] = cuts.made[id(parameter)]
     return parts
 
 

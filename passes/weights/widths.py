@@ -3,7 +3,7 @@
 The method ``narrow`` and the search of its budget ask. What a width costs is forecast to second
 order: the mean square of what the sublayer's output then misses (``narrow.forecast``), times how
 far the model's own output moves with it (:func:`sensitivities`). Neurons go, some at a time, where
-they cost least for each parameter.
+they cost least for each parameter; of sublayers that share their weights all are cut alike.
 """
 
 import heapq
@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ffmerge.models import ties
 from ffmerge.models.inputs import forward, main_output, unchunked
 from ffmerge.models.sublayer import FeedForward
+from ffmerge.models.ties import Unit
 from ffmerge.passes.weights import narrow
 from ffmerge.passes.weights.abreast import Batch
 from ffmerge.passes.weights.activations import Batches, hooked
@@ -23,7 +25,7 @@ from ffmerge.passes.weights.parts import rows_by_gradients, split
 from ffmerge.progress import Progress, silent
 
 Widths = dict[FeedForward, int]
-Costs = Mapping[FeedForward, Matrix]  # by how many neurons are gone, from none on
+Costs = Mapping[Unit, Matrix]  # by how many neurons are gone, from none on
 
 _STEP = 64  # neurons that go at a time: blocks of 32 and 64 weights then stay whole
 _STEPS = 16  # of which a sublayer has at least so many
@@ -40,30 +42,33 @@ def chosen(
     """Return the widths that are forecast to cost least."""
     costs = narrow.forecast(model, members, batches(), progress)
     weights = sensitivities(model, members, batches())
-    return cheapest(model, {m: weights[m] * cost for m, cost in costs.items()}, remove)
+    weighted = {}
+    for unit, cost in costs.items():
+        weighted[unit] = cost * sum(weights[member] for member in unit) / len(unit)
+    return cheapest(model, weighted, remove)
 
 
 def cheapest(model: Any, costs: Costs, remove: int) -> Widths:
     """Return the widths that cost least in all, of those that rid the model of ``remove``."""
-    widths = {member: member.d_ff for member in costs}
-    offers: list[tuple[float, int, FeedForward, int]] = []
+    widths = {unit: unit[0].d_ff for unit in costs}
+    offers: list[tuple[float, int, Unit, int]] = []
 
-    def offer(number: int, member: FeedForward) -> None:
-        width, step = widths[member], step_of(member)
+    def offer(number: int, unit: Unit) -> None:
+        full, width, step = unit[0].d_ff, widths[unit], step_of(unit[0])
         new = (width - 1) // step * step
         if new > 0:
-            price = costs[member][member.d_ff - new] - costs[member][member.d_ff - width]
-            saved = (width - new) * per_neuron(model, member)
-            heapq.heappush(offers, (float(price / saved), number, member, new))
+            price = costs[unit][full - new] - costs[unit][full - width]
+            saved = (width - new) * per_neuron(model, unit)
+            heapq.heappush(offers, (float(price / saved), number, unit, new))
 
-    for number, member in enumerate(costs):
-        offer(number, member)
+    for number, unit in enumerate(costs):
+        offer(number, unit)
     while remove > 0 and offers:
-        _, number, member, new = heapq.heappop(offers)
-        remove -= (widths[member] - new) * per_neuron(model, member)
-        widths[member] = new
-        offer(number, member)
-    return widths
+        _, number, unit, new = heapq.heappop(offers)
+        remove -= (widths[unit] - new) * per_neuron(model, unit)
+        widths[unit] = new
+        offer(number, unit)
+    return {member: width for unit, width in widths.items() for member in unit}
 
 
 def step_of(member: FeedForward) -> int:
@@ -76,16 +81,21 @@ def step_of(member: FeedForward) -> int:
 
 def most(model: Any, members: Sequence[FeedForward]) -> int:
     """Return how many parameters can go."""
-    return sum((m.d_ff - step_of(m)) * per_neuron(model, m) for m in members)
-
-
-def per_neuron(model: Any, member: FeedForward) -> int:
-    """Return the parameters that go with one hidden neuron."""
     count = 0
-    for weight in member.weights:
-        if weight.neurons is not None:
-            count += model.get_parameter(weight.name).numel() // member.d_ff
+    for unit in ties.units(model, members):
+        count += (unit[0].d_ff - step_of(unit[0])) * per_neuron(model, unit)
     return count
+
+
+def per_neuron(model: Any, unit: Unit) -> int:
+    """Return the parameters that go with one hidden neuron, shared ones once."""
+    sizes = {}
+    for member in unit:
+        for weight in member.weights:
+            if weight.neurons is not None:
+                parameter = model.get_parameter(weight.name)
+                sizes[id(parameter)] = parameter.numel() // member.d_ff
+    return sum(sizes.values())
 
 
 def parameters_of(model: Any, member: FeedForward) -> int:

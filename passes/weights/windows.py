@@ -9,8 +9,10 @@ from typing import Any
 from ffmerge.config import MergeConfig
 from ffmerge.errors import InputError
 from ffmerge.models.prove import proven
+from ffmerge.models.record import merge_record
 from ffmerge.models.sublayer import FeedForward, stacks
 
+NARROW = "narrow"  # the method whose budget is met by widths, and that takes what is merged, too
 Members = tuple[FeedForward, ...]
 Choice = tuple[Members, ...]  # what one candidate would tie, group by group
 Stacks = Mapping[str, Members]
@@ -22,7 +24,8 @@ def find_stacks(model: Any, config: MergeConfig) -> dict[str, Members]:
     Raises:
         InputError: the model has none, or not the stacks that are asked for.
     """
-    if getattr(model.config, "ffmerge", None):
+    record = merge_record(model.config)
+    if record and (config.method != NARROW or record.narrowed):
         raise InputError("this model is merged already: start from the original checkpoint.")
     found, left = proven(model)
     by_name = stacks(found)
