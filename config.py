@@ -18,6 +18,7 @@ from ffmerge.profiles import (
     PLAIN_OPSET,
     PROFILE_HELP,
     PROFILES,
+    WIDE_OPSET,
     check_profile,
     profile_of,
 )
@@ -287,7 +288,11 @@ class CompressConfig:
     def __post_init__(self) -> None:
         """Refuse a size that is none, and what is for nothing."""
         parse_budget(self.size, 1)
-        profile_of(self.profile)
+        if profile_of(self.profile).fixed:
+            raise InputError(
+                f"compress tries no precision for {self.profile}: give what it writes for another "
+                f"provider to ffmerge export --for {self.profile}."
+            )
         if self.batch_size < 1:
             raise InputError("batch_size must be 1 or more.")
 
@@ -365,7 +370,8 @@ class ExportConfig:
     """Settings of an export; ``task`` None means: inferred from the model's class.
 
     ``example`` is an ``.npz`` with a row or more of every input by name, where the inputs cannot be
-    derived. ``dtype`` is one of :data:`DTYPES`, or several with commas between them; ``ort`` and
+    derived, or of the sizes that a graph for an NPU is to have. ``dtype`` is one of
+    :data:`DTYPES`, or several with commas between them, None: the profile's own; ``ort`` and
     ``prepack`` add the graphs in ONNX Runtime's format, and with packed weights. ``layout`` is one
     of :data:`LAYOUTS`: optimum's has all its graphs and one data file for them, that of
     transformers.js only the graphs that it loads, each with its weights, in several precisions.
@@ -373,21 +379,23 @@ class ExportConfig:
 
     task: str | None = option(None, "Task by its optimum name; inferred if not given.")
     example: Path | None = option(
-        None, "A row or more of every input as .npz, for a model whose inputs cannot be derived."
+        None,
+        "A row or more of every input as .npz, for a model whose inputs cannot be derived, or for "
+        "an NPU of the sizes that it is to have.",
     )
     profile: str = option("portable", PROFILE_HELP, "--for", choices=PROFILES)
     opset: int | None = option(
         None,
         f"ONNX operator set, {OPSETS[0]} to {OPSETS[-1]}; {PLAIN_OPSET} if not given, "
-        f"{FUSED_OPSET} for a provider.",
+        f"{FUSED_OPSET} for a provider, {WIDE_OPSET} for npu.",
     )
-    dtype: str = option(
-        "fp32",
+    dtype: str | None = option(
+        None,
         "Precision of the weights, or several in one folder: fp32,q8,q4f16. int8-static needs "
-        "--data, int4 and q4f16 are better with it.",
+        "--data, int4 and q4f16 are better with it. fp32 if not given, for npu int8-static.",
         choices=DTYPES,
         typed=list[str] | None,
-        parse=lambda names: ",".join(names or ["fp32"]),
+        parse=lambda names: ",".join(names or ()) or None,
     )
     block: int | None = option(None, BLOCK_HELP)
     budget: str | None = option(None, BUDGET_HELP)
@@ -440,7 +448,10 @@ class ExportConfig:
     @property
     def dtypes(self) -> tuple[str, ...]:
         """The precisions, by their names in :data:`DTYPES`; the first is what is loaded."""
-        return tuple(SHORT.get(name.strip(), name.strip()) for name in self.dtype.split(","))
+        asked = self.dtype
+        if asked is None:
+            asked = profile_of(self.profile).dtype
+        return tuple(SHORT.get(name.strip(), name.strip()) for name in asked.split(","))
 
     @property
     def file_layout(self) -> str:
@@ -511,10 +522,11 @@ class QuantizeConfig:
     onnxruntime-web has no GatherBlockQuantized for wasm. ``rounded`` is where codes, scales and
     zero points in blocks are found and left, by the name of a weight, and ``forms`` where bits and
     block are: they are then the same in all graphs. ``budget`` are bytes for which int4 chooses
-    these.
+    these. Of int8-static ``activations`` are the bits of what products read and give: 8 or 16.
     """
 
     block: int | None = None
+    activations: int = 8
     calibration: Sequence[Mapping[str, Any]] = ()
     multiplied: frozenset[str] = frozenset()
     looked_up: frozenset[str] = frozenset()

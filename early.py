@@ -24,6 +24,7 @@ from ffmerge.config import (
     ColumnsConfig,
     CompareConfig,
     CompressConfig,
+    ExportConfig,
     LoadConfig,
     Window,
     parse_budget,
@@ -75,6 +76,8 @@ def check(
     if isinstance(config, CompressConfig) and not load.ignore_unexpected:
         _check_size(stored, config.size)
     task = getattr(config, "task", None) or _task(stored.config)
+    if isinstance(config, ExportConfig) and task is not None:
+        tasks.check_grows(task, config.profile)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FfmergeWarning)  # the command says them
         for each in data:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ffmerge.errors import InputError
 
 PLAIN_OPSET, FUSED_OPSET = 20, 23  # 23 is the first with Attention, RMSNormalization and rotation
+WIDE_OPSET = 21  # the first whose QuantizeLinear gives 16 bits
 HALVES = ("fp16", "q4f16")  # precisions that compute in float16
 
 
@@ -19,8 +20,10 @@ class Profile:
     ``fused``: attention, RMS norms and rotations are one operator each, of the standard. With
     ``multihead`` attention is an operator of ONNX Runtime's own. ``half_cache``: where a decoder
     computes in float16, it takes and gives keys and values so, as they are. ``dtypes`` are those
-    that the provider has kernels for, None: all. ``layout`` is that of the files, if none is asked
-    for, None: optimum's, for several precisions that of transformers.js.
+    that the provider has kernels for, None: all, and ``dtype`` is the one if none is asked for.
+    In int8-static products read and give ``activations`` of so many bits. ``layout`` is that of
+    the files, if none is asked for, None: optimum's, for several precisions that of
+    transformers.js. If it is ``fixed``, a graph takes one row, and no size of it is open.
     """
 
     opset: int
@@ -28,7 +31,10 @@ class Profile:
     multihead: bool = False
     half_cache: bool = False
     dtypes: tuple[str, ...] | None = None
+    dtype: str = "fp32"
+    activations: int = 8
     layout: str | None = None
+    fixed: bool = False
 
 
 _GPU = ("fp32", "fp16", "int8", "int4", "q4f16")
@@ -40,11 +46,15 @@ PROFILES = {
         FUSED_OPSET, fused=True, multihead=True, half_cache=True, dtypes=_GPU,
         layout="transformers.js",
     ),
+    "npu": Profile(
+        WIDE_OPSET, dtypes=("int8-static", "fp16", "fp32"), dtype="int8-static", activations=16,
+        fixed=True,
+    ),
 }  # fmt: skip
 PROFILE_HELP = (
     "What the package is for: portable, whatever runs ONNX, or a provider of ONNX Runtime, with "
     "attention, RMS norms and rotation as one operator each: cpu, cuda, or webgpu, that of the "
-    "browser."
+    "browser. Or npu: one row at a time, of one size, in int8-static."
 )
 
 
@@ -62,7 +72,7 @@ def profile_of(name: str) -> Profile:
 def check_profile(name: str, dtypes: tuple[str, ...], opset: int | None) -> None:
     """Raise InputError unless a profile has the precisions, and the opset if one is asked for."""
     profile = profile_of(name)
-    if profile.fused and opset not in (None, profile.opset):
+    if profile.opset != PLAIN_OPSET and opset not in (None, profile.opset):
         raise InputError(
             f"for {name} the opset is {profile.opset}, not {opset}: leave out one of the two."
         )

@@ -25,6 +25,7 @@ from ffmerge.models import call, checkpoint, kv_cache
 from ffmerge.models.inputs import StopForward
 from ffmerge.models.kv_cache import DECODER, ENCODER, FLAG, KEPT, PRESENT
 from ffmerge.models.manifest import GraphRecord, Manifest
+from ffmerge.runtime_tests.fixed import run_rows, without_padding
 from ffmerge.runtime_tests.runtimes.base import Session
 from ffmerge.runtime_tests.runtimes.registry import find_runtime
 
@@ -114,7 +115,7 @@ def _runner(session: Session, graph: GraphRecord) -> Run:
         if isinstance(kept, int) and KEPT in (*names, *graph.optional):
             feeds[KEPT] = np.array(kept)
         completed = {**feeds, **graph.probe.complete(feeds)}
-        outputs = session.run(graph.outputs, completed)
+        outputs = without_padding(graph, run_rows(graph, session, completed), feeds)
         return {name: torch.from_numpy(array) for name, array in outputs.items()}
 
     return run

@@ -148,7 +148,7 @@ def _as_package(
     written = package.export(model, folder / "package", export, run.folder, run.calibration)
     run.show("measuring", 0, 0)
     value = run.score.measure(load_package(written.path).float())
-    return vars(Way(export.dtype, written.manifest.bytes_unique, value, text))
+    return vars(Way(export.dtypes[0], written.manifest.bytes_unique, value, text))
 
 
 def export_config(run: Run, dtype: str) -> ExportConfig:

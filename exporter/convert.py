@@ -66,7 +66,7 @@ def convert(translated: Translated, plan: Plan) -> tuple[dict[str, ShareResult],
         InputError: a graph cannot be of the precision.
     """
     results = dict(translated.results)
-    if plan.config.dtype != "fp32":
+    if plan.dtype != "fp32":
         results = _quantized(translated, plan)
     results = _fit(plan, results)
     traces = {}
@@ -78,7 +78,7 @@ def convert(translated: Translated, plan: Plan) -> tuple[dict[str, ShareResult],
         else:
             program, real = translated.programs[graph.name], plan.real.get(graph.name, {})
             traces[graph.name] = record_trace(graph, program, results[graph.name].model, real)
-    if (plan.config.profile, plan.config.dtype) == ("cpu", "fp32"):
+    if (plan.config.profile, plan.dtype) == ("cpu", "fp32"):
         store_by_columns([result.model for result in results.values()])
     return results, traces
 
@@ -94,7 +94,7 @@ def _fit(plan: Plan, results: Mapping[str, ShareResult]) -> dict[str, ShareResul
         pack([named[graph.name] for graph in plan.graphs if _is_decoder(graph)])
     elif profile.fused:
         pack(models)
-    if profile.half_cache and plan.config.dtype in HALVES:
+    if profile.half_cache and plan.dtype in HALVES:
         if not halve_cache(models):
             skipped.append(Skip("cache", "FLOAT: keys or values of a graph are not float16 alone"))
     if profile.multihead:
@@ -114,7 +114,7 @@ def copied(translated: Translated, plan: Plan) -> Translated:
     results = {}
     for name, result in translated.results.items():
         copy = replace(result, model=clone(result.model))
-        if plan.config.dtype == "fp32":
+        if plan.dtype == "fp32":
             copy = share_again(copy)
         results[name] = copy
     return replace(translated, results=results)
@@ -195,6 +195,7 @@ def _quantized(translated: Translated, plan: Plan) -> dict[str, ShareResult]:
         block=_block(plan, results.values()),
         rounded=rounded,
         forms={},
+        activations=profile_of(plan.config.profile).activations,
         budget=_budget(results, plan),
     )
     calibration = plan.calibration
@@ -203,7 +204,7 @@ def _quantized(translated: Translated, plan: Plan) -> dict[str, ShareResult]:
     done = {}
     for name, before in results.items():
         config = replace(common, calibration=calibration.get(name, ()))
-        done[name] = bring_to(before, plan.config.dtype, config)
+        done[name] = bring_to(before, plan.dtype, config)
         if plan.config.budget is not None and common.forms:
             done[name] = replace(done[name], forms=common.forms)
     return done
@@ -216,7 +217,7 @@ def _block(plan: Plan, results: Iterable[ShareResult]) -> int | None:
     """
     kernels = profile_of(plan.config.profile).dtypes
     rows = kernels is None or "int8-dynamic" in kernels
-    if plan.config.dtype == "int8" and not (rows and _stored_in_one_form(results)):
+    if plan.dtype == "int8" and not (rows and _stored_in_one_form(results)):
         return plan.config.block or BLOCKS[8]
     return plan.config.block
 

@@ -59,6 +59,7 @@ class Graph:
     ``module`` maps a dictionary of the probe's inputs to the ``outputs``, in order. With
     ``parts``, the graph is made of two others: the first step and the later ones. What the later
     ones do not put out of its outputs has no elements then, and the shape that is in ``empty``.
+    Of a graph of one size, outputs ``by_token`` have the tokens of a row as second dimension.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Graph:
     outputs: tuple[str, ...]
     parts: tuple[str, ...] = ()
     empty: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    by_token: tuple[str, ...] = ()
 
     def run(self, feeds: Mapping[str, Array], exact: bool = False) -> dict[str, Array]:
         """Return the outputs that PyTorch gives for the inputs ``feeds``; ``exact`` in float64."""

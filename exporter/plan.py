@@ -13,10 +13,12 @@ import torch
 
 from ffmerge.config import CALIBRATED, FOUR_BITS, ExportConfig, parse_budget
 from ffmerge.errors import InputError
+from ffmerge.exporter.fixed import with_fixed_sizes
 from ffmerge.exporter.graphs import Graph, graphs, names_given
 from ffmerge.exporter.greedy import generates, greedy
 from ffmerge.exporter.rows import (
     BYTES,
+    LENGTH,
     ROWS,
     calibration_feeds,
     check_rows,
@@ -32,6 +34,7 @@ from ffmerge.models.derive import Made, arguments, input_specs, left_out, of_exa
 from ffmerge.models.examples import Examples
 from ffmerge.models.inputs import to_tensors
 from ffmerge.models.probe import Array, InputSpec
+from ffmerge.profiles import profile_of
 
 Feeds = Mapping[str, Array]  # inputs by name
 BITS_AT_LEAST = 2  # of a weight
@@ -59,6 +62,11 @@ class Plan:
     greedy: Feeds = field(default_factory=dict)
     calibration: Mapping[str, Sequence[Feeds]] = field(default_factory=dict)
 
+    @property
+    def dtype(self) -> str:
+        """The precision of a plan of one, else the first."""
+        return self.config.dtypes[0]
+
 
 def make_plan(model: Any, config: ExportConfig, source: Path | None, data: Data | None) -> Plan:
     """Return the plan of an export, with the inputs drawn as the checkpoint in ``source`` says.
@@ -74,8 +82,13 @@ def make_plan(model: Any, config: ExportConfig, source: Path | None, data: Data 
     found = processing.load(source, arguments(model))
     specs, rows = _inputs(model, config, found)
     task = tasks.fit(config.task, model, lambda: names_given(model, probe(model, specs)))
+    tasks.check_grows(task, config.profile)
     keeps = config.file_layout == "transformers.js"
-    planned = _settled_graphs(graphs(model, task, specs, keeps), model, task, found)
+    fixed = profile_of(config.profile).fixed
+    planned = _settled_graphs(graphs(model, task, specs, keeps), model, task, found, fixed)
+    if fixed:
+        example: Feeds = rows if config.example else {}
+        planned = with_fixed_sizes(planned, found.tokenizer, example)
     if config.budget is not None:
         _check_budget(model, config.budget)
     plan = Plan(model, task, config, source, planned, left_out(model, specs))
@@ -128,12 +141,18 @@ def _inputs(
 
 
 def _settled_graphs(
-    planned: tuple[Graph, ...], model: Any, task: str, found: processing.Processors
+    planned: tuple[Graph, ...], model: Any, task: str, found: processing.Processors, fixed: bool
 ) -> tuple[Graph, ...]:
-    """Return the graphs of the task, their inputs settled and drawn as the checkpoint has them."""
+    """Return the graphs of the task, their inputs settled and drawn as the checkpoint has them.
+
+    Pictures are of any size, unless every size is ``fixed``.
+    """
     if len(planned) == 1 and tasks.base(task) not in tasks.GENERATE:
         check_repeats(planned[0])
-        planned = (any_size(stand_ins(planned[0])),)
+        settled = stand_ins(planned[0])
+        if not fixed:
+            settled = any_size(settled)
+        planned = (settled,)
     probes = processing.like_the_task([graph.probe for graph in planned], found, model.config)
     return tuple(replace(graph, probe=p) for graph, p in zip(planned, probes, strict=True))
 
@@ -184,7 +203,8 @@ def _with_rows(plan: Plan, examples: Examples) -> Plan:
     compared, calibrating = examples, None
     if set(CALIBRATED) & set(plan.config.dtypes):
         compared, calibrating = examples.halves()
-    rows = real_rows(compared, plan.model, plan.task)
+    length = plan.graphs[0].probe.fixed.get("sequence_length", LENGTH)
+    rows = real_rows(compared, plan.model, plan.task, length)
     check_rows(plan.graphs[0], rows)
     written = _greedy(plan, rows)
     real = real_inputs(plan.graphs, rows, written)
@@ -195,7 +215,7 @@ def _with_rows(plan: Plan, examples: Examples) -> Plan:
     if calibrating is not None and set(FOUR_BITS) & set(plan.config.dtypes):
         calibration = _rounding_feeds(plan, calibrating)
     elif calibrating is not None:
-        others = real_rows(calibrating, plan.model, plan.task)
+        others = real_rows(calibrating, plan.model, plan.task, length)
         given = real_inputs(plan.graphs, others, _greedy(plan, others))
         calibration = calibration_feeds(plan.graphs, given)
     return replace(

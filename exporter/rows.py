@@ -22,19 +22,19 @@ BYTES, SCORES = 1 << 22, 1 << 24  # of its inputs, and elements of its logits, a
 ROUNDING, BATCH = 256, 8
 
 
-def real_rows(examples: Examples, model: Any, task: str) -> dict[str, Array]:
+def real_rows(examples: Examples, model: Any, task: str, length: int = LENGTH) -> dict[str, Array]:
     """Return a few examples as model inputs, from all over the data, and few enough to be stored.
 
-    Text is cut to ``LENGTH`` tokens, at the end that has the padding.
+    Text is cut to ``length`` tokens, at the end that has the padding.
     """
-    first = _cut(examples.take(examples.rows[:1]))
+    first = _cut(examples.take(examples.rows[:1]), length)
     size = sum(array.nbytes for name, array in first.items() if name != "labels")
     scores = 1
     if tasks.base(task) in (*tasks.GENERATE, "fill-mask"):
-        scores = LENGTH * model.config.get_text_config().vocab_size
+        scores = length * model.config.get_text_config().vocab_size
     count = max(min(ROWS, BYTES // max(size, 1), SCORES // scores, len(examples)), 1)
     chosen = np.linspace(0, len(examples) - 1, count).astype(int)
-    return _cut(examples.take([examples.rows[i] for i in chosen]))
+    return _cut(examples.take([examples.rows[i] for i in chosen]), length)
 
 
 def rounding_rows(examples: Examples) -> Iterator[dict[str, Array]]:
@@ -99,7 +99,7 @@ def calibration_feeds(
     first = graphs[0]
     for graph in graphs:
         if graph.name in real and not graph.parts:
-            batches[graph.name] = [graph.probe.complete(real[graph.name])]
+            batches[graph.name] = graph.probe.runs(graph.probe.complete(real[graph.name]))
         elif needs_past(graph):
             drawn = [graph.probe.draw(case) for case in range(len(graph.probe.cases))]
             batches[graph.name] = [_later_step(graph, first, real), *drawn]
@@ -139,18 +139,18 @@ def _for_decoder(
     return {"input_ids": ids, **read}
 
 
-def _cut(batch: Mapping[str, Array]) -> dict[str, Array]:
-    """Return a batch of at most ``LENGTH`` tokens, and no column that is all padding."""
+def _cut(batch: Mapping[str, Array], length: int = LENGTH) -> dict[str, Array]:
+    """Return a batch of at most ``length`` tokens, and no column that is all padding."""
     arrays = {name: np.asarray(array) for name, array in batch.items()}
     mask = arrays.get("attention_mask")
     if mask is None or mask.ndim != 2:
         return arrays
-    columns = np.flatnonzero(mask.any(0))[:LENGTH]
+    columns = np.flatnonzero(mask.any(0))[:length]
     if not mask[:, 0].all() and mask[:, -1].all():  # padding is on the left
-        columns = np.flatnonzero(mask.any(0))[-LENGTH:]
+        columns = np.flatnonzero(mask.any(0))[-length:]
     for name, array in arrays.items():
         if array.shape == mask.shape:
             arrays[name] = array[:, columns]
         elif array.ndim == 2:
-            arrays[name] = array[:, :LENGTH]
+            arrays[name] = array[:, :length]
     return arrays

@@ -85,10 +85,13 @@ def _writes_text(graph: Graph) -> bool:
 def _translated(graph: Graph, opset: int, fused: bool) -> Any:
     """Return what PyTorch's exporter makes of a graph, on the last of its drawn cases."""
     model, recipe = graph.module.model, graph.probe
-    example = to_tensors(recipe.draw(len(recipe.cases) - 1), model)
+    example = to_tensors(recipe.runs(recipe.draw(len(recipe.cases) - 1))[0], model)
     axes = {}
     for spec in recipe.inputs:
-        axes[spec.name] = {i: size for i, size in enumerate(spec.shape) if isinstance(size, str)}
+        sizes = enumerate(spec.shape)
+        axes[spec.name] = {
+            i: size for i, size in sizes if isinstance(size, str) and size not in recipe.fixed
+        }
     try:
         with _quiet(), _traceable(model, fused), lean_exporter():
             program = torch.onnx.export(

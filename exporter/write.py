@@ -75,7 +75,7 @@ def write_graphs(
         skipped |= dict.fromkeys(result.skipped)
         forms |= result.forms
     return Written(
-        dtype=plan.config.dtype,
+        dtype=plan.dtype,
         records=records,
         traces={path: traces[name] for name, path in paths.items() if name in traces},
         opset=max(result.model.opset_imports[""] for result in results.values()),
@@ -116,6 +116,8 @@ def write_rest(
     _write_config(folder, plan.model)
     if plan.source:
         copy_companions(plan.source, folder)
+    if fixed := plan.graphs[0].probe.fixed:
+        _limit_tokenizer(folder, fixed)
     text = card(plan.model, plan.task, paths, plan.config.dtypes, plan.source)
     (folder / "README.md").write_text(text, encoding="utf-8")
     return records, tuple(variants), skipped
@@ -137,7 +139,7 @@ def _write_graphs(
 ) -> tuple[GraphRecord, ...]:
     """Write graphs where the layout has them, with one data file for all or one for each."""
     prefix, suffixes = LAYOUTS[plan.config.file_layout]
-    suffix = suffixes.get(plan.config.dtype, "")
+    suffix = suffixes.get(plan.dtype, "")
     paths = {graph.name: f"{prefix}{graph.name}{suffix}.onnx" for graph in plan.graphs}
     models = {folder / path: results[name].model for name, path in paths.items()}
     if plan.config.file_layout == "optimum":
@@ -155,7 +157,14 @@ def _write_graphs(
         optional = tuple(str(value.name) for value in inputs if value.is_initializer())
         probe = graph.probe.with_cache(_cache_of(inputs))
         records.append(
-            GraphRecord(paths[graph.name], graph.outputs, probe, parts, optional=optional)
+            GraphRecord(
+                paths[graph.name],
+                graph.outputs,
+                probe,
+                parts,
+                optional=optional,
+                by_token=graph.by_token,
+            )
         )
     return tuple(records)
 
@@ -193,6 +202,13 @@ def _write_genai(folder: Path, plan: Plan, records: Sequence[GraphRecord]) -> tu
         return ()
     skip = write_genai(folder, records[0], plan.model, config.dtypes[0])
     return (skip,) if skip else ()
+
+
+def _limit_tokenizer(folder: Path, fixed: Mapping[str, int]) -> None:
+    """Let the package's tokenizer cut to as many tokens as its graph takes."""
+    path = folder / "tokenizer_config.json"
+    if path.is_file() and "sequence_length" in fixed:
+        write_json(path, {**read_json(path), "model_max_length": fixed["sequence_length"]})
 
 
 def _write_config(folder: Path, model: Any) -> None:

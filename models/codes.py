@@ -187,7 +187,11 @@ def pack(codes: Array, bits: int) -> Array:
     return packed
 
 
-def range_scale(low: float, high: float) -> tuple[np.float32, np.uint8]:
-    """Return the scale and the zero point of uint8 codes for a range that holds zero."""
-    scale = np.float32(max(high - low, 1e-8) / 255)
-    return scale, np.uint8(np.clip(np.rint(-low / scale), 0, 255))
+def range_scale(low: float, high: float, bits: int = 8) -> tuple[np.float32, Any]:
+    """Return the scale and the zero point of unsigned codes for a range that holds zero.
+
+    The zero point is uint8, of 16 ``bits`` uint16.
+    """
+    most = 2**bits - 1
+    scale = np.float32(max(high - low, 1e-8) / most)
+    return scale, np.dtype(f"uint{bits}").type(np.clip(np.rint(-low / scale), 0, most))

@@ -67,7 +67,8 @@ class GraphRecord:
     With ``parts`` it does what those other graphs do, which are then there for who wants them.
     ``rounding`` says by how much an element of each output is off in PyTorch's float32, on these
     very inputs, beyond ``RTOL`` of its size; it is empty where that was not measured. ``optional``
-    are inputs that have a default in the file, which ONNX Runtime takes something else for.
+    are inputs that have a default in the file, which ONNX Runtime takes something else for. Of a
+    graph of one size, outputs ``by_token`` have the tokens of a row as second dimension.
     """
 
     path: str
@@ -76,6 +77,7 @@ class GraphRecord:
     parts: tuple[str, ...] = ()
     rounding: Mapping[str, float] = field(default_factory=dict)
     optional: tuple[str, ...] = ()
+    by_token: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ and compare. Of large outputs only a sample is stored: :func:`stored_elements`.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -72,6 +72,7 @@ class Probe:
 
     Behind the ``cases`` that are drawn come as many ``real`` ones, whose inputs the package has.
     They come with data, or are ``made``: an example of ours as the checkpoint's processor has it.
+    ``fixed`` are the sizes of a graph that takes no others, by dimension: rows one by one.
     """
 
     inputs: tuple[InputSpec, ...]
@@ -79,6 +80,7 @@ class Probe:
     seed: int = 0
     real: int = 0
     made: bool = False
+    fixed: Mapping[str, int] = field(default_factory=dict)
 
     def feeds(self, case: int, stored: Mapping[str, Array]) -> dict[str, Array]:
         """Return the inputs of one case; those of a real one are completed from ``stored``."""
@@ -126,12 +128,12 @@ class Probe:
         """Return the inputs for a batch of data; what it lacks is no padding and an empty past.
 
         Positions go on from the past, as they do in PyTorch where they are not given; other numbers
-        are 0, where PyTorch takes that for none.
+        are 0, where PyTorch takes that for none. Rows are padded to the sizes that are ``fixed``.
 
         Raises:
-            InputError: the batch lacks what nothing stands in for.
+            InputError: the batch lacks what nothing stands in for, or has other sizes than fixed.
         """
-        sizes = self._sizes_of(batch)
+        sizes = self.sizes_of(batch)
         inputs = {}
         for spec in self.inputs:
             if spec.name in batch:
@@ -143,9 +145,40 @@ class Probe:
             else:
                 array = _nothing(spec, sizes)
             inputs[spec.name] = np.asarray(array, spec.dtype)
+        if self.fixed:
+            return {spec.name: self._padded(spec, inputs[spec.name]) for spec in self.inputs}
         return inputs
 
-    def _sizes_of(self, batch: Mapping[str, Array]) -> dict[str, int]:
+    def runs(self, feeds: Mapping[str, Array]) -> list[dict[str, Array]]:
+        """Return complete inputs as a graph takes them: all rows at once, or one by one."""
+        if not self.fixed:
+            return [dict(feeds)]
+        rows = len(next(iter(feeds.values())))
+        return [{name: x[i : i + 1] for name, x in feeds.items()} for i in range(rows)]
+
+    def _padded(self, spec: InputSpec, array: Array) -> Array:
+        """Return an input of the fixed sizes: what is missing of each row is padding behind it."""
+        given, wanted = array.shape[1:], self._row(spec)
+        if given == wanted:
+            return array
+        told = f"{spec.name} is {_times(given)} a row, and the package takes {_times(wanted)}"
+        if len(given) != len(wanted) or any(np.greater(given, wanted)):
+            raise InputError(f"{told}: cut longer rows, or export it for others.")
+        masked = {side for each in self.inputs if each.kind == "mask" for side in each.shape}
+        for side, size, full in zip(spec.shape[1:], given, wanted, strict=True):
+            if size < full and side not in masked:
+                raise InputError(f"{told}: it reads no mask that could tell padding.")
+        pad = 0
+        if spec.kind == "integer" and spec.tokens:
+            pad = spec.tokens.pad
+        behind = np.subtract(wanted, given)
+        return np.pad(array, [(0, 0), *((0, more) for more in behind)], constant_values=pad)
+
+    def _row(self, spec: InputSpec) -> tuple[int, ...]:
+        """Return the fixed sizes of a row of an input."""
+        return tuple(int(self.fixed.get(str(side), side)) for side in spec.shape[1:])
+
+    def sizes_of(self, batch: Mapping[str, Array]) -> dict[str, int]:
         """Return the sizes of the dynamic dimensions that the arrays of a batch have."""
         sizes: dict[str, int] = {}
         for spec in self.inputs:
@@ -156,6 +189,10 @@ class Probe:
         past = sizes.setdefault("past_sequence_length", 0)
         sizes.setdefault("total_sequence_length", past + sizes.get("sequence_length", 0))
         return sizes
+
+
+def _times(sizes: Sequence[int]) -> str:
+    return "x".join(map(str, sizes))
 
 
 def _nothing(spec: InputSpec, sizes: Mapping[str, int]) -> Array:

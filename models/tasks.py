@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import Any
 
 from ffmerge.errors import InputError
+from ffmerge.profiles import profile_of
 
 PAST = "-with-past"  # with a cache of keys and values, as optimum calls it
 
@@ -68,6 +69,15 @@ _READS = {
 def base(task: str) -> str:
     """Return a task without the cache: what it is about and how it is measured."""
     return task.removesuffix(PAST)
+
+
+def check_grows(task: str, profile: str) -> None:
+    """Raise InputError if a task writes a text, token by token, and a profile fixes every size."""
+    if base(task) in ("text-generation", "text2text-generation") and profile_of(profile).fixed:
+        raise InputError(
+            f"--for {profile} fixes every size, and {task} puts token behind token: choose another "
+            "provider, or a task that reads a text at once."
+        )
 
 
 def task_of(model: Any, named: str | None = None) -> str:

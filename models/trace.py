@@ -63,7 +63,8 @@ def traced_feeds(probe: Probe, stored: Mapping[str, Array]) -> dict[str, Array]:
     """Return the inputs of the traced case: rows of the real one, else of the last drawn one."""
     feeds = probe.feeds(len(probe.cases) - (not probe.real), stored)
     cut = {spec.name for spec in probe.inputs if spec.shape[:1] == ("batch_size",)}
-    return {name: array[:TRACED] if name in cut else array for name, array in feeds.items()}
+    feeds = {name: array[:TRACED] if name in cut else array for name, array in feeds.items()}
+    return probe.runs(feeds)[0]
 
 
 def trace_key(graph: str) -> str:

@@ -66,7 +66,7 @@ def locate(
             values = partial(run, runtime, optimization, feeds)
             found = _first_off_trace(names, trace, values, bound)
         if found is None and runtime.name != "cpu" and case is not None:
-            cpu, inputs = find_runtime("cpu"), reference.feeds(graph, case)
+            cpu, inputs = find_runtime("cpu"), graph.probe.runs(reference.feeds(graph, case))[0]
             judge = f"{cpu.requested} ({cpu.levels[0]})"
             there = partial(run, runtime, optimization, inputs)
             found = _first_off(names, partial(run, cpu, cpu.levels[0], inputs), there, bound)

@@ -8,6 +8,7 @@ from ffmerge.models.metrics import for_task, labels_of
 from ffmerge.models.probe import Array
 from ffmerge.models.tasks import base
 from ffmerge.runtime_tests.decode import Served, decoder
+from ffmerge.runtime_tests.fixed import run_rows, without_padding
 from ffmerge.runtime_tests.translation import measure_chrf
 
 BATCH = 8  # examples per run
@@ -39,7 +40,8 @@ def _scores(served: Served, batch: dict[str, Array]) -> Array:
     if len(served) > 1:
         return decoder(served, batch)(batch["decoder_input_ids"])
     graph, session = served[0]
-    outputs = session.run(graph.outputs, graph.probe.complete(batch))
+    outputs = run_rows(graph, session, graph.probe.complete(batch))
+    outputs = without_padding(graph, outputs, batch)
     return outputs.get("logits", next(iter(outputs.values())))
 
 

@@ -14,6 +14,7 @@ from ffmerge.errors import InputError
 from ffmerge.models.kv_cache import is_present, keeps_cache
 from ffmerge.models.manifest import GraphRecord, Manifest
 from ffmerge.models.probe import Array, is_logits, kept, stored_elements
+from ffmerge.runtime_tests.fixed import run_rows
 from ffmerge.runtime_tests.quality import (
     Quality,
     Scores,
@@ -90,7 +91,7 @@ def parity_of(
     samples: dict[str, list[_Sample]] = {name: [] for name in graph.outputs}
     for case in range(len(graph.probe.cases) + graph.probe.real):
         feeds = reference.feeds(graph, case)
-        for name, output in session.run(graph.outputs, feeds).items():
+        for name, output in run_rows(graph, session, feeds).items():
             samples[name].append(_sample(graph, case, name, output, feeds, reference))
     found = []
     for name, parts in samples.items():

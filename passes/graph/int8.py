@@ -101,7 +101,7 @@ def _quantize_dynamically(x: ir.Value, new: Rewrite, opset: int, wide: bool) -> 
 def to_static(
     model: ir.Model, matrices: Sequence[Matrix], config: QuantizeConfig
 ) -> Iterator[Skip]:
-    """Matrix products read and write 8 bits, in the ranges of the calibration batches.
+    """Matrix products read and write 8 bits, or 16, in the ranges of the calibration batches.
 
     Every weight is behind one DequantizeLinear. Biases stay float32: as int32 they would need
     the scale of one consumer's input.
@@ -122,7 +122,7 @@ def to_static(
         for node in matrix.products:
             node.replace_input_with(1, floats)
     for value, (low, high) in ranges.items():
-        step, zero = range_scale(low, high)
+        step, zero = range_scale(low, high, config.activations)
         parts = [
             store(model.graph, f"{value.name}/scale", ir.tensor(step)),
             store(model.graph, f"{value.name}/zero", ir.tensor(zero)),
