@@ -28,7 +28,8 @@ WIDTH, LAYERS = 64, 3
 def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoints whose headers and configurations are all that is looked at, and tables."""
     folder = tmp_path_factory.mktemp("early")
-    for name, head in (("texts", "SequenceClassification"), ("pictures", "ImageClassification")):
+    heads = {"texts": "SequenceClassification", "pictures": "ImageClassification"}
+    for name, head in {**heads, "writer": "CausalLM"}.items():
         _checkpoint(folder / name, f"BertFor{head}")
         (folder / name / "tokenizer.json").write_text("{}")
     _checkpoint(folder / "bare", "BertForSequenceClassification")
@@ -54,6 +55,7 @@ def _checkpoint(folder: Path, name: str) -> None:
 
 
 MISTAKES = {
+    "growing": ("export writer out --for npu --data a.csv", "--for npu fixes every size"),
     "model": ("compress ./text out --data a.csv", "./text is not a folder"),
     "config": ("inspect ./text", "./text is not a folder"),
     "data": ("compress texts out --data b.csv", "b.csv is not a data file"),

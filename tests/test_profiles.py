@@ -257,7 +257,7 @@ def test_a_profile_has_its_layout_and_opset() -> None:
     assert layouts == {**others, "webgpu": "transformers.js"}
     assert ExportConfig(profile="webgpu", layout="optimum").file_layout == "optimum"
     opsets = {name: ExportConfig(profile=name).operators for name in PROFILES}
-    assert opsets == {"portable": 20, "cpu": 23, "cuda": 23, "webgpu": 23}
+    assert opsets == {"portable": 20, "cpu": 23, "cuda": 23, "webgpu": 23, "npu": 21}
 
 
 def test_a_mask_that_shows_later_tokens_is_not_left_to_the_operator(tmp_path: Path) -> None:
