@@ -26,6 +26,7 @@ from ffmerge.config import (
     CompressConfig,
     ExportConfig,
     LoadConfig,
+    MergeConfig,
     Window,
     parse_budget,
 )
@@ -37,6 +38,7 @@ from ffmerge.models.columns import check_named
 from ffmerge.models.hub import fetch, is_id
 from ffmerge.models.manifest import NAME
 from ffmerge.models.packages import check_reader
+from ffmerge.models.record import ALREADY
 from ffmerge.models.sizes import beside, check_reach
 from ffmerge.models.stored import GGUF, weight_files
 from ffmerge.models.table import read_table, reading
@@ -168,8 +170,11 @@ def _blocks(names: Iterable[str]) -> dict[str, set[int]]:
 
 def _check_layers(stored: Stored, config: CompareConfig) -> None:
     """Raise InputError at more layers, or later ones, than any list of blocks has."""
-    if stored.config.get("ffmerge"):
-        raise InputError("this model is merged already: start from the original checkpoint.")
+    merged = stored.config.get("ffmerge")
+    if merged:
+        takes = isinstance(config, MergeConfig) and config.method == "narrow"
+        if not takes or merged.get("narrowed"):
+            raise InputError(ALREADY)
     blocks = _blocks(stored.shapes)
     if not blocks:
         return

@@ -12,6 +12,8 @@ from typing import Any
 from ffmerge.errors import InputError
 from ffmerge.files import plain, restored
 
+ALREADY = "this model is merged already: start from the original checkpoint."
+
 
 @dataclass(frozen=True)
 class Group:

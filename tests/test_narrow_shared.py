@@ -273,3 +273,24 @@ def test_what_it_refuses() -> None:
     merge_(model, data, MergeConfig(method="narrow", budget="-5%"), data)
     with pytest.raises(InputError, match="merged already"):
         merge_(model, data, MergeConfig(method="narrow", budget="-5%"), data)
+
+
+def test_the_commands_merge_and_then_narrow(tmp_path: Path, command: Any) -> None:
+    """And what is refused is refused before anything is read."""
+    model = GATED["llama"](4)
+    model.save_pretrained(tmp_path / "model")
+    ids = _data(model)["input_ids"]
+    np.savez(tmp_path / "data.npz", input_ids=ids, labels=ids)
+    data = ["--data", tmp_path / "data.npz"]
+    shared, narrowed = tmp_path / "shared", tmp_path / "narrowed"
+    assert command("merge", tmp_path / "model", shared, "--window", "1-2", *data)[0] == 0
+    asked = ["--method", "narrow", "--budget", "-10%", *data]
+    assert command("merge", shared, narrowed, *asked)[0] == 0
+    assert len(ties.ties(checkpoint.load(narrowed))) == 3
+    for arguments in (
+        ("merge", narrowed, tmp_path / "again", *asked),
+        ("merge", shared, tmp_path / "again", "--k", 2, *data),
+        ("compare", shared, "--method", "narrow", "--k", 2, *data),
+    ):
+        code, _, text = command(*arguments)
+        assert code == 2 and "merged already" in text

@@ -1,4 +1,4 @@
-"""What is kept of a trained model at 10, 15 and 20 % of its parameters removed, by each method.
+"""What is kept of a trained model at 10 to 25 % of its parameters removed, by each method.
 
 ``python benchmarks/real/run.py NAME FOLDER`` measures the checkpoint of FOLDER, which
 ``benchmarks/trained.py`` fetches, and adds rows to ``benchmarks/results/real.json``; ``--methods``
@@ -46,7 +46,7 @@ METHODS = (
 BOTH = "both"  # half of it by groups of calibrated, which are then narrowed with all others
 TUNED = "narrow, tuned"  # each narrowed sublayer trained alone for as many steps
 STEPS = {True: 80, False: 300}  # of a language model, of an encoder
-PARTS = (10, 15, 20, 25, 30)  # percent of all parameters removed
+PARTS = (10, 15, 20, 25)  # percent of all parameters removed
 ROWS = {"calibrate": 1024, "validate": 64, "test": 256}  # sentences of an encoder
 BATCH = 32  # sentences
 NEIGHBOURS = 10  # of an embedding, that should stay its nearest

@@ -310,13 +310,13 @@ def _no_sums(turn: Turn) -> Regression:
     return Regression(zeros(f, f), zeros(f, d))
 
 
-def _mean_of(turn: Turn, sums_of: FeedForward) -> int:
-    """Return the number under which a regression keeps the means of a member.
+def _mean_of(turn: Turn) -> int:
+    """Return the number under which a regression keeps the means of the member.
 
     Members with one bias have one mean.
     """
-    bias = turn.model.get_submodule(sums_of.output).bias
-    return sums_of.layer if bias is None else id(bias)
+    bias = turn.model.get_submodule(turn.member.output).bias
+    return turn.member.layer if bias is None else id(bias)
 
 
 def _add(sums: Regression, turn: Turn) -> None:
@@ -330,7 +330,7 @@ def _add(sums: Regression, turn: Turn) -> None:
         weights = None
         if turn.normalized:
             weights = _weights(one, counted)
-        number = _mean_of(turn, turn.member)
+        number = _mean_of(turn)
         sums.update(number, hidden, _short(one, other)[counted], weights)
 
 
@@ -351,7 +351,7 @@ def _problem(turn: Turn, sums: Regression) -> Problem:
     diagonal = gram.diagonal()
     gram[np.diag_indices_from(gram)] += RIDGE * diagonal + (_TINY * diagonal.mean() or 1.0)
     old = weight.double().cpu().numpy()
-    number = _mean_of(turn, member)
+    number = _mean_of(turn)
     put_out, hidden_mean = None, sums.hidden[number].cpu().numpy()
     if bias is not None:
         put_out = sums.target[number].cpu().numpy() + hidden_mean @ old

@@ -9,7 +9,7 @@ from typing import Any
 from ffmerge.config import MergeConfig
 from ffmerge.errors import InputError
 from ffmerge.models.prove import proven
-from ffmerge.models.record import merge_record
+from ffmerge.models.record import ALREADY, merge_record
 from ffmerge.models.sublayer import FeedForward, stacks
 
 NARROW = "narrow"  # the method whose budget is met by widths, and that takes what is merged, too
@@ -26,7 +26,7 @@ def find_stacks(model: Any, config: MergeConfig) -> dict[str, Members]:
     """
     record = merge_record(model.config)
     if record and (config.method != NARROW or record.narrowed):
-        raise InputError("this model is merged already: start from the original checkpoint.")
+        raise InputError(ALREADY)
     found, left = proven(model)
     by_name = stacks(found)
     if not by_name:
