@@ -36,6 +36,7 @@ from ffmerge.config import (
     SimilarityConfig,
     ValidateConfig,
     check_sources,
+    check_without_data,
 )
 from ffmerge.errors import FfmergeError, FfmergeWarning, InputError
 from ffmerge.escapes import printable
@@ -187,6 +188,8 @@ def export(
     Example: [bold]ffmerge export merged package[/bold]
     """
     check_sources(data)
+    if data is None:
+        check_without_data(config)
     early.check_output(out)
     early.check(model, load, config, columns, data)
     from ffmerge import commands

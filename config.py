@@ -470,6 +470,14 @@ class ExportConfig:
         return profile_of(self.profile).opset
 
 
+def check_without_data(config: ExportConfig) -> None:
+    """Raise InputError where an export takes its ranges or its bits from data."""
+    if "int8-static" in config.dtypes:
+        raise InputError("int8-static takes its ranges from data: give --data.")
+    if config.budget is not None:
+        raise InputError("for a budget bits are chosen by data of the task: give --data.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ShareConfig:
     """Settings of sharing in an ONNX file: ``dtype`` and ``opset`` None are the file's own.

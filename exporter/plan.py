@@ -11,7 +11,13 @@ from typing import Any
 
 import torch
 
-from ffmerge.config import CALIBRATED, FOUR_BITS, ExportConfig, parse_budget
+from ffmerge.config import (
+    CALIBRATED,
+    FOUR_BITS,
+    ExportConfig,
+    check_without_data,
+    parse_budget,
+)
 from ffmerge.errors import InputError
 from ffmerge.exporter.fixed import with_fixed_sizes
 from ffmerge.exporter.graphs import Graph, graphs, names_given
@@ -74,10 +80,8 @@ def make_plan(model: Any, config: ExportConfig, source: Path | None, data: Data 
     Raises:
         InputError: the task is not served, or the data lacks what the model takes.
     """
-    if "int8-static" in config.dtypes and data is None:
-        raise InputError("int8-static takes its ranges from data: give --data.")
-    if config.budget is not None and data is None:
-        raise InputError("for a budget bits are chosen by data of the task: give --data.")
+    if data is None:
+        check_without_data(config)
     source = source or _folder_of(model)
     found = processing.load(source, arguments(model))
     specs, rows = _inputs(model, config, found)

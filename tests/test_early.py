@@ -56,6 +56,8 @@ def _checkpoint(folder: Path, name: str) -> None:
 
 MISTAKES = {
     "growing": ("export writer out --for npu --data a.csv", "--for npu fixes every size"),
+    "ranges": ("export texts out --for npu", "int8-static takes its ranges from data"),
+    "bits": ("export texts out --dtype int4 --budget 1MB", "for a budget bits are chosen by data"),
     "model": ("compress ./text out --data a.csv", "./text is not a folder"),
     "config": ("inspect ./text", "./text is not a folder"),
     "data": ("compress texts out --data b.csv", "b.csv is not a data file"),

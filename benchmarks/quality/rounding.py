@@ -3,7 +3,7 @@
 ``python benchmarks/quality/rounding.py CHECKPOINT CALIBRATION HELD_OUT`` with a folder of
 ``benchmarks/trained.py`` and the data of ``bits.py``, whose measure this is. The middle half of
 the layers shares by k (``calibrated``), and the package in int4 is held against the merged model in
-float32. Prints a row of docs/quality.md for each k.
+float32. Prints a row of docs/quality.md for each k. ``--rounding`` names other data to round by.
 """
 
 import argparse
@@ -59,18 +59,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for name in ("checkpoint", "calibration", "held_out"):
         parser.add_argument(name, type=Path)
+    parser.add_argument("--rounding", type=Path)
+    parser.add_argument("--k", type=int, nargs="+", default=[2, 3])
     given = parser.parse_args()
+    texts = given.rounding or given.calibration, given.held_out
     print("| layers that share | fp32 | bytes of int4 | rounded | by the first | by all products |")
     print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
-        for k in (2, 3):
+        for k in given.k:
             model = ffmerge.load(given.checkpoint)
             data = read(given.checkpoint, given.calibration, model.can_generate())
             groups = share_(model, data, k)
             package = export(model, folder / f"p{k}", ExportConfig(), given.checkpoint)
             graph, rows = package.path / package.manifest.graphs[0].path, folder / f"{k}.npz"
-            measure = prepared(graph, package.path, (given.calibration, given.held_out), rows)
+            measure = prepared(graph, package.path, texts, rows)
             cells, size = [f"{measure(graph):.4f}"], 0
             for name, data, inputs in (
                 ("rounded", None, all_inputs),
