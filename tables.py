@@ -54,7 +54,10 @@ def merge_table(merge: Any, out: Path) -> Group:
         if metric["recovered"] is not None:
             rows.append(("after recovery", "", f"{metric['recovered']:.4f}"))
     title = f"{out}: {record.method}, {_done(record)}"
-    shown: list[Any] = [_table(title, ("", "before", "merged"), rows)]
+    before = "before"
+    if record.stages[0] == "merged":
+        before = "merged"
+    shown: list[Any] = [_table(title, ("", before, record.stages[1]), rows)]
     if merge.frontier:
         columns = ["layers", "bytes", metric["name"]]
         steps = []

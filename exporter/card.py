@@ -124,6 +124,8 @@ def _results(model: Any, task: str, record: MergeRecord | None) -> dict[str, Any
     """Return what the merged model was measured to keep, if it was, as the hub shows results."""
     if record is None or not record.metric["name"]:
         return {}
+    if (record.stages[0], record.metric["name"]) == ("merged", "fidelity"):
+        return {}  # to the merged model: what it keeps of the original nobody measured
     measured = EvalResult(
         task_type=base(task),
         dataset_type="custom",
@@ -146,14 +148,17 @@ def _merge_text(record: MergeRecord | None) -> str:
         cut = f"Feed-forward sublayers are narrowed: {'; '.join(widths)}"
         done = f"{done}. {cut}" if record.groups else cut
     removed = 1 - record.parameters_after / record.parameters_before
+    of = ""
+    if record.stages[0] == "merged":
+        of = " of the merged model"
     text = (
         f"{done} (method {code_span(record.method)}): {removed:.2%} of "
-        f"{record.parameters_before:,} parameters removed."
+        f"{record.parameters_before:,} parameters{of} removed."
     )
     metric = record.metric
     if metric["name"]:
         text += (
             f" Untuned {markdown(metric['name'])} on {metric['examples']} validation examples: "
-            f"{metric['before']:.4f} before, {metric['merged']:.4f} after."
+            f"{metric['before']:.4f}{of} before, {metric['merged']:.4f} after."
         )
     return text

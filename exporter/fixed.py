@@ -5,16 +5,17 @@ holds the sizes (``Probe.fixed``): it is translated at them, whatever is compare
 is padded to them, and so is what a user gives the package.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
+import numpy as np
 
-from ffmerge.errors import InputError
+from ffmerge.errors import FfmergeWarning, InputError
 from ffmerge.exporter.graphs import Graph
-from ffmerge.models.inputs import refused, to_tensors
-from ffmerge.models.probe import Array
+from ffmerge.models.inputs import refused
+from ffmerge.models.probe import Array, Probe, Tokens
 
 TOKENS = 128  # of a row of text
 _ROW, _TEXT = "batch_size", "sequence_length"
@@ -48,15 +49,54 @@ def with_fixed_sizes(
         )
     fixed = {side: known[side] for side in sorted(named)}
     cases = tuple({**fixed, _ROW: rows} for rows, _ in enumerate(recipe.cases, 1))
-    by_token = _by_token(graph)
-    graph = replace(graph, probe=replace(recipe, cases=cases, fixed=fixed), by_token=by_token)
-    drawn = graph.probe.draw(0)
+    recipe = replace(_with_padding(recipe, model.config), cases=cases, fixed=fixed)
+    drawn = recipe.draw(0)
     try:
-        with torch.no_grad():
-            graph.module(to_tensors(drawn, graph.module))
+        graph.run(drawn)
+        graph = replace(graph, by_token=_by_token(graph), probe=recipe)
+        _warn_of_padding(graph)
+    except InputError:
+        raise
     except Exception as error:  # a model's code may raise anything
         raise InputError(refused(model, drawn, error)) from error
     return (graph,)
+
+
+def _with_padding(recipe: Probe, config: Any) -> Probe:
+    """Return a recipe whose ids are padded as the configuration says, if no tokenizer does."""
+    pad: Any = getattr(config, "pad_token_id", None)
+    inputs = []
+    for spec in recipe.inputs:
+        told = isinstance(pad, int) and 0 <= pad < spec.high
+        if spec.name == "input_ids" and spec.tokens is None and told:
+            spec = replace(spec, tokens=Tokens(pad=int(pad)))
+        inputs.append(spec)
+    return replace(recipe, inputs=tuple(inputs))
+
+
+def _warn_of_padding(graph: Graph) -> None:
+    """Warn where a row of half the tokens gets something else once it is padded."""
+    recipe = graph.probe
+    masks = [spec.name for spec in recipe.inputs if spec.kind == "mask" and _TEXT in spec.shape]
+    length = recipe.fixed.get(_TEXT, 0) // 2
+    if not masks or not length:
+        return
+    half = replace(recipe, cases=({**recipe.cases[0], _TEXT: length},))
+    feeds = half.draw(0)
+    feeds |= {name: np.ones_like(feeds[name]) for name in masks}
+    alone, padded = graph.run(feeds), graph.run(recipe.complete(feeds))
+    for name, array in alone.items():
+        found = padded[name]
+        if name in graph.by_token:
+            found = found[:, :length]
+        if found.shape == array.shape and not np.allclose(found, array, rtol=1e-2, atol=1e-3):
+            model = type(graph.module.model).__name__
+            warnings.warn(
+                f"{name} of {model} depends on the padding that the mask tells: of shorter rows a "
+                "package of one size gives what PyTorch gives of padded ones.",
+                FfmergeWarning,
+                stacklevel=2,
+            )
 
 
 def _longest(model: Any, tokenizer: Any) -> int:

@@ -146,6 +146,7 @@ class Probe:
                 array = _nothing(spec, sizes)
             inputs[spec.name] = np.asarray(array, spec.dtype)
         if self.fixed:
+            self._check_agree(inputs, sizes)
             return {spec.name: self._padded(spec, inputs[spec.name]) for spec in self.inputs}
         return inputs
 
@@ -155,6 +156,17 @@ class Probe:
             return [dict(feeds)]
         rows = len(next(iter(feeds.values())))
         return [{name: x[i : i + 1] for name, x in feeds.items()} for i in range(rows)]
+
+    def _check_agree(self, inputs: Mapping[str, Array], sizes: Mapping[str, int]) -> None:
+        """Raise InputError where two inputs differ in a size, which padding would hide."""
+        for spec in self.inputs:
+            shape = inputs[spec.name].shape
+            sides = zip(spec.shape, shape, strict=False)
+            agreed = tuple(sizes.get(str(side), size) for side, size in sides)
+            if shape[: len(agreed)] != agreed:
+                raise InputError(
+                    f"{spec.name} is {_times(shape)}, and by the other inputs {_times(agreed)}."
+                )
 
     def _padded(self, spec: InputSpec, array: Array) -> Array:
         """Return an input of the fixed sizes: what is missing of each row is padding behind it."""
@@ -192,7 +204,7 @@ class Probe:
 
 
 def _times(sizes: Sequence[int]) -> str:
-    return "x".join(map(str, sizes))
+    return "x".join(map(str, sizes)) or "one number"
 
 
 def _nothing(spec: InputSpec, sizes: Mapping[str, int]) -> Array:

@@ -60,6 +60,11 @@ class MergeRecord:
     own: tuple[str, ...] = ()
     narrowed: tuple[Narrowed, ...] = ()
 
+    @property
+    def stages(self) -> tuple[str, str]:
+        """What is before and after: of what was merged already that is no original."""
+        return ("merged", "narrowed") if self.groups and self.narrowed else ("original", "merged")
+
     def __repr__(self) -> str:
         groups = ", ".join(f"{g.stack} {'+'.join(map(str, g.layers))}" for g in self.groups)
         done = [f"{each.stack} narrowed" for each in self.narrowed]

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from ffmerge.errors import InputError
 from ffmerge.models.manifest import GraphRecord
 from ffmerge.models.probe import Array
 from ffmerge.runtime_tests.runtimes.base import Session
@@ -17,9 +18,12 @@ def run_rows(graph: GraphRecord, session: Session, feeds: Mapping[str, Array]) -
     """Return the outputs for complete inputs, of all their rows.
 
     Raises:
+        InputError: there are no rows, of which a graph for one gives nothing.
         RuntimeCheckError: the engine refuses the inputs, lacks an output or fails.
     """
     parts = [session.run(graph.outputs, row) for row in graph.probe.runs(feeds)]
+    if not parts:
+        raise InputError("no rows are given, and the package takes one at a time.")
     if len(parts) == 1:
         return parts[0]
     return {name: np.concatenate([part[name] for part in parts]) for name in graph.outputs}

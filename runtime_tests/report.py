@@ -163,9 +163,9 @@ def _first(
     Its weights count in float32.
     """
     manifest, found = validation.manifest, {}
-    if manifest.merge:
+    if manifest.merge and manifest.merge.stages[0] == "original":
         found["Size on disk"] = f"{size_text(manifest.merge.bytes_before)} of weights"
-    elif manifest.dtype != "fp32":
+    elif not manifest.merge and manifest.dtype != "fp32":
         found["Size on disk"] = f"{size_text(4 * manifest.parameters)} of weights in float32"
     known = validation.metrics if stages is None else stages
     for row in known:

@@ -399,11 +399,12 @@ def metric_row(stage: str, by: str, data: str, metric: MetricResult) -> MetricRo
 
 
 def stages(manifest: Manifest) -> list[MetricRow]:
-    """Return the metrics that the merge measured: of the original, merged and recovered model."""
+    """Return the metrics that the merge measured: before it, after it and recovered."""
     if not manifest.merge:
         return []
     along, found = manifest.merge.metric, []
-    for key, stage in (("before", "original"), ("merged", "merged"), ("recovered", "recovered")):
+    names = (*manifest.merge.stages, "recovered")
+    for key, stage in zip(("before", "merged", "recovered"), names, strict=True):
         if along.get("name") and along.get(key) is not None:
             metric = MetricResult(along["name"], along[key], along.get("examples", 0))
             found.append(metric_row(stage, "PyTorch", "merge's validation data", metric))

@@ -90,7 +90,8 @@ def summary(validation: Validation) -> dict[str, Any]:
 def losses(stages: Sequence[MetricRow], max_abs: float | None) -> dict[str, Any] | None:
     """Return one metric along the way, or None where the original's and the merged one's lack.
 
-    The method loss is from ``original`` to ``merged``, both in PyTorch, the export loss from
+    The method loss is from ``original`` to ``merged``, both in PyTorch (of what was merged already
+    from the merged to the narrowed model), the export loss from
     ``merged`` to ``exported``, with ``max_abs`` the largest difference in any output. They are
     never added. ``exported`` is what was ``served`` on the same data, and None if nothing was:
     then only the largest difference tells the export loss.
@@ -98,6 +99,8 @@ def losses(stages: Sequence[MetricRow], max_abs: float | None) -> dict[str, Any]
     known = {row.stage: row for row in stages}
     original, served = known.get("original"), known.get("served")
     merged = known.get("recovered", known.get("merged"))
+    if "narrowed" in known:  # what was merged already is no original
+        original, merged = known.get("merged"), known.get("recovered", known["narrowed"])
     name = getattr(merged or original, "name", None)
     if name is None:
         return None
@@ -198,7 +201,10 @@ def loss_rows(after: Validation, stages: Sequence[MetricRow] | None = None) -> l
     found, name = [], lost["name"]
     original, merged, exported = lost["original"], lost["merged"], lost["exported"]
     if original is not None and merged is not None:
-        note = f"{name}, original against merged, both in PyTorch"
+        between = "original against merged"
+        if any(row.stage == "narrowed" for row in stages):
+            between = "merged against narrowed"
+        note = f"{name}, {between}, both in PyTorch"
         found.append(_metric_row("Method loss", name, original, merged, note))
     if lost["max_abs"] is None:
         return found

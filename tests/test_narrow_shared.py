@@ -13,12 +13,13 @@ from tiny_wider import GATED, t5
 import ffmerge
 from ffmerge.config import ExportConfig, MergeConfig
 from ffmerge.errors import FfmergeWarning, InputError
-from ffmerge.exporter.card import _merge_text
+from ffmerge.exporter.card import _merge_text, _results
 from ffmerge.models import checkpoint, ties
 from ffmerge.models.find import find
 from ffmerge.models.record import MergeRecord
 from ffmerge.passes.weights import narrow, widths
 from ffmerge.passes.weights.merge import merge_
+from ffmerge.runtime_tests.rows import loss_rows
 from ffmerge.tables import merge_table
 
 MODELS: dict[str, Any] = {
@@ -210,7 +211,12 @@ def test_it_is_stored_once_loaded_as_it_was_and_exported(
         package = ffmerge.export(again, folder, ExportConfig(dtype=dtype), data=data)
         assert len(package.manifest.ties) >= len(before) - 1  # of a head and its table, too
         assert ffmerge.audit(folder).ok
-        assert ffmerge.validate(folder).ok
+        result = ffmerge.validate(folder)
+        assert result.ok
+        assert [row.stage for row in result.metrics][:2] == ["merged", "narrowed"]
+        (lost,) = [row for row in loss_rows(result) if row.name == "Method loss"]
+        assert "merged against narrowed" in lost.note
+        assert "the original:" not in (folder / "report.html").read_text()
 
 
 def test_an_encoder_and_its_decoder_share_apart_and_the_code_beside_them_loads_it(
@@ -254,6 +260,12 @@ def test_it_says_what_shares_and_what_is_narrow() -> None:
     assert "permute, narrow, layers 1-3 share; layers " in title and " of 48 neurons" in title
     text = _merge_text(MergeRecord.from_json(model.config.ffmerge))
     assert "share one set of weights. Feed-forward sublayers are narrowed" in text
+    before = merge.record.parameters_before
+    assert f"% of {before:,} parameters of the merged model removed." in text
+    assert "1.0000 of the merged model before, " in text
+    assert _results(model, "feature-extraction", merge.record) == {}  # fidelity to no original
+    table = merge_table(merge, Path("out")).renderables[0]
+    assert [str(column.header) for column in table.columns] == ["", "merged", "narrowed"]
     assert "layers 1+2+3 shared, layers narrowed" in repr(merge.record)
 
 
