@@ -12,7 +12,7 @@ import onnx
 import pytest
 import tiny
 import torch
-from architectures import merge_all
+from architectures import CASES, index_of, merge_all, model_of
 from npu import known_sizes
 from tiny_wider import t5
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -298,6 +298,34 @@ def test_what_has_no_form_of_one_size_is_refused(encoder: Any, tmp_path: Path) -
     with pytest.raises(InputError, match="compress tries no precision for npu"):
         CompressConfig(profile="npu")
     assert not (tmp_path / "p").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("Wav2Vec2ForCTC", "no size is known for samples: give --example FILE.npz"),
+        ("CLIPModel", "the inputs of CLIPModel are not rows of one batch"),
+        ("WhisperForConditionalGeneration", "an encoder and its decoder have no form"),
+    ],
+)
+def test_what_has_no_one_size_of_a_row_is_refused(name: str, told: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=told):
+        export(model_of(*CASES[index_of(name)][:3]), tmp_path / "p", NPU_FP32)
+
+
+def test_sound_is_of_the_length_of_an_example(tmp_path: Path) -> None:
+    model = model_of(*CASES[index_of("Wav2Vec2ForCTC")][:3])
+    samples = np.random.default_rng(0).standard_normal((3, 400)).astype(np.float32)
+    np.savez(tmp_path / "rows.npz", input_values=samples)
+    config = ExportConfig(profile="npu", dtype="fp32", example=tmp_path / "rows.npz")
+    loaded = ffmerge.load_package(export(model, tmp_path / "p", config).path)
+    given = torch.tensor(samples)
+    with torch.no_grad():
+        expected = model(given).logits
+    # measured 2.2e-7
+    assert torch.allclose(loaded(given).logits, expected, rtol=0, atol=1e-5)
+    with pytest.raises(InputError, match="input_values is 300 a row, and the package takes 400"):
+        loaded(given[:, :300])
 
 
 def test_a_range_in_16_bits() -> None:

@@ -10,6 +10,7 @@ from scipy.linalg import hadamard
 
 from ffmerge.config import FOUR_BITS
 from ffmerge.errors import InputError
+from ffmerge.models.codes import axis_of_scales
 from ffmerge.models.record import Tie
 from ffmerge.passes.graph.audit import audit
 from ffmerge.passes.graph.contract import check_ties
@@ -76,6 +77,12 @@ def test_rows_from_minus_to_plus_their_largest_have_zero_on_a_code(largest: floa
     x[0, 0], x[1, 16] = largest, -largest  # spread: a quarter of it in 16 places, of one sign
     found = run(result.model, x=x)
     assert found[-1] == 128  # that of a row is exact, so on any processor
+
+
+def test_position_embeddings_have_a_scale_for_each_token() -> None:
+    """(1, tokens, d): the first dimension of one has no more than one scale to give."""
+    shapes = ((1, 5, 8), (5, 8), (1, 1, 5, 8), (6, 3, 4, 4))
+    assert [axis_of_scales(shape) for shape in shapes] == [1, 0, 2, 0]
 
 
 @pytest.mark.parametrize("rows", [7, 64, 65])
