@@ -306,3 +306,18 @@ def test_the_commands_merge_and_then_narrow(tmp_path: Path, command: Any) -> Non
     ):
         code, _, text = command(*arguments)
         assert code == 2 and "merged already" in text
+
+
+def test_a_unit_counts_by_how_far_all_its_members_move_the_output(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, data = _merged("llama", "permute")
+    members = find(model)
+    moved = dict(zip(members, (5.0, 1.0, 2.0, 6.0), strict=True))
+    monkeypatch.setattr(widths, "sensitivities", lambda *_: moved)
+    asked: dict[Any, Any] = {}
+    monkeypatch.setattr(widths, "cheapest", lambda _, costs, __: asked.update(costs))
+    widths.chosen(model, members, 1, lambda: [data], lambda *_: None)
+    plain = narrow.forecast(model, members, [data])
+    for unit, weight in zip(plain, (5, 3), strict=True):
+        assert np.allclose(asked[unit], weight * plain[unit])
