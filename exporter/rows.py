@@ -140,7 +140,10 @@ def _for_decoder(
 
 
 def _cut(batch: Mapping[str, Array], length: int = LENGTH) -> dict[str, Array]:
-    """Return a batch of at most ``length`` tokens, and no column that is all padding."""
+    """Return a batch of at most ``length`` tokens, and no column that is all padding.
+
+    What a mask tells of sound stays as it is: that counts samples or frames.
+    """
     arrays = {name: np.asarray(array) for name, array in batch.items()}
     mask = arrays.get("attention_mask")
     if mask is None or mask.ndim != 2:
@@ -148,9 +151,12 @@ def _cut(batch: Mapping[str, Array], length: int = LENGTH) -> dict[str, Array]:
     columns = np.flatnonzero(mask.any(0))[:length]
     if not mask[:, 0].all() and mask[:, -1].all():  # padding is on the left
         columns = np.flatnonzero(mask.any(0))[-length:]
+    whole = {name for name, array in arrays.items() if array.dtype.kind in "iu"}
+    is_text = any(arrays[name].shape == mask.shape for name in whole - {"attention_mask"})
     for name, array in arrays.items():
-        if array.shape == mask.shape:
-            arrays[name] = array[:, columns]
-        elif array.ndim == 2:
+        if array.shape[:2] == mask.shape and array.ndim < 4:  # boxes have four numbers a token
+            if is_text:
+                arrays[name] = array[:, columns]
+        elif array.ndim == 2 and name in whole:
             arrays[name] = array[:, :length]
     return arrays

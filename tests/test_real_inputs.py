@@ -132,6 +132,25 @@ def test_long_text_is_cut_where_its_padding_is(left: bool) -> None:
     assert rows["attention_mask"][1].all()
 
 
+def test_what_counts_samples_or_classes_is_not_cut() -> None:
+    """A mask of sound is as long as the sound, and beside text not all that has two axes is."""
+    model = checkpoint.load(REFERENCES["village"].folder)
+    mask = (np.arange(900) < np.array([[900], [500]])).astype(np.int64)
+    frames = np.ones((2, 900, 8), "f")
+    for name, sound in (("input_values", frames[..., 0]), ("input_features", frames)):
+        given = {name: sound, "attention_mask": mask, "labels": np.ones((2, 80), int)}
+        rows = real_rows(from_arrays(given), model, "automatic-speech-recognition")
+        assert rows[name].shape == sound.shape
+        assert np.array_equal(rows["attention_mask"], mask)
+        assert rows["labels"].shape == (2, LENGTH)
+    ids, boxes = np.ones((2, 100), int), np.ones((2, 100, 4), int)
+    text = {"input_ids": ids, "attention_mask": ids > 0, "bbox": boxes}
+    text["labels"] = np.zeros((2, 120), "f")  # of many classes a row may have several
+    rows = real_rows(from_arrays(text), model, "text-classification")
+    assert rows["attention_mask"].shape == (2, LENGTH) and rows["bbox"].shape == (2, LENGTH, 4)
+    assert rows["labels"].shape == (2, 120)
+
+
 def test_data_of_another_kind_is_refused() -> None:
     model = checkpoint.load(REFERENCES["digits"].folder)
     plan = graphs(model, "image-classification")
