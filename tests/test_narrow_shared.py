@@ -11,14 +11,16 @@ from tiny import bert, gpt2
 from tiny_wider import GATED, t5
 
 import ffmerge
-from ffmerge.config import ExportConfig, MergeConfig
+from ffmerge.config import CompareConfig, ExportConfig, MergeConfig
 from ffmerge.errors import FfmergeWarning, InputError
 from ffmerge.exporter.card import _merge_text, _results
 from ffmerge.models import checkpoint, ties
 from ffmerge.models.find import find
 from ffmerge.models.record import MergeRecord
+from ffmerge.passes.weights import compare as comparing
 from ffmerge.passes.weights import narrow, widths
 from ffmerge.passes.weights.merge import merge_
+from ffmerge.passes.weights.units import units_of
 from ffmerge.runtime_tests.rows import loss_rows
 from ffmerge.tables import merge_table
 
@@ -285,6 +287,38 @@ def test_what_it_refuses() -> None:
     merge_(model, data, MergeConfig(method="narrow", budget="-5%"), data)
     with pytest.raises(InputError, match="merged already"):
         merge_(model, data, MergeConfig(method="narrow", budget="-5%"), data)
+
+
+def test_weights_that_no_merge_has_tied_are_refused() -> None:
+    """All of two layers, and one of a merged group that something else reads, too."""
+    by_hand = GATED["llama"](4)
+    first, second, *_ = find(by_hand)
+    for one, other in zip(first.maps, second.maps, strict=True):
+        by_hand.get_submodule(other).weight = by_hand.get_submodule(one).weight
+    read_twice, _ = _merged("llama", "permute")
+    weight = read_twice.get_submodule(find(read_twice)[1].maps[0]).weight
+    read_twice.beside = torch.nn.Linear(*weight.shape[::-1], bias=False)
+    read_twice.beside.weight = weight
+    for model in (by_hand, read_twice):
+        with pytest.raises(InputError, match="is shared with another layer already"):
+            units_of(model, find(model))
+
+
+def test_what_can_go_counts_shared_neurons_once() -> None:
+    model, _ = _merged("llama", "permute")
+    member = find(model)[0]
+    can_go = member.d_ff - widths.step_of(member)
+    # two units: layer 0, and the other three; gate, up and down have d parameters for a neuron
+    assert widths.most(model, find(model)) == 2 * can_go * 3 * member.d_model
+
+
+def test_rivals_of_what_is_merged_are_refused_before_any_is_tried(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, data = _merged("llama", "permute")
+    monkeypatch.setattr(comparing, "choose", lambda *_: pytest.fail("one was tried"))
+    with pytest.raises(InputError, match="merged already"):
+        comparing.compare(model, data, None, CompareConfig(k=2, method="narrow"))
 
 
 def test_the_commands_merge_and_then_narrow(tmp_path: Path, command: Any) -> None:

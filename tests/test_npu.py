@@ -4,6 +4,7 @@ No NPU computes here: the graphs are looked at, and run by ONNX Runtime's CPU.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,9 @@ import ffmerge
 from ffmerge.config import CompressConfig, ExportConfig
 from ffmerge.errors import FfmergeWarning, InputError
 from ffmerge.exporter.package import export
+from ffmerge.exporter.plan import make_plan
 from ffmerge.models.codes import range_scale
+from ffmerge.models.data import as_examples
 from ffmerge.models.manifest import Manifest
 from ffmerge.passes.graph.audit import audit
 from ffmerge.runtime_tests.reference import read_reference
@@ -326,6 +329,23 @@ def test_sound_is_of_the_length_of_an_example(tmp_path: Path) -> None:
     assert torch.allclose(loaded(given).logits, expected, rtol=0, atol=1e-5)
     with pytest.raises(InputError, match="input_values is 300 a row, and the package takes 400"):
         loaded(given[:, :300])
+
+
+def test_rows_of_the_data_fill_the_size_of_the_graph() -> None:
+    """Those that are compared, and those that ranges are of: not the 64 tokens of other graphs."""
+    config = BertConfig(**{**tiny.bert(layers=1).config.to_dict(), "max_position_embeddings": 128})
+    ids = np.random.default_rng(0).integers(3, 60, (12, 100))
+    rows = as_examples({"input_ids": ids, "attention_mask": np.ones_like(ids)})
+    plan = make_plan(BertModel(config).eval(), NPU, None, rows)
+    assert plan.rows["attention_mask"].sum(1).tolist() == [100] * len(plan.rows["input_ids"])
+    for batch in plan.calibration["model"]:
+        assert (batch["attention_mask"].sum(1) == 100).all()
+
+
+def test_the_format_of_onnx_runtime_is_made_of_it(encoder: Any, tmp_path: Path) -> None:
+    made = export(encoder, tmp_path / "p", replace(NPU_FP32, ort=True), data=texts(6, 9))
+    assert [variant.kind for variant in made.manifest.variants] == ["ort"]
+    assert check_package(made.path).ok
 
 
 def test_a_range_in_16_bits() -> None:
