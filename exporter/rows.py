@@ -148,11 +148,9 @@ def _cut(batch: Mapping[str, Array], length: int = LENGTH) -> dict[str, Array]:
     mask = arrays.get("attention_mask")
     if mask is None or mask.ndim != 2:
         return arrays
-    columns = np.flatnonzero(mask.any(0))[:length]
-    if not mask[:, 0].all() and mask[:, -1].all():  # padding is on the left
-        columns = np.flatnonzero(mask.any(0))[-length:]
     whole = {name for name, array in arrays.items() if array.dtype.kind in "iu"}
     is_text = any(arrays[name].shape == mask.shape for name in whole - {"attention_mask"})
+    columns = _tokens(mask, length)
     for name, array in arrays.items():
         if array.shape[:2] == mask.shape and array.ndim < 4:  # boxes have four numbers a token
             if is_text:
@@ -160,3 +158,11 @@ def _cut(batch: Mapping[str, Array], length: int = LENGTH) -> dict[str, Array]:
         elif array.ndim == 2 and name in whole:
             arrays[name] = array[:, :length]
     return arrays
+
+
+def _tokens(mask: Array, length: int) -> Array:
+    """Return which columns are kept, ``length`` at most, at the end that has no padding."""
+    columns = np.flatnonzero(mask.any(0))
+    if not mask[:, 0].all() and mask[:, -1].all():  # padding is on the left
+        return columns[-length:]
+    return columns[:length]

@@ -1,6 +1,7 @@
 """Narrowing of sublayers that share, against one regression of all of them written out in NumPy."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,8 @@ from ffmerge.models import checkpoint, ties
 from ffmerge.models.find import find
 from ffmerge.models.record import MergeRecord
 from ffmerge.passes.weights import compare as comparing
-from ffmerge.passes.weights import narrow, widths
+from ffmerge.passes.weights import narrow, units, widths
 from ffmerge.passes.weights.merge import merge_
-from ffmerge.passes.weights.units import units_of
 from ffmerge.runtime_tests.rows import loss_rows
 from ffmerge.tables import merge_table
 
@@ -301,7 +301,24 @@ def test_weights_that_no_merge_has_tied_are_refused() -> None:
     read_twice.beside.weight = weight
     for model in (by_hand, read_twice):
         with pytest.raises(InputError, match="is shared with another layer already"):
-            units_of(model, find(model))
+            units.units_of(model, find(model))
+
+
+def test_two_groups_with_a_weight_in_common_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each cut for itself, they would no longer have it in common."""
+    model = GATED["llama"](4)
+    members = find(model)
+    for one, other in ((0, 1), (2, 3)):
+        for path, same in zip(members[one].maps, members[other].maps, strict=True):
+            model.get_submodule(same).weight = model.get_submodule(path).weight
+    groups = [SimpleNamespace(stack=members[0].stack, layers=pair) for pair in ((0, 1), (2, 3))]
+    monkeypatch.setattr(units, "merge_record", lambda _: SimpleNamespace(groups=groups))
+    assert {len(unit) for unit in units.units_of(model, members).values()} == {2}
+    weight = model.get_submodule(members[0].output).weight
+    for member in members:
+        model.get_submodule(member.output).weight = weight
+    with pytest.raises(InputError, match="is shared with another layer already"):
+        units.units_of(model, members)
 
 
 def test_what_can_go_counts_shared_neurons_once() -> None:

@@ -122,10 +122,9 @@ def fit(
         InputError: a member cannot be narrowed, or the data does not fit the model.
     """
     units = units_of(model, members)
-    by_path, known = {member.output: member for member in members}, streams(model, members)
-    normalized = {member for member, stream in known.items() if stream.normalized}
+    by_path, reads = {member.output: member for member in members}, [m.inputs[0] for m in members]
+    normalized, given = _sums_with_stream(model, members)
     parts: dict[FeedForward, dict[Key, Tensor]] = {}
-    given, reads = [stream.given for stream in known.values()], [m.inputs[0] for m in members]
     cuts = Cuts({})
     if any(len(unit) > 1 for unit in units.values()):
         batches = _look_ahead_(cuts, model, units, batches)
@@ -291,9 +290,7 @@ def _look_ahead_(
 
     Where the sum with the stream is normalized, positions count as they do in :func:`fit`.
     """
-    known = streams(model, [*units])
-    normalized = {member for member, stream in known.items() if stream.normalized}
-    given = [stream.given for stream in known.values()]
+    normalized, given = _sums_with_stream(model, [*units])
     batches_seen: list[Batch] = []
     with closing(_turns(model, units, batches, TOKENS, normalized, given)) as turns:
         for turn in turns:
@@ -301,6 +298,15 @@ def _look_ahead_(
             if turn.member != turn.unit[0]:
                 _add(cuts.ahead.setdefault(turn.unit, _no_sums(turn)), turn)
     return batches_seen
+
+
+def _sums_with_stream(
+    model: Any, members: Sequence[FeedForward]
+) -> tuple[set[FeedForward], list[str]]:
+    """Return whose sum with the stream is normalized, and the modules that are given a stream."""
+    known = streams(model, members)
+    normalized = {member for member, stream in known.items() if stream.normalized}
+    return normalized, [stream.given for stream in known.values()]
 
 
 def _no_sums(turn: Turn) -> Regression:

@@ -42,14 +42,24 @@ def units_of(model: Any, members: Sequence[FeedForward]) -> dict[FeedForward, Un
 
 def _check_ties(model: Any, units: Mapping[FeedForward, Unit]) -> None:
     """Refuse weights that are shared in another way than a merge has recorded."""
-    record = merge_record(model.config)
-    merged = {(group.stack, group.layers) for group in record.groups} if record else set()
+    merged = _merged(model, units)
     unit_of = {path: unit for member, unit in units.items() for path in member.maps}
     for tie in ties.ties(model):
         touched = {unit_of.get(name.rpartition(".")[0], ()) for name in tie.members}
-        for unit in touched:
-            layers = tuple(member.layer for member in unit)
-            if unit and (len(touched) > 1 or (unit[0].stack, layers) not in merged):
-                raise InputError(
-                    f"{tie.members[-1]} is shared with another layer already: it is not narrowed."
-                )
+        if touched != {()} and not (len(touched) == 1 and touched <= merged):
+            raise InputError(
+                f"{tie.members[-1]} is shared with another layer already: it is not narrowed."
+            )
+
+
+def _merged(model: Any, units: Mapping[FeedForward, Unit]) -> set[Unit]:
+    """Return the units that are groups of the merge that is recorded."""
+    record = merge_record(model.config)
+    if record is None:
+        return set()
+    groups = {(group.stack, group.layers) for group in record.groups}
+    found = set()
+    for unit in units.values():
+        if (unit[0].stack, tuple(member.layer for member in unit)) in groups:
+            found.add(unit)
+    return found
