@@ -432,8 +432,8 @@ class ExportConfig:
                 raise InputError(f"dtype {dtype} is there twice: name each precision once.")
             if dtype not in SUFFIXES:
                 raise InputError(
-                    f"transformers.js has no file name for {dtype} beside other precisions: export "
-                    "it alone."
+                    f"{dtype} has no file name beside other precisions: export each into a folder "
+                    "of its own."
                 )
         if self.layout == "optimum":
             raise InputError(

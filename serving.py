@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderC
 from transformers.utils import ModelOutput
 
 from ffmerge.errors import InputError, first_line
-from ffmerge.models import call, checkpoint, kv_cache
+from ffmerge.models import call, checkpoint, finite, kv_cache
 from ffmerge.models.inputs import StopForward
 from ffmerge.models.kv_cache import DECODER, ENCODER, FLAG, KEPT, PRESENT
 from ffmerge.models.manifest import GraphRecord, Manifest
@@ -57,6 +57,7 @@ def load_package(
     manifest.check_files(folder)
     manifest = manifest.in_dtype(dtype)
     model = checkpoint.without_weights(folder)
+    setattr(model, finite.PACKAGE, str(folder))
     runtime = find_runtime(provider)
     graphs = manifest.served(kind)
     run = [

@@ -19,6 +19,7 @@ from ffmerge.exporter.write import Written, write_graphs, write_rest
 from ffmerge.files import refuse_existing, staged
 from ffmerge.models import heap
 from ffmerge.models.data import Data
+from ffmerge.models.finite import check_has_weights
 from ffmerge.models.inputs import unchunked
 from ffmerge.models.manifest import Manifest
 from ffmerge.models.notebook import html_of
@@ -78,9 +79,10 @@ def export(
     Raises:
         ExportError: the model cannot be exported.
         TieError: a shared weight would be stored twice.
-        InputError: the task is not served, the data lacks what the model takes, or ``target``
-            exists or cannot be written.
+        InputError: the task is not served, the data lacks what the model takes, ``model`` is a
+            package itself, or ``target`` exists or cannot be written.
     """
+    check_has_weights(model)
     refuse_existing(Path(target))
     with unchunked(model), heap.rarely_collected():
         plan = make_plan(model, config, source, data)

@@ -31,7 +31,7 @@ from ffmerge.models import adapter, gguf_file, modeling_ffmerge, narrowed, quant
 from ffmerge.models.companions import copy_companions
 from ffmerge.models.dataflow import NeedsWeights
 from ffmerge.models.find import find
-from ffmerge.models.finite import check_weights
+from ffmerge.models.finite import check_has_weights, check_weights
 from ffmerge.models.record import Group, MergeRecord, merge_record
 from ffmerge.models.source import (
     CODE,
@@ -244,8 +244,10 @@ def save(
 
     Raises:
         TieError: a recorded group no longer shares its parameters.
-        InputError: ``target`` exists or cannot be written, or no plain class holds the layers.
+        InputError: ``target`` exists or cannot be written, no plain class holds the layers, or
+            the model is a package.
     """
+    check_has_weights(model)
     record = merge_record(model.config)
     with staged(Path(target)) as folder:
         if record is None or (not record.groups and narrowed.is_plain(model)):

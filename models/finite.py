@@ -1,4 +1,4 @@
-"""Weights that are numbers: NaN and infinities are refused before anything is made of them."""
+"""Weights that are there, and numbers: all else is refused before anything is made of them."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -8,12 +8,25 @@ from torch import Tensor
 
 from ffmerge.errors import InputError
 
+PACKAGE = "served_from"  # attribute of a model whose forward pass is a package: its folder
+
+
+def check_has_weights(model: Any, what: object = "the model") -> None:
+    """Raise InputError at a model that ``load_package`` made: no weights of PyTorch are in it."""
+    folder = getattr(model, PACKAGE, None)
+    if folder is not None:
+        raise InputError(
+            f"{what} is the package {folder}, which runs graphs and has no weights in PyTorch: "
+            "load the checkpoint that it was exported from with ffmerge.load, and give that."
+        )
+
 
 def check_weights(model: Any, what: object = "the model") -> None:
-    """Raise InputError, with its name, if a parameter of a model holds NaN or an infinity.
+    """Raise InputError if a model is a package, or, with its name, a parameter is not finite.
 
-    Those on the meta device hold nothing.
+    Parameters on the meta device hold nothing.
     """
+    check_has_weights(model, what)
     for name, parameter in model.named_parameters():
         if not is_finite(parameter):
             raise InputError(

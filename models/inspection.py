@@ -17,6 +17,7 @@ from ffmerge.errors import InputError
 from ffmerge.models.checkpoint import load, skeleton
 from ffmerge.models.dataflow import NeedsWeights
 from ffmerge.models.find import survey
+from ffmerge.models.finite import check_has_weights
 from ffmerge.models.notebook import Table, html_of
 from ffmerge.models.prove import proven
 from ffmerge.models.source import resolve
@@ -155,6 +156,7 @@ def _surveyed(
     Code that has to look at values is followed with the weights, if they are there.
     """
     if isinstance(model, nn.Module):
+        check_has_weights(model)
         if next(model.parameters()).is_meta:
             return model, *survey(model)
         return model, *proven(model)

@@ -174,11 +174,16 @@ class Probe:
         if given == wanted:
             return array
         told = f"{spec.name} is {_times(given)} a row, and the package takes {_times(wanted)}"
-        if len(given) != len(wanted) or any(np.greater(given, wanted)):
-            raise InputError(f"{told}: cut longer rows, or export it for others.")
+        if len(given) != len(wanted):
+            raise InputError(f"{told}.")
         masked = {side for each in self.inputs if each.kind == "mask" for side in each.shape}
         for side, size, full in zip(spec.shape[1:], given, wanted, strict=True):
-            if size < full and side not in masked:
+            fits = size == full or (size < full and side in masked)
+            if spec.kind == "picture" and not fits:
+                raise InputError(f"{told}: resize pictures to that, or export it for others.")
+            if size > full:
+                raise InputError(f"{told}: cut longer rows, or export it for others.")
+            if not fits:
                 raise InputError(f"{told}: it reads no mask that could tell padding.")
         pad = 0
         if spec.kind == "integer" and spec.tokens:

@@ -1,5 +1,7 @@
 """Calls of a package: an argument that no graph reads is refused by name, labels give the loss."""
 
+import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 from architectures import exported, index_of
 
 import ffmerge
+from ffmerge.config import CompareConfig, MergeConfig, RecoverConfig, SimilarityConfig
 from ffmerge.errors import InputError
 from ffmerge.models import call
 
@@ -89,3 +92,49 @@ def test_a_class_with_a_loss_of_its_own_gives_none() -> None:
     with pytest.raises(InputError, match="leave out labels"):
         call.loss(served, "automatic-speech-recognition", {"labels": LABELS}, {})
     assert type(served).__name__ == type(model).__name__
+
+
+def _given_a_model() -> list[str]:
+    """Return the public functions that have a parameter for a model of PyTorch."""
+    found = []
+    for name in ffmerge.__all__:
+        public = getattr(ffmerge, name)
+        if inspect.isfunction(public) and "model" in inspect.signature(public).parameters:
+            found.append(name)
+    return found
+
+
+CONFIGS = {
+    "compare": CompareConfig(k=2),
+    "merge_": MergeConfig(k=2, method="average"),
+    "recover_": RecoverConfig(steps=1),
+    "similarity": SimilarityConfig(),
+}
+
+
+def test_the_functions_that_are_given_a_model_are_found() -> None:
+    assert set(_given_a_model()) >= {"clone_sharing_parameters", "export", "inspect", "save"}
+    assert set(_given_a_model()) >= set(CONFIGS)
+
+
+@pytest.mark.parametrize("name", _given_a_model())
+def test_a_package_is_refused_where_weights_are_read(name: str, tmp_path: Path) -> None:
+    """Each with a package as its model; what follows an original, with one as that, too."""
+    model, served = _served("GPT2LMHeadModel")
+    known = {
+        "model": served, "original": model, "data": {"input_ids": IDS.numpy()}, "validation": None,
+        "target": tmp_path / "out",
+    }  # fmt: skip
+    public = getattr(ffmerge, name)
+    given = {each: known[each] for each in inspect.signature(public).parameters if each in known}
+    if name in CONFIGS:
+        given["config"] = CONFIGS[name]
+    if name == "export":
+        del given["data"]
+    told = "the model is the package .*, which runs graphs and has no weights in PyTorch: load"
+    with pytest.raises(InputError, match=told):
+        public(**given)
+    assert not (tmp_path / "out").exists()
+    if name == "recover_":
+        with pytest.raises(InputError, match="the original is the package"):
+            public(**{**given, "model": model, "original": served})

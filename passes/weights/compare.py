@@ -14,6 +14,7 @@ from ffmerge.files import plain
 from ffmerge.models import tasks
 from ffmerge.models.data import Data, examples_for
 from ffmerge.models.examples import with_held_out
+from ffmerge.models.finite import check_weights
 from ffmerge.models.record import ALREADY, MergeRecord, merge_record
 from ffmerge.passes.weights import methods, precision
 from ffmerge.passes.weights.evaluate import Score, score_for
@@ -69,6 +70,7 @@ def compare(
     if config.k is None:
         raise InputError("rivals are compared at one size: give the number k of layers to merge.")
     methods.get(config.method)
+    check_weights(model)
     if merge_record(model.config):
         raise InputError(ALREADY)
     asked = MergeConfig(**{"sync": True, **vars(config)})  # as drop-layer has to

@@ -27,7 +27,7 @@ from ffmerge.models import narrowed, tasks, ties
 from ffmerge.models.data import Data, examples_for
 from ffmerge.models.examples import Examples
 from ffmerge.models.find import find
-from ffmerge.models.finite import check_weights
+from ffmerge.models.finite import check_has_weights, check_weights
 from ffmerge.models.metrics import for_task
 from ffmerge.models.offload import device_of
 from ffmerge.models.probe import Array
@@ -56,6 +56,7 @@ def clone_sharing_parameters(model: nn.Module) -> Any:
     Merging gives ``model`` new Parameters: a clone made before remains the original, and takes
     memory only for what the merge replaced.
     """
+    check_has_weights(model)
     tensors = (*model.parameters(), *model.buffers())
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
