@@ -26,6 +26,7 @@ FLOOR = 1024  # elements below which scales and nodes cost about what a weight s
 # 0.9996, 0.9994 and 0.9991 in 32, 64 and 128, and one row takes the same time in 64 and 128.
 BLOCKS = {4: 32, 8: 64}
 CLIPS = np.linspace(1, 0.75, 11)  # of a block's range, tried for its scale
+SHORTEST_ROW = 32  # elements of a row of several matrices that has a scale: no kernel of few taps
 AT_ONCE = 1 << 20  # elements of a table that are rounded at a time
 SPREAD = 16  # neighbours in a row that are spread over each other
 _PAIR = np.array([[1, 1], [1, -1]], np.float32)
@@ -93,12 +94,17 @@ def int8_codes(
     return np.rint(values / scale).astype(np.int8), scale
 
 
-def axis_of_scales(shape: Sequence[int]) -> int:
-    """Return the axis along which a tensor that is no matrix has its scales, one for each index.
+def axes_of_scales(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the axes of a tensor that is no matrix which tell its scales apart.
 
-    It is the first that has several: of position embeddings (1, tokens, d) that of the tokens.
+    Of several matrices, as experts (experts, rows, columns), each row has one, as those of every
+    matrix. All else has one for each index of the first axis that has several: position embeddings
+    (1, tokens, d) for each token, a convolution for each channel that it gives.
     """
-    return int(np.argmax([size > 1 for size in shape]))
+    several = [axis for axis, size in enumerate(shape) if size > 1]
+    if len(several) == 3 and shape[several[-1]] >= SHORTEST_ROW:
+        return tuple(several[:2])
+    return tuple(several[:1]) or (0,)
 
 
 def spread(values: Array) -> Array:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ffmerge.errors import InputError
 from ffmerge.files import size_text
-from ffmerge.models.codes import BLOCKS, FLOOR, Form
+from ffmerge.models.codes import BLOCKS, FLOOR, Form, axes_of_scales
 from ffmerge.models.companions import companion_bytes
 
 Shapes = Sequence[Sequence[int]]
@@ -41,7 +41,7 @@ def bytes_of(shapes: Shapes, dtype: str, blocks: Sequence[int] = ()) -> int:
         elif len(shape) == 2:  # in rows they are not filled up to blocks
             total += count + 4 * (count // BLOCKS[8])
         else:
-            total += count + 4 * max(shape)
+            total += count + 4 * prod(shape[axis] for axis in axes_of_scales(shape))
     return total
 
 

@@ -22,14 +22,14 @@ from ffmerge.models.codes import (
     BELOW,
     HADAMARD,
     SPREAD,
-    axis_of_scales,
+    axes_of_scales,
     int8_codes,
     range_scale,
     spread,
 )
 from ffmerge.models.manifest import Skip
 from ffmerge.passes.graph.calibration import measure_ranges
-from ffmerge.passes.graph.matrix import Matrix, as_matmuls
+from ffmerge.passes.graph.matrix import Matrix, as_matmuls, looks_rows_up
 from ffmerge.passes.graph.rewrite import Rewrite, bias_of, replace_tensor, store
 from ffmerge.passes.graph.tensors import is_op, shape_of, values_of
 
@@ -144,16 +144,32 @@ def _around_products(graph: ir.Graph) -> tuple[list[ir.Value], list[ir.Value]]:
     return inputs, outputs
 
 
-def read_dequantized(weight: ir.Value, model: ir.Model) -> None:
-    """Store a weight as int8 and let all its consumers read one DequantizeLinear of it."""
+def read_dequantized(weight: ir.Value, model: ir.Model) -> str:
+    """Store a weight as int8 and let all its consumers read one DequantizeLinear of it; say so.
+
+    Of several matrices each row has a scale, which that operator has no place for: they are
+    multiplied by these, where they are looked up only those that are found.
+    """
     assert weight.const_value is not None
     shape, uses = shape_of(weight.const_value), weight.uses()
-    axis = axis_of_scales(shape)
-    others = tuple(i for i in range(len(shape)) if i != axis)
+    axes = axes_of_scales(shape)
+    others = tuple(axis for axis in range(len(shape)) if axis not in axes)
     codes, scale = int8_codes(values_of(weight.const_value), others)
-    scales = store(model.graph, f"{weight.name}/scale", ir.Tensor(scale.reshape(-1)))
     replace_tensor(weight, ir.Tensor(codes))
-    _connect(uses, _after("DequantizeLinear", [weight, scales], model, axis=axis))
+    if len(axes) == 1:
+        scales = store(model.graph, f"{weight.name}/scale", ir.Tensor(scale.reshape(-1)))
+        _connect(uses, _after("DequantizeLinear", [weight, scales], model, axis=axes[0]))
+        return "through one DequantizeLinear"
+    scales = store(model.graph, f"{weight.name}/scale", ir.Tensor(scale))
+    if axes[0] == 0 and all(index == 0 and looks_rows_up(node) for node, index in uses):
+        for node, _ in tuple(uses):
+            found = Rewrite(node, model.graph)
+            _look_up(found, weight, found.op("Gather", scales, node.inputs[1]))
+        return "a scale for each row"
+    one = store(model.graph, f"{weight.name}/one", ir.tensor(np.float32(1)))
+    floats = _after("DequantizeLinear", [weight, one], model)
+    _connect(uses, _after("Mul", [floats, scales], model))
+    return "a scale for each row"
 
 
 def _store_codes(
@@ -177,14 +193,18 @@ def _store_codes(
     replace_tensor(weight, ir.Tensor(codes))
     scale = store(main, f"{weight.name}/scale", ir.Tensor(scales))
     for node in matrix.lookups:
-        new, ids = Rewrite(node, main), node.inputs[1]
-        axis = node.attributes.get_int("axis", 0)
-        found = new.op("Cast", new.op("Gather", weight, ids, axis=axis), to=_FLOAT)
-        of_found = scale
-        if axis == 1 or not by_column:
-            of_found = new.op("Gather", scale, ids)
-        new.take_place(new.op("Mul", found, of_found))
+        new, of_found = Rewrite(node, main), scale
+        if node.attributes.get_int("axis", 0) == 1 or not by_column:
+            of_found = new.op("Gather", scale, node.inputs[1])
+        _look_up(new, weight, of_found)
     return scale
+
+
+def _look_up(new: Rewrite, weight: ir.Value, scale: ir.Value) -> None:
+    """Let the Gather in whose place the nodes come find codes, and multiply them by a scale."""
+    axis = new.node.attributes.get_int("axis", 0)
+    codes = new.op("Gather", weight, new.node.inputs[1], axis=axis)
+    new.take_place(new.op("Mul", new.op("Cast", codes, to=_FLOAT), scale))
 
 
 def _after(

@@ -39,7 +39,7 @@ def matrix_of(weight: ir.Value) -> Matrix | str:
     lookups = []
     for node, index in weight.uses():
         where = f"{node.op_type} node {node.name}"
-        if index == 0 and _looks_rows_up(node):
+        if index == 0 and looks_rows_up(node):
             if node.inputs[1] is None or node.inputs[1].shape is None:
                 return f"the rank of the indices of {where} is not known"
             lookups.append(node)
@@ -58,7 +58,8 @@ def _is_vector(value: ir.Value | None) -> bool:
     return value is not None and value.shape is not None and value.shape.rank() < 2
 
 
-def _looks_rows_up(node: ir.Node) -> bool:
+def looks_rows_up(node: ir.Node) -> bool:
+    """Say whether a node is a Gather along the first axis."""
     return is_op(node, "Gather") and node.attributes.get_int("axis", 0) == 0
 
 
@@ -68,6 +69,31 @@ def _is_product(node: ir.Node) -> bool:
         return True
     scales = [node.attributes.get_float(name, 1.0) for name in ("alpha", "beta")]
     return is_op(node, "Gemm") and scales == [1.0, 1.0] and not node.attributes.get_int("transA", 0)
+
+
+def to_lookups(model: ir.Model) -> None:
+    """Make every GatherND that finds rows of a stored tensor, by one index each, a Gather.
+
+    PyTorch's exporter writes the choice of experts so. Types have to be known.
+    """
+    for weight in tuple(model.graph.initializers.values()):
+        for node, index in tuple(weight.uses()):
+            if index != 0 or not _finds_rows(node):
+                continue
+            ids = node.inputs[1]
+            assert ids is not None and ids.shape is not None
+            new = Rewrite(node, model.graph)
+            rows = new.op("Squeeze", ids, new.constant(np.array([-1])))
+            rows.shape, rows.type = ir.Shape(ids.shape[:-1]), ids.type
+            new.take_place(new.op("Gather", weight, rows))
+
+
+def _finds_rows(node: ir.Node) -> bool:
+    """Say whether a node is a GatherND whose indices are one number each, of the first axis."""
+    if not is_op(node, "GatherND") or node.attributes.get_int("batch_dims", 0) != 0:
+        return False
+    ids = node.inputs[1]
+    return ids is not None and ids.shape is not None and ids.shape[-1] == 1
 
 
 def as_matmuls(matrix: Matrix, main: ir.Graph) -> Matrix:

@@ -18,7 +18,7 @@ from ffmerge.models.manifest import Skip
 from ffmerge.passes.graph import bits, blocks, gptq, int8
 from ffmerge.passes.graph.float16 import MASK, to_float16
 from ffmerge.passes.graph.infer import infer_types
-from ffmerge.passes.graph.matrix import Matrix, matrix_of
+from ffmerge.passes.graph.matrix import Matrix, matrix_of, to_lookups
 from ffmerge.passes.graph.rewrite import read_in_float32
 from ffmerge.passes.graph.share import names_of
 from ffmerge.passes.graph.tensors import Stored, is_op, shape_of, stored, values_of
@@ -193,6 +193,7 @@ def _matrices(
     Where the consumers do not agree on a layout, the weight becomes int8 behind one
     DequantizeLinear for all of them.
     """
+    to_lookups(model)
     matrices, skipped = [], []
     casts: dict[ir.Value, ir.Value] = {}
     for item in stored(model):
@@ -207,8 +208,8 @@ def _matrices(
             read_in_float32(weight, casts)
         matrix = _matrix(weight, block)
         if isinstance(matrix, str):
-            skipped.append(Skip(item.name, f"INT8, through one DequantizeLinear: {matrix}"))
-            int8.read_dequantized(weight, model)
+            how = int8.read_dequantized(weight, model)
+            skipped.append(Skip(item.name, f"INT8, {how}: {matrix}"))
             continue
         if not matrix.products and item.name in config.multiplied:
             matrix = replace(matrix, turned=True)  # stored as the matrix it is in another graph

@@ -125,8 +125,8 @@ def _rounded_weight(module: Any, dtype: str) -> Tensor:
 
 def _int8(values: Tensor) -> Tensor:
     """Return what is no matrix as a package has it in int8."""
-    axis = codes.axis_of_scales(values.shape)
-    others = tuple(other for other in range(values.ndim) if other != axis)
+    axes = codes.axes_of_scales(values.shape)
+    others = tuple(axis for axis in range(values.ndim) if axis not in axes)
     whole, scale = codes.int8_codes(values.float().cpu().numpy(), others)
     return torch.from_numpy(whole * scale).to(values)
 
