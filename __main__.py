@@ -121,9 +121,13 @@ def inspect(
 
     folder = resolve(model, load, weights=False)
     found = inspect(folder, load.trust_remote_code)
-    then = (
-        f"Next: ffmerge compress {_quoted(model)} OUT --size 30MB --data DATA, or merge, or compare"
-    )
+    then = f"Next: ffmerge compress {_quoted(model)} OUT --size 25% --data DATA, or "
+    if found.removable:
+        then += "merge, or compare"
+    elif found.record and not found.record.narrowed:
+        then += "merge --method narrow, or export"
+    else:
+        then += "export"
     return Result(found.to_json(), inspection_table(found), last=then)
 
 

@@ -1,4 +1,4 @@
-"""What a model holds and what tying k of its feed-forward sublayers would remove.
+"""What a model holds, what was done to it, and what tying k of its sublayers would remove.
 
 ``ffmerge inspect`` and :func:`ffmerge.inspect` ask for it before anything is merged. Of a path no
 weights are needed: the model is built on the meta device and its data flow followed. A model that
@@ -6,7 +6,7 @@ is given is run, and each sublayer proved.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from ffmerge.models.find import survey
 from ffmerge.models.finite import check_has_weights
 from ffmerge.models.notebook import Table, html_of
 from ffmerge.models.prove import proven
+from ffmerge.models.record import MergeRecord, merge_record
 from ffmerge.models.source import resolve
 from ffmerge.models.sublayer import FeedForward, LeftAlone, stacks
 
@@ -40,7 +41,8 @@ class Inspection:
 
     ``proved`` is None where there were no weights to run. ``sizes`` are the parameters of each
     sublayer, by path. ``distinct`` counts, by stack, the sublayers with weights of their own: fewer
-    than are run means that they are shared.
+    than are run means that they are shared. ``record`` is what a merge did to it before: there is
+    nothing ``removable`` then, because it is not tied twice.
     """
 
     model_type: str
@@ -51,6 +53,7 @@ class Inspection:
     proved: bool | None
     removable: tuple[Removable, ...]
     left_alone: tuple[LeftAlone, ...]
+    record: MergeRecord | None = None
 
     def runs(self, stack: str) -> int:
         """Return how many sublayers of a stack one forward pass runs."""
@@ -63,6 +66,7 @@ class Inspection:
             "parameters": self.parameters,
             "proved": self.proved,
             "stacks": [self._stack_to_json(name) for name in self.stacks],
+            "merge": self.record.to_json() if self.record else None,
             "removable": [vars(each) for each in self.removable],
             "left_alone": [vars(part) for part in self.left_alone],
         }
@@ -72,12 +76,13 @@ class Inspection:
         sublayers = []
         for member in members:
             size = self.sizes[member.path]
-            sublayers.append({"index": member.layer, "path": member.path, "parameters": size})
+            sublayer = {"index": member.layer, "path": member.path, "d_ff": member.d_ff}
+            sublayers.append({**sublayer, "parameters": size})
         return {
             "name": name,
             "layers": len(members),
             "d_model": members[0].d_model,
-            "d_ff": members[0].d_ff,
+            "d_ff": max(member.d_ff for member in members),
             "gated": members[0].gated,
             "runs": self.runs(name),
             "distinct": self.distinct[name],
@@ -92,14 +97,19 @@ class Inspection:
         for name, members in self.stacks.items():
             first = members[0]
             counts = (len(members), self.runs(name), self.distinct[name])
-            sizes = (first.d_model, first.d_ff, first.gated, f"{self.sizes[first.path]:,}")
-            rows.append((name, *counts, *sizes))
+            widths = _span(member.d_ff for member in members)
+            sizes = _span(self.sizes[member.path] for member in members)
+            rows.append((name, *counts, first.d_model, widths, first.gated, sizes))
         title = f"{self.model_type}: {self.parameters:,} parameters"
+        if self.record:
+            title += f", method {self.record.method}"
         tables: list[Table] = [(title, (*columns, "parameters each"), rows)]
         removed = []
         for each in self.removable:
             removed.append((each.stack, each.k, f"{each.parameters:,}", f"{each.fraction:.2%}"))
-        tables.append(("Tying k layers removes", ("stack", "k", "parameters", "of all"), removed))
+        if removed:
+            heads = ("stack", "k", "parameters", "of all")
+            tables.append(("Tying k layers removes", heads, removed))
         if self.left_alone:
             left = [(part.path, part.reason) for part in self.left_alone]
             tables.append(("Left alone", ("part", "why"), left))
@@ -135,7 +145,7 @@ def inspect(model: str | Path | nn.Module, trust_remote_code: bool = False) -> I
     for name, members in by_name.items():
         first_weights = {id(network.get_parameter(m.weights[0].name)) for m in members}
         distinct[name] = len(first_weights)
-    total = sum(p.numel() for p in network.parameters())
+    total, record = sum(p.numel() for p in network.parameters()), merge_record(network.config)
     return Inspection(
         model_type=network.config.model_type,
         parameters=total,
@@ -143,8 +153,9 @@ def inspect(model: str | Path | nn.Module, trust_remote_code: bool = False) -> I
         sizes=sizes,
         distinct=distinct,
         proved=True if has_weights else None,
-        removable=_removable(by_name, sizes, distinct, total),
+        removable=() if record else _removable(by_name, sizes, distinct, total),
         left_alone=left,
+        record=record,
     )
 
 
@@ -172,6 +183,12 @@ def _surveyed(
 
 def _size(network: nn.Module, member: FeedForward) -> int:
     return sum(network.get_parameter(weight.name).numel() for weight in member.weights)
+
+
+def _span(numbers: Iterable[int]) -> str:
+    """Return numbers in words: the one that all are, or the least to the most."""
+    least, *more = sorted(set(numbers))
+    return f"{least:,} to {more[-1]:,}" if more else f"{least:,}"
 
 
 def _removable(

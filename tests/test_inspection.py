@@ -64,18 +64,22 @@ def test_with_weights_the_sublayers_are_proved() -> None:
         256,
     )
     assert stack["sublayers"][2] == {
-        "index": 2, "path": "vit.layers.2.mlp", "parameters": 2 * 64 * 256 + 64 + 256,
+        "index": 2, "path": "vit.layers.2.mlp", "d_ff": 256,
+        "parameters": 2 * 64 * 256 + 64 + 256,
     }  # fmt: skip
 
 
-def test_a_merged_stack_offers_only_what_is_left() -> None:
+def test_a_merged_model_is_offered_nothing_that_a_merge_refuses() -> None:
     model = vit()
-    merge_(
-        model,
-        {"pixel_values": np.zeros((2, 3, 16, 16), "f")},
-        MergeConfig(window=(1, 4), method="permute"),
-    )
-    assert [r.k for r in inspect(model).removable] == [2, 3]
+    pictures = {"pixel_values": np.zeros((2, 3, 16, 16), "f")}
+    merge_(model, pictures, MergeConfig(window=(1, 4), method="permute"))
+    found = inspect(model)
+    assert found.removable == () and found.to_json()["merge"]["method"] == "permute"
+    assert [title for title, _, _ in found.tables()] == [
+        f"vit: {found.parameters:,} parameters, method permute"
+    ]
+    with pytest.raises(InputError, match="merged already"):
+        merge_(model, pictures, MergeConfig(k=2, method="permute"))
 
 
 def test_a_model_without_feed_forward_sublayers(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Narrowing of sublayers that share, against one regression of all of them written out in NumPy."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -264,6 +265,7 @@ def test_it_says_what_shares_and_what_is_narrow() -> None:
     assert "share one set of weights. Feed-forward sublayers are narrowed" in text
     before = merge.record.parameters_before
     assert f"% of {before:,} parameters of the merged model removed." in text
+    assert "fidelity to the merged model on 12 " in text
     assert "1.0000 of the merged model before, " in text
     assert _results(model, "feature-extraction", merge.record) == {}  # fidelity to no original
     table = merge_table(merge, Path("out")).renderables[0]
@@ -350,6 +352,14 @@ def test_the_commands_merge_and_then_narrow(tmp_path: Path, command: Any) -> Non
     asked = ["--method", "narrow", "--budget", "-10%", *data]
     assert command("merge", shared, narrowed, *asked)[0] == 0
     assert len(ties.ties(checkpoint.load(narrowed))) == 3
+    _, text, _ = command("inspect", shared)
+    assert "method calibrated" in text and "or merge --method narrow, or export" in text
+    there = [member.d_ff for member in find(checkpoint.load(narrowed))]
+    _, text, _ = command("inspect", narrowed)
+    assert min(there) < max(there) and f"{min(there)} to {max(there)}" in text
+    assert "method calibrated, narrow" in text and "--data DATA, or export" in text
+    told = json.loads(command("inspect", narrowed, "--json")[1])
+    assert [each["d_ff"] for each in told["stacks"][0]["sublayers"]] == there
     for arguments in (
         ("merge", narrowed, tmp_path / "again", *asked),
         ("merge", shared, tmp_path / "again", "--k", 2, *data),
