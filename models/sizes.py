@@ -13,7 +13,16 @@ from ffmerge.files import size_text
 from ffmerge.models.codes import BLOCKS, FLOOR, Form, axes_of_scales
 from ffmerge.models.companions import companion_bytes
 
-Shapes = Sequence[Sequence[int]]
+Shapes = Sequence[Sequence[int]]  # of maps (outputs, inputs)
+
+
+class Table(tuple[int, ...]):
+    """The shape of a matrix whose rows are looked up: in blocks only if they are whole ones."""
+
+
+class ByRows(tuple[int, ...]):
+    """The shape of a map that int8 multiplies by with one scale for each of its rows."""
+
 
 BITS = {"int8": 8, "int4": 4}  # of weights in blocks
 WIDER = (32, 64, 128)  # blocks of 4 bits that a package of mixed bits may have
@@ -35,14 +44,24 @@ def bytes_of(shapes: Shapes, dtype: str, blocks: Sequence[int] = ()) -> int:
             total += 2 * count
         elif dtype == "fp32" or len(shape) < 2 or count < FLOOR:
             total += 4 * count
-        elif len(shape) == 2 and dtype == "int4":
-            forms = [Form(4, block) for block in blocks or (BLOCKS[4],)]
-            total += min(form.bytes_of(*shape) for form in forms)
-        elif len(shape) == 2:  # in rows they are not filled up to blocks
-            total += count + 4 * (count // BLOCKS[8])
-        else:
+        elif len(shape) > 2:
             total += count + 4 * prod(shape[axis] for axis in axes_of_scales(shape))
+        else:
+            total += _of_matrix(shape, dtype, blocks)
     return total
+
+
+def _of_matrix(shape: Sequence[int], dtype: str, blocks: Sequence[int]) -> int:
+    """Return the bytes of a matrix in int8 or int4: a table of no whole blocks is int8 in both."""
+    rows, width = shape
+    sizes = blocks or (BLOCKS[BITS[dtype]],)
+    if isinstance(shape, Table):
+        sizes = [block for block in sizes if width % block == 0]
+        if not sizes:
+            return rows * (width + 4)
+    if isinstance(shape, ByRows) and dtype == "int8":
+        return rows * (width + 4)
+    return min(Form(BITS[dtype], block).bytes_of(rows, width) for block in sizes)
 
 
 def beside(shapes: Shapes, folder: Path) -> int:

@@ -117,6 +117,11 @@ def test_below_4_bits_so_many_neurons_go_that_the_widest_blocks_fit() -> None:
     shapes, whole = [(1000, 256), (1000, 192)], 4 * 1000 * (256 + 192)
     least = 1000 * 2 * (64 + 4) + 1000 * 3 * (32 + 4)
     assert sizes.bytes_of(shapes, "int4") == 1000 * 8 * 20 + 1000 * 6 * 20 > least
+    # rows that are looked up are in blocks only if those are whole ones: of 224 in 32 each, and of
+    # 80 in none, so they are int8
+    assert sizes.bytes_of([(1000, 224)], "int4", sizes.WIDER) == 1000 * 2 * (64 + 4)
+    assert sizes.bytes_of([sizes.Table((1000, 224))], "int4", sizes.WIDER) == 1000 * 7 * 20
+    assert sizes.bytes_of([sizes.Table((1000, 80))], "int4", sizes.WIDER) == 1000 * (80 + 4)
     assert sizes.narrower(shapes, least) is None  # mixed bits do
     assert sizes.narrower(shapes, 3 * least // 4) == ("int4", 3 * whole // 4)
     lowest = 6 * least // 10

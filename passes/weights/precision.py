@@ -30,15 +30,24 @@ Round = Callable[[Any, tuple[Any, ...]], Any]  # a module and what it is called 
 def bytes_of(model: nn.Module, dtype: str) -> int:
     """Return the bytes of the weights of a package, scales counted, every shared one once.
 
-    Graph, and copies that runtimes need of a weight, are not in it. int8 is counted in blocks:
-    where rows are multiplied, it is up to 6 % less.
+    Graph, and copies that runtimes need of a weight, are not in it.
     """
     return sizes.bytes_of(shapes_of(model), dtype)
 
 
 def shapes_of(model: nn.Module) -> list[tuple[int, ...]]:
-    """Return the shapes of the parameters, every shared one once."""
-    return [tuple(parameter.shape) for parameter in model.parameters()]
+    """Return the shapes of the parameters, every shared one once, as ``sizes`` takes them."""
+    shapes = {id(parameter): tuple(parameter.shape) for parameter in model.parameters()}
+    by_rows = _by_rows(model, "int8")
+    for module in model.modules():
+        if isinstance(module, Conv1D):
+            shapes[id(module.weight)] = tuple(module.weight.shape)[::-1]
+        if module in by_rows:
+            shapes[id(module.weight)] = sizes.ByRows(shapes[id(module.weight)])
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):  # a tied one is looked up as well
+            shapes[id(module.weight)] = sizes.Table(module.weight.shape)
+    return list(shapes.values())
 
 
 @contextmanager
@@ -47,14 +56,14 @@ def rounded(model: nn.Module, dtype: str) -> Iterator[None]:
 
     Each only while it is used: a large model is never held twice.
     """
-    by_rows = _by_rows(model, dtype)
+    by_rows, no_blocks = _by_rows(model, dtype), _no_blocks(model, dtype)
     with ExitStack() as stack:
         for module in model.modules():
             names = ["weight"]
             round_: Round = partial(_round_, dtype)
             if module in by_rows:
                 round_ = _round_rows_
-            elif not isinstance(module, ROUNDED):
+            elif not isinstance(module, ROUNDED) or id(module.weight) in no_blocks:
                 names, round_ = _summed(module, dtype), _round_summed_
             if names:
                 whole: list[dict[str, Tensor]] = []
@@ -77,10 +86,18 @@ def _by_rows(model: nn.Module, dtype: str) -> set[nn.Module]:
     return found
 
 
-def _summed(module: nn.Module, dtype: str) -> list[str]:
-    """Return the names of a module's parameters that no map reads, as position embeddings are.
+def _no_blocks(model: nn.Module, dtype: str) -> set[int]:
+    """Return the tables, by id, whose rows are no whole blocks: a package has them in int8."""
+    if dtype not in BITS:
+        return set()
+    tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+    return {id(table) for table in tables if table.shape[1] % BLOCKS[BITS[dtype]]}
 
-    A package in fewer bits has them in int8, if they are large.
+
+def _summed(module: nn.Module, dtype: str) -> list[str]:
+    """Return the names of a module's parameters that a package has in int8, if they are large.
+
+    Those that no map reads, as position embeddings are, and tables whose rows are no whole blocks.
     """
     found = []
     for name, parameter in module.named_parameters(recurse=False):
