@@ -30,6 +30,7 @@ from ffmerge.models import checkpoint
 from ffmerge.models.float32 import float32_
 from ffmerge.models.inputs import forward
 from ffmerge.models.manifest import Manifest, MetricResult
+from ffmerge.models.record import kind_of
 from ffmerge.models.sizes import beside, check_reach, fitting, narrower
 from ffmerge.models.tasks import task_of
 from ffmerge.passes.weights.evaluate import score_for
@@ -52,8 +53,10 @@ TRACED = 4.0
 class Compressed:
     """What was shipped: the folder, its files for a runtime, the way there and the others.
 
-    ``before`` are the bytes of the original's weights in float32, ``shipped`` those of the files,
-    ``original`` the metric of the original, ``ok`` whether the package was valid and fits.
+    ``given`` says what the model was, ``original`` or, by an earlier merge, ``merged`` or
+    ``narrowed``: ``before`` are the bytes of its weights in float32 and ``original`` its metric,
+    and to its outputs fidelity is measured. ``shipped`` are the bytes of the files, ``ok`` whether
+    the package was valid and fits.
     """
 
     folder: Path
@@ -61,11 +64,19 @@ class Compressed:
     before: int
     shipped: int
     files: tuple[str, ...]
+    given: str
     metric: str
     examples: int
     original: float
     ways: tuple[Way, ...]
     ok: bool
+
+    @property
+    def measured(self) -> str:
+        """The metric, of fidelity to what it is where that is no original."""
+        if self.metric == "fidelity" and self.given != "original":
+            return f"fidelity to the {self.given} model"
+        return self.metric
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -277,6 +288,7 @@ def _package(run: Run, steps: Steps, attempt: str, limit: int) -> Compressed:
         before=before,
         shipped=sum(file.bytes for file in files),
         files=tuple(file.path for file in files),
+        given=kind_of(model.config),
         metric=score.name,
         examples=len(run.held_out),
         original=original,
@@ -286,17 +298,19 @@ def _package(run: Run, steps: Steps, attempt: str, limit: int) -> Compressed:
 
 
 def _report(found: Compressed, result: Validation, command: str) -> None:
-    """Write the report anew, with what the original kept on the data that chose."""
+    """Write the report anew, with what the model that was given has on the data that chose."""
     by, data = "PyTorch", "the data that chose"
-    metric = MetricResult(found.metric, found.original, found.examples)
-    rows = [metric_row("original", by, data, metric)]
-    rows += [row for row in stages(result.manifest) if row.stage == "merged"]
+    metric = MetricResult(found.measured, found.original, found.examples)
+    rows = [metric_row(found.given, by, data, metric)]
+    merge = result.manifest.merge
+    if merge and (found.folder / "checkpoint").exists():  # it was narrowed now
+        rows += [row for row in stages(result.manifest) if row.stage == merge.stages[1]]
     if result.metric is not None:
         rows.append(metric_row("served", result.providers[0].name, data, result.metric))
-    points = [report.Point("original", found.before, found.original)]
+    points = [report.Point(found.given, found.before, found.original)]
     for way in found.ways:
         points.append(report.Point(way.text, way.bytes, way.value, way is found.ways[0]))
-    also = report.Extras([command], (), points, found.metric)
+    also = report.Extras([command], (), points, found.measured)
     report.write_report(found.folder / "package", result, None, rows, also)
 
 

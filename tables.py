@@ -73,10 +73,10 @@ def merge_table(merge: Any, out: Path) -> Group:
 
 def compress_table(found: Any) -> Group:
     """Show the ways that were measured, what to ship, and what it keeps."""
-    rows = [("original", size_text(found.before), f"{found.original:.4f}")]
+    rows = [(_GIVEN[found.given], size_text(found.before), f"{found.original:.4f}")]
     for way in found.ways:
         rows.append((way.text, size_text(way.bytes), f"{way.value:.4f}"))
-    metric = f"{found.metric} ({found.examples} examples)"
+    metric = f"{found.measured} ({found.examples} examples)"
     ship = found.folder / "package"
     said = f"Ship {', '.join(found.files)} of {ship}: {size_text(found.shipped)}, weights were "
     said += f"{size_text(found.before)}. {ship / 'report.html'} shows what was checked."
@@ -85,6 +85,13 @@ def compress_table(found: Any) -> Group:
     return Group(
         _table(f"{found.folder}: {found.ways[0].text}", ("", "weights", metric), rows), said
     )
+
+
+_GIVEN = {
+    "original": "original",
+    "merged": "as given, merged before",
+    "narrowed": "as given, narrowed before",
+}
 
 
 def outline_table(found: Any) -> Group:

@@ -26,7 +26,7 @@ from ffmerge.models.sizes import check_reach, fitting, narrower
 from ffmerge.passes.weights import merge as merging
 from ffmerge.passes.weights.evaluate import Score
 from ffmerge.passes.weights.precision import bytes_of, rounded, shapes_of
-from ffmerge.progress import Progress
+from ffmerge.progress import Progress, announce
 from ffmerge.serving import load_package
 
 MIXED = "2, 4 and 8 bits by data"
@@ -114,7 +114,8 @@ def _narrowed(run: Run, dtype: str, kept: int, limit: int, folder: Path) -> Mapp
     model = run.open()
     try:
         merge, merged = merging.choose(model, run.calibration, run.held_out, budget, run.show)
-    except InputError:
+    except InputError as error:
+        announce(f"no neurons are taken out: {error}")
         return NONE
     merging.apply_(model, merge, merged)
     checkpoint.save(model, folder / "checkpoint", run.folder)
@@ -133,7 +134,8 @@ def _with_mixed_bits(
     export = replace(export_config(run, "int4"), budget=f"{limit - companion_bytes(run.folder)}B")
     try:
         told = _as_package(run, model, folder, export, text)
-    except InputError:  # so few bytes that 2 bits do not do, or data that one graph does not take
+    except InputError as error:  # 2 bits do not do, or one graph does not take the data
+        announce(f"no {text}: {error}")
         return NONE
     written = Manifest.read(folder / "package")
     if sum(file.bytes for file in written.files if file.path not in BESIDE) > limit:

@@ -136,6 +136,14 @@ def _results(model: Any, task: str, record: MergeRecord | None) -> dict[str, Any
     return {"model_name": type(model).__name__, "eval_results": [measured]}
 
 
+def _measure(record: MergeRecord) -> str:
+    """Return what the metric of a merge is called: of fidelity also to what."""
+    name = str(record.metric["name"])
+    if name == "fidelity":
+        name += f" to the {record.stages[0]} model"
+    return name
+
+
 def _merge_text(record: MergeRecord | None) -> str:
     if record is None:
         return "Exported by ffmerge; no feed-forward sublayers are merged."
@@ -158,7 +166,7 @@ def _merge_text(record: MergeRecord | None) -> str:
     metric = record.metric
     if metric["name"]:
         text += (
-            f" Untuned {markdown(metric['name'])} on {metric['examples']} validation examples: "
+            f" Untuned {markdown(_measure(record))} on {metric['examples']} validation examples: "
             f"{metric['before']:.4f}{of} before, {metric['merged']:.4f} after."
         )
     return text

@@ -99,6 +99,17 @@ def merge_record(config: Any) -> MergeRecord | None:
     return MergeRecord.from_json(value) if value else None
 
 
+def kind_of(config: Any) -> str:
+    """Return what a model is by its configuration: original, merged or narrowed.
+
+    What was merged and then narrowed is narrowed.
+    """
+    record = merge_record(config)
+    if record is None:
+        return "original"
+    return "narrowed" if record.narrowed else "merged"
+
+
 @dataclass(frozen=True)
 class Tie:
     """One tensor that stands in several places of the model.

@@ -200,17 +200,17 @@ def loss_rows(after: Validation, stages: Sequence[MetricRow] | None = None) -> l
         return []
     found, name = [], lost["name"]
     original, merged, exported = lost["original"], lost["merged"], lost["exported"]
+    stage, between = "merged", "original against merged"
+    if any(row.stage == "narrowed" for row in stages):
+        stage, between = "narrowed", "merged against narrowed"
     if original is not None and merged is not None:
-        between = "original against merged"
-        if any(row.stage == "narrowed" for row in stages):
-            between = "merged against narrowed"
         note = f"{name}, {between}, both in PyTorch"
         found.append(_metric_row("Method loss", name, original, merged, note))
     if lost["max_abs"] is None:
         return found
     largest = f"outputs within {lost['max_abs']:.2g}"
     if merged is not None and exported is not None:
-        note = f"{name}, merged in PyTorch against ONNX Runtime; {largest}"
+        note = f"{name}, {stage} in PyTorch against ONNX Runtime; {largest}"
         found.append(_metric_row("Export loss", name, merged, exported, note))
     elif original is not None and exported is not None:  # nothing but the weights was made smaller
         note = (
