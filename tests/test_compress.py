@@ -161,6 +161,24 @@ def test_a_size_is_kept_where_the_graph_is_larger_than_expected(
     assert found["ways"][0]["what"] != "int8"
 
 
+def test_what_was_merged_before_is_not_called_the_original(
+    data: Path, tmp_path: Path, command: Any
+) -> None:
+    with np.load(data) as arrays:
+        np.savez(tmp_path / "pictures.npz", pixel_values=arrays["pixel_values"][:64])
+    given = ["--data", tmp_path / "pictures.npz"]
+    merged, out = tmp_path / "merged", tmp_path / "small"
+    assert command("merge", DIGITS.folder, merged, "--window", "1-2", *given)[0] == 0
+    code, text, err = command("compress", merged, out, "--size", "600kB", *given)
+    assert code == 0, err
+    assert "as given, merged before" in text and "fidelity to the merged model" in text
+    assert "original" not in text
+    page = (out / "package" / "report.md").read_text()
+    assert "| Measured | Weights | Fidelity to the merged model |" in page
+    assert "| merged | 1.08 MB | 1 |" in page and "| original | 1." not in page
+    assert "fidelity to the original model on 32 " in (out / "package" / "README.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
