@@ -370,7 +370,8 @@ class ExportConfig:
     """Settings of an export; ``task`` None means: inferred from the model's class.
 
     ``example`` is an ``.npz`` with a row or more of every input by name, where the inputs cannot be
-    derived, or of the sizes that a graph for an NPU is to have. ``dtype`` is one of
+    derived, or of the sizes that a graph for an NPU is to have. ``profile`` is one of
+    :data:`ffmerge.profiles.PROFILES`, or several with commas between them. ``dtype`` is one of
     :data:`DTYPES`, or several with commas between them, None: the profile's own; ``ort`` and
     ``prepack`` add the graphs in ONNX Runtime's format, and with packed weights. ``layout`` is one
     of :data:`LAYOUTS`: optimum's has all its graphs and one data file for them, that of
@@ -383,7 +384,14 @@ class ExportConfig:
         "A row or more of every input as .npz, for a model whose inputs cannot be derived, or for "
         "an NPU of the sizes that it is to have.",
     )
-    profile: str = option("portable", PROFILE_HELP, "--for", choices=PROFILES)
+    profile: str = option(
+        "portable",
+        f"{PROFILE_HELP} Several share one data file: cpu,portable.",
+        "--for",
+        choices=PROFILES,
+        typed=list[str] | None,
+        parse=lambda names: ",".join(names or ("portable",)),
+    )
     opset: int | None = option(
         None,
         f"ONNX operator set, {OPSETS[0]} to {OPSETS[-1]}; {PLAIN_OPSET} if not given, "
@@ -416,16 +424,46 @@ class ExportConfig:
             raise InputError(f"opset {self.opset} is not one of {OPSETS[0]} to {OPSETS[-1]}.")
         for dtype in self.dtypes:
             check_dtype(dtype)
-        check_profile(self.profile, self.dtypes, self.opset)
+        for profile in self.profiles:
+            check_profile(profile, self.dtypes, self.opset)
         blocked = [dtype for dtype in self.dtypes if dtype in BLOCKED]
         check_block(self.block, (blocked or self.dtypes)[0])
         check_budget(self.budget, ",".join(self.dtypes), self.block)
         if self.layout not in (None, *LAYOUTS):
             raise InputError(f"no layout {self.layout!r}: there is {', '.join(LAYOUTS)}.")
-        if len(self.dtypes) > 1:
-            self._check_several()
+        if len(self.profiles) > 1:
+            self._check_profiles()
+        elif len(self.dtypes) > 1:
+            self._check_dtypes()
 
-    def _check_several(self) -> None:
+    def _check_profiles(self) -> None:
+        """Refuse profiles whose graphs cannot share one data file."""
+        for profile in self.profiles:
+            if self.profiles.count(profile) > 1:
+                raise InputError(f"profile {profile} is there twice: name each once.")
+            if profile_of(profile).fixed:
+                raise InputError(
+                    f"{profile} fixes every size, which the others leave open: export it alone."
+                )
+        if len(self.dtypes) > 1:
+            raise InputError(
+                "several profiles share one data file, and several precisions have one each: give "
+                "one --dtype, or one --for."
+            )
+        if self.layout == "transformers.js":
+            raise InputError(
+                "the layout transformers.js has names for the graphs of one profile: for several "
+                "leave it out, or give one --for."
+            )
+        if self.opset is not None:
+            raise InputError("each profile has an opset of its own: for several leave out --opset.")
+        if self.budget is not None or self.ort or self.prepack:
+            raise InputError(
+                "--budget, --ort and --prepack are of one profile: leave them out, or give one "
+                "--for."
+            )
+
+    def _check_dtypes(self) -> None:
         """Refuse precisions that one folder cannot hold together."""
         for dtype in self.dtypes:
             if self.dtypes.count(dtype) > 1:
@@ -446,28 +484,31 @@ class ExportConfig:
             )
 
     @property
+    def profiles(self) -> tuple[str, ...]:
+        """What there are graphs for; those of the first are what is loaded."""
+        return tuple(name.strip() for name in self.profile.split(","))
+
+    @property
     def dtypes(self) -> tuple[str, ...]:
         """The precisions, by their names in :data:`DTYPES`; the first is what is loaded."""
         asked = self.dtype
         if asked is None:
-            asked = profile_of(self.profile).dtype
+            asked = profile_of(self.profiles[0]).dtype
         return tuple(SHORT.get(name.strip(), name.strip()) for name in asked.split(","))
 
     @property
     def file_layout(self) -> str:
-        """The layout of the files: of several precisions that which has a name for each."""
+        """The layout of the files: of several precisions that which has a name for each.
+
+        Of several profiles that which has one data file.
+        """
         if self.layout is not None:
             return self.layout
+        if len(self.profiles) > 1:
+            return "optimum"
         if len(self.dtypes) > 1:
             return "transformers.js"
         return profile_of(self.profile).layout or "optimum"
-
-    @property
-    def operators(self) -> int:
-        """The opset of the graphs."""
-        if self.opset is not None:
-            return self.opset
-        return profile_of(self.profile).opset
 
 
 def check_without_data(config: ExportConfig) -> None:

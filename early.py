@@ -79,7 +79,7 @@ def check(
         _check_size(stored, config.size)
     task = getattr(config, "task", None) or _task(stored.config)
     if isinstance(config, ExportConfig) and task is not None:
-        tasks.check_grows(task, config.profile)
+        tasks.check_grows(task, config.profiles)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FfmergeWarning)  # the command says them
         for each in data:

@@ -39,23 +39,24 @@ def load_package(
     threads: int = 0,
     kind: str = "onnx",
     dtype: str | None = None,
+    profile: str | None = None,
 ) -> Any:
     """Return the package in ``folder`` as its Hugging Face class, running on ONNX Runtime.
 
     ``forward`` takes and gives CPU tensors and, without a cache, ``generate`` uses none.
     ``kind`` is "onnx", or that of a variant: "ort" or "prepacked". Of a package in several
-    precisions ``dtype`` is the one that is loaded, by default the first. The files are checked
-    first; no PyTorch weights are read or allocated.
+    precisions ``dtype`` is the one that is loaded, of one for several profiles ``profile``, by
+    default the first. The files are checked first; no PyTorch weights are read or allocated.
 
     Raises:
-        InputError: the package is not whole, has no such kind or precision, or its class is not
-            known.
+        InputError: the package is not whole, has no such kind, precision or profile, or its class
+            is not known.
         RuntimeCheckError: the provider was not used, or the model does not load.
     """
     folder = Path(folder)
     manifest = Manifest.read(folder)
     manifest.check_files(folder)
-    manifest = manifest.in_dtype(dtype)
+    manifest = manifest.in_dtype(dtype).in_profile(profile)
     model = checkpoint.without_weights(folder)
     setattr(model, finite.PACKAGE, str(folder))
     runtime = find_runtime(provider)

@@ -3,7 +3,8 @@
     pip install onnxruntime-genai
     python benchmarks/genai.py CHECKPOINT TEXT [--build FOLDER] [--dtype int4] [--json FILE]
 
-Forms: ``portable`` and ``cpu`` (``ffmerge export --for``) on ONNX Runtime; where onnxruntime-genai
+Forms: ``portable`` and ``cpu`` (``ffmerge export --for``) on ONNX Runtime, and ``together``, the
+graph for the CPU of a package ``--for cpu,portable``; where onnxruntime-genai
 is installed, ``genai``, which is the package ``cpu`` on it, ``tied``, the same of the model with
 ten pairs of feed-forward sublayers that are one, and ``builder``, what its own builder makes. All
 make the same steps in one process, in turns, one open at a time, so that what else the machine does
@@ -27,7 +28,8 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-FORMS = ("portable", "cpu", "genai", "tied", "builder")
+ON_RUNTIME = {"portable": "portable", "cpu": "cpu", "together": "cpu,portable"}  # form -> --for
+FORMS = (*ON_RUNTIME, "genai", "tied", "builder")
 PREFILLED = (256, 1024)  # tokens of a prompt
 PAIRS = 10
 TOKENS, GREEDY, WARM = 16, 64, 8
@@ -113,7 +115,7 @@ def build(checkpoint: str, folder: Path, dtype: str, form: str) -> Path:
         export_tied(checkpoint, path, dtype)
     else:
         make = [sys.executable, "-m", "ffmerge", "export", checkpoint, str(path)]
-        subprocess.run([*make, "--dtype", dtype, "--for", name], check=True)
+        subprocess.run([*make, "--dtype", dtype, "--for", ON_RUNTIME[name]], check=True)
     return path
 
 
@@ -134,7 +136,7 @@ def export_tied(checkpoint: str, path: Path, dtype: str) -> None:
 
 def opened(form: str, path: Path, threads: int) -> Any:
     """Return what runs a form."""
-    if form in ("portable", "cpu"):
+    if form in ON_RUNTIME:
         return Package(path / "model.onnx", threads)
     return Built(path, threads)
 

@@ -5,7 +5,7 @@ model are those of the checkpoint's own card.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +54,13 @@ _NAMES = {name: short for short, name in SHORT.items()}  # what transformers.js 
 def card(
     model: Any,
     task: str,
-    graphs: Sequence[str],
+    graphs: Mapping[str, str],
     dtypes: Sequence[str] = ("fp32",),
     source: Path | None = None,
 ) -> str:
     """Return the Markdown model card, with the metadata block the hub reads.
 
+    ``graphs`` are the paths of the graphs, with what each is for, of :data:`ffmerge.profiles`.
     ``source`` is the folder of the checkpoint, whose card tells licence, data and base model.
     """
     record = merge_record(model.config)
@@ -78,12 +79,18 @@ def card(
     )
     return _CARD.format(
         metadata=metadata.to_yaml(),
-        graphs=", ".join(f"`{path}`" for path in graphs),
+        graphs=_files(graphs),
         architecture=type(model).__name__,
         parameters=sum(p.numel() for p in model.parameters()),
         merge=_merge_text(record),
         browser=browser,
     )
+
+
+def _files(graphs: Mapping[str, str]) -> str:
+    """Return the graphs in words; of several profiles with which is for what."""
+    several = len(set(graphs.values())) > 1
+    return ", ".join(f"`{path}`" + f" (for {name})" * several for path, name in graphs.items())
 
 
 def _inherited(source: Path | None) -> dict[str, Any]:

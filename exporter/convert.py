@@ -1,8 +1,8 @@
 """The graphs of a plan as ONNX, in the opset and precision that were asked for.
 
 The second step of :func:`ffmerge.exporter.package.export`. Each graph is translated by itself,
-once, and brought to every precision that is wanted; all agree on the form in which a weight is
-stored, so that ``exporter/write.py`` can store it once.
+once for each profile, and brought to every precision that is wanted; all agree on the form in which
+a weight is stored, so that ``exporter/write.py`` can store it once.
 """
 
 from collections.abc import Iterable, Mapping
@@ -39,69 +39,100 @@ from ffmerge.passes.graph.opset import to_opset
 from ffmerge.passes.graph.quantize import IN_BLOCKS, ROWS, for_package, int8_products
 from ffmerge.passes.graph.run import ShareResult, bring_to, share_again, share_model
 from ffmerge.passes.graph.tensors import is_op, stored
-from ffmerge.profiles import HALVES, PLAIN_OPSET, profile_of
+from ffmerge.profiles import HALVES, PLAIN_OPSET, Profile, profile_of
 
+Results = Mapping[str, ShareResult]  # graphs by name
 DIRECT = 18  # the first opset that PyTorch's exporter writes by itself; older ones are converted
 
 
 @dataclass(frozen=True)
 class Translated:
-    """The graphs that are not made of others, in float32, and the programs they are of, by name.
+    """The graphs that are not made of others, in float32, and the programs they are of.
 
-    ``rounded`` are codes that were found by data, in blocks: those of int4 are q4f16's, too.
+    Both by profile, then by name. ``rounded`` are codes that were found by data, in blocks: those
+    of int4 are q4f16's, too, and those of one profile are all others'.
     """
 
-    results: Mapping[str, ShareResult]
-    programs: Mapping[str, Any]
+    results: Mapping[str, Results]
+    programs: Mapping[str, Mapping[str, Any]]
     rounded: dict[str, Blocks] = field(default_factory=dict)
 
 
-def convert(translated: Translated, plan: Plan) -> tuple[dict[str, ShareResult], dict[str, Trace]]:
-    """Return every graph of the plan by name, in its one precision, and what PyTorch computes.
+@dataclass(frozen=True)
+class Converted:
+    """The graphs for one profile in one precision, and what PyTorch computes in them, by name.
 
     That is known of those that PyTorch translated.
+    """
+
+    results: Results
+    traces: Mapping[str, Trace]
+
+
+def convert(translated: Translated, plan: Plan) -> dict[str, Converted]:
+    """Return every graph of the plan in its one precision, by profile; a weight is alike in all.
 
     Raises:
         TieError: a shared weight would be stored twice.
         InputError: a graph cannot be of the precision.
     """
-    results = dict(translated.results)
+    results = translated.results
     if plan.dtype != "fp32":
         results = _quantized(translated, plan)
-    results = _fit(plan, results)
-    traces = {}
+    _pack(plan, results)
+    found = {}
+    for profile, some in results.items():
+        fitted = _fit(plan, profile, some)
+        found[profile] = _completed(plan, fitted, translated.programs[profile])
+    if "cpu" in found and plan.dtype == "fp32":
+        store_by_columns(_models(each.results for each in found.values()))
+    return found
+
+
+def _models(results: Iterable[Results]) -> list[ir.Model]:
+    return [result.model for some in results for result in some.values()]
+
+
+def _pack(plan: Plan, results: Mapping[str, Results]) -> None:
+    """Multiply by queries, keys and values as one where all graphs of all profiles can, in place.
+
+    Of what the CPU runs as well decoders alone: it takes tokens of an encoder faster apart.
+    """
+    names = [graph.name for graph in plan.graphs if not graph.parts]
+    if "cpu" in results:
+        names = [graph.name for graph in plan.graphs if _is_decoder(graph)]
+    pack([some[name].model for some in results.values() for name in names])
+
+
+def _fit(plan: Plan, profile: str, results: Results) -> Results:
+    """Bring graphs that are in their precision to the form that a profile has, in place.
+
+    Return them with what could not be.
+    """
+    form, skipped = profile_of(profile), []
+    models = _models([results])
+    if form.half_cache and plan.dtype in HALVES:
+        if not halve_cache(models):
+            skipped.append(Skip("cache", "FLOAT: keys or values of a graph are not float16 alone"))
+    if form.multihead:
+        for model in models:
+            use_multihead(model)
+            sum_inside(model.graph)
+    return {n: replace(r, skipped=(*r.skipped, *skipped)) for n, r in results.items()}
+
+
+def _completed(plan: Plan, translated: Results, programs: Mapping[str, Any]) -> Converted:
+    """Return all graphs, with those that are made of others, and what PyTorch computes."""
+    results, traces = dict(translated), {}
     for graph in plan.graphs:
         if graph.parts:
             first, later = (results[part].model for part in graph.parts)
             merged = merge_decoders(first, later, graph)
             results[graph.name] = replace(merged, int8=results[graph.parts[0]].int8)
         else:
-            program, real = translated.programs[graph.name], plan.real.get(graph.name, {})
+            program, real = programs[graph.name], plan.real.get(graph.name, {})
             traces[graph.name] = record_trace(graph, program, results[graph.name].model, real)
-    if (plan.config.profile, plan.dtype) == ("cpu", "fp32"):
-        store_by_columns([result.model for result in results.values()])
-    return results, traces
-
-
-def _fit(plan: Plan, results: Mapping[str, ShareResult]) -> dict[str, ShareResult]:
-    """Bring graphs that are in their precision to the form that their profile has, in place.
-
-    Return them with what could not be.
-    """
-    named, skipped = {name: result.model for name, result in results.items()}, []
-    profile, models = profile_of(plan.config.profile), list(named.values())
-    if plan.config.profile == "cpu":
-        pack([named[graph.name] for graph in plan.graphs if _is_decoder(graph)])
-    elif profile.fused:
-        pack(models)
-    if profile.half_cache and plan.dtype in HALVES:
-        if not halve_cache(models):
-            skipped.append(Skip("cache", "FLOAT: keys or values of a graph are not float16 alone"))
-    if profile.multihead:
-        for model in models:
-            use_multihead(model)
-            sum_inside(model.graph)
-    return {n: replace(r, skipped=(*r.skipped, *skipped)) for n, r in results.items()}
+    return Converted(results, traces)
 
 
 def _is_decoder(graph: Graph) -> bool:
@@ -111,64 +142,78 @@ def _is_decoder(graph: Graph) -> bool:
 
 def copied(translated: Translated, plan: Plan) -> Translated:
     """Return the graphs again, for one precision of several; their tensors are the same ones."""
-    results = {}
-    for name, result in translated.results.items():
-        copy = replace(result, model=clone(result.model))
-        if plan.dtype == "fp32":
-            copy = share_again(copy)
-        results[name] = copy
-    return replace(translated, results=results)
+    copies: dict[str, Results] = {}
+    for profile, results in translated.results.items():
+        copies[profile] = {name: _copy(result, plan.dtype) for name, result in results.items()}
+    return replace(translated, results=copies)
+
+
+def _copy(result: ShareResult, dtype: str) -> ShareResult:
+    copy = replace(result, model=clone(result.model))
+    if dtype == "fp32":
+        return share_again(copy)
+    return copy
 
 
 def translate(plan: Plan) -> Translated:
-    """Return the graphs in the plan's opset, fused where that is wanted and all can be.
+    """Return the graphs for each profile in its opset, fused where that is wanted and all can be.
 
     Raises:
         ExportError: a graph cannot be translated.
         TieError: a shared weight would be stored twice.
         InputError: a graph cannot be of the opset.
     """
-    profile = profile_of(plan.config.profile)
+    results, programs = {}, {}
+    for name in plan.config.profiles:
+        results[name], programs[name] = _translated(plan, profile_of(name))
+    return Translated(results, programs)
+
+
+def _translated(plan: Plan, profile: Profile) -> tuple[Results, dict[str, Any]]:
+    """Return the graphs for a profile by name, and the programs they are of."""
+    opset = plan.config.opset
     if not profile.fused:
-        return _all_of(plan, plan.config.operators)
+        return _all_of(plan, opset or profile.opset)
     try:
         for graph in plan.graphs:
             if not graph.parts:
                 check_fused(graph)
-        translated = _all_of(plan, plan.config.operators, fused=True)
+        results, programs = _all_of(plan, profile.opset, fused=True)
         if profile.multihead:
-            _check_multihead(plan, translated)
-        return translated
+            _check_multihead(plan, results)
+        return results, programs
     except SizeError:
         raise
     except ExportError as error:
         skip = Skip("attention", f"the graph is that of --for portable: {error}")
-    plain = _all_of(plan, plan.config.opset or PLAIN_OPSET)
+    plain, programs = _all_of(plan, opset or PLAIN_OPSET)
     results = {}
-    for name, result in plain.results.items():
+    for name, result in plain.items():
         results[name] = replace(result, skipped=(skip, *result.skipped))
-    return replace(plain, results=results)
+    return results, programs
 
 
 def as_taken(plan: Plan, translated: Translated) -> Plan:
-    """Return the plan with cases that the graphs can be run on in the form of their profile."""
-    if not profile_of(plan.config.profile).multihead:
-        return plan
+    """Return the plan with cases that the graphs can be run on in the form of every profile."""
+    narrow = set()
+    for profile, results in translated.results.items():
+        if profile_of(profile).multihead:
+            narrow |= {name for name, result in results.items() if shares_keys(result.model)}
     graphs = []
     for graph in plan.graphs:
-        if graph.name in translated.results and shares_keys(translated.results[graph.name].model):
+        if graph.name in narrow:
             graph = replace(graph, probe=one_row_behind_a_past(graph.probe))
         graphs.append(graph)
     return replace(plan, graphs=tuple(graphs))
 
 
-def _check_multihead(plan: Plan, translated: Translated) -> None:
+def _check_multihead(plan: Plan, results: Results) -> None:
     for graph in plan.graphs:
         if not graph.parts:
-            check_multihead(translated.results[graph.name].model, graph)
+            check_multihead(results[graph.name].model, graph)
 
 
-def _all_of(plan: Plan, opset: int, fused: bool = False) -> Translated:
+def _all_of(plan: Plan, opset: int, fused: bool = False) -> tuple[Results, dict[str, Any]]:
     results: dict[str, ShareResult] = {}
     programs: dict[str, Any] = {}
     resident = plan.config.dtypes == ("fp32",)
@@ -180,33 +225,39 @@ def _all_of(plan: Plan, opset: int, fused: bool = False) -> Translated:
     if opset < DIRECT:
         for name, result in results.items():
             results[name] = share_model(to_opset(result.model, opset), resident=resident)
-    return Translated(results, programs)
+    return results, programs
 
 
-def _quantized(translated: Translated, plan: Plan) -> dict[str, ShareResult]:
-    """Return shared graphs in the plan's precision."""
-    results, rounded = translated.results, None
+def _quantized(translated: Translated, plan: Plan) -> dict[str, Results]:
+    """Return shared graphs in the plan's precision, by profile."""
+    results = translated.results
+    every = [result for some in results.values() for result in some.values()]
+    rounded: dict[str, Blocks] = {}
     if plan.calibration:
         rounded = translated.rounded
     common = QuantizeConfig(
-        multiplied=_read_by(results.values(), "MatMul", "Gemm"),
-        looked_up=_read_by(results.values(), "Gather"),
+        multiplied=_read_by(every, "MatMul", "Gemm"),
+        looked_up=_read_by(every, "Gather"),
         plain_lookups=plan.config.layout == "transformers.js",
-        block=_block(plan, results.values()),
+        block=_block(plan, every),
         rounded=rounded,
         forms={},
-        activations=profile_of(plan.config.profile).activations,
-        budget=_budget(results, plan),
+        activations=profile_of(plan.config.profiles[0]).activations,
+        budget=_budget(every, plan),
     )
     calibration = plan.calibration
-    if common.budget is not None and len(results) > 1:
-        common, calibration = _for_all(results, plan, common), {}
-    done = {}
-    for name, before in results.items():
-        config = replace(common, calibration=calibration.get(name, ()))
-        done[name] = bring_to(before, plan.dtype, config)
-        if plan.config.budget is not None and common.forms:
-            done[name] = replace(done[name], forms=common.forms)
+    if common.budget is not None and len(every) > 1:
+        (some,) = results.values()
+        common, calibration = _for_all(some, plan, common), {}
+    done: dict[str, Results] = {}
+    for profile, some in results.items():
+        done[profile] = {}
+        for name, before in some.items():
+            config = replace(common, calibration=calibration.get(name, ()))
+            made = bring_to(before, plan.dtype, config)
+            if plan.config.budget is not None and common.forms:
+                made = replace(made, forms=common.forms)
+            done[profile][name] = made
     return done
 
 
@@ -215,8 +266,8 @@ def _block(plan: Plan, results: Iterable[ShareResult]) -> int | None:
 
     Or where a graph in blocks multiplies by a weight of one in rows: it would be stored twice.
     """
-    kernels = profile_of(plan.config.profile).dtypes
-    rows = kernels is None or "int8-dynamic" in kernels
+    kernels = [profile_of(profile).dtypes for profile in plan.config.profiles]
+    rows = all(some is None or "int8-dynamic" in some for some in kernels)
     if plan.dtype == "int8" and not (rows and _stored_in_one_form(results)):
         return plan.config.block or BLOCKS[8]
     return plan.config.block
@@ -232,9 +283,7 @@ def _stored_in_one_form(results: Iterable[ShareResult]) -> bool:
     return named[ROWS].isdisjoint(named[IN_BLOCKS])
 
 
-def _for_all(
-    results: Mapping[str, ShareResult], plan: Plan, config: QuantizeConfig
-) -> QuantizeConfig:
+def _for_all(results: Results, plan: Plan, config: QuantizeConfig) -> QuantizeConfig:
     """Return the settings with which the graphs of a pair take its budget together.
 
     They run as one, the encoder and the first step of the decoder. Later steps have its weights.
@@ -281,12 +330,12 @@ def _files(plan: Plan, models: Mapping[str, ir.Model]) -> Files:
     return Files(files, shared)
 
 
-def _budget(results: Mapping[str, ShareResult], plan: Plan) -> int | None:
+def _budget(results: Iterable[ShareResult], plan: Plan) -> int | None:
     """Return the bytes that the graphs may take, if they have a budget."""
     if plan.config.budget is None:
         return None
     sizes: dict[str, int] = {}  # a weight that several graphs read counts once
-    for result in results.values():
+    for result in results:
         sizes |= {item.name: item.tensor.nbytes for item in stored(result.model)}
     return parse_budget(plan.config.budget, sum(sizes.values()))
 

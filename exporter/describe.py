@@ -33,13 +33,13 @@ def describe(
 ) -> Manifest:
     """Return the manifest of the package whose files are in ``folder``; ``left_out`` is not.
 
-    Ties are those of the first precision: a tied weight keeps its name in all.
+    Ties are those of the first graphs: a tied weight keeps its name in all.
     """
     skipped: dict[Skip, None] = {}
     for each in written:
         for skip in each.skipped:
             if len(written) > 1:
-                skip = replace(skip, reason=f"in {each.dtype}, {skip.reason}")
+                skip = replace(skip, reason=f"in {each.kind}, {skip.reason}")
             skipped[skip] = None
     skipped |= dict.fromkeys(left_out)
     paths = [record.path for each in written for record in each.records]
@@ -56,8 +56,8 @@ def describe(
         source={"files": source},
         model_type=plan.model.config.model_type,
         task=plan.task,
-        dtype=written[0].dtype,
-        profile=plan.config.profile,
+        dtype=plan.dtype,
+        profile=written[0].profile,
         opset=written[0].opset,
         parameters=sum(p.numel() for p in parameters),
         parameter_bytes=sum(p.nbytes for p in parameters),

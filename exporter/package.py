@@ -93,8 +93,9 @@ def export(
                 plan = with_one_size(plan)
                 translated = translate(plan)
             plan = as_taken(plan, translated)
-            several = len(config.dtypes) > 1
-            written = [_written(folder, translated, one, several) for one in by_dtype(plan)]
+            several, written = len(config.dtypes) > 1, list[Written]()
+            for one in by_dtype(plan):
+                written += _written(folder, translated, one, several)
             del translated  # neither graphs nor programs are held while PyTorch computes
             gc.collect()
             heap.trim()
@@ -104,9 +105,8 @@ def export(
     return Package(Path(target), manifest, plan.defaults)
 
 
-def _written(folder: Path, translated: Translated, plan: Plan, several: bool) -> Written:
+def _written(folder: Path, translated: Translated, plan: Plan, several: bool) -> list[Written]:
     """Bring the graphs to one precision and write them; they are no longer held after that."""
     if several:
         translated = copied(translated, plan)
-    results, traces = convert(translated, plan)
-    return write_graphs(folder, plan, results, traces)
+    return write_graphs(folder, plan, convert(translated, plan))

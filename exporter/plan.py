@@ -86,9 +86,9 @@ def make_plan(model: Any, config: ExportConfig, source: Path | None, data: Data 
     found = processing.load(source, arguments(model))
     specs, rows = _inputs(model, config, found)
     task = tasks.fit(config.task, model, lambda: names_given(model, probe(model, specs)))
-    tasks.check_grows(task, config.profile)
+    tasks.check_grows(task, config.profiles)
     keeps = config.file_layout == "transformers.js"
-    fixed = profile_of(config.profile).fixed
+    fixed = profile_of(config.profiles[0]).fixed  # such a one stands alone
     planned = _settled_graphs(graphs(model, task, specs, keeps), model, task, found, fixed)
     if fixed:
         example: Feeds = rows if config.example else {}

@@ -13,7 +13,9 @@ import onnx_ir as ir
 
 from ffmerge.config import SUFFIXES
 from ffmerge.exporter.card import card
+from ffmerge.exporter.convert import Converted
 from ffmerge.exporter.genai import write_genai
+from ffmerge.exporter.graphs import Graph
 from ffmerge.exporter.ort_format import write_ort
 from ffmerge.exporter.plan import Plan
 from ffmerge.exporter.prepack import write_prepacked
@@ -26,7 +28,6 @@ from ffmerge.models.manifest import REFERENCE, GraphRecord, Skip, Variant
 from ffmerge.models.record import Tie
 from ffmerge.models.trace import Trace
 from ffmerge.passes.graph.contract import join_ties
-from ffmerge.passes.graph.run import ShareResult
 from ffmerge.passes.graph.tensors import bytes_stored
 from ffmerge.passes.graph.write import PROTOBUF_LIMIT, write_models
 
@@ -40,13 +41,15 @@ LAYOUTS: dict[str, tuple[str, Mapping[str, str]]] = {
 
 @dataclass(frozen=True)
 class Written:
-    """The graphs of one precision, in their files, and what is told of them.
+    """The graphs for one profile in one precision, in their files, and what is told of them.
 
-    ``traces`` are by path, ``forms`` bits and block of weights by name, where they were chosen,
-    ``int8`` by path the form in which int8 multiplies.
+    ``kind`` is what tells them from the package's others: their profile if it has several, else
+    their precision. ``traces`` are by path, ``forms`` bits and block of weights by name, where they
+    were chosen, ``int8`` by path the form in which int8 multiplies.
     """
 
-    dtype: str
+    profile: str
+    kind: str
     records: tuple[GraphRecord, ...]
     traces: Mapping[str, Trace]
     opset: int
@@ -56,17 +59,47 @@ class Written:
     int8: Mapping[str, str]
 
 
-def write_graphs(
-    folder: Path, plan: Plan, results: Mapping[str, ShareResult], traces: Mapping[str, Trace]
-) -> Written:
-    """Write the graphs of one precision, with their weights.
+def write_graphs(folder: Path, plan: Plan, converted: Mapping[str, Converted]) -> list[Written]:
+    """Write the graphs of one precision, by profile, with their weights.
 
     Raises:
         TieError: a weight would be stored twice.
     """
     plan = _as_laid_out(plan)
-    records = _write_graphs(folder, plan, results)
-    paths = {graph.name: record.path for graph, record in zip(plan.graphs, records, strict=True)}
+    paths = {profile: _paths(plan, profile) for profile in converted}
+    models: dict[Path, ir.Model] = {}
+    for profile, found in converted.items():
+        models |= {folder / path: found.results[n].model for n, path in paths[profile].items()}
+    if plan.config.file_layout == "optimum":
+        write_models(models, folder / WEIGHTS)
+    else:
+        _write_apart(models)
+    return [_written(plan, profile, found, paths[profile]) for profile, found in converted.items()]
+
+
+def _paths(plan: Plan, profile: str) -> dict[str, str]:
+    """Return the path of each graph for a profile; the first one's have the usual names."""
+    prefix, suffixes = LAYOUTS[plan.config.file_layout]
+    suffix = suffixes.get(plan.dtype, "")
+    if profile != plan.config.profiles[0]:
+        suffix += f"_{profile}"
+    return {graph.name: f"{prefix}{graph.name}{suffix}.onnx" for graph in plan.graphs}
+
+
+def _write_apart(models: Mapping[Path, ir.Model]) -> None:
+    """Write each graph with its weights, in a data file of its own where one file is too large."""
+    for path, model in models.items():
+        data = None
+        if bytes_stored(model) > PROTOBUF_LIMIT:
+            data = path.with_name(f"{path.name}_data")
+        write_models({path: model}, data)
+
+
+def _written(plan: Plan, profile: str, found: Converted, paths: Mapping[str, str]) -> Written:
+    """Return what is told of the graphs for a profile, which are in ``paths`` by name."""
+    results, kind = found.results, plan.dtype
+    if len(plan.config.profiles) > 1:
+        kind = profile
     ties: list[Tie] = []
     skipped: dict[Skip, None] = {}
     forms: dict[str, Form] = {}
@@ -75,9 +108,10 @@ def write_graphs(
         skipped |= dict.fromkeys(result.skipped)
         forms |= result.forms
     return Written(
-        dtype=plan.dtype,
-        records=records,
-        traces={path: traces[name] for name, path in paths.items() if name in traces},
+        profile=profile,
+        kind=kind,
+        records=tuple(_record(graph, results[graph.name].model, paths) for graph in plan.graphs),
+        traces={path: found.traces[n] for n, path in paths.items() if n in found.traces},
         opset=max(result.model.opset_imports[""] for result in results.values()),
         ties=join_ties(ties),
         skipped=tuple(skipped),
@@ -86,13 +120,25 @@ def write_graphs(
     )
 
 
+def _record(graph: Graph, model: ir.Model, paths: Mapping[str, str]) -> GraphRecord:
+    inputs = model.graph.inputs
+    return GraphRecord(
+        paths[graph.name],
+        graph.outputs,
+        graph.probe.with_cache(_cache_of(inputs)),
+        tuple(paths[part] for part in graph.parts),
+        optional=tuple(str(value.name) for value in inputs if value.is_initializer()),
+        by_token=graph.by_token,
+    )
+
+
 def write_rest(
     folder: Path, plan: Plan, written: Sequence[Written]
 ) -> tuple[tuple[GraphRecord, ...], tuple[Variant, ...], tuple[Skip, ...]]:
     """Write all of a package but its graphs and its manifest.
 
-    Those of the first precision are its graphs, of the others their variants. Return both, with
-    all other variants, and what was left out.
+    Those of the first profile and precision are its graphs, of the others their variants. Return
+    both, with all other variants, and what was left out.
 
     Raises:
         ExportError: ONNX Runtime cannot write a variant, or it computes something else.
@@ -102,17 +148,20 @@ def write_rest(
     for other in written[1:]:
         for record, same in zip(records, other.records, strict=True):
             variants.append(
-                Variant(other.dtype, same.path, True, record.path, cache=same.probe.cache)
+                Variant(other.kind, same.path, True, record.path, same.probe.cache, same.optional)
             )
     variants += _write_variants(folder, plan, records)
     traces: dict[str, Trace] = {}
-    paths: list[str] = []
+    paths: dict[str, str] = {}
+    skipped: list[Skip] = []
     for each in written:
         traces |= each.traces
-        paths += [record.path for record in each.records]
-    rounding = write_reference(folder / REFERENCE, plan, paths[: len(records)], traces)
+        paths |= {record.path: each.profile for record in each.records}
+        if each.profile == "cpu":
+            skipped += _write_genai(folder, plan, each.records)
+    files = [record.path for record in records]
+    rounding = write_reference(folder / REFERENCE, plan, files, traces)
     records = tuple(replace(r, rounding=off) for r, off in zip(records, rounding, strict=True))
-    skipped = _write_genai(folder, plan, records)
     _write_config(folder, plan.model)
     if plan.source:
         copy_companions(plan.source, folder)
@@ -120,7 +169,7 @@ def write_rest(
         _limit_tokenizer(folder, fixed)
     text = card(plan.model, plan.task, paths, plan.config.dtypes, plan.source)
     (folder / "README.md").write_text(text, encoding="utf-8")
-    return records, tuple(variants), skipped
+    return records, tuple(variants), tuple(skipped)
 
 
 def _as_laid_out(plan: Plan) -> Plan:
@@ -132,41 +181,6 @@ def _as_laid_out(plan: Plan) -> Plan:
         parts |= set(graph.parts)
     whole = [replace(graph, parts=()) for graph in plan.graphs if graph.name not in parts]
     return replace(plan, graphs=tuple(whole))
-
-
-def _write_graphs(
-    folder: Path, plan: Plan, results: Mapping[str, ShareResult]
-) -> tuple[GraphRecord, ...]:
-    """Write graphs where the layout has them, with one data file for all or one for each."""
-    prefix, suffixes = LAYOUTS[plan.config.file_layout]
-    suffix = suffixes.get(plan.dtype, "")
-    paths = {graph.name: f"{prefix}{graph.name}{suffix}.onnx" for graph in plan.graphs}
-    models = {folder / path: results[name].model for name, path in paths.items()}
-    if plan.config.file_layout == "optimum":
-        write_models(models, folder / WEIGHTS)
-    else:
-        for path, model in models.items():
-            data = None
-            if bytes_stored(model) > PROTOBUF_LIMIT:
-                data = path.with_name(f"{path.name}_data")
-            write_models({path: model}, data)
-    records = []
-    for graph in plan.graphs:
-        parts = tuple(paths[part] for part in graph.parts)
-        inputs = results[graph.name].model.graph.inputs
-        optional = tuple(str(value.name) for value in inputs if value.is_initializer())
-        probe = graph.probe.with_cache(_cache_of(inputs))
-        records.append(
-            GraphRecord(
-                paths[graph.name],
-                graph.outputs,
-                probe,
-                parts,
-                optional=optional,
-                by_token=graph.by_token,
-            )
-        )
-    return tuple(records)
 
 
 def _cache_of(inputs: Sequence[ir.Value]) -> str:
@@ -195,12 +209,11 @@ def _write_variants(
 
 def _write_genai(folder: Path, plan: Plan, records: Sequence[GraphRecord]) -> tuple[Skip, ...]:
     """Write what onnxruntime-genai needs beside a decoder for the CPU; return what is left out."""
-    config = plan.config
-    if config.profile != "cpu" or config.file_layout != "optimum" or len(records) > 1:
+    if plan.config.file_layout != "optimum" or len(records) > 1:
         return ()
     if not kv_cache.keeps_cache(records[0].outputs):
         return ()
-    skip = write_genai(folder, records[0], plan.model, config.dtypes[0])
+    skip = write_genai(folder, records[0], plan.model, plan.dtype)
     return (skip,) if skip else ()
 
 

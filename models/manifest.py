@@ -16,6 +16,7 @@ from ffmerge.files import open_inside, plain, read_json, restored, sha256, size_
 from ffmerge.models.codes import Form
 from ffmerge.models.probe import Probe
 from ffmerge.models.record import MergeRecord, Tie
+from ffmerge.profiles import PROFILES
 
 NAME, REFERENCE = "ffmerge.json", "reference.safetensors"
 SCHEMA = 3
@@ -84,9 +85,10 @@ class GraphRecord:
 class Variant:
     """A ``graph`` in another form: ``path`` is what a runtime opens.
 
-    Its ``kind`` is ort or prepacked, or the precision that it has where a package has several. If
-    it is not ``portable`` it depends on the processor it was made on, and so do its bytes.
-    ``cache`` is the type of the keys and values that it takes, if it has a precision of its own.
+    Its ``kind`` is ort or prepacked, or the precision or profile that it has where a package has
+    several. If it is not ``portable`` it depends on the processor it was made on, and so do its
+    bytes. Of a precision or profile of its own ``cache`` is the type of the keys and values that it
+    takes, and ``optional`` as a graph's.
     """
 
     kind: str
@@ -94,12 +96,14 @@ class Variant:
     portable: bool
     graph: str
     cache: str | None = None
+    optional: tuple[str, ...] = ()
 
     def recorded(self, graph: GraphRecord) -> GraphRecord:
         """Return the record of ``graph``, whose variant this is, with inputs as this takes them."""
         if self.cache is None:
             return graph
-        return replace(graph, probe=graph.probe.with_cache(self.cache))
+        probe = graph.probe.with_cache(self.cache)
+        return replace(graph, probe=probe, optional=self.optional)
 
 
 @dataclass(frozen=True, repr=False)
@@ -110,9 +114,8 @@ class Manifest:
     ``parameter_bytes`` that of the distinct PyTorch parameters. ``metric`` is PyTorch's on the real
     rows that the package holds, if they have labels. ``bits`` are those of each weight, by name,
     where they were chosen for a budget; ``int8`` says of graphs in int8, by path, what has a range
-    of its own in their products: rows, or blocks of them. ``graphs`` and ``dtype`` are those of the
-    first precision, others are ``variants``. ``profile`` is what the graphs are for (``export
-    --for``).
+    of its own in their products: rows, or blocks of them. ``graphs``, ``dtype`` and
+    ``profile`` (what the graphs are for, ``export --for``) are the first ones, others ``variants``.
     """
 
     versions: Mapping[str, str]
@@ -148,6 +151,29 @@ class Manifest:
         kinds = [variant.kind for variant in self.variants if variant.kind in DTYPES]
         return (self.dtype, *dict.fromkeys(kinds))
 
+    @property
+    def profiles(self) -> tuple[str, ...]:
+        """What the package has graphs for, the profile of ``graphs`` first."""
+        kinds = [variant.kind for variant in self.variants if variant.kind in PROFILES]
+        return (self.profile, *dict.fromkeys(kinds))
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What its graphs are told apart by: its profiles if there are several, else precisions."""
+        if len(self.profiles) > 1:
+            return self.profiles
+        return self.dtypes
+
+    def of_kind(self, kind: str) -> "Manifest":
+        """Return what it says of the graphs for one of its profiles, or in one of its precisions.
+
+        Raises:
+            InputError: the package has none.
+        """
+        if kind in PROFILES:
+            return self.in_profile(kind)
+        return self.in_dtype(kind)
+
     def in_dtype(self, dtype: str | None = None) -> "Manifest":
         """Return what it says of the graphs in one precision, by default the first.
 
@@ -161,30 +187,57 @@ class Manifest:
             raise InputError(f"the package has no {dtype}: there is {', '.join(self.dtypes)}.")
         if len(self.dtypes) == 1:
             return self
-        found = {each.graph: each for each in self.variants if each.kind == wanted}
+        graphs = self._graphs(wanted)
+        if wanted != "fp32":  # weights are rounded much further
+            graphs = [replace(graph, rounding={}) for graph in graphs]
+        return replace(self, dtype=wanted, graphs=tuple(graphs), variants=())
+
+    def in_profile(self, profile: str | None = None) -> "Manifest":
+        """Return what it says of the graphs for one profile, by default the first.
+
+        Raises:
+            InputError: the package has none for it.
+        """
+        wanted = profile or self.profile
+        if wanted not in self.profiles:
+            there = ", ".join(self.profiles)
+            raise InputError(
+                f"the package has no graphs for {profile}: there are those for {there}."
+            )
+        if len(self.profiles) == 1:
+            return self
+        graphs = self._graphs(wanted)
+        return replace(self, profile=wanted, graphs=tuple(graphs), variants=())
+
+    def _graphs(self, kind: str) -> list[GraphRecord]:
+        """Return the graphs of a kind, each where it is in that."""
+        paths = {graph.path: graph.path for graph in self.graphs}
+        found = {each.graph: each for each in self.variants if each.kind == kind}
+        paths |= {path: variant.path for path, variant in found.items()}
         graphs = []
         for graph in self.graphs:
-            if wanted != self.dtype:
-                variant = found[graph.path]
-                graph = replace(variant.recorded(graph), path=variant.path)
-            if wanted != "fp32":  # weights are rounded much further
-                graph = replace(graph, rounding={})
-            graphs.append(graph)
-        return replace(self, dtype=wanted, graphs=tuple(graphs), variants=())
+            if graph.path in found:
+                graph = found[graph.path].recorded(graph)
+            parts = tuple(paths[part] for part in graph.parts)
+            graphs.append(replace(graph, path=paths[graph.path], parts=parts))
+        return graphs
 
     def served(self, kind: str = "onnx") -> dict[str, GraphRecord]:
         """Return the graphs that are used together, none another's part, by path of that kind.
 
-        A precision is a kind, too.
+        A precision is a kind, too, and so is a profile.
 
         Raises:
             InputError: the package has none of that kind.
         """
         parts = {part for graph in self.graphs for part in graph.parts}
         records = {graph.path: graph for graph in self.graphs if graph.path not in parts}
-        if kind in ("onnx", self.dtype):
+        if kind in ("onnx", self.dtype, self.profile):
             return records
-        found = {v.path: v.recorded(records[v.graph]) for v in self.variants if v.kind == kind}
+        found = {}
+        for variant in self.variants:
+            if variant.kind == kind and variant.graph in records:
+                found[variant.path] = variant.recorded(records[variant.graph])
         if not found:
             raise InputError(f"the package holds no graph of the kind {kind!r}.")
         return found

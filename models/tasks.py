@@ -71,13 +71,16 @@ def base(task: str) -> str:
     return task.removesuffix(PAST)
 
 
-def check_grows(task: str, profile: str) -> None:
+def check_grows(task: str, profiles: Sequence[str]) -> None:
     """Raise InputError if a task writes a text, token by token, and a profile fixes every size."""
-    if base(task) in ("text-generation", "text2text-generation") and profile_of(profile).fixed:
-        raise InputError(
-            f"--for {profile} fixes every size, and {task} puts token behind token: choose another "
-            "provider, or a task that reads a text at once."
-        )
+    if base(task) not in ("text-generation", "text2text-generation"):
+        return
+    for profile in profiles:
+        if profile_of(profile).fixed:
+            raise InputError(
+                f"--for {profile} fixes every size, and {task} puts token behind token: choose "
+                "another provider, or a task that reads a text at once."
+            )
 
 
 def task_of(model: Any, named: str | None = None) -> str:

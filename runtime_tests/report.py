@@ -77,10 +77,12 @@ def made_by(manifest: Manifest, folder: str) -> list[str]:
             f"ffmerge merge {model} merged {chosen} --method {method} --data DATA{recover}"
         )
         model = "merged"
-    task = f"--task {manifest.task} --opset {manifest.opset}"
+    task = f"--task {manifest.task}"
+    if len(manifest.profiles) == 1:
+        task += f" --opset {manifest.opset}"
     task += f" --dtype {','.join(manifest.dtypes)}"
-    if manifest.profile != "portable":
-        task += f" --for {manifest.profile}"
+    if manifest.profiles != ("portable",):
+        task += f" --for {','.join(manifest.profiles)}"
     data = " --data DATA" * any(graph.probe.real for graph in manifest.graphs)
     return [*lines, f"ffmerge export {model} {folder} {task}{data}"]
 

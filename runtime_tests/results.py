@@ -197,6 +197,7 @@ class ProviderResult:
     """What was found on one runtime so far; it is filled in check by check.
 
     ``dtype`` is the precision that ran where the package has several; the bounds are those of it.
+    ``profile`` is what the graphs that ran are for, where it has them for several.
     ``used`` is None when it did not run, and ``stopped`` says why it did not get to the end.
     ``generation`` is greedy decoding at each optimization level, ``divergences`` the first node of
     each graph that is off. ``metric`` is the task's on the data that were given, ``sample`` that
@@ -206,6 +207,7 @@ class ProviderResult:
     name: str
     requested: str
     dtype: str | None = None
+    profile: str | None = None
     used: str | None = None
     device: str | None = None
     arithmetic: str = "fp32"
@@ -220,11 +222,16 @@ class ProviderResult:
     stopped: str | None = None
 
     @property
+    def kind(self) -> str | None:
+        """Return which graphs of the package ran, where it has several kinds."""
+        return self.profile or self.dtype
+
+    @property
     def label(self) -> str:
         """Return what it is called in a report."""
-        if self.dtype is None:
+        if self.kind is None:
             return self.name
-        return f"{self.name}, {self.dtype}"
+        return f"{self.name}, {self.kind}"
 
     @property
     def reason(self) -> str | None:
@@ -325,7 +332,7 @@ class Validation:
         for data, name in ((ROWS, "sample"), (GIVEN, "metric")):
             for result in self.providers:
                 if metric := getattr(result, name):
-                    stage = result.dtype or self.manifest.dtype
+                    stage = result.kind or self.manifest.dtype
                     found.append(metric_row(stage, result.name, data, metric))
         for result in self.providers:
             found += result.texts
@@ -422,18 +429,19 @@ def sharing(before: Validation, after: Validation) -> Sharing | None:
     return Sharing(before.label, removed, first - last, (first - last) / removed)
 
 
-def model_bytes(manifest: Manifest, dtype: str | None = None) -> int:
+def model_bytes(manifest: Manifest, kind: str | None = None) -> int:
     """Return the bytes of the files a runtime loads: graphs and their external data.
 
-    Of several precisions it loads one, by default the first.
+    Of several precisions or profiles it loads one, by default the first; profiles share their data.
     """
     other = set()
-    for each in manifest.dtypes:
-        if each != (dtype or manifest.dtype):
-            other |= {graph.path for graph in manifest.in_dtype(each).graphs}
+    for each in manifest.kinds:
+        if each != (kind or manifest.kinds[0]):
+            other |= {graph.path for graph in manifest.of_kind(each).graphs}
+    if len(manifest.profiles) == 1:
+        other |= {f"{path}_data" for path in other}
     total = 0
     for file in manifest.files:
-        graph = file.path.removesuffix("_data")
-        if graph.endswith(".onnx") and graph not in other:
+        if file.path.removesuffix("_data").endswith(".onnx") and file.path not in other:
             total += file.bytes
     return total

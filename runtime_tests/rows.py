@@ -130,9 +130,12 @@ def cost_rows(before: Validation | None, after: Validation) -> list[Row]:
     if before:
         old = summary(before)
     found = [_cost_row(cost, old, new) for cost in _SIZES]
-    for place, dtype in enumerate(after.manifest.dtypes[1:], 1):
-        size = size_text(model_bytes(after.manifest, dtype))
-        found.insert(place, Row(f"Size on disk, {dtype}", None, size, "", "", "of its own files"))
+    note = "of its own files"
+    if len(after.manifest.profiles) > 1:
+        note = "of its graphs, and the one data file"
+    for place, kind in enumerate(after.manifest.kinds[1:], 1):
+        size = size_text(model_bytes(after.manifest, kind))
+        found.insert(place, Row(f"Size on disk, {kind}", None, size, "", "", note))
     found.append(_kept_row(before, after))
     found += [_cost_row(cost, old, new) for cost in _TIMES]
     found.append(_served_row(old, new))

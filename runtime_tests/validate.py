@@ -135,15 +135,16 @@ def check_package(
     results: list[ProviderResult] = []
     absent: dict[str, str] = {}
     for name, runtime in runtimes.items():
-        for dtype in manifest.dtypes:
-            result = _new(runtime, manifest, dtype)
+        for kind in manifest.kinds:
+            result = _new(runtime, manifest, kind)
             try:
-                one = manifest.in_dtype(dtype)
+                one = manifest.of_kind(kind)
                 _check_on(runtime, result, one, reference, examples, progress)
                 _locate(runtime, result, one, reference)
                 progress(f"measuring memory and latency on {result.label}")
-                kind = result.dtype or "onnx"
-                result.footprint = measure_footprint(folder, name, config.threads, kind)
+                result.footprint = measure_footprint(
+                    folder, name, config.threads, result.kind or "onnx"
+                )
                 result.device = result.footprint.device
             except NotInstalled as error:
                 if name not in config.providers:
@@ -160,16 +161,18 @@ def check_package(
     return Validation(manifest, tuple(results), absent, why, _environment(), label=name)
 
 
-def _new(runtime: Runtime, manifest: Manifest, dtype: str) -> ProviderResult:
-    """Return the result of a runtime on a package in one of its precisions, before any check."""
+def _new(runtime: Runtime, manifest: Manifest, kind: str) -> ProviderResult:
+    """Return the result of a runtime on one of the kinds of a package, before any check."""
     result = ProviderResult(
         name=runtime.name,
         requested=runtime.requested,
         arithmetic=runtime.arithmetic,
         optimization=runtime.levels,
     )
-    if len(manifest.dtypes) > 1:
-        result.dtype = dtype
+    if len(manifest.profiles) > 1:
+        result.profile = kind
+    elif len(manifest.dtypes) > 1:
+        result.dtype = kind
     return result
 
 
@@ -184,7 +187,7 @@ def measured_again(folder: Path, validation: Validation) -> Validation:
         if result.footprint:
             runs = [
                 result.footprint,
-                measure_footprint(folder, result.name, kind=result.dtype or "onnx"),
+                measure_footprint(folder, result.name, kind=result.kind or "onnx"),
             ]
             fastest = min(runs, key=lambda run: run.median_ms)
             slowest = max(run.p95_ms for run in runs)

@@ -18,7 +18,7 @@ MEASURED = {"name": "accuracy", "examples": 50, "before": 0.9, "merged": 0.875, 
 def metadata(source: Path | None = None, **options: Any) -> dict[str, Any]:
     """Return the metadata block of a card, as a YAML parser reads it."""
     model = options.pop("model", vit(32, 64, 2))
-    graphs = options.pop("graphs", ("model.onnx",))
+    graphs = options.pop("graphs", {"model.onnx": "portable"})
     text = card(model, "image-classification", graphs, source=source, **options)
     found: dict[str, Any] = yaml.safe_load(text.split("---\n")[1])
     return found
@@ -59,7 +59,7 @@ def test_results_are_those_of_the_merge() -> None:
 
 
 def test_a_folder_for_the_browser_is_called_so() -> None:
-    graphs = ("onnx/model_quantized.onnx",)
+    graphs = {"onnx/model_quantized.onnx": "portable"}
     assert metadata(graphs=graphs, dtypes=("int8",))["library_name"] == "transformers.js"
     text = card(vit(32, 64, 2), "image-classification", graphs, ("int8",))
     assert 'pipeline("image-classification", "FOLDER", { dtype: "q8" })' in text

@@ -110,8 +110,8 @@ def audit(path: str | Path, look: Callable[[Path], Loaded] | None = None) -> Aud
     """Audit an ONNX file, or each ``*.onnx`` of a package folder and of its ``onnx/``.
 
     Copies are looked for within each file, and across the files beside each other in a folder,
-    which are used together, such as encoder and decoder. Not across those of ``onnx/``, nor a
-    file named as another with a suffix: they are alternatives.
+    which are used together, such as encoder and decoder, or read one data file. Not across those of
+    ``onnx/``, nor a file named as another with a suffix: they are alternatives.
 
     Ties are those of the ``ffmerge.json`` in the folder (for a file: its folder), else those each
     file records itself. A tie must hold in every file that has one of its names, and in at least
@@ -130,7 +130,7 @@ def audit(path: str | Path, look: Callable[[Path], Loaded] | None = None) -> Aud
     duplicates: list[Duplicate] = []
     hidden: list[Hidden] = []
     checks: list[TieCheck] = []
-    together: dict[str, list[Stored]] = {}
+    held: dict[Path, list[Stored]] = {}
     for file, prefix in files.items():
         model = read_model(file)
         items = stored(model)
@@ -138,10 +138,11 @@ def audit(path: str | Path, look: Callable[[Path], Loaded] | None = None) -> Aud
             sizes[location_of(item.tensor)] = item.tensor.nbytes
         duplicates += _duplicates(items, prefix)
         hidden += _hidden(items, prefix)
-        if _used_with_others(file, folder, files):
-            together[prefix] = items
+        held[file] = items
         checks += check_ties(model, _ties_for(model, promised), file.name)
-    duplicates += _across(together)
+    together = _sharing_data(held)
+    together |= {file for file in files if _used_with_others(file, folder, files)}
+    duplicates += _across({files[file]: held[file] for file in files if file in together})
     unshared, memory, reasons = _load(files, look)
     total = sum(sizes.values())
     twice = sum(duplicate.bytes for duplicate in duplicates)
@@ -191,6 +192,16 @@ def _used_with_others(file: Path, folder: Path, files: Iterable[Path]) -> bool:
         if other.parent == folder and file.stem.startswith(f"{other.stem}_"):
             return False
     return True
+
+
+def _sharing_data(held: Mapping[Path, Sequence[Stored]]) -> set[Path]:
+    """Return the files of whose data file another one reads, too."""
+    readers: dict[Path, set[Path]] = {}
+    for file, items in held.items():
+        for item in items:
+            if isinstance(item.tensor, ir.ExternalTensor):
+                readers.setdefault(Path(item.tensor.path).resolve(), set()).add(file)
+    return {file for some in readers.values() if len(some) > 1 for file in some}
 
 
 def _load(
