@@ -251,13 +251,13 @@ def _quantized(translated: Translated, plan: Plan) -> dict[str, Results]:
         common, calibration = _for_all(some, plan, common), {}
     done: dict[str, Results] = {}
     for profile, some in results.items():
-        done[profile] = {}
+        made: dict[str, ShareResult] = {}
         for name, before in some.items():
             config = replace(common, calibration=calibration.get(name, ()))
-            made = bring_to(before, plan.dtype, config)
+            made[name] = bring_to(before, plan.dtype, config)
             if plan.config.budget is not None and common.forms:
-                made = replace(made, forms=common.forms)
-            done[profile][name] = made
+                made[name] = replace(made[name], forms=common.forms)
+        done[profile] = made
     return done
 
 

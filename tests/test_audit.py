@@ -253,6 +253,23 @@ def relocate(path: Path, location: str) -> None:
     path.write_bytes(proto.SerializeToString())
 
 
+def test_graphs_that_read_one_data_file_are_compared(tmp_path: Path) -> None:
+    """Though one is named as the other with a suffix, as are those for several profiles."""
+    path = saved(tmp_path)
+    proto, data = onnx.load(path, load_external_data=False), tmp_path / "m.onnx_data"
+    other = tmp_path / "m_web.onnx"
+    onnx.save(proto, other)
+    assert audit(tmp_path).duplicates == ()
+    (moved,) = [tensor for tensor in proto.graph.initializer if tensor.name == "V"]
+    place = {entry.key: entry for entry in moved.external_data}
+    start, end = data.stat().st_size, int(place["offset"].value) + int(place["length"].value)
+    data.write_bytes(data.read_bytes() + data.read_bytes()[int(place["offset"].value) : end])
+    place["offset"].value = str(start)
+    onnx.save(proto, other)
+    (found,) = audit(tmp_path).duplicates
+    assert (found.names, found.bytes) == (("m.onnx:V", "m_web.onnx:V"), 64 * 64 * 4)
+
+
 def test_external_data_is_read(tmp_path):
     found = audit(saved(tmp_path))
     assert found.ok and found.bytes_total == 2 * 64 * 64 * 4

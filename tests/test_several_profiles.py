@@ -121,6 +121,15 @@ def test_the_graphs_are_those_of_their_profiles(several: tuple[Any, Package]) ->
         assert data + size <= model_bytes(manifest, profile) < data + size + 200_000
 
 
+def test_an_encoders_first_graph_is_that_of_a_package_of_its_own(tmp_path: Path) -> None:
+    for profile in ("cpu", "cpu,portable"):
+        ffmerge.export(made("bert"), tmp_path / profile, ExportConfig(profile=profile))
+    alone, together = tmp_path / "cpu", tmp_path / "cpu,portable"
+    assert (alone / "model.onnx").read_bytes() == (together / "model.onnx").read_bytes()
+    data = (together / "model.onnx_data").read_bytes()
+    assert data.startswith((alone / "model.onnx_data").read_bytes())
+
+
 @pytest.mark.parametrize("profile", [None, *PROFILES])
 def test_each_graph_computes_what_pytorch_does(
     several: tuple[Any, Package], profile: str | None
