@@ -571,7 +571,8 @@ class QuantizeConfig:
     onnxruntime-web has no GatherBlockQuantized for wasm. ``rounded`` is where codes, scales and
     zero points in blocks are found and left, by the name of a weight, and ``forms`` where bits and
     block are: they are then the same in all graphs. ``budget`` are bytes for which int4 chooses
-    these. Of int8-static ``activations`` are the bits of what products read and give: 8 or 16.
+    these. Of int8-static ``activations`` are the bits of what products read, 8 where these lose
+    little, or 16 of all, and of what they give.
     """
 
     block: int | None = None

@@ -21,9 +21,9 @@ class Profile:
     ``multihead`` attention is an operator of ONNX Runtime's own. ``half_cache``: where a decoder
     computes in float16, it takes and gives keys and values so, as they are. ``dtypes`` are those
     that the provider has kernels for, None: all, and ``dtype`` is the one if none is asked for.
-    In int8-static products read and give ``activations`` of so many bits. ``layout`` is that of
-    the files, if none is asked for, None: optimum's, for several precisions that of
-    transformers.js. If it is ``fixed``, a graph takes one row, and no size of it is open.
+    In int8-static products read ``activations`` of so many bits; of 16 they give them, too.
+    ``layout`` is that of the files, if none is asked for, None: optimum's, for several precisions
+    that of transformers.js. If it is ``fixed``, a graph takes one row, and no size of it is open.
     """
 
     opset: int

@@ -25,6 +25,7 @@ from ffmerge.exporter.greedy import generates, greedy
 from ffmerge.exporter.rows import (
     BYTES,
     LENGTH,
+    ROUNDING,
     ROWS,
     calibration_feeds,
     check_rows,
@@ -219,9 +220,7 @@ def _with_rows(plan: Plan, examples: Examples) -> Plan:
     if calibrating is not None and set(FOUR_BITS) & set(plan.config.dtypes):
         calibration = _rounding_feeds(plan, calibrating)
     elif calibrating is not None:
-        others = real_rows(calibrating, plan.model, plan.task, length)
-        given = real_inputs(plan.graphs, others, _greedy(plan, others))
-        calibration = calibration_feeds(plan.graphs, given)
+        calibration = _ranging_feeds(plan, calibrating, length)
     return replace(
         plan, graphs=tuple(probed), rows=rows, real=real, greedy=written, calibration=calibration
     )
@@ -241,6 +240,25 @@ def _rounding_feeds(plan: Plan, examples: Examples) -> dict[str, list[Feeds]]:
             (graph,) = [graph for graph in plan.graphs if graph.name == name]
             if not graph.parts:
                 batches.setdefault(name, []).append(graph.probe.complete(given))
+    return batches
+
+
+def _ranging_feeds(plan: Plan, examples: Examples, length: int) -> dict[str, list[Feeds]]:
+    """Return batches by graph, from which int8-static takes its ranges.
+
+    What is larger than all that they hold is cut off: of few rows that cost a trained encoder
+    single tokens. Of several graphs they are few, since each batch has to be continued.
+    """
+    batches: dict[str, list[Feeds]] = {}
+    several = len(plan.graphs) > 1
+    most = ROWS if several else ROUNDING
+    for rows in rounding_rows(examples, most, length):
+        written: Feeds = {}
+        if several:
+            written = _greedy(plan, rows)
+        given = real_inputs(plan.graphs, rows, written)
+        for name, feeds in calibration_feeds(plan.graphs, given).items():
+            batches.setdefault(name, []).extend(feeds)
     return batches
 
 

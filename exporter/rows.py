@@ -18,7 +18,7 @@ from ffmerge.models.probe import Array
 
 ROWS, LENGTH = 32, 64  # of the real case, and tokens of each
 BYTES, SCORES = 1 << 22, 1 << 24  # of its inputs, and elements of its logits, at most
-# By which int4 is rounded: 16,384 tokens of text.
+# By which int4 is rounded, and from which int8-static has its ranges: 16,384 tokens of text.
 ROUNDING, BATCH = 256, 8
 
 
@@ -37,12 +37,18 @@ def real_rows(examples: Examples, model: Any, task: str, length: int = LENGTH) -
     return _cut(examples.take([examples.rows[i] for i in chosen]), length)
 
 
-def rounding_rows(examples: Examples) -> Iterator[dict[str, Array]]:
-    """Yield batches of examples from all over the data, at most ``ROUNDING`` rows in all."""
-    count = min(ROUNDING, len(examples))
+def rounding_rows(
+    examples: Examples, most: int = ROUNDING, length: int = LENGTH
+) -> Iterator[dict[str, Array]]:
+    """Yield batches of examples from all over the data, at most ``most`` rows in all.
+
+    Text is cut to ``length`` tokens.
+    """
+    count = min(most, len(examples))
     chosen = np.linspace(0, len(examples) - 1, count).astype(int)
     for start in range(0, count, BATCH):
-        yield _cut(examples.take([examples.rows[i] for i in chosen[start : start + BATCH]]))
+        rows = [examples.rows[i] for i in chosen[start : start + BATCH]]
+        yield _cut(examples.take(rows), length)
 
 
 def check_rows(graph: Graph, rows: Mapping[str, Array]) -> None:

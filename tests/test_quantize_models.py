@@ -204,4 +204,4 @@ def test_share_command_takes_a_dtype(tmp_path):
     np.savez(tmp_path / "rows.npz", x=normal(5, 64))
     done = call("static.onnx", "--dtype", "int8-static", "--data", "rows.npz", "--json")
     assert done.returncode == 0, done.stderr
-    assert ops(ir.load(tmp_path / "static.onnx"))["QuantizeLinear"] == 3
+    assert ops(ir.load(tmp_path / "static.onnx"))["QuantizeLinear"] == 2

@@ -7,6 +7,7 @@ the rows.
 
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -58,10 +59,37 @@ def _fixed_rows(inputs: Iterable[ir.Value]) -> int | None:
     return None
 
 
+@dataclass(frozen=True)
+class Seen:
+    """A value over all batches: its smallest and largest, zero included, and its mean square."""
+
+    low: float = 0.0
+    high: float = 0.0
+    square: float = 0.0
+    count: int = 0
+
+    def joined(self, array: Array) -> "Seen":
+        """Return what was seen with one more array."""
+        count = self.count + array.size
+        squares = self.square * self.count + float(np.square(array, dtype=np.float64).sum())
+        return Seen(
+            min(self.low, float(array.min(initial=0))), max(self.high, float(array.max(initial=0))),
+            squares / max(count, 1), count,
+        )  # fmt: skip
+
+    def lost(self, bits: int) -> float:
+        """Return the error of rounding to codes of so many bits, as a fraction of the value.
+
+        Both are root mean squares; that of rounding is a step by the root of 12.
+        """
+        step = (self.high - self.low) / (2**bits - 1)
+        return step / max(12 * self.square, 1e-30) ** 0.5
+
+
 def measure_ranges(
     model: ir.Model, values: Sequence[ir.Value], batches: Iterable[Mapping[str, Array]]
-) -> dict[ir.Value, tuple[float, float]]:
-    """Return the smallest and largest of each value over all batches, zero included.
+) -> dict[ir.Value, Seen]:
+    """Return what each value is over all batches.
 
     A value that is not finite has none, so it stays as it is.
 
@@ -70,7 +98,7 @@ def measure_ranges(
     """
     import onnxruntime
 
-    found = {value: (0.0, 0.0) for value in values}
+    found = {value: Seen() for value in values}
     if not found:
         return found
     outputs = list(model.graph.outputs)
@@ -94,8 +122,7 @@ def measure_ranges(
             if not np.isfinite(array).all():  # by a weight of the model: it has no range
                 del found[value]
                 continue
-            low, high = found[value]
-            found[value] = min(low, float(array.min())), max(high, float(array.max()))
+            found[value] = found[value].joined(array)
     return found
 
 

@@ -28,12 +28,14 @@ from ffmerge.models.codes import (
     spread,
 )
 from ffmerge.models.manifest import Skip
-from ffmerge.passes.graph.calibration import measure_ranges
+from ffmerge.passes.graph.calibration import Seen, measure_ranges
 from ffmerge.passes.graph.matrix import Matrix, as_matmuls, looks_rows_up
 from ffmerge.passes.graph.rewrite import Rewrite, bias_of, replace_tensor, store
 from ffmerge.passes.graph.tensors import is_op, shape_of, values_of
 
 _FLOAT = ir.DataType.FLOAT
+# Trained encoders keep a cosine of 0.994 and more (docs/runtimes.md); of 0.07 MiniLM 0.992.
+MOST_LOST = 0.05  # of what a product reads, that rounding it to 8 bits may be off
 AXES_AS_INPUT = 18  # the opset from which a reduction reads its axes as an input
 ALLOW_ZERO = 14  # ... and from which a 0 in a shape can mean a dimension of no elements
 
@@ -101,10 +103,12 @@ def _quantize_dynamically(x: ir.Value, new: Rewrite, opset: int, wide: bool) -> 
 def to_static(
     model: ir.Model, matrices: Sequence[Matrix], config: QuantizeConfig
 ) -> Iterator[Skip]:
-    """Matrix products read and write 8 bits, or 16, in the ranges of the calibration batches.
+    """Matrix products read codes, in the ranges of the calibration batches.
 
-    Every weight is behind one DequantizeLinear. Biases stay float32: as int32 they would need
-    the scale of one consumer's input.
+    Those of 16 bits, for an NPU, read and give them. Those of 8 bits read them where that loses
+    little, and give float32, of which one range for all would lose most. Every weight is behind
+    one DequantizeLinear. Biases stay float32: as int32 they would need the scale of one consumer's
+    input.
     """
     matmuls = []
     for matrix in matrices:
@@ -113,35 +117,44 @@ def to_static(
                 yield Skip(bias.name or "", f"float32: the bias of Gemm node {node.name}")
         matmuls.append(as_matmuls(matrix, model.graph))
     model.graph.sort()
-    inputs, outputs = _around_products(model.graph)
+    products = [node for node in model.graph if is_op(node, "MatMul")]
+    inputs = [value for node in products for value in _computed(node)]
+    outputs = [node.outputs[0] for node in products if config.activations > 8]
     measured = list(dict.fromkeys([*inputs, *outputs]))
     ranges = measure_ranges(model, measured, config.calibration)
+    if config.activations == 8:
+        yield from _without_lossy(ranges)
+        products = [node for node in products if all(x in ranges for x in _computed(node))]
     for matrix in matmuls:
         scale = _store_codes(matrix, model.graph, config)
         floats = _after("DequantizeLinear", [matrix.weight, scale], model, axis=1)
         for node in matrix.products:
             node.replace_input_with(1, floats)
-    for value, (low, high) in ranges.items():
-        step, zero = range_scale(low, high, config.activations)
+    for value, seen in ranges.items():
+        uses = [use for use in value.uses() if value in outputs or use.node in products]
+        if not uses:
+            continue
+        step, zero = range_scale(seen.low, seen.high, config.activations)
         parts = [
             store(model.graph, f"{value.name}/scale", ir.tensor(step)),
             store(model.graph, f"{value.name}/zero", ir.tensor(zero)),
         ]
-        uses = [use for use in value.uses() if value in outputs or is_op(use.node, "MatMul")]
         codes = _after("QuantizeLinear", [value, *parts], model)
         _connect(uses, _after("DequantizeLinear", [codes, *parts], model))
 
 
-def _around_products(graph: ir.Graph) -> tuple[list[ir.Value], list[ir.Value]]:
-    """Return what the MatMuls of a graph read that is not stored, and what they give."""
-    inputs, outputs = [], []
-    for node in graph:
-        if is_op(node, "MatMul"):
-            outputs.append(node.outputs[0])
-            for value in node.inputs:
-                if value is not None and value.const_value is None:
-                    inputs.append(value)
-    return inputs, outputs
+def _without_lossy(ranges: dict[ir.Value, Seen]) -> Iterator[Skip]:
+    """Drop the ranges of values of which 8 bits lose too much; yield these, and how much."""
+    for value, seen in tuple(ranges.items()):
+        lost = seen.lost(8)
+        if lost > MOST_LOST:
+            yield Skip(value.name or "", f"float32: in 8 bits it is {lost:.1%} off")
+            del ranges[value]
+
+
+def _computed(node: ir.Node) -> list[ir.Value]:
+    """Return what a node reads that is not stored."""
+    return [value for value in node.inputs if value is not None and value.const_value is None]
 
 
 def read_dequantized(weight: ir.Value, model: ir.Model) -> str:
