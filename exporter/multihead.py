@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ffmerge.exporter.flat import can_be_flat, make_flat
 from ffmerge.exporter.fused import HIDDEN, NotFused
@@ -26,6 +27,7 @@ from ffmerge.passes.graph.tensors import is_op
 WHOLE = 8  # of heads that share keys the size is a multiple of this
 _MASK, _PAST = 3, 4  # inputs of Attention
 PAST_SIZE = "past_sequence_length"  # of a decoder alone
+ONE = "lengths.one"
 QUERY = 1  # how many of its inputs the query is
 
 
@@ -105,6 +107,9 @@ def use_multihead(model: ir.Model) -> None:
             model.graph, node, [node], [new], node.outputs, new.outputs
         )
         model.opset_imports[MICROSOFT] = 1
+    RemoveUnusedNodesPass()(
+        model
+    )  # what turned the heads: in place of four sizes it is given three
 
 
 def shares_keys(model: ir.Model) -> bool:
@@ -168,7 +173,9 @@ def _lengths(mask: ir.Value, before: ir.Node) -> list[ir.Value]:
     """
     graph = before.graph
     assert graph is not None
-    one = store(graph, "lengths.one", ir.tensor(np.array([1], np.int32)))
+    one = graph.initializers.get(ONE)  # of another mask
+    if one is None:
+        one = store(graph, ONE, ir.tensor(np.array([1], np.int32)))
     rows = ir.node("Shape", [before.inputs[0]], {"start": 0, "end": 1})
     width = ir.node("Shape", [mask], {"start": 3, "end": 4})
     whole = ir.node("Cast", [width.outputs[0]], {"to": ir.DataType.INT32})

@@ -57,20 +57,21 @@ def check_parity(
 ) -> list[OutputParity]:
     """Return, for each output, how far the package is from the PyTorch outputs it carries.
 
-    Of several precisions that is the first.
+    Of several precisions or profiles that is all of them.
 
     Raises:
         InputError: the package has no readable reference, or names no output.
         RuntimeCheckError: the provider was not used, or the model does not load or run.
     """
     refuse_without_outputs(folder, manifest)
-    runtime, graphs = find_runtime(provider), manifest.in_dtype().graphs
-    tolerance = for_dtype(manifest.dtype, runtime.arithmetic)
-    reference = read_reference(folder, manifest)
+    runtime, reference = find_runtime(provider), read_reference(folder, manifest)
     found: list[OutputParity] = []
-    for graph in graphs:
-        session = runtime.open(folder / graph.path, optimization)
-        found += parity_of(graph, session, reference, optimization, tolerance)
+    for kind in manifest.kinds:
+        one = manifest.of_kind(kind)
+        tolerance = for_dtype(one.dtype, runtime.arithmetic)
+        for graph in one.graphs:
+            session = runtime.open(folder / graph.path, optimization)
+            found += parity_of(graph, session, reference, optimization, tolerance)
     return found
 
 

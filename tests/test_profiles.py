@@ -70,6 +70,7 @@ def test_for_webgpu_a_decoder_writes_what_pytorch_writes(name: str, tmp_path: Pa
     assert found[kind] == LAYERS and not {"Attention", "Softmax"} & set(found)
     assert bool(found["SkipSimplifiedLayerNormalization"]) == (name != "GPT-2")
     assert all(output.ok for output in check_parity(package.path, package.manifest))
+    assert audit(package.path).ok
     check_writes_the_same(model, ffmerge.load_package(package.path))
 
 
