@@ -27,6 +27,7 @@ from ffmerge.exporter.fused import fuse, fused_attention
 from ffmerge.exporter.graphs import Graph
 from ffmerge.exporter.last_logits import keep_last, offer_all
 from ffmerge.exporter.lean import lean_exporter
+from ffmerge.exporter.parts import store_parts
 from ffmerge.exporter.settle import HEIGHT
 from ffmerge.exporter.simplify import simplify
 from ffmerge.models import kv_cache, ties
@@ -68,6 +69,7 @@ def to_onnx(
     if fed or offered:
         keep_last(program.model)
     _optimize(program.model, graph, known)
+    store_parts(program.model, {tie.name for tie in known})
     if fused:
         fuse(program.model)
     if offered:

@@ -6,7 +6,7 @@ of a package: ``models/codes.py``. int8 has two forms there (``passes/graph/quan
 that generates is taken to be exported with its cache, in blocks, and any other multiplies rows.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -57,10 +58,15 @@ def rounded(model: nn.Module, dtype: str) -> Iterator[None]:
     Each only while it is used: a large model is never held twice.
     """
     by_rows, no_blocks = _by_rows(model, dtype), _no_blocks(model, dtype)
+    constants = {id(buffer) for buffer in model.buffers()}
     with ExitStack() as stack:
         for module in model.modules():
+            if isinstance(module, nn.MultiheadAttention):
+                if dtype in BITS:
+                    stack.enter_context(_rounding_inside(module, dtype, bool(by_rows)))
+                continue
             names = ["weight"]
-            round_: Round = partial(_round_, dtype)
+            round_: Round = partial(_round_, dtype, constants)
             if module in by_rows:
                 round_ = _round_rows_
             elif not isinstance(module, ROUNDED) or id(module.weight) in no_blocks:
@@ -71,6 +77,58 @@ def rounded(model: nn.Module, dtype: str) -> Iterator[None]:
                 stack.callback(module.register_forward_pre_hook(before).remove)
                 stack.callback(module.register_forward_hook(after, always_call=True).remove)
         yield
+
+
+@contextmanager
+def _rounding_inside(module: nn.MultiheadAttention, dtype: str, by_rows: bool) -> Iterator[None]:
+    """Round what PyTorch's attention multiplies: its maps are no modules that are called."""
+    running: list[ExitStack] = []
+
+    def before(*_: Any) -> None:
+        stack = ExitStack()
+        running.append(stack)
+        fast = torch.backends.mha.get_fastpath_enabled()  # one operator, which shows no products
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
+        torch.backends.mha.set_fastpath_enabled(False)
+        stack.enter_context(_Products(module, dtype, by_rows))
+
+    def after(*_: Any) -> None:
+        running.pop().close()
+
+    hooks = (
+        module.register_forward_pre_hook(before),
+        module.register_forward_hook(after, always_call=True),
+    )
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class _Products(TorchDispatchMode):
+    """Rounds the products by a module's parameters, or by parts of them, and what they read."""
+
+    def __init__(self, module: nn.Module, dtype: str, by_rows: bool) -> None:
+        super().__init__()
+        self.held = {p.untyped_storage().data_ptr() for p in module.parameters()}
+        self.dtype, self.by_rows = dtype, by_rows
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run an operation of PyTorch, a product ``x @ W.T`` on rounded numbers."""
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            *bias, x, turned = args
+            if turned.untyped_storage().data_ptr() in self.held and turned.numel() >= FLOOR:
+                x, weight = self._rounded(x, turned.T.contiguous())
+                args = (*bias, x, weight.T)
+        return func(*args, **(kwargs or {}))
+
+    def _rounded(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        if self.by_rows:
+            return rounded_rows(x), _rows_weight(weight)
+        return rounded_input(x, BLOCKS[BITS[self.dtype]]), to_dtype(weight, self.dtype)
 
 
 def _by_rows(model: nn.Module, dtype: str) -> set[nn.Module]:
@@ -216,8 +274,17 @@ def _round_rows_(module: Any, args: tuple[Any, ...]) -> Any:
     return (rounded_rows(args[0]), *args[1:])
 
 
-def _round_(dtype: str, module: Any, args: tuple[Any, ...]) -> Any:
+def _round_(dtype: str, constants: Set[int], module: Any, args: tuple[Any, ...]) -> Any:
+    """Round a module's weight, and what a map reads.
+
+    A table that is read by a buffer as it is, as position embeddings of pictures are, is what is
+    found in a graph: a constant that is added, in int8.
+    """
     weight = module.weight
+    folded = isinstance(module, nn.Embedding) and args and id(args[0]) in constants
+    if folded and dtype in BITS and weight.numel() >= FLOOR:
+        weight.data = _int8(weight.data)
+        return None
     weight.data = _rounded_weight(module, dtype)
     if dtype not in BITS or weight.numel() < FLOOR or not isinstance(module, PRODUCTS):
         return None
