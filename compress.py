@@ -194,12 +194,16 @@ def outline(
     if "mixed" in ways:
         cost = BITS_COST * once + TRACED
         found.append((f"export and measure {MIXED}", size_text(run.limit), cost, "mixed"))
-    if aim is not None:
+    narrowings = [name for name in ways if name.startswith("narrowed")]
+    for number, name in enumerate(narrowings, 1):
+        assert aim is not None
         what, cost = f"take neurons out of {aim[0]} and measure it", NARROW_COST * once + TRACED
         if aim[0] == "int4":
             what = f"take neurons out, export and measure {MIXED}"
             cost += BITS_COST * once
-        found.append((what, size_text(run.limit), cost, "narrowed"))
+        if len(narrowings) > 1:
+            what += f": {number} of {len(narrowings)}"
+        found.append((what, size_text(run.limit), cost, name))
     megabytes = bytes_of(model, "fp32") / 1e6
     found.append(("export the best", "", EXPORT_COST * megabytes + TRACED, "best"))
     found.append(("validate it", "", EXPORT_COST * megabytes + TRACED, ""))

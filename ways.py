@@ -10,7 +10,7 @@ mixed by data is measured as a package.
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,9 @@ from ffmerge.models.companions import companion_bytes
 from ffmerge.models.examples import Examples
 from ffmerge.models.manifest import REFERENCE, Manifest
 from ffmerge.models.sizes import check_reach, fitting, narrower
+from ffmerge.models.ties import Unit
 from ffmerge.passes.weights import merge as merging
+from ffmerge.passes.weights.elimination import Matrix
 from ffmerge.passes.weights.evaluate import Score
 from ffmerge.passes.weights.precision import bytes_of, rounded, shapes_of
 from ffmerge.progress import Progress, announce
@@ -48,7 +50,7 @@ class Way:
 
 @dataclass(frozen=True)
 class Run:
-    """What a call works with; ``open`` gives the model anew."""
+    """What a call works with; ``open`` gives the model anew, ``costs`` are those of its widths."""
 
     model: Any
     folder: Path
@@ -60,14 +62,15 @@ class Run:
     limit: int
     show: Progress
     trusted: bool
+    costs: dict[Unit, Matrix] = field(default_factory=dict)
 
 
 def ways_to(run: Run, room: int, limit: int) -> dict[str, Make]:
     """Return by the name of its step what makes and measures each way to the size.
 
     Where 8 bits do not fit, bits are mixed, and where 4 do not even in their widest blocks, after
-    so many neurons are gone that those would fit as well. What is mixed is measured as the package
-    that is shipped.
+    so many neurons are gone that those would fit as well, or a few more or less. What is mixed is
+    measured as the package that is shipped.
 
     Raises:
         InputError: no way leads there.
@@ -81,7 +84,9 @@ def ways_to(run: Run, room: int, limit: int) -> dict[str, Make]:
     elif fits is not None:
         found["whole"] = partial(_whole, run, fits)
     if aim is not None:
-        found["narrowed"] = partial(_narrowed, run, *aim, limit)
+        dtype, tries = aim
+        for number, kept in enumerate(tries, 1):
+            found[f"narrowed-{number}"] = partial(_narrowed, run, dtype, kept, limit)
     return found
 
 
@@ -113,14 +118,17 @@ def _narrowed(run: Run, dtype: str, kept: int, limit: int, folder: Path) -> Mapp
     )
     model = run.open()
     try:
-        merge, merged = merging.choose(model, run.calibration, run.held_out, budget, run.show)
+        merge, merged = merging.choose(
+            model, run.calibration, run.held_out, budget, run.show, run.costs
+        )
     except InputError as error:
         announce(f"no neurons are taken out: {error}")
         return NONE
     merging.apply_(model, merge, merged)
     checkpoint.save(model, folder / "checkpoint", run.folder)
     model = checkpoint.load(folder / "checkpoint", run.trusted)
-    removed = merge.record.narrowed[0].text
+    gone = 1 - merge.record.parameters_after / merge.record.parameters_before
+    removed = f"narrowed by {100 * gone:.0f} %: {merge.record.narrowed[0].text}"
     if dtype == "int4":
         return _with_mixed_bits(run, model, limit, folder, f"{MIXED}, {removed}")
     return vars(_measured(model, dtype, run.score, f"{dtype}, {removed}"))

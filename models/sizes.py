@@ -28,6 +28,11 @@ BITS = {"int8": 8, "int4": 4}  # of weights in blocks
 WIDER = (32, 64, 128)  # blocks of 4 bits that a package of mixed bits may have
 DTYPES = ("fp32", "int8", "int4")  # fp16 halves a package too, but is slower on most processors
 MOST = 0.4  # of all parameters: more are not taken out
+# How much of what 4 bits in their widest blocks take there is where a second try is worth its time
+# (docs/quality.md): few neurons go, and some weights have better forms than those; or many would
+# have to, and some weights have fewer bits instead.
+MORE, LESS = 1.05, 0.93
+FEW, MANY = 0.03, 0.18  # of all parameters, that have to go for the widest blocks
 GRAPH = 1_500  # bytes of a graph for each weight: measured 400 (an encoder) to 1,220 (a Llama)
 
 
@@ -77,24 +82,41 @@ def fitting(shapes: Shapes, room: int) -> str | None:
     return None
 
 
-def narrower(shapes: Shapes, room: int) -> tuple[str, int] | None:
+def narrower(shapes: Shapes, room: int) -> tuple[str, tuple[int, ...]] | None:
     """Return the precision above the highest that fits, and the float32 bytes that may stay.
 
     Where none fits that is int4 in wider blocks: a trained model loses less in those than by the
-    neurons that narrower ones would cost (docs/quality.md). None where nothing is to be narrowed,
-    or too much.
+    neurons that narrower ones would cost (docs/quality.md). There may be two tries, of which the
+    first is so narrow that all of it fits in those, if anything has to go for that. None where
+    nothing is to be narrowed, or too much.
     """
-    fits = fitting(shapes, room)
+    fits, whole = fitting(shapes, room), bytes_of(shapes, "fp32")
+    if fits is None:
+        tries = tuple(whole * room // size for size in _of_four_bits(_least(shapes), room))
+        return (DTYPES[-1], tries) if tries else None
     if fits == DTYPES[0]:
         return None
-    if fits is None:
-        dtype, size = DTYPES[-1], _least(shapes)
-    else:
-        dtype = DTYPES[DTYPES.index(fits) - 1]
-        size = bytes_of(shapes, dtype)
+    dtype = DTYPES[DTYPES.index(fits) - 1]
+    size = bytes_of(shapes, dtype)
     if not int((1 - MOST) * size) <= room < size:
         return None
-    return dtype, bytes_of(shapes, "fp32") * room // size
+    return dtype, (whole * room // size,)
+
+
+def _of_four_bits(least: int, room: int) -> list[int]:
+    """Return what all weights may be taken to need where 4 bits in their widest blocks are least.
+
+    Of so many bytes only ``room`` are there, and so large a part of the parameters is to stay.
+    """
+    found = []
+    if int((1 - MOST) * least) <= room < least:
+        found.append(least)
+    gone = 1 - room / least
+    if room < MORE * least and gone < FEW:
+        found.append(int(MORE * least))
+    elif found and gone > MANY:
+        found.append(int(LESS * least))
+    return found
 
 
 def check_reach(shapes: Shapes, size: int, beside: int) -> None:

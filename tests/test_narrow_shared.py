@@ -378,7 +378,12 @@ def test_a_unit_counts_by_how_far_all_its_members_move_the_output(
     monkeypatch.setattr(widths, "sensitivities", lambda *_: moved)
     asked: dict[Any, Any] = {}
     monkeypatch.setattr(widths, "cheapest", lambda _, costs, __: asked.update(costs))
-    widths.chosen(model, members, 1, lambda: [data], lambda *_: None)
+    known: dict[Any, Any] = {}
+    widths.chosen(model, members, 1, lambda: [data], lambda *_: None, known)
     plain = narrow.forecast(model, members, [data])
     for unit, weight in zip(plain, (5, 3), strict=True):
         assert np.allclose(asked[unit], weight * plain[unit])
+    asked.clear()
+    monkeypatch.setattr(narrow, "forecast", lambda *_: pytest.fail("it is known"))
+    widths.chosen(model, members, 2, lambda: [data], lambda *_: None, known)
+    assert asked.keys() == known.keys() == plain.keys()

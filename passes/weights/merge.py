@@ -24,10 +24,11 @@ from ffmerge.models.finite import check_merged, check_weights
 from ffmerge.models.notebook import html_of
 from ffmerge.models.record import MergeRecord, merge_record
 from ffmerge.models.sublayer import FeedForward
-from ffmerge.models.ties import SharedWeights
+from ffmerge.models.ties import SharedWeights, Unit
 from ffmerge.passes.weights import methods, rivals
 from ffmerge.passes.weights.cache import ActivationCache
 from ffmerge.passes.weights.calibrated import TOKENS
+from ffmerge.passes.weights.elimination import Matrix
 from ffmerge.passes.weights.evaluate import Score, score_for, warn_near_chance
 from ffmerge.passes.weights.evidence import Statistics
 from ffmerge.passes.weights.methods import (
@@ -120,10 +121,12 @@ def choose(
     held_out: Examples | None,
     config: MergeConfig,
     progress: Progress = silent,
+    costs: dict[Unit, Matrix] | None = None,
 ) -> tuple[Merge, Merged]:
     """Return what :func:`merge_` would do, and what would take the place of which weights.
 
-    ``held_out`` measures; without it nothing is, and there must be one window.
+    ``held_out`` measures; without it nothing is, and there must be one window. ``costs`` are what
+    widths cost, kept from one narrowing of a model by the same data to the next: empty at first.
 
     Raises:
         InputError: as :func:`merge_`.
@@ -136,7 +139,7 @@ def choose(
         _check_needs_no_data(method, searches)
     score = _score(model, held_out, config)
     statistics = Statistics(model, calibration, _watched(method, stacks), config, progress)
-    trials = Trials(model, method, statistics, score, progress, tune=config.tune)
+    trials = Trials(model, method, statistics, score, progress, tune=config.tune, costs=costs)
     before = trials.measured({})
     if score and held_out is not None:
         warn_near_chance(model, score.name, before.value, len(held_out))

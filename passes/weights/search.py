@@ -20,9 +20,10 @@ from torch import nn
 from ffmerge.errors import InputError
 from ffmerge.files import size_text
 from ffmerge.models.record import Group, Narrowed
-from ffmerge.models.ties import SharedWeights
+from ffmerge.models.ties import SharedWeights, Unit
 from ffmerge.passes.weights import narrow, precision, widths
 from ffmerge.passes.weights.cache import ActivationCache
+from ffmerge.passes.weights.elimination import Matrix
 from ffmerge.passes.weights.evaluate import Score
 from ffmerge.passes.weights.evidence import Statistics
 from ffmerge.passes.weights.methods import (
@@ -69,6 +70,7 @@ class Trials:
     progress: Progress
     cache: ActivationCache | None = None
     tune: int = 0  # steps for each sublayer that is narrowed, once widths are chosen
+    costs: dict[Unit, Matrix] | None = None  # of widths, as :func:`widths.chosen` takes them
 
     def __post_init__(self) -> None:
         """Begin with nothing tried."""
@@ -211,7 +213,7 @@ def search_widths(
     least = now.bytes - size * widths.most(model, members)
     if least > limit:
         raise _out_of_reach(limit, least, "with as few neurons as can be")
-    chosen = widths.chosen(model, members, remove, data.batches, trials.progress)
+    chosen = widths.chosen(model, members, remove, data.batches, trials.progress, trials.costs)
     tried: list[tuple[Candidate, Merged]] = []
     for steps in dict.fromkeys((0, trials.tune)):
         change = narrow.fit(model, members, chosen, data.batches(), trials.progress, steps)

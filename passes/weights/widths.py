@@ -38,14 +38,19 @@ def chosen(
     remove: int,
     batches: Callable[[], Batches],
     progress: Progress = silent,
+    known: dict[Unit, Matrix] | None = None,
 ) -> Widths:
-    """Return the widths that are forecast to cost least."""
-    costs = narrow.forecast(model, members, batches(), progress)
-    weights = sensitivities(model, members, batches())
-    weighted = {}
-    for unit, cost in costs.items():
-        weighted[unit] = cost * sum(weights[member] for member in unit) / len(unit)
-    return cheapest(model, weighted, remove)
+    """Return the widths that are forecast to cost least.
+
+    What widths cost is not forecast again where it is ``known``, and is there afterwards.
+    """
+    costs = {} if known is None else known
+    if not costs:
+        forecast = narrow.forecast(model, members, batches(), progress)
+        weights = sensitivities(model, members, batches())
+        for unit, cost in forecast.items():
+            costs[unit] = cost * sum(weights[member] for member in unit) / len(unit)
+    return cheapest(model, costs, remove)
 
 
 def cheapest(model: Any, costs: Costs, remove: int) -> Widths:
