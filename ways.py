@@ -127,9 +127,10 @@ def _narrowed(run: Run, dtype: str, kept: int, limit: int, folder: Path) -> Mapp
     merging.apply_(model, merge, merged)
     checkpoint.save(model, folder / "checkpoint", run.folder)
     model = checkpoint.load(folder / "checkpoint", run.trusted)
-    gone = 1 - merge.record.parameters_after / merge.record.parameters_before
-    removed = f"narrowed by {100 * gone:.0f} %: {merge.record.narrowed[0].text}"
+    removed = merge.record.narrowed[0].text
     if dtype == "int4":
+        gone = 1 - merge.record.parameters_after / merge.record.parameters_before
+        removed = f"narrowed by {100 * gone:.0f} %: {removed}"  # tells two tries apart
         return _with_mixed_bits(run, model, limit, folder, f"{MIXED}, {removed}")
     return vars(_measured(model, dtype, run.score, f"{dtype}, {removed}"))
 
