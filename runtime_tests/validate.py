@@ -135,7 +135,7 @@ def check_package(
     results: list[ProviderResult] = []
     absent: dict[str, str] = {}
     for name, runtime in runtimes.items():
-        for kind in manifest.kinds:
+        for kind in kinds_on(runtime, manifest):
             result = _new(runtime, manifest, kind)
             try:
                 one = manifest.of_kind(kind)
@@ -159,6 +159,19 @@ def check_package(
         why = why_not(folder)
     name = f"{manifest.model_type} of {manifest.parameters:,} parameters"
     return Validation(manifest, tuple(results), absent, why, _environment(), label=name)
+
+
+def kinds_on(runtime: Runtime, manifest: Manifest) -> Sequence[str]:
+    """Return which graphs of a package are checked on a runtime, of several profiles or precisions.
+
+    On ONNX Runtime's CPU all. Elsewhere, of several profiles, those for that provider, else the
+    portable ones: it need not have the operators of others.
+    """
+    if runtime.name == "cpu" or len(manifest.profiles) == 1:
+        return manifest.kinds
+    own = [each for each in manifest.profiles if each in runtime.name]  # cuda-tf32, web-webgpu
+    plain = [each for each in manifest.profiles if each == "portable"]
+    return own or plain or manifest.profiles
 
 
 def _new(runtime: Runtime, manifest: Manifest, kind: str) -> ProviderResult:

@@ -26,11 +26,13 @@ from ffmerge.exporter import convert
 from ffmerge.exporter.fused import NotFused
 from ffmerge.exporter.package import Package
 from ffmerge.models.inputs import example_inputs
-from ffmerge.models.manifest import Manifest, record_files
+from ffmerge.models.manifest import Manifest, Variant, record_files
 from ffmerge.passes.graph import resident
 from ffmerge.passes.graph.audit import audit
 from ffmerge.runtime_tests.parity import check_parity
 from ffmerge.runtime_tests.results import model_bytes
+from ffmerge.runtime_tests.runtimes.registry import find_runtime
+from ffmerge.runtime_tests.validate import kinds_on
 
 PROFILES = ("cpu", "portable", "webgpu")
 SMALL = 256  # bytes below which a tensor stays in its graph
@@ -182,6 +184,33 @@ def test_validate_checks_every_graph_and_finds_the_broken_one(
     found = json.loads(result.stdout)["providers"]
     assert [each["ok"] for each in found] == [True, False, True]
     assert found[1]["reason"].startswith("model_portable.onnx: logits")
+
+
+@pytest.mark.parametrize(
+    ("profiles", "runtime", "checked"),
+    [
+        (PROFILES, "cpu", PROFILES),
+        (PROFILES, "webgpu", ["webgpu"]),
+        (PROFILES, "web-webgpu", ["webgpu"]),
+        (PROFILES, "cuda", ["portable"]),
+        (PROFILES, "openvino", ["portable"]),
+        (("cpu", "cuda"), "cuda-tf32", ["cuda"]),
+        (("cpu", "cuda"), "wasm", ("cpu", "cuda")),
+        (("webgpu",), "openvino", ("fp32",)),
+    ],
+)
+def test_elsewhere_what_a_provider_is_given_is_checked(
+    profiles: tuple[str, ...],
+    runtime: str,
+    checked: Any,
+    several: tuple[Any, Package],
+) -> None:
+    first, *others = profiles
+    variants = tuple(
+        Variant(each, f"{each}.onnx", True, "model.onnx", "float32") for each in others
+    )
+    manifest = replace(several[1].manifest, profile=first, variants=variants)
+    assert kinds_on(find_runtime(runtime), manifest) == checked
 
 
 def test_codes_by_data_are_those_of_all_graphs(tmp_path: Path) -> None:
