@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ffmerge.errors import InputError
 from ffmerge.files import read_json
+from ffmerge.models.manifest import NAME
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 GGUF = ".gguf"
@@ -98,6 +99,11 @@ def hub_blobs(folder: Path) -> Path | None:
 def _refuse_none(folder: Path) -> None:
     """Raise InputError for a folder without weights that can be read."""
     names = [path.name for path in sorted(folder.iterdir()) if path.is_file()]
+    if NAME in names:
+        raise InputError(
+            f"{folder} is a package, whose graphs have the weights: give the checkpoint that it "
+            "was exported from."
+        )
     if any(name.endswith(PICKLES) for name in names):
         raise InputError(
             f"{folder} holds its weights as pickles, which can run code: convert to safetensors."

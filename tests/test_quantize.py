@@ -466,3 +466,13 @@ def test_bad_requests_say_what_to_do():
         share_model(build(TWO, 12, W=normal(64, 64)), dtype="int8")
     with pytest.raises(InputError, match="power of two"):
         lower(build(TWO, W=normal(64, 64)), "int4", block=24)
+
+
+def test_a_form_of_int8_is_said_only_of_what_is_multiplied_so():
+    """A graph that has its weights in 8 bits already, and one whose matrix is too small."""
+    x = normal(5, 64)
+    first = lower(build(TWO, W=normal(64, 64)), "int8-static", {"x": x})
+    assert lower(first.model, "int8").int8 == ""
+    small = TWO.replace(",64]", ",8]")
+    assert lower(build(small, W=normal(8, 8)), "int8").int8 == ""
+    assert lower(build(TWO, W=normal(64, 64)), "int8").int8 == "rows"

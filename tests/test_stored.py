@@ -14,6 +14,7 @@ from transformers.quantizers import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ffmerge.errors import FfmergeWarning, InputError
+from ffmerge.exporter.package import export
 from ffmerge.models import checkpoint, quantized
 from ffmerge.models.companions import LARGEST, copy_companions, is_companion
 
@@ -263,3 +264,10 @@ def test_a_sub_folder_is_opened_and_stays_inside(tmp_path: Path) -> None:
             checkpoint.load(tmp_path / "all", subfolder=wrong)
     with pytest.raises(InputError, match="no revision"):
         checkpoint.load(tmp_path / "all" / "text", revision="main")
+
+
+def test_a_package_is_no_checkpoint(tmp_path: Path) -> None:
+    """Its folder has a config.json, and safetensors files of what PyTorch put out."""
+    package = export(gpt2(layers=1), tmp_path / "package")
+    with pytest.raises(InputError, match="is a package, whose graphs have the weights: give"):
+        checkpoint.load(package.path)

@@ -44,6 +44,7 @@ from ffmerge.passes.graph.write import write_models
 
 EMBEDDED = 1_000_000  # bytes of tensors up to which a model stays one file
 ROUNDS = 8  # untangling can make tensors equal, sharing can add uses: two rounds are usual
+PRODUCTS = ("MatMulInteger", "MatMulNBits")  # of int8, in rows and in blocks
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,9 @@ def bring_to(
     products = int8_products(shared.model, config) if dtype == "int8" else ""
     skipped = quantize(shared.model, dtype, config)
     make_constant(shared.model)
+    nodes = [node for graph in shared.model.graphs() for node in graph]
+    if not any(node.op_type in PRODUCTS for node in nodes):
+        products = ""  # its weights are in 8 bits already, or too small
     return replace(share_again(shared, skipped, resident), int8=products)
 
 
