@@ -185,7 +185,7 @@ def outline(
         shapes = shapes_of(model)
         taken = beside(shapes, run.folder)
     check_reach(shapes, run.limit, taken)
-    room, found = run.limit - taken, [("measure the original", "", once, "")]
+    room, found = run.limit - taken, [("measure the model as given", "", once, "")]
     fits, aim = fitting(shapes, room), narrower(shapes, room)
     ways = ways_to(run, room, run.limit)
     if "whole" in ways:

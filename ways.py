@@ -22,6 +22,7 @@ from ffmerge.models import checkpoint
 from ffmerge.models.companions import companion_bytes
 from ffmerge.models.examples import Examples
 from ffmerge.models.manifest import REFERENCE, Manifest
+from ffmerge.models.record import kind_of
 from ffmerge.models.sizes import check_reach, fitting, narrower
 from ffmerge.models.ties import Unit
 from ffmerge.passes.weights import merge as merging
@@ -83,7 +84,9 @@ def ways_to(run: Run, room: int, limit: int) -> dict[str, Make]:
         found["mixed"] = partial(_mixed, run, fits, limit)
     elif fits is not None:
         found["whole"] = partial(_whole, run, fits)
-    if aim is not None:
+    if aim is not None and kind_of(run.model.config) == "narrowed":
+        announce("the model is narrowed already: no more neurons are taken out of it")
+    elif aim is not None:
         dtype, tries = aim
         for number, kept in enumerate(tries, 1):
             found[f"narrowed-{number}"] = partial(_narrowed, run, dtype, kept, limit)

@@ -189,6 +189,12 @@ def test_what_was_merged_before_is_not_called_the_original(
     assert "| Measured | Weights | Fidelity to the merged model |" in page
     assert "| merged | 1.08 MB | 1 |" in page and "| original | 1." not in page
     assert "fidelity to the original model on 32 " in (out / "package" / "README.md").read_text()
+    narrowed, asked = tmp_path / "narrowed", ["--method", "narrow", "--budget", "-10%", *given]
+    assert command("merge", merged, narrowed, *asked)[0] == 0
+    code, text, err = command(
+        "compress", narrowed, tmp_path / "o", "--size", "290kB", *given, "--dry-run"
+    )
+    assert code == 0 and "narrowed already: no more neurons" in err and "neurons" not in text
 
 
 @pytest.mark.parametrize(
