@@ -3,10 +3,11 @@
     pip install onnxruntime-genai
     python benchmarks/genai.py CHECKPOINT TEXT [--build FOLDER] [--dtype int4] [--json FILE]
 
-Forms: ``portable`` and ``cpu`` (``ffmerge export --for``) on ONNX Runtime, and ``together``, the
-graph for the CPU of a package ``--for cpu,portable``; where onnxruntime-genai
+Forms: ``portable`` and ``cpu`` (``ffmerge export --for``) on ONNX Runtime; where onnxruntime-genai
 is installed, ``genai``, which is the package ``cpu`` on it, ``tied``, the same of the model with
-ten pairs of feed-forward sublayers that are one, and ``builder``, what its own builder makes. All
+ten pairs of feed-forward sublayers that are one, and ``builder``, what its own builder makes. Of a
+package ``--for cpu,portable``, if they are asked for, ``together`` is the first graph,
+``together-portable`` the other, and ``together-genai`` the package on onnxruntime-genai. All
 make the same steps in one process, in turns, one open at a time, so that what else the machine does
 falls on all; the times are processor time, of several ``--threads`` wall time. A ratio is the
 median of those of pairs, one turn of a form over the same turn of ``--base``. ``same`` are the
@@ -28,8 +29,11 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-ON_RUNTIME = {"portable": "portable", "cpu": "cpu", "together": "cpu,portable"}  # form -> --for
-FORMS = (*ON_RUNTIME, "genai", "tied", "builder")
+FORMS = ("portable", "cpu", "genai", "tied", "builder")
+# form -> the form whose package it is, and the graph that ONNX Runtime opens
+OF = {"genai": "cpu", "together-genai": "together", "together-portable": "together"}
+GRAPHS = {"portable": "model", "cpu": "model", "together": "model",
+          "together-portable": "model_portable"}  # fmt: skip
 PREFILLED = (256, 1024)  # tokens of a prompt
 PAIRS = 10
 TOKENS, GREEDY, WARM = 16, 64, 8
@@ -103,7 +107,7 @@ class Built:
 
 def build(checkpoint: str, folder: Path, dtype: str, form: str) -> Path:
     """Make what a form opens, if it is not there yet, and return where it is."""
-    name = {"genai": "cpu"}.get(form, form)  # the same package
+    name = OF.get(form, form)
     path = folder / f"{name}-{dtype}"
     if path.exists():
         return path
@@ -115,7 +119,8 @@ def build(checkpoint: str, folder: Path, dtype: str, form: str) -> Path:
         export_tied(checkpoint, path, dtype)
     else:
         make = [sys.executable, "-m", "ffmerge", "export", checkpoint, str(path)]
-        subprocess.run([*make, "--dtype", dtype, "--for", ON_RUNTIME[name]], check=True)
+        profile = {"together": "cpu,portable"}.get(name, name)
+        subprocess.run([*make, "--dtype", dtype, "--for", profile], check=True)
     return path
 
 
@@ -136,8 +141,8 @@ def export_tied(checkpoint: str, path: Path, dtype: str) -> None:
 
 def opened(form: str, path: Path, threads: int) -> Any:
     """Return what runs a form."""
-    if form in ON_RUNTIME:
-        return Package(path / "model.onnx", threads)
+    if form in GRAPHS:
+        return Package(path / f"{GRAPHS[form]}.onnx", threads)
     return Built(path, threads)
 
 
@@ -207,7 +212,7 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("--build", type=Path, default=Path("build/genai"))
     parser.add_argument("--dtype", default="int4")
-    parser.add_argument("--forms", nargs="+", default=FORMS, choices=FORMS)
+    parser.add_argument("--forms", nargs="+", default=FORMS, choices={*FORMS, *OF, *GRAPHS})
     parser.add_argument("--base", default="builder")
     parser.add_argument("--lengths", nargs="+", type=int, default=[64, 256, 1024, 4096])
     parser.add_argument("--threads", type=int, default=1)
