@@ -221,7 +221,8 @@ def _visible(session: Any, model: ir.Model, past: int, new: int) -> Array:
         feeds[value.name] = _fed(value.name, value.shape, past, new)
     (found,) = session.run(None, feeds)
     if found.dtype != bool:
-        if ((found != 0) & (found > HIDDEN)).any():
+        hidden = max(HIDDEN, float(np.finfo(found.dtype).min) / 2)  # of float16 there is no less
+        if ((found != 0) & (found > hidden)).any():
             raise _Plain("scores are moved by where a token is")
         found = found == 0
     return np.asarray(np.broadcast_to(found, (1, 1, new, past + new))[0, 0])

@@ -231,3 +231,13 @@ def test_scores_that_are_moved_are_no_mask() -> None:
     model, value = mask("d = Sub(k, q) b = Cast<to=1>(d) m = Identity(b)", "float")
     with pytest.raises(_Plain, match="moved by where"):
         _window(model, value, length=4096)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_scores_that_are_hidden_by_the_lowest_number_are_a_mask(dtype: Any) -> None:
+    """That of float16 is -65504, far from float32's."""
+    kind = {np.float32: "float", np.float16: "float16"}[dtype]
+    text = MASK.replace("BODY", "c = LessOrEqual(k, q) m = Where(c, shown, hidden)")
+    text = text.replace("bool[t,n] m", f"{kind}[t,n] m")
+    model = build(text, shown=np.zeros((), dtype), hidden=np.array(np.finfo(dtype).min))
+    assert _window(model, model.graph.outputs[0], length=4096) == -1
