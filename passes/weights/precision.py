@@ -3,7 +3,8 @@
 The search of a budget and ``compare`` ask for the size of the weights, and measure the effect of
 rounding them, and for int8 and int4 of rounding what they are multiplied by. The codes are those
 of a package: ``models/codes.py``. int8 has two forms there (``passes/graph/quantize.py``): a model
-that generates is taken to be exported with its cache, in blocks, and any other multiplies rows.
+that generates is taken to be exported with its cache, in blocks, and any other multiplies rows; so
+does an encoder whose states a decoder reads.
 """
 
 from collections.abc import Callable, Iterator, Sequence, Set
@@ -43,8 +44,8 @@ def shapes_of(model: nn.Module) -> list[tuple[int, ...]]:
     for module in model.modules():
         if isinstance(module, Conv1D):
             shapes[id(module.weight)] = tuple(module.weight.shape)[::-1]
-        if module in by_rows:
-            shapes[id(module.weight)] = sizes.ByRows(shapes[id(module.weight)])
+        for weight in _weights_by_rows(module, by_rows):
+            shapes[id(weight)] = sizes.ByRows(shapes[id(weight)])
     for module in model.modules():
         if isinstance(module, nn.Embedding):  # a tied one is looked up as well
             shapes[id(module.weight)] = sizes.Table(module.weight.shape)
@@ -63,7 +64,8 @@ def rounded(model: nn.Module, dtype: str) -> Iterator[None]:
         for module in model.modules():
             if isinstance(module, nn.MultiheadAttention):
                 if dtype in BITS:
-                    stack.enter_context(_rounding_inside(module, dtype, bool(by_rows)))
+                    rows = module.out_proj in by_rows
+                    stack.enter_context(_rounding_inside(module, dtype, rows))
                 continue
             names = ["weight"]
             round_: Round = partial(_round_, dtype, constants)
@@ -132,16 +134,36 @@ class _Products(TorchDispatchMode):
 
 
 def _by_rows(model: nn.Module, dtype: str) -> set[nn.Module]:
-    """Return the maps whose products have a range for each row: none by a table that is read."""
-    if dtype != "int8" or (isinstance(model, PreTrainedModel) and model.can_generate()):
+    """Return the maps whose products have a range for each row: none by a table that is read.
+
+    Of a model that generates those of an encoder, unless a decoder multiplies by its weights.
+    """
+    if dtype != "int8":
         return set()
+    outside: set[int] = set()
+    inside = model
+    if isinstance(model, PreTrainedModel) and model.can_generate():
+        if not model.config.is_encoder_decoder:
+            return set()
+        inside = model.get_encoder()
+        outside = {id(each.weight) for each in _maps(model) - _maps(inside)}
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    found: set[nn.Module] = set()
-    for module in model.modules():
-        if isinstance(module, PRODUCTS) and module.weight.numel() >= FLOOR:
-            if id(module.weight) not in tables:
-                found.add(module)
-    return found
+    maps = {module for module in _maps(inside) if id(module.weight) not in tables}
+    return set() if any(id(module.weight) in outside for module in maps) else maps
+
+
+def _maps(model: nn.Module) -> set[Any]:
+    """Return the maps whose weights are large enough to be fewer bits."""
+    found = {module for module in model.modules() if isinstance(module, PRODUCTS)}
+    return {module for module in found if module.weight.numel() >= FLOOR}
+
+
+def _weights_by_rows(module: Any, by_rows: Set[nn.Module]) -> list[Tensor]:
+    """Return the weights of a module that are multiplied in rows."""
+    if isinstance(module, nn.MultiheadAttention) and module.out_proj in by_rows:
+        own = dict(module.named_parameters(recurse=False))
+        return [weight for name, weight in own.items() if name.endswith("weight")]
+    return [module.weight] if module in by_rows else []
 
 
 def _no_blocks(model: nn.Module, dtype: str) -> set[int]:
