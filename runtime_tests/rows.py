@@ -241,7 +241,9 @@ def _metric_row(name: str, metric: str, old: float | None, new: float, note: str
 
 def output_rows(outputs: Sequence[OutputParity], manifest: Manifest) -> list[tuple[str, str, str]]:
     """Return of each output its name, the largest difference, and whether it holds."""
-    rounding = {graph.path: graph.rounding for graph in manifest.graphs}
+    rounding: dict[str, Mapping[str, float]] = {}
+    for kind in manifest.kinds:
+        rounding |= {graph.path: graph.rounding for graph in manifest.of_kind(kind).graphs}
     found = []
     for output in outputs:
         about = (

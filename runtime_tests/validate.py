@@ -255,7 +255,7 @@ def _measure(
         return
     for which, rows_there in data.items():
         if rows_there and (chrf := measure_texts(reference.folder, served, rows_there)):
-            result.texts.append(metric_row(manifest.dtype, result.name, which, chrf))
+            result.texts.append(metric_row(result.kind or manifest.dtype, result.name, which, chrf))
 
 
 def _locate(

@@ -31,6 +31,7 @@ from ffmerge.passes.graph import resident
 from ffmerge.passes.graph.audit import audit
 from ffmerge.runtime_tests.parity import check_parity
 from ffmerge.runtime_tests.results import model_bytes
+from ffmerge.runtime_tests.rows import output_rows
 from ffmerge.runtime_tests.runtimes.registry import find_runtime
 from ffmerge.runtime_tests.validate import kinds_on
 
@@ -168,7 +169,9 @@ def test_validate_checks_every_graph_and_finds_the_broken_one(
     assert all(each["memory"]["rss_bytes"] and each["outputs"] for each in found)
     page = (folder / "report.md").read_text()
     assert "| cpu, portable |" in page and "--for cpu,portable,webgpu" in page
-    assert "--opset" not in page
+    assert "--opset" not in page  # each has its own
+    assert ", fp32, for cpu, portable, webgpu. **" in page and "ONNX opset" not in page
+    assert "ONNX opset" not in (folder / "report.html").read_text()
 
     broken = onnx.load(folder / "model_portable.onnx", load_external_data=False)
     softmax = next(node for node in broken.graph.node if node.op_type == "Softmax")
@@ -184,6 +187,16 @@ def test_validate_checks_every_graph_and_finds_the_broken_one(
     found = json.loads(result.stdout)["providers"]
     assert [each["ok"] for each in found] == [True, False, True]
     assert found[1]["reason"].startswith("model_portable.onnx: logits")
+
+
+def test_the_models_own_rounding_is_told_of_every_graph(several: tuple[Any, Package]) -> None:
+    _, package = several
+    (graph,) = package.manifest.graphs
+    coarse = replace(graph, rounding=dict.fromkeys(graph.outputs, 1.0))
+    manifest = replace(package.manifest, graphs=(coarse,))
+    rows = output_rows(check_parity(package.path, manifest), manifest)
+    assert len({name.partition("\n")[2].partition(",")[0] for name, _, _ in rows}) == len(PROFILES)
+    assert all("times the model's own rounding" in difference for _, difference, _ in rows)
 
 
 @pytest.mark.parametrize(
