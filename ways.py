@@ -18,6 +18,7 @@ from typing import Any
 from ffmerge.config import CompressConfig, ExportConfig, MergeConfig
 from ffmerge.errors import InputError
 from ffmerge.exporter import package
+from ffmerge.files import size_text
 from ffmerge.models import checkpoint
 from ffmerge.models.companions import companion_bytes
 from ffmerge.models.examples import Examples
@@ -150,7 +151,9 @@ def _with_mixed_bits(
         announce(f"no {text}: {error}")
         return NONE
     written = Manifest.read(folder / "package")
-    if sum(file.bytes for file in written.files if file.path not in BESIDE) > limit:
+    taken = sum(file.bytes for file in written.files if file.path not in BESIDE)
+    if taken > limit:
+        announce(f"no {text}: its files take {size_text(taken)}")
         return NONE
     return told
 

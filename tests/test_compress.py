@@ -4,7 +4,8 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -18,7 +19,9 @@ from ffmerge.config import CompressConfig, DataConfig, LoadConfig
 from ffmerge.errors import InputError
 from ffmerge.exporter import package
 from ffmerge.models import sizes
+from ffmerge.models.manifest import FileRecord
 from ffmerge.passes.weights.precision import bytes_of
+from ffmerge.progress import silent
 
 DIGITS = REFERENCES["digits"]
 
@@ -171,6 +174,21 @@ def test_a_size_is_kept_where_the_graph_is_larger_than_expected(
     shipped = [out / "package" / name for name in found["files"]]
     assert sum(path.stat().st_size for path in shipped) == found["shipped"]
     assert found["ways"][0]["what"] != "int8"
+
+
+def test_a_way_whose_files_are_too_large_is_left_out_with_a_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A graph may take more than was foretold."""
+    file = FileRecord("model.onnx", 9_100_000, "")
+    monkeypatch.setattr(ways, "_as_package", lambda *_: {"value": 1.0})
+    monkeypatch.setattr(ways.Manifest, "read", lambda _: SimpleNamespace(files=[file]))
+    config = SimpleNamespace(task=None, profile="portable")
+    run = SimpleNamespace(folder=tmp_path, config=config, show=silent)
+    for limit, value in ((9_100_000, 1.0), (9_000_000, None)):
+        made = ways._with_mixed_bits(cast(Any, run), None, limit, tmp_path, ways.MIXED)
+        assert made["value"] == value
+    assert capsys.readouterr().err == f"ffmerge: no {ways.MIXED}: its files take 9.10 MB\n"
 
 
 def test_what_was_merged_before_is_not_called_the_original(

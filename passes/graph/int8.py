@@ -122,8 +122,8 @@ def to_static(
     outputs = [node.outputs[0] for node in products if config.activations > 8]
     measured = list(dict.fromkeys([*inputs, *outputs]))
     ranges = measure_ranges(model, measured, config.calibration)
+    yield from _left_float(measured, ranges, config.activations)
     if config.activations == 8:
-        yield from _without_lossy(ranges)
         products = [node for node in products if all(x in ranges for x in _computed(node))]
     for matrix in matmuls:
         scale = _store_codes(matrix, model.graph, config)
@@ -143,11 +143,14 @@ def to_static(
         _connect(uses, _after("DequantizeLinear", [codes, *parts], model))
 
 
-def _without_lossy(ranges: dict[ir.Value, Seen]) -> Iterator[Skip]:
-    """Drop the ranges of values of which 8 bits lose too much; yield these, and how much."""
-    for value, seen in tuple(ranges.items()):
-        lost = seen.lost(8)
-        if lost > MOST_LOST:
+def _left_float(
+    measured: Sequence[ir.Value], ranges: dict[ir.Value, Seen], bits: int
+) -> Iterator[Skip]:
+    """Drop the ranges of values of which 8 bits lose too much; yield what has none, and why."""
+    for value in measured:
+        if value not in ranges:
+            yield Skip(value.name or "", "float32: on the data it is not finite")
+        elif bits == 8 and (lost := ranges[value].lost(bits)) > MOST_LOST:
             yield Skip(value.name or "", f"float32: in 8 bits it is {lost:.1%} off")
             del ranges[value]
 
