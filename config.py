@@ -508,7 +508,7 @@ class ExportConfig:
             return "optimum"
         if len(self.dtypes) > 1:
             return "transformers.js"
-        return profile_of(self.profile).layout or "optimum"
+        return profile_of(self.profiles[0]).layout or "optimum"
 
 
 def check_without_data(config: ExportConfig) -> None:

@@ -342,6 +342,13 @@ def test_what_one_data_file_cannot_hold_is_refused(given: dict[str, Any], wrong:
     assert str(raised.value).endswith(".")
 
 
+def test_blanks_around_a_name_are_none_of_it() -> None:
+    """Of one as of several."""
+    webgpu = ExportConfig(profile=" webgpu ", dtype="fp16")
+    assert (webgpu.profiles, webgpu.file_layout) == (("webgpu",), "transformers.js")
+    assert ExportConfig(profile="cpu , portable").profiles == ("cpu", "portable")
+
+
 def test_the_command_takes_them_in_one_word_or_in_several(tmp_path: Path) -> None:
     tiny.bert(layers=1).save_pretrained(tmp_path / "model")
     run, model, found = CliRunner().invoke, str(tmp_path / "model"), []
