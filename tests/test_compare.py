@@ -70,12 +70,12 @@ def test_a_comparison_measures_what_it_says_and_leaves_the_model() -> None:
     assert {name: rows[name].bytes for name in wanted} == {
         name: bytes_each * count for name, count in wanted.items()
     }
-    # rounded: maps and tables of 1,024 elements or more, a scale for each 64 or 32 elements
+    # rounded: maps and tables of 1,024 elements or more, a scale for each row or each 32 elements
     maps = [(97, D), (64, D), *[(D, D)] * 17]
     for name, maps_in in (("original", 4), ("calibrated", 3)):
-        shapes = [*maps, *[(F, D)] * 2 * maps_in]
+        shapes = [*maps, *[(F, D), (D, F)] * maps_in]
         rest = wanted[name] - sum(a * b for a, b in shapes)
-        int8 = 4 * rest + sum(a * b + a * b // 64 * 4 for a, b in shapes)
+        int8 = 4 * rest + sum(a * b + 4 * a for a, b in shapes)
         int4 = 4 * rest + sum(a * b // 2 + a * b // 8 for a, b in shapes)
         assert (rows[f"{name}, int8"].bytes, rows[f"{name}, int4"].bytes) == (int8, int4)
 

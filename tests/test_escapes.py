@@ -49,7 +49,7 @@ def test_a_report_and_a_card_hold_no_name_that_does_anything(tmp_path: Path) -> 
     validate(tmp_path / "package")
     model = vit(32, 64, 2)
     model.config.ffmerge = replace(record, metric={**record.metric, "recovered": None}).to_json()
-    for text in ((tmp_path / "package" / "report.md").read_text(), card(model, "x", ())):
+    for text in ((tmp_path / "package" / "report.md").read_text(), card(model, "x", {})):
         shown = MarkdownIt("commonmark").enable("table").render(text)
         assert "<script" not in shown
         assert "\x1b" not in text
