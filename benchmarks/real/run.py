@@ -272,7 +272,7 @@ def draw(results: dict[str, list[dict[str, Any]]], file: str) -> None:
                 x = [0.0, *(100 * removed for removed, _ in points)]
                 y = [100.0, *(share for _, share in points)]
                 plot.plot(x, y, ".-", color=f"C{number}", label=method)
-        plot.set(title=name, xlabel="% of all parameters removed", ylim=(0, 102))
+        plot.set(title=name, xlabel="% of parameters removed", ylim=(0, 102))
         plot.legend(fontsize="small")
     figure.axes[0].set_ylabel("% of the original's score")
     with matplotlib.rc_context({"svg.hashsalt": "ffmerge"}):
