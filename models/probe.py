@@ -176,20 +176,23 @@ class Probe:
         told = f"{spec.name} is {_times(given)} a row, and the package takes {_times(wanted)}"
         if len(given) != len(wanted):
             raise InputError(f"{told}.")
-        masked = {side for each in self.inputs if each.kind == "mask" for side in each.shape}
         for side, size, full in zip(spec.shape[1:], given, wanted, strict=True):
-            fits = size == full or (size < full and side in masked)
-            if spec.kind == "picture" and not fits:
+            if size == full or (size < full and self._is_masked(side)):
+                continue
+            if spec.kind == "picture":
                 raise InputError(f"{told}: resize pictures to that, or export it for others.")
             if size > full:
                 raise InputError(f"{told}: cut longer rows, or export it for others.")
-            if not fits:
-                raise InputError(f"{told}: it reads no mask that could tell padding.")
+            raise InputError(f"{told}: it reads no mask that could tell padding.")
         pad = 0
         if spec.kind == "integer" and spec.tokens:
             pad = spec.tokens.pad
         behind = np.subtract(wanted, given)
         return np.pad(array, [(0, 0), *((0, more) for more in behind)], constant_values=pad)
+
+    def _is_masked(self, side: int | str) -> bool:
+        """Say whether a mask tells what along a side is padding."""
+        return any(spec.kind == "mask" and side in spec.shape for spec in self.inputs)
 
     def _row(self, spec: InputSpec) -> tuple[int, ...]:
         """Return the fixed sizes of a row of an input."""

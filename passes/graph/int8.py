@@ -110,12 +110,8 @@ def to_static(
     one DequantizeLinear. Biases stay float32: as int32 they would need the scale of one consumer's
     input.
     """
-    matmuls = []
-    for matrix in matrices:
-        for node in matrix.products:
-            if bias := bias_of(node):
-                yield Skip(bias.name or "", f"float32: the bias of Gemm node {node.name}")
-        matmuls.append(as_matmuls(matrix, model.graph))
+    yield from _float_biases(matrices)
+    matmuls = [as_matmuls(matrix, model.graph) for matrix in matrices]
     model.graph.sort()
     products = [node for node in model.graph if is_op(node, "MatMul")]
     inputs = [value for node in products for value in _computed(node)]
@@ -132,15 +128,27 @@ def to_static(
             node.replace_input_with(1, floats)
     for value, seen in ranges.items():
         uses = [use for use in value.uses() if value in outputs or use.node in products]
-        if not uses:
-            continue
-        step, zero = range_scale(seen.low, seen.high, config.activations)
-        parts = [
-            store(model.graph, f"{value.name}/scale", ir.tensor(step)),
-            store(model.graph, f"{value.name}/zero", ir.tensor(zero)),
-        ]
-        codes = _after("QuantizeLinear", [value, *parts], model)
-        _connect(uses, _after("DequantizeLinear", [codes, *parts], model))
+        if uses:
+            _connect(uses, _rounded(value, seen, model, config.activations))
+
+
+def _float_biases(matrices: Sequence[Matrix]) -> Iterator[Skip]:
+    """Yield the biases of all products, which stay as they are."""
+    for matrix in matrices:
+        for node in matrix.products:
+            if bias := bias_of(node):
+                yield Skip(bias.name or "", f"float32: the bias of Gemm node {node.name}")
+
+
+def _rounded(value: ir.Value, seen: Seen, model: ir.Model, bits: int) -> ir.Value:
+    """Return what codes of a value stand for, in the range in which it was seen."""
+    step, zero = range_scale(seen.low, seen.high, bits)
+    parts = [
+        store(model.graph, f"{value.name}/scale", ir.tensor(step)),
+        store(model.graph, f"{value.name}/zero", ir.tensor(zero)),
+    ]
+    codes = _after("QuantizeLinear", [value, *parts], model)
+    return _after("DequantizeLinear", [codes, *parts], model)
 
 
 def _left_float(
