@@ -299,11 +299,11 @@ def _round_rows_(module: Any, args: tuple[Any, ...]) -> Any:
 def _round_(dtype: str, constants: Set[int], module: Any, args: tuple[Any, ...]) -> Any:
     """Round a module's weight, and what a map reads.
 
-    A table that is read by a buffer as it is, as position embeddings of pictures are, is what is
-    found in a graph: a constant that is added, in int8.
+    What is found in a table by ids of no input, as position embeddings of pictures and of sounds
+    are, is a constant in a graph, which is added, in int8.
     """
     weight = module.weight
-    folded = isinstance(module, nn.Embedding) and args and id(args[0]) in constants
+    folded = isinstance(module, nn.Embedding) and args and _are_fixed(args[0], module, constants)
     if folded and dtype in BITS and weight.numel() >= FLOOR:
         weight.data = _int8(weight.data)
         return None
@@ -311,6 +311,16 @@ def _round_(dtype: str, constants: Set[int], module: Any, args: tuple[Any, ...])
     if dtype not in BITS or weight.numel() < FLOOR or not isinstance(module, PRODUCTS):
         return None
     return (rounded_input(args[0], BLOCKS[BITS[dtype]]), *args[1:])
+
+
+def _are_fixed(ids: Tensor, table: nn.Embedding, constants: Set[int]) -> bool:
+    """Say whether ids are the same for all inputs: a buffer as it is, or every row of a table.
+
+    Those without an axis of the batch, in order; one that counts tokens has that axis, or fewer.
+    """
+    if id(ids) in constants:
+        return True
+    return ids.shape == table.weight.shape[:1] and ids.tolist() == list(range(len(ids)))
 
 
 def _round_summed_(module: Any, _: tuple[Any, ...]) -> None:
