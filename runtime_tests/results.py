@@ -20,6 +20,7 @@ from ffmerge.runtime_tests.quality import Quality
 from ffmerge.runtime_tests.runtimes.base import Placement
 from ffmerge.runtime_tests.runtimes.registry import find_runtime
 
+NOISE = 0.01  # a change of a cost by less says nothing
 PLACED = 0.9  # the fraction of the compute nodes that a runtime must take to count as used
 ROWS, GIVEN = "real rows of the package", "--data"  # what a metric was measured on
 
@@ -419,9 +420,10 @@ def stages(manifest: Manifest) -> list[MetricRow]:
 
 
 def sharing(before: Validation, after: Validation) -> Sharing | None:
-    """Return what sharing kept of the bytes removed since ``before``; None if there are none."""
-    removed = model_bytes(before.manifest) - model_bytes(after.manifest)
-    if removed <= 0:
+    """Return what sharing kept of the bytes removed since ``before``; None if hardly any are."""
+    whole = model_bytes(before.manifest)
+    removed = whole - model_bytes(after.manifest)
+    if removed <= NOISE * whole:
         return None
     first, last = (getattr(each.footprint, "rss_bytes", None) for each in (before, after))
     if first is None or last is None:

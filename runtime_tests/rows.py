@@ -14,6 +14,7 @@ from ffmerge.models.manifest import Manifest
 from ffmerge.models.metrics import ACCURACY, PERPLEXITY
 from ffmerge.models.notebook import Table
 from ffmerge.runtime_tests.results import (
+    NOISE,
     MetricRow,
     OutputParity,
     ProviderResult,
@@ -33,7 +34,6 @@ from ffmerge.runtime_tests.words import (
 
 _RUNTIMES = ("runtime", "memory", "load", "first run", "median", "holds")
 MOST_TIMES = 100  # of its own rounding that a model in float32 is off, at most
-NOISE = 0.01  # a change of a cost by less says nothing
 Cost = tuple[str, str, Callable[[Any], str], str]  # name, key of the summary, how to show it, note
 
 _MEASURED = ("rss_bytes", "anonymous_bytes", "load_s", "median_ms", "p95_ms", "tokens_per_s")

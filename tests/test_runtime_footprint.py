@@ -13,10 +13,11 @@ from onnx import helper
 from packages import CASES, linear_package, write_package
 
 from ffmerge.errors import RuntimeCheckError
-from ffmerge.models.manifest import reference_key
+from ffmerge.models.manifest import Manifest, reference_key
 from ffmerge.models.probe import InputSpec, Probe
 from ffmerge.runtime_tests import footprint
 from ffmerge.runtime_tests.footprint import measure_footprint
+from ffmerge.runtime_tests.results import sharing
 from ffmerge.runtime_tests.runtimes.base import Session
 from ffmerge.runtime_tests.runtimes.registry import RUNTIMES, find_runtime
 
@@ -40,6 +41,21 @@ def two_products(folder: Path, second: str, width: int = WIDTH, external: bool =
     probe = Probe((InputSpec("x", "float32", ("batch_size", width)),), CASES)
     reference = {reference_key("model.onnx", 0, "logits"): np.zeros(1, np.float32)}
     write_package(folder, nodes, weights, reference, probe, external)
+
+
+@pytest.mark.parametrize(("more", "told"), [(2_000, False), (400_000, True)])
+def test_sharing_is_told_where_more_than_nodes_is_gone(
+    more: int, told: bool, tmp_path: Path
+) -> None:
+    """Of a few kB that a graph has less than another its memory tells nothing."""
+    two_products(tmp_path / "shared", "first", 500)
+    after = Manifest.read(tmp_path / "shared")
+    files = [replace(f, bytes=f.bytes + more * (f.path == "model.onnx")) for f in after.files]
+    before = replace(after, files=tuple(files))
+    both = [SimpleNamespace(manifest=m, footprint=None, label="it") for m in (before, after)]
+    found = sharing(*both)  # type: ignore[arg-type]
+    assert (found is not None) == told
+    assert found is None or found.bytes_removed == more
 
 
 @linux
