@@ -256,6 +256,8 @@ class Manifest:
         Raises:
             InputError: there is none, or it is of another schema.
         """
+        if not (folder / NAME).is_file():
+            raise InputError(_no_package(folder))
         value = read_json(folder / NAME)
         if not isinstance(value, dict) or value.pop("schema", None) != SCHEMA:
             raise InputError(
@@ -346,3 +348,13 @@ def record_files(folder: Path) -> tuple[FileRecord, ...]:
             name = path.relative_to(folder).as_posix()
             records.append(FileRecord(name, path.stat().st_size, sha256(path)))
     return tuple(records)
+
+
+def _no_package(folder: Path) -> str:
+    """Return what is wrong with a folder that holds no manifest, and what to do."""
+    if not folder.exists():
+        return f"{folder} does not exist."
+    hint = "ffmerge export makes one of a checkpoint."
+    if (folder / "package" / NAME).is_file():  # of ffmerge compress
+        hint = f"give {folder / 'package'}."
+    return f"{folder} is no package, as it holds no {NAME}: {hint}"

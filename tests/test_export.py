@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from ffmerge.config import ExportConfig, MergeConfig
 from ffmerge.errors import ExportError, InputError
 from ffmerge.exporter.package import Package, export
 from ffmerge.exporter.plan import make_plan
+from ffmerge.files import write_json
 from ffmerge.models import checkpoint, tasks
 from ffmerge.models.manifest import Manifest
 from ffmerge.passes.graph.audit import audit
@@ -168,8 +170,12 @@ def test_a_killed_export_leaves_nothing_that_looks_finished(tmp_path: Path) -> N
     (left,) = tmp_path.iterdir()
     assert left.name.startswith(".package.partial-")
     assert not (left / "ffmerge.json").exists()
-    with pytest.raises(InputError, match=r"ffmerge\.json does not exist"):
+    with pytest.raises(InputError, match=r"is no package, as it holds no ffmerge\.json"):
         Manifest.read(left)
+    (tmp_path / "package").mkdir()  # as ffmerge compress has one below what it writes
+    write_json(tmp_path / "package" / "ffmerge.json", {})
+    with pytest.raises(InputError, match=f"give {re.escape(str(tmp_path / 'package'))}"):
+        Manifest.read(tmp_path)
 
 
 def test_a_failed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,7 +92,7 @@ def test_validate_tells_what_part_of_the_removed_bytes_is_gone_from_memory(
 
     for target, other, said in (
         (separate, shared, "is not larger than"),
-        (shared, tmp_path, "ffmerge.json does not exist"),
+        (shared, tmp_path, "is no package, as it holds no ffmerge.json: ffmerge export makes one"),
     ):
         code, _, err = command("validate", target, "--against", other)
         assert code == 2 and said in " ".join(err.split())
