@@ -270,7 +270,7 @@ def test_transformers_js_is_told_of_data_beside_a_graph(
 
 def test_what_cannot_be_loaded(tmp_path: Path) -> None:
     export(vit(layers=2), tmp_path / "package")
-    with pytest.raises(InputError, match=r"ffmerge\.json does not exist"):
+    with pytest.raises(InputError, match=r"is no package, as it holds no ffmerge\.json"):
         ffmerge.load_package(tmp_path)
     with pytest.raises(RuntimeCheckError, match="WebGpuExecutionProvider"):
         ffmerge.load_package(tmp_path / "package", provider="webgpu")
