@@ -46,6 +46,7 @@ NARROWED = 1.15  # what the graph of a narrowed model takes, of the original's: 
 # Seconds of a step: so many times those of the data through the model once, and so many for tracing
 # and for what is measured in a process of its own.
 BITS_COST, NARROW_COST, EXPORT_COST = 8.0, 15.0, 0.15
+AS_LONG = 150  # steps of training that take about as long as to take neurons out
 TRACED = 4.0
 
 
@@ -197,7 +198,8 @@ def outline(
     narrowings = [name for name in ways if name.startswith("narrowed")]
     for number, name in enumerate(narrowings, 1):
         assert aim is not None
-        what, cost = f"take neurons out of {aim[0]} and measure it", NARROW_COST * once + TRACED
+        what = f"take neurons out of {aim[0]} and measure it"
+        cost = NARROW_COST * once * (1 + config.tune / AS_LONG) + TRACED
         if aim[0] == "int4":
             what = f"take neurons out, export and measure {MIXED}"
             cost += BITS_COST * once

@@ -46,6 +46,7 @@ BLOCK_HELP = (
     "Weights that share a scale: 32, 64 or 128; if not given 32 for 4 bits, and for int8 64 in a "
     "graph that keeps a cache, none in others."
 )
+TUNE_HELP = "Steps of training of each narrowed sublayer alone, on --data, without labels."
 BUDGET_HELP = (
     "With --dtype int4 and --data: 2, 4 or 8 bits for each weight, as many as the size has room "
     "for: 60MB, or -25%."
@@ -248,9 +249,7 @@ class MergeConfig(CompareConfig):
         choices=CRITERIA,
     )
     rank: int | None = None
-    tune: int = option(
-        0, "Steps of training of each narrowed sublayer alone, on --data, without labels.", "--tune"
-    )
+    tune: int = option(0, TUNE_HELP, "--tune")
 
     def __post_init__(self) -> None:
         """Refuse what contradicts itself."""
@@ -278,12 +277,14 @@ class CompressConfig:
     """What a package may weigh, and the task that it is measured by.
 
     ``size`` is that of the files a runtime needs: ``30MB``, or of the float32 weights ``25%``.
+    ``tune`` is as of a merge, where neurons are taken out.
     """
 
     size: str = option("25%", "What is shipped may weigh so much: 30MB, or 25% of float32.")
     task: str | None = option(None, "Task by its optimum name; inferred if not given.")
     batch_size: int = option(32, "Examples per forward pass.")
     profile: str = option("portable", PROFILE_HELP, "--for", choices=PROFILES)
+    tune: int = option(0, TUNE_HELP, "--tune")
 
     def __post_init__(self) -> None:
         """Refuse a size that is none, and what is for nothing."""
@@ -295,6 +296,8 @@ class CompressConfig:
             )
         if self.batch_size < 1:
             raise InputError("batch_size must be 1 or more.")
+        if self.tune < 0:
+            raise InputError("tune must be 0 or more steps.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -119,6 +119,7 @@ def _narrowed(run: Run, dtype: str, kept: int, limit: int, folder: Path) -> Mapp
         budget=f"{kept}B",
         task=run.config.task,
         batch_size=run.config.batch_size,
+        tune=run.config.tune,
     )
     model = run.open()
     try:

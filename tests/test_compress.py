@@ -20,6 +20,7 @@ from ffmerge.errors import InputError
 from ffmerge.exporter import package
 from ffmerge.models import sizes
 from ffmerge.models.manifest import FileRecord
+from ffmerge.passes.weights import narrow
 from ffmerge.passes.weights.precision import bytes_of
 from ffmerge.progress import silent
 
@@ -145,6 +146,26 @@ def test_a_second_try_where_few_neurons_have_to_go_and_where_many() -> None:
         sizes.check_reach(shapes, lowest - 1, beside=0)
 
 
+def test_what_is_narrowed_is_trained_if_wanted(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of the sublayers, for so many steps; what is measured is the better of both."""
+    steps: list[int] = []
+
+    def counted(*given: Any) -> Any:
+        steps.append(given[-1])
+        return tune(*given)
+
+    tune = narrow.tune
+    monkeypatch.setattr(narrow, "tune", counted)
+    config = CompressConfig(size="390kB", tune=5)
+    found = compress.compress(
+        str(DIGITS.folder), tmp_path / "small", config, DataConfig(data=str(data)), LoadConfig()
+    )
+    assert found.ok and any("neurons" in way.text for way in found.ways)
+    assert steps == [5] * ffmerge.load(DIGITS.folder).config.num_hidden_layers
+
+
 @pytest.mark.slow
 def test_an_encoder_and_a_decoder_are_mixed_and_narrowed_too(tmp_path: Path, run: Any) -> None:
     numerals, file = REFERENCES["numerals"], tmp_path / "pairs.npz"
@@ -221,6 +242,7 @@ def test_what_was_merged_before_is_not_called_the_original(
         (["--size", "20kB"], "20.0 kB is out of reach"),
         (["--size", "small"], "not of the form"),
         (["--size", "300kB", "--task", "no-task"], "no-task"),
+        (["--tune", "-1"], "tune must be 0 or more steps"),
     ],
 )
 def test_what_cannot_be_is_one_sentence(
