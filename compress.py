@@ -8,6 +8,7 @@ narrowed model in PyTorch, if it was.
 
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from ffmerge.models.sizes import beside, check_reach, fitting, narrower
 from ffmerge.models.tasks import task_of
 from ffmerge.passes.weights.evaluate import score_for
 from ffmerge.passes.weights.precision import bytes_of, shapes_of
-from ffmerge.progress import Progress
+from ffmerge.progress import Progress, announce
 from ffmerge.runtime_tests import report
 from ffmerge.runtime_tests.results import Validation, metric_row, stages
 from ffmerge.runtime_tests.validate import validate
@@ -57,7 +58,8 @@ class Compressed:
     ``given`` says what the model was, ``original`` or, by an earlier merge, ``merged`` or
     ``narrowed``: ``before`` are the bytes of its weights in float32 and ``original`` its metric,
     and to its outputs fidelity is measured. ``shipped`` are the bytes of the files, ``ok`` whether
-    the package was valid and fits.
+    the package holds and fits; where it does not hold, ``failed`` says why. The first of ``ways``
+    is what is shipped.
     """
 
     folder: Path
@@ -70,6 +72,7 @@ class Compressed:
     examples: int
     original: float
     ways: tuple[Way, ...]
+    failed: tuple[str, ...]
     ok: bool
 
     @property
@@ -138,17 +141,16 @@ def compress(
     steps = _steps(source, out, config, paths, options, overwrite)
     with progress.shown() as show, steps.held(), scratch(_wide(out)) as wide:
         run = _opened(source, wide, config, paths, options, show)
-        found = _package(run, steps, "", run.limit)
+        show("measuring", 0, 0)
+        original = run.score.measure(run.model)
+        ways = _measured(run, steps, "", run.limit)
+        found = _package(run, steps, ways, original)
         if found.shipped > found.size:  # what is beside the weights is known now
             taken = int(NARROWED * (found.shipped - found.ways[0].bytes))
             less = run.limit - taken + beside(shapes_of(run.model), run.folder)
-            found = replace(_package(run, steps, "again-", less), size=found.size)
-        labelled = None
-        if found.metric != "fidelity":
-            labelled = run.held_out
-        result = validate(
-            found.folder / "package", data=labelled, progress=lambda step: show(step, 0, 0)
-        )
+            ways = _measured(run, steps, "again-", less)
+            found = _package(run, steps, ways, original, "again-best")
+        found, result = _held(run, steps, ways, found)
         _report(
             found, result, f"ffmerge compress MODEL {out.name} --size {config.size} --data DATA"
         )
@@ -156,7 +158,9 @@ def compress(
         found.folder.rename(out)
         (out / RESULT).unlink()
         steps.remove()
-    return replace(found, folder=out, ok=result.ok and found.shipped <= found.size)
+    failed = tuple(each.reason for each in result.providers if each.reason)
+    ok = result.ok and found.shipped <= found.size
+    return replace(found, folder=out, failed=failed, ok=ok)
 
 
 def outline(
@@ -268,12 +272,13 @@ def _opened(
     )
 
 
-def _package(run: Run, steps: Steps, attempt: str, limit: int) -> Compressed:
-    """Choose a way by the second half of the data, and write its package and checkpoint."""
-    model, score = run.model, run.score
-    run.show("measuring", 0, 0)
-    before, original = bytes_of(model, "fp32"), score.measure(model)
-    room = limit - beside(shapes_of(model), run.folder)
+def _measured(run: Run, steps: Steps, attempt: str, limit: int) -> dict[str, Way]:
+    """Return the ways to a size by the names of their steps, the best by the data first.
+
+    Raises:
+        InputError: no way leads there.
+    """
+    room = limit - beside(shapes_of(run.model), run.folder)
     found = {}
     for name, make in ways_to(run, room, limit).items():
         told = steps.do(f"{attempt}{name}", make)
@@ -283,23 +288,58 @@ def _package(run: Run, steps: Steps, attempt: str, limit: int) -> Compressed:
             )
     if not found:
         raise InputError("no way to the size is left: give a larger one.")
-    order = sorted(found, key=lambda name: score.rank(found[name].value), reverse=True)
-    best, name = order[0], f"{attempt}best"
-    steps.do(name, lambda folder: _best(run, found[best], folder, steps.folder / best))
-    written = Manifest.read(steps.folder / name / "package")
+    order = sorted(found, key=lambda name: run.score.rank(found[name].value), reverse=True)
+    return {name: found[name] for name in order}
+
+
+def _package(
+    run: Run, steps: Steps, ways: Mapping[str, Way], original: float, step: str = "best"
+) -> Compressed:
+    """Write the package and checkpoint of the first way, as a step of its own."""
+    best = next(iter(ways))
+    steps.do(step, lambda folder: _best(run, ways[best], folder, steps.folder / best))
+    written = Manifest.read(steps.folder / step / "package")
     files = [file for file in written.files if file.path not in BESIDE]
     return Compressed(
-        folder=steps.folder / name,
-        size=limit,
-        before=before,
+        folder=steps.folder / step,
+        size=run.limit,
+        before=bytes_of(run.model, "fp32"),
         shipped=sum(file.bytes for file in files),
         files=tuple(file.path for file in files),
-        given=kind_of(model.config),
-        metric=score.name,
+        given=kind_of(run.model.config),
+        metric=run.score.name,
         examples=len(run.held_out),
         original=original,
-        ways=tuple(found[each] for each in order),
+        ways=tuple(ways.values()),
+        failed=(),
         ok=False,
+    )
+
+
+def _held(
+    run: Run, steps: Steps, ways: Mapping[str, Way], found: Compressed
+) -> tuple[Compressed, Validation]:
+    """Return the package of the best way that holds against PyTorch; if none does, of the best."""
+    result = _validated(run, found)
+    for name in [*ways][1:]:
+        if result.ok:
+            break
+        announce(f"{ways[name].text} is shipped if it holds, as what keeps more does not")
+        order = {name: ways[name], **ways}
+        other = _package(run, steps, order, found.original, f"{name}-shipped")
+        held = _validated(run, other)
+        if held.ok and other.shipped <= other.size:
+            found, result = other, held
+    return found, result
+
+
+def _validated(run: Run, found: Compressed) -> Validation:
+    """Hold the package against PyTorch, and where there is a metric measure it."""
+    labelled = None
+    if found.metric != "fidelity":
+        labelled = run.held_out
+    return validate(
+        found.folder / "package", data=labelled, progress=lambda step: run.show(step, 0, 0)
     )
 
 

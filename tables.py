@@ -82,6 +82,9 @@ def compress_table(found: Any) -> Group:
     said += f"{size_text(found.before)}. {ship / 'report.html'} shows what was checked."
     if found.shipped > found.size:
         said += f" That is more than {size_text(found.size)}: ask for a smaller --size."
+    for reason in found.failed:
+        first = reason.partition(";")[0]
+        said += f" It does not hold against PyTorch, a larger --size may: {first}."
     return Group(
         _table(f"{found.folder}: {found.ways[0].text}", ("", "weights", metric), rows), said
     )

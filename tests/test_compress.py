@@ -146,6 +146,35 @@ def test_a_second_try_where_few_neurons_have_to_go_and_where_many() -> None:
         sizes.check_reach(shapes, lowest - 1, beside=0)
 
 
+@pytest.mark.parametrize("failing", [1, 2])
+def test_what_does_not_hold_is_shipped_only_where_nothing_does(
+    failing: int, data: Path, tmp_path: Path, command: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two ways the best, or both, are found too far from PyTorch."""
+    validate, seen = compress.validate, []
+
+    def judged(folder: Path, **given: Any) -> Any:
+        found = validate(folder, **given)
+        seen.append(folder)
+        if len(seen) <= failing:
+            found.providers[0].stopped = f"package {len(seen)} is off; so is more of it"
+        return found
+
+    monkeypatch.setattr(compress, "validate", judged)
+    words = ("compress", DIGITS.folder, tmp_path / "small", "--size", "390kB", "--data", data)
+    code, text, err = command(*words)
+    assert len(seen) == 2 and code == failing - 1
+    text, narrowed = " ".join(text.split()), (tmp_path / "small" / "checkpoint").exists()
+    assert "is shipped if it holds, as what keeps more does not" in err
+    assert ("It does not hold against PyTorch, a larger --size may: package 1 is off." in text) == (
+        failing == 2
+    )
+    # the first rows are what is shipped, and as the folder is; that has a checkpoint if narrowed
+    first = text.partition("original")[0]
+    assert narrowed == ("neurons" in first)
+    assert ffmerge.audit(tmp_path / "small" / "package").ok
+
+
 def test_what_is_narrowed_is_trained_if_wanted(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -85,6 +85,51 @@ def test_position_embeddings_have_a_scale_for_each_token() -> None:
     assert [axes_of_scales(shape) for shape in shapes] == [(1,), (0,), (2,), (0,), (0,)]
 
 
+MOVED = """(float[3,256] x) => (float[3,256] y) {
+    from = Constant<value_ints = [1]>() to = Constant<value_ints = [7]>()
+    some = Slice(W, from, to, from) turned = Transpose<perm = [0, 2, 1]>(some)
+    sizes = Constant<value_ints = [1, 256, 3]>()
+    fewer = Resize<mode = "linear">(turned, , , sizes)
+    back = Transpose<perm = [0, 2, 1]>(fewer) rows = Squeeze(back, zero) y = Add(x, rows) }"""
+
+
+@pytest.mark.parametrize("precision", ["int8", "int8-dynamic", "int8-static", "int4", "q4f16"])
+def test_position_embeddings_that_are_cut_and_resized_are_8_bits(precision: str) -> None:
+    """Of an encoder of pictures of any size; by hand: means of two, each has a scale."""
+    positions = normal(1, 7, 256)
+    positions[0, 3] *= 1000
+    scales = np.abs(positions).max(-1, keepdims=True) / 127
+    kept = (np.rint(positions / scales) * scales)[0, 1:]
+    x = normal(3, 256, seed=1)
+    model = build(MOVED, W=positions, zero=np.array([0]))
+    (whole,) = run(model, x=x)
+    result = lower(model, precision, {"x": x})
+    (skip,) = result.skipped
+    assert skip.reason == "INT8, a scale for each row: it is not a matrix"
+    expected = x + kept.reshape(3, 2, 256).mean(1)
+    (got,) = run(result.model, x=x)
+    most = 2e-3 if precision == "q4f16" else 1e-6  # measured 6.6e-4 and 8.3e-8
+    assert relative(got, expected) < most < relative(whole, expected)  # measured 3.9e-3
+
+
+BIAS = "(float[k,64] x) => (float[k,64] y) { h = Add(x, W) y = Softmax(h) }"
+
+
+@pytest.mark.parametrize("largest", [5, 2000])
+def test_what_a_softmax_adds_is_8_bits_where_its_scores_stay(largest: int) -> None:
+    """Biases that grow with the distance would be off by 8 at their middle."""
+    bias = np.linspace(0, -largest, 64, dtype="f") * np.ones((64, 1), "f")
+    x = normal(64, 64)
+    model = build(BIAS, W=bias)
+    (expected,) = run(model, x=x)
+    result = lower(model, "int8")
+    (skip,) = result.skipped
+    exact = largest == 2000
+    assert exact == ("a softmax reads its sums, which 8 bits would change by up to" in skip.reason)
+    (got,) = run(result.model, x=x)
+    assert np.abs(got - expected).max() <= (0 if exact else 5e-3)  # measured 0 and 1.5e-3
+
+
 CHOSEN = "(int64[n] i, float[n,64,1] x) => (float[n,48,1] y) { w = Gather(W, i) y = MatMul(w, x) }"
 BY_TORCH = CHOSEN.replace("[n] i", "[n,1] i").replace("Gather", "GatherND")
 ALL = "(float[4,n,48] x) => (float[4,n,64] y) { y = MatMul(x, W) }"

@@ -31,11 +31,14 @@ from ffmerge.models.manifest import Skip
 from ffmerge.passes.graph.calibration import Seen, measure_ranges
 from ffmerge.passes.graph.matrix import Matrix, as_matmuls, looks_rows_up
 from ffmerge.passes.graph.rewrite import Rewrite, bias_of, replace_tensor, store
-from ffmerge.passes.graph.tensors import is_op, shape_of, values_of
+from ffmerge.passes.graph.tensors import Array, is_op, shape_of, values_of
 
 _FLOAT = ir.DataType.FLOAT
 # Trained encoders keep a cosine of 0.994 and more (docs/runtimes.md); of 0.07 MiniLM 0.992.
 MOST_LOST = 0.05  # of what a product reads, that rounding it to 8 bits may be off
+# What is read of their output is read of what they are given.
+MOVES = ("Concat", "Expand", "Identity", "Reshape", "Resize", "Slice", "Split", "Squeeze",
+         "Transpose", "Unsqueeze")  # fmt: skip
 AXES_AS_INPUT = 18  # the opset from which a reduction reads its axes as an input
 ALLOW_ZERO = 14  # ... and from which a 0 in a shape can mean a dimension of no elements
 
@@ -172,15 +175,17 @@ def read_dequantized(weight: ir.Value, model: ir.Model) -> str:
     """Store a weight as int8 and let all its consumers read one DequantizeLinear of it; say so.
 
     Of several matrices each row has a scale, which that operator has no place for: they are
-    multiplied by these, where they are looked up only those that are found.
+    multiplied by these, where they are looked up only those that are found. What is cut or turned
+    first is multiplied by its scales too: ONNX Runtime then does all of it once, when it loads the
+    graph. Behind a DequantizeLinear it would not, and move a Transpose beyond a Resize, which its
+    kernel refuses.
     """
     assert weight.const_value is not None
-    shape, uses = shape_of(weight.const_value), weight.uses()
-    axes = axes_of_scales(shape)
-    others = tuple(axis for axis in range(len(shape)) if axis not in axes)
-    codes, scale = int8_codes(values_of(weight.const_value), others)
+    axes, uses = axes_of_scales(shape_of(weight.const_value)), weight.uses()
+    codes, scale = _codes(values_of(weight.const_value))
     replace_tensor(weight, ir.Tensor(codes))
-    if len(axes) == 1:
+    moved = any(is_op(node, *MOVES) for node, _ in uses)
+    if len(axes) == 1 and not moved:
         scales = store(model.graph, f"{weight.name}/scale", ir.Tensor(scale.reshape(-1)))
         _connect(uses, _after("DequantizeLinear", [weight, scales], model, axis=axes[0]))
         return "through one DequantizeLinear"
@@ -190,10 +195,25 @@ def read_dequantized(weight: ir.Value, model: ir.Model) -> str:
             found = Rewrite(node, model.graph)
             _look_up(found, weight, found.op("Gather", scales, node.inputs[1]))
         return "a scale for each row"
-    one = store(model.graph, f"{weight.name}/one", ir.tensor(np.float32(1)))
-    floats = _after("DequantizeLinear", [weight, one], model)
+    if moved:
+        floats = _after("Cast", [weight], model, to=_FLOAT)
+    else:
+        one = store(model.graph, f"{weight.name}/one", ir.tensor(np.float32(1)))
+        floats = _after("DequantizeLinear", [weight, one], model)
     _connect(uses, _after("Mul", [floats, scales], model))
     return "a scale for each row"
+
+
+def _codes(values: Array) -> tuple[Array, Array]:
+    """Return codes of 8 bits of what is no matrix, and their scales."""
+    axes = axes_of_scales(values.shape)
+    return int8_codes(values, tuple(axis for axis in range(values.ndim) if axis not in axes))
+
+
+def most_off(values: Array) -> float:
+    """Return by how much 8 bits change what is no matrix at most."""
+    codes, scale = _codes(values)
+    return float(np.abs(codes * scale - values).max())
 
 
 def _store_codes(

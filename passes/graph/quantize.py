@@ -6,7 +6,7 @@ shared already. It decides which weights are stored in fewer bits, and says why 
 name, so that ties and whatever else knows it stay true.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import onnx_ir as ir
@@ -28,6 +28,7 @@ BITS = {"int8": 8, **dict.fromkeys(FOUR_BITS, 4)}  # of those stored in blocks
 QUANTIZED = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 ROWS, IN_BLOCKS = "rows", "blocks"  # what has a range of its own in the products of int8
 CACHES = ("past", "present")  # how names of a cache begin, optimum's and others'
+SCORES_OFF = 0.05  # so much a score may be off: e^0.05 of a probability
 OPSET = 13  # from which DequantizeLinear has a scale per channel
 
 
@@ -236,7 +237,7 @@ def _matrix(weight: ir.Value, block: int | None) -> Matrix | str:
 def _is_weight(value: ir.Value) -> bool:
     """Say whether a product, a convolution or a lookup reads a value, or a sum does a matrix."""
     matrix = value.const_value is not None and len(value.const_value.shape) > 1
-    for node, index in value.uses():
+    for node, index in _uses(value):
         if is_op(node, "MatMul", "Gemm", "Conv") and index < 2:
             return True
         if is_op(node, "Gather") and index == 0:
@@ -244,6 +245,18 @@ def _is_weight(value: ir.Value) -> bool:
         if is_op(node, "Add") and matrix:
             return True
     return False
+
+
+def _uses(value: ir.Value) -> Iterator[tuple[ir.Node, int]]:
+    """Yield what reads a value, as it is or moved: position embeddings are cut and resized."""
+    seen, left = {value}, [value]
+    while left:
+        for node, index in left.pop().uses():
+            if is_op(node, *int8.MOVES) and (index == 0 or node.op_type == "Concat"):
+                left += [moved for moved in node.outputs if moved not in seen]
+                seen.update(node.outputs)
+            else:
+                yield node, index
 
 
 def _readers(value: ir.Value) -> str:
@@ -274,4 +287,19 @@ def _stays_float(item: Stored, main: ir.Graph) -> str | None:
     values = values_of(tensor)
     if not -MASK < float(values.min()) <= float(values.max()) < MASK:
         return "it is a mask, or holds values that are not finite"
+    if _is_scored(value) and (off := int8.most_off(values)) > SCORES_OFF:
+        return f"a softmax reads its sums, which 8 bits would change by up to {off:.2g}"
     return None
+
+
+def _is_scored(value: ir.Value) -> bool:
+    """Say whether what a value is added to goes to a softmax, as that which attention prefers."""
+    seen, left = {value}, [value]
+    while left:
+        for node, _ in left.pop().uses():
+            if is_op(node, "Softmax"):
+                return True
+            if is_op(node, "Add", *int8.MOVES):
+                left += [moved for moved in node.outputs if moved not in seen]
+                seen.update(node.outputs)
+    return False

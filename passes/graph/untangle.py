@@ -150,11 +150,18 @@ def _remaining(weight: ir.Value, model: ir.Model) -> Iterator[Skip]:
         output = node.outputs[0]
         if output.is_graph_output():
             yield Skip(name, f"{_says(node)} gives graph output {output.name}")
-        elif node.op_type != "DequantizeLinear":  # the way quantized weights are read
+        elif not _reads_codes(node, tensor):
             inside.append(node)
     opset = model.opset_imports.get("", 0)
     for node in inside:
         yield Skip(name, f"{_says(node)} stays: {_why_left(node, tensor, opset)}")
+
+
+def _reads_codes(node: ir.Node, tensor: ir.TensorProtocol) -> bool:
+    """Say whether a node is the way in which a quantized weight is read."""
+    if node.op_type == "Cast" and tensor.dtype.is_integer():
+        return _cast_to(node).is_floating_point()
+    return node.op_type == "DequantizeLinear"
 
 
 def _seen_outside(weight: ir.Value) -> str | None:
