@@ -94,6 +94,11 @@ def int8_codes(
     return np.rint(values / scale).astype(np.int8), scale
 
 
+def is_vector(shape: Sequence[int]) -> bool:
+    """Say whether a tensor is one row, as a class token (1, 1, d) is, and has one scale at most."""
+    return sum(size > 1 for size in shape) < 2
+
+
 def axes_of_scales(shape: Sequence[int]) -> tuple[int, ...]:
     """Return the axes of a tensor that is no matrix which tell its scales apart.
 

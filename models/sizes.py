@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ffmerge.errors import InputError
 from ffmerge.files import size_text
-from ffmerge.models.codes import BLOCKS, FLOOR, Form, axes_of_scales
+from ffmerge.models.codes import BLOCKS, FLOOR, Form, axes_of_scales, is_vector
 from ffmerge.models.companions import companion_bytes
 
 Shapes = Sequence[Sequence[int]]  # of maps (outputs, inputs)
@@ -48,7 +48,7 @@ def bytes_of(shapes: Shapes, dtype: str, blocks: Sequence[int] = ()) -> int:
         count = prod(shape)
         if dtype == "fp16":
             total += 2 * count
-        elif dtype == "fp32" or len(shape) < 2 or count < FLOOR:
+        elif dtype == "fp32" or is_vector(shape) or count < FLOOR:
             total += 4 * count
         elif len(shape) > 2:
             total += count + 4 * prod(shape[axis] for axis in axes_of_scales(shape))

@@ -10,7 +10,7 @@ from scipy.linalg import hadamard
 
 from ffmerge.config import FOUR_BITS
 from ffmerge.errors import InputError
-from ffmerge.models.codes import axes_of_scales
+from ffmerge.models.codes import axes_of_scales, is_vector
 from ffmerge.models.record import Tie
 from ffmerge.passes.graph.audit import audit
 from ffmerge.passes.graph.contract import check_ties
@@ -83,6 +83,9 @@ def test_position_embeddings_have_a_scale_for_each_token() -> None:
     """(1, tokens, d): the first dimension of one has no more than one scale to give."""
     shapes = ((1, 5, 8), (5, 8), (1, 1, 5, 8), (6, 3, 4, 4), (6, 3, 5))
     assert [axes_of_scales(shape) for shape in shapes] == [(1,), (0,), (2,), (0,), (0,)]
+    assert [is_vector(shape) for shape in ((), (9,), (1, 1, 9), (9, 1), (1, 2, 9))] == [
+        True
+    ] * 4 + [False]
 
 
 MOVED = """(float[3,256] x) => (float[3,256] y) {

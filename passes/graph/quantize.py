@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from ffmerge.config import DTYPES, FOUR_BITS, QuantizeConfig
 from ffmerge.errors import InputError
-from ffmerge.models.codes import BLOCKS, FLOOR, Form
+from ffmerge.models.codes import BLOCKS, FLOOR, Form, is_vector
 from ffmerge.models.manifest import Skip
 from ffmerge.passes.graph import bits, blocks, gptq, int8
 from ffmerge.passes.graph.float16 import MASK, to_float16
@@ -236,7 +236,7 @@ def _matrix(weight: ir.Value, block: int | None) -> Matrix | str:
 
 def _is_weight(value: ir.Value) -> bool:
     """Say whether a product, a convolution or a lookup reads a value, or a sum does a matrix."""
-    matrix = value.const_value is not None and len(value.const_value.shape) > 1
+    matrix = value.const_value is not None and not is_vector(shape_of(value.const_value))
     for node, index in _uses(value):
         if is_op(node, "MatMul", "Gemm", "Conv") and index < 2:
             return True
@@ -280,7 +280,7 @@ def _stays_float(item: Stored, main: ir.Graph) -> str | None:
         return "only float32, float16 and bfloat16 are quantized"
     if tensor.size < FLOOR:
         return f"{tensor.size} elements, too few to gain by it"
-    if len(tensor.shape) < 2:
+    if is_vector(shape_of(tensor)):
         return f"a vector of {tensor.size} elements"
     if not _is_weight(value):
         return _readers(value)

@@ -181,7 +181,9 @@ def _summed(module: nn.Module, dtype: str) -> list[str]:
     """
     found = []
     for name, parameter in module.named_parameters(recurse=False):
-        if dtype in BITS and parameter.ndim > 1 and parameter.numel() >= FLOOR:
+        if dtype not in BITS or codes.is_vector(parameter.shape):
+            continue
+        if parameter.numel() >= FLOOR:
             found.append(name)
     return found
 
