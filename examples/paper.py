@@ -89,8 +89,8 @@ def merge(setup: Setup, model: str, rows: Any, k: int, method: str, out: str | N
     """Merge k layers of the checkpoint ``model``, judged on ``rows`` of a data set."""
     first, more = setup.rows
     examples = setup.read(rows, model, first + more)
-    calibration = Examples(examples.rows[:first], examples.take)
-    validation = Examples(examples.rows[first:], examples.take)
+    calibration = examples.of(examples.rows[:first])
+    validation = examples.of(examples.rows[first:])
     loaded = ffmerge.load(model)
     config = ffmerge.MergeConfig(k=k, method=method, sync=True, batch_size=8)
     result = ffmerge.merge_(loaded, calibration, config, validation)

@@ -5,7 +5,7 @@ runtime tests read them in batches of numpy arrays. Nothing here needs torch.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,31 +15,53 @@ from ffmerge.models.probe import Array
 
 @dataclass(frozen=True)
 class Examples:
-    """Rows that become model inputs when they are asked for, so none is held longer than needed."""
+    """Rows that become model inputs when they are asked for, so none is held longer than needed.
+
+    ``lengths`` are about those of rows that are padded to the longest of their batch.
+    """
 
     rows: Sequence[int]
     take: Callable[[Sequence[int]], dict[str, Array]]
+    lengths: Mapping[int, int] | None = None
 
     def __len__(self) -> int:
         """Return the number of rows."""
         return len(self.rows)
 
     def batches(self, size: int) -> Iterator[dict[str, Array]]:
-        """Yield all rows in order as model inputs, ``size`` at a time, with ``labels`` if known.
+        """Yield all rows as model inputs, ``size`` at a time, with ``labels`` if known.
+
+        They are in order, but for rows that have ``lengths``: those of like length are side by
+        side, or most of what a model computes would be padding. Such batches come in an order that
+        is drawn, each time the same, so that the first ones are of all lengths.
 
         Raises:
             InputError: a value is NaN or infinite.
         """
-        for start in range(0, len(self.rows), size):
-            rows = self.rows[start : start + size]
-            batch = self.take(rows)
-            check_finite(batch, rows)
+        rows = self.rows
+        if self.lengths:
+            rows = sorted(rows, key=self.lengths.__getitem__)
+        parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+        if self.lengths:
+            np.random.default_rng(0).shuffle(parts)
+        for part in parts:
+            batch = self.take(part)
+            check_finite(batch, part)
             yield batch
+
+    def of(self, rows: Sequence[int]) -> "Examples":
+        """Return some of the rows."""
+        return replace(self, rows=rows)
+
+    def longest(self) -> "Examples":
+        """Return the row that takes most, or all of them where it is not known."""
+        if not self.lengths:
+            return self
+        return self.of([max(self.rows, key=self.lengths.__getitem__)])
 
     def halves(self) -> tuple["Examples", "Examples"]:
         """Return the rows at even and at odd places; twice the same row if there is only one."""
-        odd = self.rows[1::2] or self.rows
-        return Examples(self.rows[::2], self.take), Examples(odd, self.take)
+        return self.of(self.rows[::2]), self.of(self.rows[1::2] or self.rows)
 
 
 def with_held_out(

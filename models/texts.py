@@ -82,7 +82,7 @@ def of_texts(
 
     ``read`` are one column of texts, or two that are read as a pair.
     """
-    with_text = _rows_with_text(table, read, source)
+    lengths = _lengths_of_texts(table, read, source)
     tokenizer, longest = tokenizer_of(source, folder)
 
     def take(rows: Sequence[int]) -> dict[str, Array]:
@@ -92,20 +92,20 @@ def of_texts(
             inputs["labels"] = labels[1](part[labels[0]])
         return inputs
 
-    return Examples(with_text, take)
+    return Examples([*lengths], take, lengths)
 
 
-def _rows_with_text(table: Any, columns: Sequence[str], source: str) -> list[int]:
-    """Return the numbers of the rows with a text in each of the columns.
+def _lengths_of_texts(table: Any, columns: Sequence[str], source: str) -> dict[int, int]:
+    """Return how many characters the rows have that have a text in each of the columns.
 
     Raises:
         InputError: there is no such row.
     """
     whole = table[:]
-    found = []
+    found = {}
     for row, cells in enumerate(zip(*(column_of(whole, each) for each in columns), strict=True)):
         if all(cell.strip() for cell in cells):
-            found.append(row)
+            found[row] = sum(map(len, cells))
     if not found:
         named = " and ".join(map(repr, columns))
         raise InputError(f"{source} has no row with text in {named}.")
@@ -116,7 +116,7 @@ def of_pairs(
     table: Any, first: str, second: str, source: str, folder: str | Path | None
 ) -> Examples:
     """Return the rows of a table that are not empty as what is read and, as labels, written."""
-    with_text = _rows_with_text(table, (first, second), source)
+    lengths = _lengths_of_texts(table, (first, second), source)
     tokenizer, longest = tokenizer_of(source, folder)
     targets = targets_of(second, source, folder)
 
@@ -125,7 +125,7 @@ def of_pairs(
         read = _tokens(tokenizer, longest, column_of(part, first))
         return read | targets.ids(column_of(part, second))
 
-    return Examples(with_text, take)
+    return Examples([*lengths], take, lengths)
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def of_words(table: Any, words: str, tags: str, source: str, folder: str | Path 
     tokenizer, longest = tokenizer_of(source, folder)
     if not tokenizer.is_fast:
         raise InputError(f"the tokenizer in {folder} cannot tell which word a piece is of.")
-    rows = []
+    lengths = {}
     all_tags: list[Any] = []
     for row, (some, theirs) in enumerate(zip(table[words], table[tags], strict=True)):
         if len(some) != len(theirs):
@@ -60,8 +60,8 @@ def of_words(table: Any, words: str, tags: str, source: str, folder: str | Path 
             )
         all_tags += theirs
         if some:
-            rows.append(row)
-    if not rows:
+            lengths[row] = len(some)
+    if not lengths:
         raise InputError(f"the column {words!r} of {source} holds no words.")
     datasets = package("datasets", source)
     features = datasets.Features({tags: _inner(table, tags)})
@@ -77,7 +77,7 @@ def of_words(table: Any, words: str, tags: str, source: str, folder: str | Path 
                 labels[row, position] = numbered([theirs[word]])[0]
         return {**encoded, "labels": labels}
 
-    return Examples(rows, take)
+    return Examples([*lengths], take, lengths)
 
 
 def _first_pieces(word_of: Sequence[int | None]) -> Iterator[tuple[int, int]]:

@@ -184,7 +184,7 @@ def reduced(
     is_language = type(model).__name__.endswith("ForCausalLM")
     count = size_of(model)[0]
     if method == "finercut":
-        rows = Examples(held_out.rows[: 1 if is_language else BATCH], held_out.take)
+        rows = held_out.of(held_out.rows[: 1 if is_language else BATCH])
         paths, gone = finercut.chosen(model, [*rows.batches(BATCH)], part * count // 100)
         with finercut.without(model, paths):
             yield count - gone

@@ -15,7 +15,6 @@ import onnx_ir as ir
 
 from ffmerge.errors import InputError, first_line
 from ffmerge.models.data import read
-from ffmerge.models.examples import Examples
 from ffmerge.passes.graph.tensors import Array
 from ffmerge.passes.graph.walk import Kept
 
@@ -46,7 +45,7 @@ def read_calibration(model: ir.Model, path: Path) -> Kept:
         used -= len(examples) % rows
     if not used:
         raise InputError(f"{path} has {len(examples)} rows, the graph takes {rows} at a time.")
-    batches = Examples(examples.rows[:used], examples.take).batches(rows)
+    batches = examples.of(examples.rows[:used]).batches(rows)
     names = [str(value.name) for value in inputs]
     return Kept({name: batch[name] for name in names} for batch in batches)
 

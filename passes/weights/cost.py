@@ -45,7 +45,7 @@ def room(device: torch.device) -> int:
 
 def rows_at_a_time(model: Any, examples: Examples, most: int, stacks: Stacks) -> int:
     """Return how many rows go through the model at a time: few, where what is watched is large."""
-    row = {name: array[:1] for name, array in next(examples.batches(most)).items()}
+    row = {name: array[:1] for name, array in next(examples.longest().batches(most)).items()}
     lengths: dict[str, int] = {}
 
     def measure(path: str, _: Any, args: Any, out: Tensor) -> None:

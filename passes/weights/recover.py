@@ -108,7 +108,7 @@ def recover_(
         order = islice(_order(len(examples), config.seed), len(losses) * config.batch_size, None)
         for step in range(len(losses), config.steps):
             mine = [*islice(order, config.batch_size)][state.process_index :: state.num_processes]
-            rows = Examples([examples.rows[i] for i in mine], examples.take)
+            rows = examples.of([examples.rows[i] for i in mine])
             batches = [*_micro_batches(model, original, config, rows)]
             with torch.autocast(state.device.type, torch.bfloat16, enabled=mixed):
                 losses.append(_backward(model, original, config, batches, parameters))

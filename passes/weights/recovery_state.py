@@ -42,7 +42,7 @@ def _digest_of_rows(examples: Examples) -> str:
     """Return a hash of the inputs and labels of the rows, of many those at even distances."""
     step = -(-len(examples) // HASHED)
     hashed = hashlib.sha256(str(len(examples)).encode())
-    for batch in Examples(examples.rows[::step], examples.take).batches(1):
+    for batch in examples.of(examples.rows[::step]).batches(1):
         hashed.update(_digest(batch).encode())
     return hashed.hexdigest()
 
