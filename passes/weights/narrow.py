@@ -122,7 +122,9 @@ def fit(
         InputError: a member cannot be narrowed, or the data does not fit the model.
     """
     units = units_of(model, members)
-    by_path, reads = {member.output: member for member in members}, [m.inputs[0] for m in members]
+    by_path, reads = {member.output: member for member in members}, []
+    if steps:  # what a sublayer reads is kept for its training only
+        reads = [member.inputs[0] for member in members]
     normalized, given = _sums_with_stream(model, members)
     parts: dict[FeedForward, dict[Key, Tensor]] = {}
     cuts = Cuts({})
