@@ -43,6 +43,7 @@ class Examples:
             rows = sorted(rows, key=self.lengths.__getitem__)
         parts = [rows[start : start + size] for start in range(0, len(rows), size)]
         if self.lengths:
+            parts = [sorted(part) for part in parts]
             np.random.default_rng(0).shuffle(parts)
         for part in parts:
             batch = self.take(part)
