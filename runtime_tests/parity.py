@@ -28,7 +28,7 @@ from ffmerge.runtime_tests.reference import Reference, read_reference
 from ffmerge.runtime_tests.results import CaseParity, OutputParity, Worst
 from ffmerge.runtime_tests.runtimes.base import LEVEL, Session
 from ffmerge.runtime_tests.runtimes.registry import find_runtime
-from ffmerge.runtime_tests.tolerance import DRAWN, NOISE, Tolerance, for_dtype
+from ffmerge.runtime_tests.tolerance import DRAWN, NOISE, Tolerance, for_dtype, row_of
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def check_parity(
     found: list[OutputParity] = []
     for kind in manifest.kinds:
         one = manifest.of_kind(kind)
-        tolerance = for_dtype(one.dtype, runtime.arithmetic)
+        tolerance = for_dtype(row_of(one), runtime.arithmetic)
         for graph in one.graphs:
             session = runtime.open(folder / graph.path, optimization)
             found += parity_of(graph, session, reference, optimization, tolerance)

@@ -42,7 +42,7 @@ from ffmerge.runtime_tests.results import (
 )
 from ffmerge.runtime_tests.runtimes.base import Runtime
 from ffmerge.runtime_tests.runtimes.registry import RUNTIMES, find_runtime
-from ffmerge.runtime_tests.tolerance import for_dtype
+from ffmerge.runtime_tests.tolerance import for_dtype, row_of
 from ffmerge.runtime_tests.translation import why_not
 
 NAME = "validation.json"
@@ -218,7 +218,7 @@ def _check_on(
     progress: Progress,
 ) -> None:
     """Fill in what is found on one runtime: at each level, each graph is opened once."""
-    tolerance = for_dtype(manifest.dtype, runtime.arithmetic)
+    tolerance = for_dtype(row_of(manifest), runtime.arithmetic)
     together = manifest.served()
     for level in runtime.levels:
         progress(f"comparing with PyTorch on {result.label}, optimization {level}")
@@ -265,7 +265,7 @@ def _locate(
     reference: Reference,
 ) -> None:
     """Fill in where the graphs leave PyTorch that have an output which is off."""
-    bound = for_dtype(manifest.dtype, runtime.arithmetic).node
+    bound = for_dtype(row_of(manifest), runtime.arithmetic).node
     for graph in manifest.graphs:
         failed = next((o for o in result.outputs if o.graph == graph.path and not o.ok), None)
         if failed:

@@ -5,7 +5,8 @@ import os
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
-from typing import Any, NoReturn
+from types import SimpleNamespace
+from typing import Any, NoReturn, cast
 
 import numpy as np
 import onnxruntime as ort
@@ -18,12 +19,13 @@ from ffmerge.__main__ import main
 from ffmerge.config import ValidateConfig
 from ffmerge.errors import InputError, NotInstalled, RuntimeCheckError
 from ffmerge.exporter.package import export
+from ffmerge.models.codes import Form
 from ffmerge.runtime_tests.footprint import TRIVIAL, measure_footprint
 from ffmerge.runtime_tests.results import ran_elsewhere
 from ffmerge.runtime_tests.runtimes.base import Placement, Runtime
 from ffmerge.runtime_tests.runtimes.ort import CPU, _placement
 from ffmerge.runtime_tests.runtimes.registry import RUNTIMES, find_runtime
-from ffmerge.runtime_tests.tolerance import ARITHMETIC, TOLERANCES, for_dtype
+from ffmerge.runtime_tests.tolerance import ARITHMETIC, TOLERANCES, for_dtype, row_of
 from ffmerge.runtime_tests.validate import validate
 from ffmerge.tables import validation_table
 
@@ -215,6 +217,19 @@ def test_the_nodes_of_a_package_are_counted_by_the_engine(package: Path) -> None
     # MatMul and Add; ONNX Runtime makes one Gemm of them
     assert cost.placement == Placement({"CPUExecutionProvider": {"Gemm": 1}}, {})
     assert cost.device == "cpu"
+
+
+def test_a_package_with_weights_of_2_bits_has_bounds_of_its_own() -> None:
+    """Wider in every column than int4's, but for single elements."""
+    forms = {"W": Form(4, 64), "V": Form(8, 64)}
+    package = SimpleNamespace(dtype="int4", bits=forms)
+    assert row_of(cast(Any, package)) == "int4"
+    forms["V"] = Form(2, 64)
+    wide, narrow = TOLERANCES[row_of(cast(Any, package))], TOLERANCES["int4"]
+    assert (wide.atol, wide.rtol, wide.tie) == (narrow.atol, narrow.rtol, narrow.tie)
+    for column in ("cosine", "cache", "agreement", "tokens"):
+        assert getattr(wide, column) < getattr(narrow, column)
+    assert wide.kl > narrow.kl and wide.node > narrow.node
 
 
 def test_every_bound_leaves_room_above_what_was_measured_but_not_much() -> None:

@@ -16,16 +16,16 @@ from ffmerge.models.manifest import GraphRecord, Manifest
 from ffmerge.runtime_tests.parity import parity_of
 from ffmerge.runtime_tests.reference import Reference, read_reference
 from ffmerge.runtime_tests.runtimes.registry import find_runtime
-from ffmerge.runtime_tests.tolerance import for_dtype
+from ffmerge.runtime_tests.tolerance import for_dtype, row_of
 
 
-def is_found(model: Any, graph: GraphRecord, reference: Reference, dtype: str) -> bool:
+def is_found(model: Any, graph: GraphRecord, reference: Reference, row: str) -> bool:
     """Say whether an output of the model is out of its tolerance."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         onnx.save(model, path)
         session = find_runtime("cpu").open(path, "all")
-        found = parity_of(graph, session, reference, "all", for_dtype(dtype))
+        found = parity_of(graph, session, reference, "all", for_dtype(row))
     return not all(output.ok for output in found)
 
 
@@ -45,7 +45,7 @@ def main() -> None:
             kept = scales.SerializeToString()
             doubled = numpy_helper.to_array(scales) * 2
             scales.CopyFrom(numpy_helper.from_array(doubled, scales.name))
-            count += is_found(model, graph, reference, manifest.dtype)
+            count += is_found(model, graph, reference, row_of(manifest))
             scales.ParseFromString(kept)
         print(f"{folder}: {count} of {len(products)} are found")
 
