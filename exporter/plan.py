@@ -31,6 +31,7 @@ from ffmerge.exporter.rows import (
     check_rows,
     real_inputs,
     real_rows,
+    rounding_length,
     rounding_rows,
 )
 from ffmerge.exporter.settle import any_size, check_repeats, one_size, stand_ins
@@ -232,7 +233,7 @@ def _rounding_feeds(plan: Plan, examples: Examples) -> dict[str, list[Feeds]]:
     Its weights are those of a graph before it.
     """
     batches: dict[str, list[Feeds]] = {}
-    for rows in rounding_rows(examples):
+    for rows in rounding_rows(examples, length=rounding_length(examples)):
         written: Feeds = {}
         if len(plan.graphs) > 1:
             written = _greedy(plan, rows)

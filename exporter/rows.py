@@ -20,6 +20,7 @@ ROWS, LENGTH = 32, 64  # of the real case, and tokens of each
 BYTES, SCORES = 1 << 22, 1 << 24  # of its inputs, and elements of its logits, at most
 # By which int4 is rounded, and from which int8-static has its ranges: 16,384 tokens of text.
 ROUNDING, BATCH = 256, 8
+LONGEST = 256  # tokens of a row by which it is rounded, where there are few rows
 
 
 def real_rows(examples: Examples, model: Any, task: str, length: int = LENGTH) -> dict[str, Array]:
@@ -49,6 +50,11 @@ def rounding_rows(
     for start in range(0, count, BATCH):
         rows = [examples.rows[i] for i in chosen[start : start + BATCH]]
         yield _cut(examples.take(rows), length)
+
+
+def rounding_length(examples: Examples) -> int:
+    """Return to how many tokens rows are cut by which int4 is rounded: of few rows to more."""
+    return max(LENGTH, min(LONGEST, ROUNDING * LENGTH // len(examples)))
 
 
 def check_rows(graph: Graph, rows: Mapping[str, Array]) -> None:

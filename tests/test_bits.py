@@ -60,6 +60,14 @@ def test_one_form_for_all_is_where_the_second_way_begins() -> None:
     assert choose(options, 11) == [[EIGHT, FOUR]]
 
 
+def test_as_many_bits_in_the_blocks_that_take_least_are_a_way_too() -> None:
+    """Where no one form fits both: rows of 576 take least in blocks of 64, of 1,536 in 128."""
+    wide = Form(4, 128)
+    one = {TWO: (2, 100.0), FOUR: (4, 60.0), wide: (5, 61.0), EIGHT: (6, 1.0)}
+    other = {TWO: (2, 9.0), FOUR: (5, 4.0), wide: (4, 4.5), EIGHT: (6, 1.0)}
+    assert choose([one, other], 8) == [[EIGHT, TWO], [FOUR, wide]]
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_no_form_for_all_is_better_and_the_best_is_near(seed: int) -> None:
     random = np.random.default_rng(seed)

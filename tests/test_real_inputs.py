@@ -16,7 +16,14 @@ from ffmerge import export
 from ffmerge.errors import InputError
 from ffmerge.exporter.graphs import Graph, graphs
 from ffmerge.exporter.greedy import greedy
-from ffmerge.exporter.rows import LENGTH, ROWS, check_rows, real_rows
+from ffmerge.exporter.rows import (
+    LENGTH,
+    ROWS,
+    check_rows,
+    real_rows,
+    rounding_length,
+    rounding_rows,
+)
 from ffmerge.models import checkpoint, data, tasks
 from ffmerge.models.derive import arguments
 from ffmerge.models.examples import from_arrays
@@ -361,3 +368,18 @@ def test_of_large_logits_whole_positions_are_kept() -> None:
     assert np.array_equal(rows[1], logits.reshape(-1, width)[step])
     assert kept((100_000,), 1, "hidden") == (3, 1)
     assert kept((2, 0), 1, "hidden") == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens", "read"), [(8, 300, 256), (48, 300, 256), (8, 90, 90), (128, 300, 128),
+                                 (256, 300, 64), (999, 90, 64)],
+)  # fmt: skip
+def test_by_few_long_rows_int4_is_rounded_as_by_many_short_ones(
+    rows: int, tokens: int, read: int
+) -> None:
+    """By 16,384 tokens, of rows of 256 at most."""
+    ids = np.ones((rows, tokens), np.int64)
+    examples = from_arrays({"input_ids": ids, "attention_mask": ids})
+    found = [*rounding_rows(examples, length=rounding_length(examples))]
+    assert {batch["input_ids"].shape[1] for batch in found} == {read}
+    assert sum(len(batch["input_ids"]) for batch in found) == min(rows, 256)

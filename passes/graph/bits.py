@@ -130,12 +130,12 @@ def _outputs(model: ir.Model, batches: Sequence[Batch]) -> Iterator[Batch]:
 def choose(options: Sequence[Options], room: int) -> list[list[Form]]:
     """Return forms of the matrices so that little is lost in ``room`` bytes, one or two ways.
 
-    The first begins with the smallest of each; the second with one form for all, the best that
-    fits, if one does: no matrix is stored worse than in that.
+    The first begins with the smallest of each; the second with one form for all, or as many bits,
+    the best that fits, if one does: no matrix is stored worse than in that.
     """
     found = [_filled(options, [min(each, key=each.__getitem__) for each in options], room)]
     if best := _best_alike(options, room):
-        raised = _filled(options, [best] * len(options), room)
+        raised = _filled(options, best, room)
         if raised not in found:
             found.append(raised)
     return found
@@ -152,14 +152,25 @@ def _filled(options: Sequence[Options], chosen: Sequence[Form], room: int) -> li
     return forms
 
 
-def _best_alike(options: Sequence[Options], room: int) -> Form | None:
-    """Return the form in which all matrices fit and lose least, None if none fits."""
-    best, least = None, float("inf")
+def _best_alike(options: Sequence[Options], room: int) -> list[Form] | None:
+    """Return the forms in which all matrices fit and lose least, of one form or of so many bits.
+
+    In bits that are the same each has the form that takes least. None if nothing fits.
+    """
+    tried = []
     for form in FORMS:
         if all(form in each for each in options):
-            size, loss = _total(options, [form] * len(options))
-            if size <= room and loss < least:
-                best, least = form, loss
+            tried.append([form] * len(options))
+    for bits in dict.fromkeys(form.bits for form in FORMS):
+        of_bits = [[form for form in each if form.bits == bits] for each in options]
+        if all(of_bits):
+            pairs = zip(of_bits, options, strict=True)
+            tried.append([min(some, key=each.__getitem__) for some, each in pairs])
+    best, least = None, float("inf")
+    for forms in tried:
+        size, loss = _total(options, forms)
+        if size <= room and loss < least:
+            best, least = forms, loss
     return best
 
 
