@@ -71,11 +71,18 @@ def _multiplied(before: ir.Model, after: ir.Model) -> Iterator[Unshared]:
             made_of[origin].append(made[name])
     for name, copies in made_of.items():
         size = sum(item.tensor.nbytes for item in copies)
-        extra = size - alike[name] * origins[name].tensor.nbytes
+        extra = size - alike[name] * _once(origins[name])
         if len(copies) > alike[name] and extra >= NOTABLE:
             nodes = tuple(producers[i.name].name or "" for i in copies if i.name in producers)
             reason = f"ONNX Runtime {ort.__version__} makes {len(copies)} tensors of it on loading"
             yield Unshared(name, extra, len(copies), nodes, reason)
+
+
+def _once(item: Stored) -> int:
+    """Return the bytes of a weight that is there once: of codes, those of the floats they give."""
+    if item.tensor.dtype.is_integer():
+        return item.tensor.size * 4
+    return item.tensor.nbytes
 
 
 def _producers(model: ir.Model) -> dict[str | None, ir.Node]:

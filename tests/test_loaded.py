@@ -71,6 +71,26 @@ def test_the_constants_in_a_weights_place_are_counted(tmp_path, text, copies, ex
     assert found == ([("W", copies, extra)] if extra else [])
 
 
+@pytest.mark.parametrize(
+    ("text", "copies"),
+    [
+        ("u = Slice(f, o, h) v = Slice(f, h, e) a = MatMul(l, u) b = MatMul(r, v)", 0),
+        ("t = Neg(f) a = MatMul(x, f) b = MatMul(x, t)", 2),
+    ],
+)
+def test_codes_are_there_once_where_their_floats_are(tmp_path, text, copies):
+    """Two halves are one weight, as floats too; a whole beside its negative are two."""
+    halves = {"o": np.array([0]), "h": np.array([32]), "e": np.array([64])}
+    model = build(
+        "(float[n,64] x, float[n,32] l, float[n,32] r) => (float[n,64] y) {"
+        f"f = Cast<to=1>(W) {text} y = Add(a, b) }}",
+        W=np.rint(40 * normal(64, 64)).astype(np.int8), **halves,
+    )  # fmt: skip
+    ir.save(model, tmp_path / "m.onnx")
+    found = [(u.name, u.copies, u.bytes) for u in look(tmp_path / "m.onnx").unshared]
+    assert found == ([("W", copies, 16384)] if copies else [])
+
+
 def test_copies_the_file_itself_has_are_not_the_runtimes(tmp_path):
     model = build(
         "(float[2,32] x) => (float[2,32] y) {a = MatMul(x, W) b = MatMul(a, V) y = MatMul(b, U)}",
