@@ -112,6 +112,12 @@ def axes_of_scales(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(several[:1]) or (0,)
 
 
+def codes_of_rows(values: Array) -> tuple[Array, Array]:
+    """Return codes of 8 bits of a tensor that is no matrix, and scales (:func:`axes_of_scales`)."""
+    axes = axes_of_scales(values.shape)
+    return int8_codes(values, tuple(axis for axis in range(values.ndim) if axis not in axes))
+
+
 def spread(values: Array) -> Array:
     """Return values [..., n] with each ``SPREAD`` of a row multiplied by ``HADAMARD``.
 

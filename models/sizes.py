@@ -31,7 +31,7 @@ MOST = 0.4  # of all parameters: more are not taken out
 # How much of what 4 bits in their widest blocks take is there at a second try, where that is worth
 # its time (docs/quality.md): few neurons go, and some weights have better forms than those; or many
 # would have to, and some weights have fewer bits instead. With 0.93 of it the encoder keeps more
-# still, but 2 bits in so many weights that its package is not valid.
+# still; SmolLM2 keeps most where all fits.
 MORE, LESS = 1.05, 0.97
 PARTLY = 1.02  # more is taken by rows of narrowed maps, whose last block is partly filled
 FEW, MANY = 0.03, 0.18  # of all parameters, that have to go for the widest blocks

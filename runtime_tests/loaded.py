@@ -62,7 +62,7 @@ def look(path: Path) -> Loaded:
 
 
 def _multiplied(before: ir.Model, after: ir.Model) -> Iterator[Unshared]:
-    """Yield each weight in whose place several constants stand."""
+    """Yield each weight in whose place constants of more elements stand, whatever their type."""
     origins, made = _notable(before), _notable(after)
     alike, made_of, rest = _equal(origins, made)
     producers = _producers(before)
@@ -71,18 +71,12 @@ def _multiplied(before: ir.Model, after: ir.Model) -> Iterator[Unshared]:
             made_of[origin].append(made[name])
     for name, copies in made_of.items():
         size = sum(item.tensor.nbytes for item in copies)
-        extra = size - alike[name] * _once(origins[name])
-        if len(copies) > alike[name] and extra >= NOTABLE:
+        extra = size - alike[name] * origins[name].tensor.nbytes
+        elements = sum(item.tensor.size for item in copies)
+        if elements > alike[name] * origins[name].tensor.size and extra >= NOTABLE:
             nodes = tuple(producers[i.name].name or "" for i in copies if i.name in producers)
             reason = f"ONNX Runtime {ort.__version__} makes {len(copies)} tensors of it on loading"
             yield Unshared(name, extra, len(copies), nodes, reason)
-
-
-def _once(item: Stored) -> int:
-    """Return the bytes of a weight that is there once: of codes, those of the floats they give."""
-    if item.tensor.dtype.is_integer():
-        return item.tensor.size * 4
-    return item.tensor.nbytes
 
 
 def _producers(model: ir.Model) -> dict[str | None, ir.Node]:

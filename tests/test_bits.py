@@ -1,6 +1,7 @@
 """Bits by budget: what is chosen by hand, what counts most keeps most, and the size holds."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from unittest import mock
@@ -22,6 +23,9 @@ from ffmerge.passes.graph import bits
 from ffmerge.passes.graph.audit import audit
 from ffmerge.passes.graph.bits import choose
 from ffmerge.passes.graph.run import share_file, share_model
+from ffmerge.runtime_tests.parity import check_parity
+from ffmerge.runtime_tests.tolerance import BELOW, TOLERANCES
+from ffmerge.runtime_tests.validate import validate
 from ffmerge.tables import _bits_rows
 
 TWO, FOUR, EIGHT = Form(2, 32), Form(4, 32), Form(8, 64)
@@ -233,6 +237,24 @@ def test_a_package_says_its_bits(tmp_path: Path) -> None:
     assert all(
         f"{form['bits']} bits in blocks of {form['block']}" in table for form in chosen.values()
     )
+
+
+@pytest.mark.parametrize(("budget", "holds"), [(None, True), ("75kB", False)])
+def test_validate_takes_the_bounds_of_2_bits_where_there_are_some(
+    budget: str | None, holds: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Made impossible, they fail the package that has such weights, and no other."""
+    ids = np.random.default_rng(0).integers(3, 60, (12, 16))
+    data = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    config = ExportConfig(dtype="int4", budget=budget)
+    package = export(tiny.gpt2(64, 128, 2), tmp_path / "out", config, data=data)
+    bits = {form.bits for form in package.manifest.bits.values()}
+    assert (2 in bits) != holds, package.manifest.bytes_unique
+    never = replace(TOLERANCES[BELOW], cosine=2.0)
+    monkeypatch.setitem(TOLERANCES, BELOW, never)
+    assert validate(package.path).ok == holds
+    outputs = check_parity(package.path, package.manifest)
+    assert all(output.ok for output in outputs) == holds
 
 
 def test_a_package_whose_budget_cannot_be_is_refused_before_it_is_traced(tmp_path: Path) -> None:

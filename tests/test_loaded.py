@@ -88,7 +88,7 @@ def test_codes_are_there_once_where_their_floats_are(tmp_path, text, copies):
     )  # fmt: skip
     ir.save(model, tmp_path / "m.onnx")
     found = [(u.name, u.copies, u.bytes) for u in look(tmp_path / "m.onnx").unshared]
-    assert found == ([("W", copies, 16384)] if copies else [])
+    assert found == ([("W", copies, 2 * 16384 - 4096)] if copies else [])
 
 
 def test_copies_the_file_itself_has_are_not_the_runtimes(tmp_path):

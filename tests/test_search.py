@@ -361,6 +361,14 @@ def test_rounding_is_what_a_package_does(make, dtype, tmp_path) -> None:
     assert np.linalg.norm(logits - rounded) < 0.2 * size
 
 
+def _outputs(model: Any, inputs: Any, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the first output of a model as it is, and as it is foretold in a precision."""
+    with torch.no_grad():
+        plain = model(**inputs)[0]
+        with precision.rounded(model, dtype):
+            return plain, model(**inputs)[0]
+
+
 @pytest.mark.parametrize(("width", "dtype"), [(64, "int8"), (64, "int4"), (80, "int8")])
 def test_attention_of_pytorch_is_rounded_as_in_a_package(width, dtype, tmp_path) -> None:
     """SigLIP pools by nn.MultiheadAttention, whose three maps are one weight that is split."""
@@ -405,10 +413,7 @@ def test_positions_of_a_sound_are_rounded_as_in_a_package(dtype, tmp_path) -> No
     package.export(model, tmp_path / "p", ExportConfig(dtype=dtype))
     inputs = example_inputs(model)
     found = ffmerge.load_package(tmp_path / "p")(**inputs).logits
-    with torch.no_grad():
-        plain = model(**inputs).logits
-        with precision.rounded(model, dtype):
-            rounded = model(**inputs).logits
+    plain, rounded = _outputs(model, inputs, dtype)
     off = (found - rounded).norm(dim=-1) / (found - plain).norm(dim=-1)
     assert float(off.median()) < 1e-3  # measured 1.5e-5, 1.5e-6; 0.66 and 0.098 before
 
@@ -426,10 +431,7 @@ def test_positions_that_are_resized_are_rounded_as_in_a_package(dtype, tmp_path)
     assert reasons[positions] == "INT8, a scale for each row: it is not a matrix"
     given = {"pixel_values": torch.randn(16, 3, 20, 24)}
     found = ffmerge.load_package(tmp_path / "p")(**given).last_hidden_state
-    with torch.no_grad():
-        plain = model(**given).last_hidden_state
-        with precision.rounded(model, dtype):
-            rounded = model(**given).last_hidden_state
+    plain, rounded = _outputs(model, given, dtype)
     off = (found - rounded).norm(dim=-1) / (found - plain).norm(dim=-1)
     assert float(off.median()) < 1e-3  # measured 2.4e-5, 4.9e-6; 0.49 and 0.066 before
     more = precision.bytes_of(model, dtype) / made.bytes_unique - 1
@@ -451,10 +453,7 @@ def test_an_encoder_that_a_decoder_reads_is_rounded_in_rows(tied, tmp_path) -> N
     assert ("rows" in made.int8.values()) != tied
     inputs = example_inputs(model)
     found = ffmerge.load_package(tmp_path / "p")(**inputs).logits
-    with torch.no_grad():
-        plain = model(**inputs).logits
-        with precision.rounded(model, "int8"):
-            rounded = model(**inputs).logits
+    plain, rounded = _outputs(model, inputs, "int8")
     # measured 2.8e-5 and 2.6e-5; of the first 0.18 before
     assert float((found - rounded).norm()) < 0.1 * float((found - plain).norm())
     more = precision.bytes_of(model, "int8") / made.bytes_unique - 1

@@ -23,6 +23,7 @@ from ffmerge.models.codes import (
     HADAMARD,
     SPREAD,
     axes_of_scales,
+    codes_of_rows,
     int8_codes,
     range_scale,
     spread,
@@ -182,7 +183,7 @@ def read_dequantized(weight: ir.Value, model: ir.Model) -> str:
     """
     assert weight.const_value is not None
     axes, uses = axes_of_scales(shape_of(weight.const_value)), weight.uses()
-    codes, scale = _codes(values_of(weight.const_value))
+    codes, scale = codes_of_rows(values_of(weight.const_value))
     replace_tensor(weight, ir.Tensor(codes))
     moved = any(is_op(node, *MOVES) for node, _ in uses)
     if len(axes) == 1 and not moved:
@@ -204,15 +205,9 @@ def read_dequantized(weight: ir.Value, model: ir.Model) -> str:
     return "a scale for each row"
 
 
-def _codes(values: Array) -> tuple[Array, Array]:
-    """Return codes of 8 bits of what is no matrix, and their scales."""
-    axes = axes_of_scales(values.shape)
-    return int8_codes(values, tuple(axis for axis in range(values.ndim) if axis not in axes))
-
-
 def most_off(values: Array) -> float:
     """Return by how much 8 bits change what is no matrix at most."""
-    codes, scale = _codes(values)
+    codes, scale = codes_of_rows(values)
     return float(np.abs(codes * scale - values).max())
 
 

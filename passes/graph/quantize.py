@@ -16,6 +16,7 @@ from ffmerge.errors import InputError
 from ffmerge.models.codes import BLOCKS, FLOOR, Form, is_vector
 from ffmerge.models.manifest import Skip
 from ffmerge.passes.graph import bits, blocks, gptq, int8
+from ffmerge.passes.graph.attention import GUARDS
 from ffmerge.passes.graph.float16 import MASK, to_float16
 from ffmerge.passes.graph.infer import infer_types
 from ffmerge.passes.graph.matrix import Matrix, matrix_of, to_lookups
@@ -28,6 +29,7 @@ BITS = {"int8": 8, **dict.fromkeys(FOUR_BITS, 4)}  # of those stored in blocks
 QUANTIZED = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 ROWS, IN_BLOCKS = "rows", "blocks"  # what has a range of its own in the products of int8
 CACHES = ("past", "present")  # how names of a cache begin, optimum's and others'
+SUMS = ("Add", "Max", *GUARDS, *int8.MOVES)  # between scores and their softmax, biases added
 SCORES_OFF = 0.05  # so much a score may be off: e^0.05 of a probability
 OPSET = 13  # from which DequantizeLinear has a scale per channel
 
@@ -247,12 +249,15 @@ def _is_weight(value: ir.Value) -> bool:
     return False
 
 
-def _uses(value: ir.Value) -> Iterator[tuple[ir.Node, int]]:
-    """Yield what reads a value, as it is or moved: position embeddings are cut and resized."""
+def _uses(value: ir.Value, through: Sequence[str] = int8.MOVES) -> Iterator[tuple[ir.Node, int]]:
+    """Yield what reads a value, as it is or moved: position embeddings are cut and resized.
+
+    ``through`` are operators of which what reads their output is told in their place.
+    """
     seen, left = {value}, [value]
     while left:
         for node, index in left.pop().uses():
-            if is_op(node, *int8.MOVES) and (index == 0 or node.op_type == "Concat"):
+            if is_op(node, *through):
                 left += [moved for moved in node.outputs if moved not in seen]
                 seen.update(node.outputs)
             else:
@@ -294,12 +299,4 @@ def _stays_float(item: Stored, main: ir.Graph) -> str | None:
 
 def _is_scored(value: ir.Value) -> bool:
     """Say whether what a value is added to goes to a softmax, as that which attention prefers."""
-    seen, left = {value}, [value]
-    while left:
-        for node, _ in left.pop().uses():
-            if is_op(node, "Softmax"):
-                return True
-            if is_op(node, "Add", *int8.MOVES):
-                left += [moved for moved in node.outputs if moved not in seen]
-                seen.update(node.outputs)
-    return False
+    return any(is_op(node, "Softmax") for node, _ in _uses(value, SUMS))

@@ -181,9 +181,8 @@ def _summed(module: nn.Module, dtype: str) -> list[str]:
     """
     found = []
     for name, parameter in module.named_parameters(recurse=False):
-        if dtype not in BITS or codes.is_vector(parameter.shape):
-            continue
-        if parameter.numel() >= FLOOR:
+        large = parameter.numel() >= FLOOR and not codes.is_vector(parameter.shape)
+        if large and dtype in BITS:
             found.append(name)
     return found
 
@@ -224,9 +223,7 @@ def _rounded_weight(module: Any, dtype: str) -> Tensor:
 
 def _int8(values: Tensor) -> Tensor:
     """Return what is no matrix as a package has it in int8."""
-    axes = codes.axes_of_scales(values.shape)
-    others = tuple(axis for axis in range(values.ndim) if axis not in axes)
-    whole, scale = codes.int8_codes(values.float().cpu().numpy(), others)
+    whole, scale = codes.codes_of_rows(values.float().cpu().numpy())
     return torch.from_numpy(whole * scale).to(values)
 
 
