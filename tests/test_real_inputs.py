@@ -10,12 +10,15 @@ import pytest
 import torch
 from reference.tasks import REFERENCES, Reference
 from scipy.special import rel_entr, softmax
-from tiny import gpt2
+from tiny import bert, gpt2
+from transformers import BertConfig, BertModel
 
 from ffmerge import export
+from ffmerge.config import ExportConfig
 from ffmerge.errors import InputError
 from ffmerge.exporter.graphs import Graph, graphs
 from ffmerge.exporter.greedy import greedy
+from ffmerge.exporter.plan import make_plan
 from ffmerge.exporter.rows import (
     LENGTH,
     ROWS,
@@ -383,3 +386,14 @@ def test_by_few_long_rows_int4_is_rounded_as_by_many_short_ones(
     found = [*rounding_rows(examples, length=rounding_length(examples))]
     assert {batch["input_ids"].shape[1] for batch in found} == {read}
     assert sum(len(batch["input_ids"]) for batch in found) == min(rows, 256)
+
+
+def test_a_plan_rounds_by_all_tokens_of_few_rows() -> None:
+    """Those that are compared have 64 of them."""
+    sizes = {**bert(layers=1).config.to_dict(), "max_position_embeddings": 128}
+    ids = np.random.default_rng(0).integers(3, 60, (12, 100))
+    examples = from_arrays({"input_ids": ids, "attention_mask": np.ones_like(ids)})
+    model = BertModel(BertConfig(**sizes)).eval()
+    plan = make_plan(model, ExportConfig(dtype="int4"), None, examples)
+    assert plan.rows["input_ids"].shape[1] == LENGTH
+    assert {batch["input_ids"].shape[1] for batch in plan.calibration["model"]} == {100}

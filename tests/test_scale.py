@@ -17,7 +17,7 @@ from tiny_wider import GATED
 
 from ffmerge.config import MergeConfig
 from ffmerge.models import codes
-from ffmerge.models.examples import from_arrays
+from ffmerge.models.examples import Examples, from_arrays
 from ffmerge.models.find import find
 from ffmerge.passes.weights import activations, cost
 from ffmerge.passes.weights.evidence import pairs_of
@@ -75,6 +75,20 @@ def test_rows_that_go_through_at_a_time_fit_the_memory(monkeypatch) -> None:
     for memory, rows in ((12 * 9 * width, 12), (12 * 9 * width - 1, 11), (1, 1)):
         monkeypatch.setattr(cost, "BATCH", memory)
         assert cost.rows_at_a_time(model, examples, 12, chosen) == rows
+
+
+def test_of_rows_that_differ_the_longest_has_to_fit(monkeypatch) -> None:
+    """One of nine tokens among those of four, which come first."""
+    model = gpt2(32, 64, 4)
+    lengths = {row: 9 if row == 7 else 4 for row in range(24)}
+
+    def take(rows):
+        return {"input_ids": np.ones((len(rows), max(lengths[row] for row in rows)), np.int64)}
+
+    examples = Examples(range(24), take, lengths)
+    assert next(examples.batches(4))["input_ids"].shape == (4, 4)
+    monkeypatch.setattr(cost, "BATCH", 3 * 9 * 4 * 3 * 4 * (2 * 32 + 2 * 64))
+    assert cost.rows_at_a_time(model, examples, 4, {"layers": find(model)}) == 3
 
 
 def test_a_table_is_quantized_by_rows_as_at_once(monkeypatch) -> None:
