@@ -29,7 +29,9 @@ BITS = {"int8": 8, **dict.fromkeys(FOUR_BITS, 4)}  # of those stored in blocks
 QUANTIZED = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 ROWS, IN_BLOCKS = "rows", "blocks"  # what has a range of its own in the products of int8
 CACHES = ("past", "present")  # how names of a cache begin, optimum's and others'
-SUMS = ("Add", "Max", *GUARDS, *int8.MOVES)  # between scores and their softmax, biases added
+# between a bias and the softmax whose scores it is added to: looked up, capped, scaled, masked
+TO_SCORES = ("Add", "Div", "Gather", "Max", "Mul", "Tanh", *GUARDS, *int8.MOVES)
+MASK_INPUT = 3  # of Attention, which adds it to its scores
 SCORES_OFF = 0.05  # so much a score may be off: e^0.05 of a probability
 OPSET = 13  # from which DequantizeLinear has a scale per channel
 
@@ -226,6 +228,8 @@ def _matrix(weight: ir.Value, block: int | None) -> Matrix | str:
     shape = shape_of(weight.const_value)
     if len(shape) != 2:
         return "it is not a matrix"
+    if _is_scored(weight):
+        return "a softmax reads its sums"
     matrix = matrix_of(weight)
     if block is None or isinstance(matrix, str) or not matrix.lookups:
         return matrix
@@ -299,4 +303,7 @@ def _stays_float(item: Stored, main: ir.Graph) -> str | None:
 
 def _is_scored(value: ir.Value) -> bool:
     """Say whether what a value is added to goes to a softmax, as that which attention prefers."""
-    return any(is_op(node, "Softmax") for node, _ in _uses(value, SUMS))
+    for node, index in _uses(value, TO_SCORES):
+        if is_op(node, "Softmax") or (is_op(node, "Attention") and index == MASK_INPUT):
+            return True
+    return False
