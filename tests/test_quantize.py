@@ -115,6 +115,26 @@ def test_position_embeddings_that_are_cut_and_resized_are_8_bits(precision: str)
     assert relative(got, expected) < most < relative(whole, expected)  # measured 3.9e-3
 
 
+QUERIES = """(float[3,256] x) => (float[1,8,3] y) {
+    n = LayerNormalization(W, g) t = Transpose<perm = [1, 0]>(x) y = MatMul(n, t) }"""
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_queries_that_only_pass_a_norm_are_8_bits(precision: str) -> None:
+    """As what is foretold of all that is no vector; by hand: each has a scale."""
+    queries, x = normal(1, 8, 256), normal(3, 256, seed=1)
+    scales = np.abs(queries).max(-1, keepdims=True) / 127
+    kept = (np.rint(queries / scales) * scales).astype(np.float64)
+    normed = kept - kept.mean(-1, keepdims=True)
+    normed /= np.sqrt((normed**2).mean(-1, keepdims=True) + 1e-5)
+    result = lower(build(QUERIES, W=queries, g=np.ones(256, "f")), precision)
+    (skip,) = [skip for skip in result.skipped if skip.name == "W"]
+    assert skip.reason.startswith("INT8, through one DequantizeLinear")
+    assert array(result.model, "W").dtype == np.int8
+    (got,) = run(result.model, x=x)
+    assert relative(got, normed @ x.T) < 1e-5  # measured 1e-7
+
+
 BIAS = "(float[64,64] x) => (float[64,64] y) {{ h = Add(x, W) {} }}"
 LEAST = "least = Constant<value_float = -3.0e38>() m = Max(h, least) c = Cast<to=1>(m)"
 CAP = "cap = Constant<value_float = 50.0>() d = Div(h, cap) t = Tanh(d) c = Mul(t, cap)"

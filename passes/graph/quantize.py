@@ -241,14 +241,17 @@ def _matrix(weight: ir.Value, block: int | None) -> Matrix | str:
 
 
 def _is_weight(value: ir.Value) -> bool:
-    """Say whether a product, a convolution or a lookup reads a value, or a sum does a matrix."""
+    """Say whether a product, a convolution or a lookup reads a value; of a matrix, a sum or a norm.
+
+    Learned queries that only pass a norm are as position embeddings, which are added.
+    """
     matrix = value.const_value is not None and not is_vector(shape_of(value.const_value))
     for node, index in _uses(value):
         if is_op(node, "MatMul", "Gemm", "Conv") and index < 2:
             return True
         if is_op(node, "Gather") and index == 0:
             return True
-        if is_op(node, "Add") and matrix:
+        if matrix and (is_op(node, "Add") or (is_op(node, "LayerNormalization") and index == 0)):
             return True
     return False
 

@@ -62,9 +62,9 @@ def rounded(model: nn.Module, dtype: str) -> Iterator[None]:
     constants = {id(buffer) for buffer in model.buffers()}
     with ExitStack() as stack:
         for module in model.modules():
-            if isinstance(module, nn.MultiheadAttention):
+            if isinstance(module, nn.MultiheadAttention) or _is_router(module):
                 if dtype in BITS:
-                    rows = module.out_proj in by_rows
+                    rows = getattr(module, "out_proj", module) in by_rows
                     stack.enter_context(_rounding_inside(module, dtype, rows))
                 continue
             names = ["weight"]
@@ -83,7 +83,7 @@ def rounded(model: nn.Module, dtype: str) -> Iterator[None]:
 
 @contextmanager
 def _rounding_inside(module: nn.MultiheadAttention, dtype: str, by_rows: bool) -> Iterator[None]:
-    """Round what PyTorch's attention multiplies: its maps are no modules that are called."""
+    """Round what PyTorch's attention, or a router, multiplies: their maps are not called."""
     running: list[ExitStack] = []
 
     def before(*_: Any) -> None:
@@ -154,8 +154,17 @@ def _by_rows(model: nn.Module, dtype: str) -> set[nn.Module]:
 
 def _maps(model: nn.Module) -> set[Any]:
     """Return the maps whose weights are large enough to be fewer bits."""
-    found = {module for module in model.modules() if isinstance(module, PRODUCTS)}
+    found = set()
+    for module in model.modules():
+        if isinstance(module, PRODUCTS) or _is_router(module):
+            found.add(module)
     return {module for module in found if module.weight.numel() >= FLOOR}
+
+
+def _is_router(module: Any) -> bool:
+    """Say whether a module multiplies by a matrix of its own, as what chooses experts does."""
+    own = dict(module.named_parameters(recurse=False)).get("weight")
+    return own is not None and own.ndim == 2 and not isinstance(module, ROUNDED)
 
 
 def _weights_by_rows(module: Any, by_rows: Set[nn.Module]) -> list[Tensor]:
