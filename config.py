@@ -101,7 +101,7 @@ def parse_budget(text: str, whole: int) -> int:
     Raises:
         InputError: the text has no such form.
     """
-    number = r"(\d+(?:\.\d+)?)"
+    text, number = str(text), r"(\d+(?:\.\d+)?)"
     if match := re.fullmatch(rf"(-?){number}%", text):
         percent = float(match[2])
         if match[1]:
@@ -374,8 +374,8 @@ class ExportConfig:
 
     ``example`` is an ``.npz`` with a row or more of every input by name, where the inputs cannot be
     derived, or of the sizes that a graph for an NPU is to have. ``profile`` is one of
-    :data:`ffmerge.profiles.PROFILES`, or several with commas between them. ``dtype`` is one of
-    :data:`DTYPES`, or several with commas between them, None: the profile's own; ``ort`` and
+    :data:`ffmerge.profiles.PROFILES`, or several, also with commas between them. ``dtype`` is one
+    of :data:`DTYPES`, or several in the same way, None: the profile's own; ``ort`` and
     ``prepack`` add the graphs in ONNX Runtime's format, and with packed weights. ``layout`` is one
     of :data:`LAYOUTS`: optimum's has all its graphs and one data file for them, that of
     transformers.js only the graphs that it loads, each with its weights, in several precisions.
@@ -387,7 +387,7 @@ class ExportConfig:
         "A row or more of every input as .npz, for a model whose inputs cannot be derived, or for "
         "an NPU of the sizes that it is to have.",
     )
-    profile: str = option(
+    profile: str | Sequence[str] = option(
         "portable",
         f"{PROFILE_HELP} Several share one data file: cpu,portable.",
         "--for",
@@ -400,7 +400,7 @@ class ExportConfig:
         f"ONNX operator set, {OPSETS[0]} to {OPSETS[-1]}; {PLAIN_OPSET} if not given, "
         f"{FUSED_OPSET} for a provider, {WIDE_OPSET} for npu.",
     )
-    dtype: str | None = option(
+    dtype: str | Sequence[str] | None = option(
         None,
         "Precision of the weights, or several in one folder: fp32,q8,q4f16. int8-static needs "
         "--data, int4 and q4f16 are better with it. fp32 if not given, for npu int8-static.",
@@ -489,7 +489,7 @@ class ExportConfig:
     @property
     def profiles(self) -> tuple[str, ...]:
         """What there are graphs for; those of the first are what is loaded."""
-        return tuple(name.strip() for name in self.profile.split(","))
+        return _names(self.profile)
 
     @property
     def dtypes(self) -> tuple[str, ...]:
@@ -497,7 +497,7 @@ class ExportConfig:
         asked = self.dtype
         if asked is None:
             asked = profile_of(self.profiles[0]).dtype
-        return tuple(SHORT.get(name.strip(), name.strip()) for name in asked.split(","))
+        return tuple(SHORT.get(name, name) for name in _names(asked))
 
     @property
     def file_layout(self) -> str:
@@ -622,6 +622,13 @@ def check_dtype(dtype: str) -> None:
     """Raise InputError unless a package can have this precision."""
     if dtype not in DTYPES:
         raise InputError(f"no dtype {dtype!r}: there is {', '.join(DTYPES)}.")
+
+
+def _names(given: str | Sequence[str]) -> tuple[str, ...]:
+    """Return names that are given one by one, or with commas between them."""
+    if not isinstance(given, str):
+        given = ",".join(given)
+    return tuple(name.strip() for name in given.split(","))
 
 
 def _named(names: tuple[str, ...]) -> str:

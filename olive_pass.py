@@ -67,6 +67,8 @@ class FfmergeExport(Pass):
         given = {name: getattr(config, name) for name in self._default_config(None)}
         data = DataConfig(**_of(DataConfig, given))
         export = ExportConfig(**_of(ExportConfig, {**given, "budget": None}))
+        if len(export.profiles) * len(export.dtypes) > 1:
+            raise InputError("a pass gives Olive one model: give one profile and one dtype.")
         out = _free(output_model_path)
         source = str(model.model_name_or_path)
         with TemporaryDirectory(dir=out.parent) as there:

@@ -64,7 +64,7 @@ def profile_of(name: str) -> Profile:
     Raises:
         InputError: there is none.
     """
-    if name not in PROFILES:
+    if name not in tuple(PROFILES):  # a list has no hash
         raise InputError(f"no profile {name!r}: there is {', '.join(PROFILES)}.")
     return PROFILES[name]
 

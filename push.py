@@ -42,6 +42,7 @@ def push(folder: Path, repository: str, private: bool = False, token: str | None
     manifest = Manifest.read(folder)
     manifest.check_files(folder)
     names = [file.path for file in manifest.files]
+    made_for = f"{', '.join(manifest.dtypes)} for {', '.join(manifest.profiles)}"
     names += [name for name in (NAME, VALIDATION, REPORT) if (folder / name).is_file()]
     try:
         api = HfApi(token=token)
@@ -50,7 +51,7 @@ def push(folder: Path, repository: str, private: bool = False, token: str | None
             repo_id=made.repo_id,
             folder_path=folder,
             allow_patterns=[glob.escape(name) for name in names],
-            commit_message=f"{manifest.model_type} in {', '.join(manifest.dtypes)}, by ffmerge",
+            commit_message=f"{manifest.model_type} in {made_for}, by ffmerge",
         )
     except Exception as error:  # the hub client's errors have no common head across its releases
         raise InputError(

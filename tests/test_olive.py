@@ -14,6 +14,7 @@ import onnx
 import pytest
 import yaml
 
+from ffmerge.errors import InputError
 from ffmerge.models import digits
 from ffmerge.models.manifest import Manifest
 
@@ -88,6 +89,16 @@ def test_a_model_of_several_graphs_is_a_composite(
     made = _run(passes, "FfmergeExport", tmp_path / "out", whole)
     assert made.names == ["encoder_model", "decoder"]
     assert [part.onnx_file_name for part in made.models] == [graph.path for graph in graphs]
+
+
+@pytest.mark.parametrize("given", [{"profile": "cpu,portable"}, {"dtype": "fp32,q8"}])
+def test_graphs_that_no_handler_would_name_are_refused(
+    passes: Any, tmp_path: Path, given: dict[str, str]
+) -> None:
+    whole = SimpleNamespace(model_name_or_path=str(MODEL))
+    with pytest.raises(InputError, match="give one profile and one dtype"):
+        _run(passes, "FfmergeExport", tmp_path / "out", whole, **given)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_recipe_names_passes_and_options_that_there_are(passes: Any) -> None:

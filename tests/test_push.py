@@ -17,7 +17,7 @@ from graphs import normal
 from huggingface_hub import constants
 from packages import linear_package
 
-from ffmerge.models.manifest import FileRecord, Manifest
+from ffmerge.models.manifest import FileRecord, Manifest, Variant
 
 COMMIT = "a" * 40
 
@@ -27,6 +27,7 @@ class Hub(BaseHTTPRequestHandler):
 
     sent: dict[str, bytes]
     calls: list[tuple[str, str | None]]
+    summary: str
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -46,6 +47,8 @@ class Hub(BaseHTTPRequestHandler):
             return self._answer(200, {"files": files})
         for line in body.splitlines():
             each = json.loads(line)
+            if each["key"] == "header":
+                Hub.summary = each["value"]["summary"]
             if each["key"] == "file":
                 value = each["value"]
                 self.sent[value["path"]] = base64.b64decode(value["content"])
@@ -111,6 +114,16 @@ def test_a_name_is_no_pattern(hub: type[Hub], package: Path, run: Any) -> None:
     code, _, err = run("push", package, "org/name", "--token", "hf_x", "--json")
     assert code == 0, err
     assert "odd[1].txt" in hub.sent and "odd1.txt" not in hub.sent
+
+
+def test_the_commit_names_what_the_package_is_for(hub: type[Hub], package: Path, run: Any) -> None:
+    manifest = Manifest.read(package)
+    path = manifest.graphs[0].path
+    other = Variant("portable", path, True, path)
+    replace(manifest, profile="cpu", variants=(other,)).write(package)
+    code, _, err = run("push", package, "org/name", "--token", "hf_x", "--json")
+    assert code == 0, err
+    assert hub.summary == f"{manifest.model_type} in fp32 for cpu, portable, by ffmerge"
 
 
 def test_a_package_that_is_not_whole_stays_here(hub: type[Hub], package: Path, run: Any) -> None:

@@ -132,7 +132,7 @@ def test_queries_that_only_pass_a_norm_are_8_bits(precision: str) -> None:
     assert skip.reason.startswith("INT8, through one DequantizeLinear")
     assert array(result.model, "W").dtype == np.int8
     (got,) = run(result.model, x=x)
-    assert relative(got, normed @ x.T) < 1e-5  # measured 1e-7
+    assert relative(got, normed @ x.T) < 1e-5  # measured 7e-7
 
 
 BIAS = "(float[64,64] x) => (float[64,64] y) {{ h = Add(x, W) {} }}"

@@ -349,6 +349,15 @@ def test_blanks_around_a_name_are_none_of_it() -> None:
     assert ExportConfig(profile="cpu , portable").profiles == ("cpu", "portable")
 
 
+def test_python_takes_them_as_the_command_does() -> None:
+    for names in (["cpu", "portable"], ("cpu", "portable"), ["cpu,portable"]):
+        assert ExportConfig(profile=names).profiles == ("cpu", "portable")
+    assert ExportConfig(dtype=["fp32", "q8"]).dtypes == ("fp32", "int8")
+    for none in ({"profile": []}, {"dtype": ()}, {"dtype": "int4", "budget": 6_000_000}):
+        with pytest.raises(InputError):
+            ExportConfig(**none)
+
+
 def test_the_command_takes_them_in_one_word_or_in_several(tmp_path: Path) -> None:
     tiny.bert(layers=1).save_pretrained(tmp_path / "model")
     run, model, found = CliRunner().invoke, str(tmp_path / "model"), []

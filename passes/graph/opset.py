@@ -25,7 +25,7 @@ def to_opset(model: ir.Model, target: int) -> ir.Model:
     of the result exists at ``target``; the converter alone does not promise that.
 
     Raises:
-        InputError: ``target`` is not known, or an operator has no equivalent there.
+        InputError: ``target`` is not known, or an operator or a form of it is not there.
     """
     current, known = model.opset_imports.get("", 0), onnx.defs.onnx_opset_version()
     if not OLDEST <= target <= known:
@@ -34,7 +34,8 @@ def to_opset(model: ir.Model, target: int) -> ir.Model:
         return model
     make_constant(model)
     inline(model)
-    refusal = f"the model cannot go from opset {current} to {target}"
+    _check_operators(model, target)
+    refusal = f"the model has no form in opset {target}"
     # The converter finds the axes of a reduction in an initializer, not in every Constant.
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     nodes = ir.traversal.RecursiveGraphIterator(model.graph)
@@ -48,6 +49,24 @@ def to_opset(model: ir.Model, target: int) -> ir.Model:
     _describe(converted.graph, model.graph)
     converted.ir_version = max(model.ir_version, _least_ir_version(converted))
     return converted
+
+
+def _check_operators(model: ir.Model, target: int) -> None:
+    """Raise InputError where an operator came with a later opset than ``target``."""
+    came: dict[str, int] = {}
+    schemas = onnx.defs.get_all_schemas_with_history()
+    for schema in sorted(schemas, key=lambda schema: schema.since_version):
+        if schema.domain == "":
+            came.setdefault(schema.name, schema.since_version)
+    first, newest = target, ""
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        if is_op(node, node.op_type) and came.get(node.op_type, 0) > first:
+            first, newest = came[node.op_type], node.op_type
+    if newest:
+        raise InputError(
+            f"opset {target} has no {newest}, which came with opset {first}: give that or a later "
+            "one."
+        )
 
 
 def _converted(model: ir.Model, target: int, refusal: str) -> ir.Model:
@@ -74,10 +93,7 @@ def _least_ir_version(model: ir.Model) -> int:
 def _unknown(node: ir.Node, opset: int) -> str | None:
     """Return what of a node does not exist at an opset, or None."""
     where = f"{node.op_type} node {node.name}"
-    try:
-        schema = onnx.defs.get_schema(node.op_type, opset, "")
-    except onnx.defs.SchemaError:
-        return f"{where} has no equivalent"
+    schema = onnx.defs.get_schema(node.op_type, opset, "")
     strange = [name for name in node.attributes if name not in schema.attributes]
     if strange or schema.deprecated or len(node.inputs) > schema.max_input:
         return f"{where} has {strange or 'a form'} that it has not there"
