@@ -147,8 +147,8 @@ def package_table(package: Any, blind: bool = False) -> Table:
     if package.defaults:
         rows.append(("no inputs, at their default", ", ".join(package.defaults)))
     for skip in manifest.skipped:
-        if skip.name == "attention":  # of --for cpu: what is slower for it
-            rows.append((skip.name, skip.reason))
+        if skip.name in SLOWER:
+            rows.append((SLOWER[skip.name], skip.reason))
     for path, cost in package.costs.items():
         text = f"{_size(cost['bytes'])} on disk, {_size(cost['rss_bytes'])} resident"
         text += f", {_size(cost['anonymous_bytes'])} anonymous, {cost['load_s']:.2f} s load"
@@ -167,6 +167,8 @@ def _size(count: int | None) -> str:
     return size_text(count)
 
 
+# of --for cpu: what is slower for its reason
+SLOWER = {"attention": "attention", "genai": "onnxruntime-genai"}
 WITHOUT_DATA = (
     "with --data it loses about a third: 1 - cosine 0.009 for 0.031 of a sentence encoder"
 )

@@ -164,10 +164,12 @@ def _share_buffers(model: ir.Model, length: int) -> None:
     model.opset_imports[MICROSOFT] = 1
     RemoveUnusedNodesPass()(model)
     for value in graph.inputs:
-        used = value.uses()
-        if kv_cache.is_past(str(value.name)) and (
-            not used or any(use.node.op_type != "GroupQueryAttention" for use in used)
-        ):
+        if not kv_cache.is_past(str(value.name)):
+            continue
+        readers = {node.op_type for node, _ in value.uses()}
+        if readers == {"Cast"}:
+            raise _Plain("keys and values come in float32, and are read in float16")
+        if readers != {"GroupQueryAttention"}:
             raise _Plain("the past is read elsewhere, too")
     _one_row(graph)
 

@@ -209,10 +209,10 @@ def _write_variants(
 
 def _write_genai(folder: Path, plan: Plan, records: Sequence[GraphRecord]) -> tuple[Skip, ...]:
     """Write what onnxruntime-genai needs beside a decoder for the CPU; return what is left out."""
-    if plan.config.file_layout != "optimum" or len(records) > 1:
+    if len(records) > 1 or not kv_cache.keeps_cache(records[0].outputs):
         return ()
-    if not kv_cache.keeps_cache(records[0].outputs):
-        return ()
+    if plan.config.file_layout != "optimum":
+        return (Skip("genai", "it runs packages of one precision, in the layout of optimum"),)
     skip = write_genai(folder, records[0], plan.model, plan.dtype)
     return (skip,) if skip else ()
 

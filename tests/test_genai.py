@@ -22,6 +22,7 @@ from ffmerge.exporter.genai import CONFIG, GRAPH, _Plain, _window
 from ffmerge.exporter.package import export
 from ffmerge.passes.graph import resident
 from ffmerge.passes.graph.audit import audit
+from ffmerge.tables import package_table
 
 FAST = ("Qwen3", "Mistral")  # they write unlike ids
 PROMPT, NEW = [5, 6, 7, 8, 9, 10, 11, 12, 13], 12
@@ -150,6 +151,24 @@ def test_in_less_bits_it_reads_the_same_data_file(tmp_path: Path) -> None:
         for each in (one, other)
     ]  # fmt: skip
     assert held[0] == held[1] == {"model.onnx_data"}
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"dtype": "fp16"}, "its cache grows by copies: keys and values come in float32"),
+        ({"dtype": "fp32,q8"}, "it runs packages of one precision"),
+    ],
+)
+def test_where_it_is_slower_or_not_there_is_told(
+    given: dict[str, str], reason: str, tmp_path: Path
+) -> None:
+    _, package = packed("Llama", tmp_path, **given)
+    assert not list(package.path.rglob(GRAPH))
+    (told,) = [skip.reason for skip in package.manifest.skipped if skip.name == "genai"]
+    assert told.startswith(reason)
+    names, values = ([*map(str, column.cells)] for column in package_table(package).columns)
+    assert values[names.index("onnxruntime-genai")] == told
 
 
 def test_a_tied_head_is_in_memory_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
