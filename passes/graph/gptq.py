@@ -5,7 +5,8 @@ the graph's inputs. What a rounded weight does wrong is measured by its Hessian,
 it is multiplied by (:func:`hessians`), and mixed by attention (``attention.py``). A tied weight has
 one for all its products: their sum.
 Columns are rounded one after the other, and those left over make up for what the ones before do
-wrong (:func:`gptq_codes`). Weights go front to back, some at a time: inputs of these are those of
+wrong; then each code and scale is chosen again, until little is left to win (:func:`gptq_codes`).
+Weights go front to back, some at a time: inputs of these are those of
 the graph with all weights before them rounded already (``walk.py``).
 """
 
@@ -39,6 +40,7 @@ DAMPING = 0.01  # of the mean of a Hessian's diagonal
 PARTS = 16  # of a graph: each is loaded twice, and what is in memory for one is that much less
 MEMORY = 1 << 28  # bytes of the Hessians of a part, or those of one weight if that is more
 ROWS = 8192  # of a weight that are rounded at a time
+SWEEPS = 4  # of descent: 0.74 to 0.91 of the error of trained weights is left, 0.73 to 0.90 by 16
 
 
 @dataclass(frozen=True)
@@ -229,22 +231,26 @@ def gptq_codes(values: Array, hessian: Array, form: Form) -> Blocks:
     """Return a matrix [rows, width] in blocks.
 
     ``hessian`` [width, width] is that of the inputs. The scale of a block is the one with the
-    least error, weighted with the Hessian's diagonal, when the blocks before it are rounded.
+    least error, weighted with the Hessian's diagonal, when the blocks before it are rounded. All
+    codes and scales are then chosen again, some times (:func:`_descend_`).
     """
     rows, width = values.shape
     codes = np.empty((rows, -(-width // form.block), form.block), np.uint8)
     scales = np.empty(codes.shape[:2], np.float32)
     zeros = np.empty(codes.shape[:2], np.uint8)
-    root, weights = _inverse_root(hessian), hessian.diagonal().astype(np.float32)
+    damped = _damped(hessian)
+    root, weights = _inverse_root(damped), hessian.diagonal().astype(np.float32)
+    exact = damped.astype(np.float32)
     for start in range(0, rows, ROWS):
         some = slice(start, start + ROWS)
-        codes[some], scales[some], zeros[some] = _codes_of_rows(values[some], root, weights, form)
+        made = _codes_of_rows(values[some], root, weights, form)
+        for _ in range(SWEEPS):
+            _descend_(made, values[some], exact, form.bits)
+        codes[some], scales[some], zeros[some] = made
     return Blocks(codes, scales, zeros)
 
 
-def _codes_of_rows(
-    values: Array, root: Array, weights: Array, form: Form
-) -> tuple[Array, Array, Array]:
+def _codes_of_rows(values: Array, root: Array, weights: Array, form: Form) -> Blocks:
     left = np.array(values.T, np.float32, order="C")  # [width, rows], what is still to be rounded
     width, rows = left.shape
     most, block = 2**form.bits - 1, form.block
@@ -267,17 +273,46 @@ def _codes_of_rows(
         left[end:] -= root[start:end, end:].T @ errors
         scales.append(scale)
         zeros.append(zero)
-    return codes.T.reshape(rows, -1, block), np.stack(scales, 1), np.stack(zeros, 1)
+    return Blocks(codes.T.reshape(rows, -1, block), np.stack(scales, 1), np.stack(zeros, 1))
 
 
-def _inverse_root(hessian: Array) -> Array:
+def _descend_(made: Blocks, values: Array, hessian: Array, bits: int) -> None:
+    """Choose every code, and every scale, again: the best one while all others stay as they are.
+
+    So the error grows by none: coordinate descent (QuantEase, arXiv 2309.01885), a block of columns
+    at a time. GPTQ chose the first ones before it was known what those behind them round to.
+    """
+    off = np.array((values - made.values(values.shape[1])).T, np.float32, order="C")
+    block = made.codes.shape[2]
+    for number, start in enumerate(range(0, len(off), block)):
+        some = slice(start, min(start + block, len(off)))
+        near, pull = hessian[some, some], hessian[some] @ off
+        codes = made.codes[:, number].T[: len(pull)].astype(np.float32)
+        scale, zero = made.scales[:, number], made.zeros[:, number].astype(np.float32)
+        divisor = np.where(scale == 0, 1, scale)
+        for index, code in enumerate(codes):
+            wanted = code + pull[index] / (near[index, index] * divisor)
+            whole = np.clip(np.rint(wanted), 0, 2**bits - 1)
+            pull -= np.outer(near[:, index], (whole - code) * scale)
+            codes[index] = whole
+        steps = codes - zero
+        curve = (steps * (near @ steps)).sum(0)
+        made.scales[:, number] += (steps * pull).sum(0) / np.where(curve == 0, 1, curve)
+        made.codes[:, number, : len(pull)] = codes.T
+        off[some] = values[:, some].T - steps * made.scales[:, number]
+
+
+def _damped(hessian: Array) -> Array:
+    mean = hessian.trace() / len(hessian)
+    return hessian + np.eye(len(hessian)) * (DAMPING * mean if mean > 0 else 1.0)
+
+
+def _inverse_root(damped: Array) -> Array:
     """Return the upper triangular U with ``U^T U`` the inverse of the damped Hessian."""
     from scipy.linalg import cholesky, lapack
 
     # of the rows and columns in reverse L L^T is the Hessian: then L^-1, reversed, is upper, is U
-    damped = np.array(hessian[::-1, ::-1], np.float64, order="F")
-    mean = damped.trace() / len(damped)
-    damped[np.diag_indices_from(damped)] += DAMPING * mean if mean > 0 else 1.0
-    factor = cholesky(damped, lower=True, overwrite_a=True, check_finite=False)
+    turned = np.array(damped[::-1, ::-1], np.float64, order="F")
+    factor = cholesky(turned, lower=True, overwrite_a=True, check_finite=False)
     inverse, _ = lapack.dtrtri(factor, lower=True, overwrite_c=True)
     return np.ascontiguousarray(inverse[::-1, ::-1], np.float32)
