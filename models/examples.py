@@ -4,12 +4,13 @@
 runtime tests read them in batches of numpy arrays. Nothing here needs torch.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ffmerge.errors import InputError
+from ffmerge.errors import FfmergeWarning, InputError
 from ffmerge.models.probe import Array
 
 
@@ -61,7 +62,17 @@ class Examples:
         return self.of([max(self.rows, key=self.lengths.__getitem__)])
 
     def halves(self) -> tuple["Examples", "Examples"]:
-        """Return the rows at even and at odd places; twice the same row if there is only one."""
+        """Return the rows at even and at odd places; twice the same row if there is only one.
+
+        That is warned of: what is fitted to a row says of the same row that nothing was lost.
+        """
+        if len(self.rows) == 1:
+            warnings.warn(
+                "the data has one row: it is fitted to and measured on the same one, so figures "
+                "say nothing of other data: give more rows.",
+                FfmergeWarning,
+                stacklevel=2,
+            )
         return self.of(self.rows[::2]), self.of(self.rows[1::2] or self.rows)
 
 

@@ -105,6 +105,7 @@ def _measure_here(folder: Path, kind: str, provider: str, threads: int) -> Footp
     ]
     times = _timed(calls)
     first_ms, *warm = map(sum, times)
+    running, _ = growth(before, runtime.resident())
     profiles = [
         runtime.profile(folder / path, graph.outputs, given)
         for (path, graph), given in zip(served.items(), feeds, strict=True)
@@ -112,6 +113,7 @@ def _measure_here(folder: Path, kind: str, provider: str, threads: int) -> Footp
     return Footprint(
         rss_bytes=rss,
         anonymous_bytes=anonymous,
+        running_bytes=running,
         memory_reason=silent,
         load_s=load_s,
         first_ms=first_ms,
@@ -119,10 +121,20 @@ def _measure_here(folder: Path, kind: str, provider: str, threads: int) -> Footp
         p95_ms=float(np.percentile(warm, 95)),
         tokens_per_s=_tokens_per_s(feeds, times),
         runs=len(warm),
+        given="; ".join(map(_sizes, feeds)),
         threads=threads,
         device=sessions[0].device,
         placement=Placement.total(profiles),
     )
+
+
+def _sizes(given: Mapping[str, Any]) -> str:
+    """Return in words the sizes of the first input of a graph, and of the past if it takes one."""
+    past = [name for name in given if is_past(name)]
+    told = []
+    for name in [*list(given)[:1], *past[:1]]:
+        told.append(" x ".join([f"{name} {len(given[name])}", *map(str, given[name].shape[1:])]))
+    return ", ".join(told)
 
 
 def _tokens_per_s(

@@ -150,17 +150,20 @@ class MetricRow:
 
 @dataclass(frozen=True)
 class Footprint:
-    """What the sessions of a package cost, one run of each at batch 1.
+    """What the sessions of a package cost, one run of each at batch 1, of the sizes ``given``.
 
     A graph that generates makes one token; ``tokens_per_s`` counts those that a graph with a
     cache makes after a few others, and is None where there is none. The bytes are what creating
     the sessions added to the process: all resident memory, and its anonymous part (a weight that
-    stays in the mapped file is resident, not anonymous). They are None where the system does not
-    tell, and ``memory_reason`` says so. ``placement`` is where the nodes ran, over all the graphs.
+    stays in the mapped file is resident, not anonymous); ``running_bytes`` are all that is resident
+    more once the timed runs have read their weights and made their values. They are None where the
+    system does not tell, and ``memory_reason`` says so. ``placement`` is where the nodes ran, over
+    all the graphs.
     """
 
     rss_bytes: int | None
     anonymous_bytes: int | None
+    running_bytes: int | None
     memory_reason: str | None
     load_s: float
     first_ms: float
@@ -168,6 +171,7 @@ class Footprint:
     p95_ms: float
     tokens_per_s: float | None
     runs: int
+    given: str
     threads: int
     device: str
     placement: Placement | None
@@ -184,7 +188,8 @@ class Footprint:
 class Sharing:
     """Of the bytes that a package has less than the one it came from, those gone from memory.
 
-    ``fraction`` is ``resident_saved`` over ``bytes_removed``; both None where memory is not told.
+    ``fraction`` is ``resident_saved`` over ``bytes_removed``; both None where memory is not told,
+    and the fraction where one has fewer bits than the other: then it is no matter of sharing.
     """
 
     against: str
@@ -272,9 +277,10 @@ class ProviderResult:
         told: str | None = "the engine has no other device, or does not tell"
         if held is not None:
             told = None
-        memory = _measured(cost, "rss_bytes", "anonymous_bytes", "memory_reason", "file_bytes")
+        memory = _measured(cost, "rss_bytes", "anonymous_bytes", "running_bytes", "memory_reason")
+        memory |= _measured(cost, "file_bytes")
         memory |= {"device_bytes": held, "device_reason": told}
-        times = _measured(cost, "first_ms", "median_ms", "p95_ms", "runs")
+        times = _measured(cost, "first_ms", "median_ms", "p95_ms", "runs", "given")
         found["memory"] = {key.removeprefix("memory_"): value for key, value in memory.items()}
         found["latency_ms"] = {key.removesuffix("_ms"): value for key, value in times.items()}
         return found | _measured(cost, "tokens_per_s", "load_s", "threads", "placement")
@@ -358,7 +364,6 @@ class Validation:
                 "package": {
                     "bytes_total": sum(file.bytes for file in manifest.files),
                     "bytes_model": model_bytes(manifest),
-                    "initializer_bytes": manifest.bytes_total,
                     "initializer_bytes_unique": manifest.bytes_unique,
                     "parameters": manifest.parameters,
                     "dtype": ",".join(manifest.dtypes),
@@ -428,7 +433,10 @@ def sharing(before: Validation, after: Validation) -> Sharing | None:
     first, last = (getattr(each.footprint, "rss_bytes", None) for each in (before, after))
     if first is None or last is None:
         return Sharing(before.label, removed, None, None)
-    return Sharing(before.label, removed, first - last, (first - last) / removed)
+    fraction: float | None = None
+    if before.manifest.dtype == after.manifest.dtype:
+        fraction = (first - last) / removed
+    return Sharing(before.label, removed, first - last, fraction)
 
 
 def model_bytes(manifest: Manifest, kind: str | None = None) -> int:

@@ -36,18 +36,22 @@ _RUNTIMES = ("runtime", "memory", "load", "first run", "median", "holds")
 MOST_TIMES = 100  # of its own rounding that a model in float32 is off, at most
 Cost = tuple[str, str, Callable[[Any], str], str]  # name, key of the summary, how to show it, note
 
-_MEASURED = ("rss_bytes", "anonymous_bytes", "load_s", "median_ms", "p95_ms", "tokens_per_s")
+_MEASURED = (
+    *("rss_bytes", "anonymous_bytes", "running_bytes"),
+    *("load_s", "median_ms", "p95_ms", "tokens_per_s", "given", "threads"),
+)
 _SIZES: tuple[Cost, ...] = (
     ("Size on disk", "bytes_on_disk", size_text, "graph and weights"),
     ("Parameters", "parameters", "{:,}".format, "each shared one counted once"),
     ("Memory", "rss_bytes", size_text, "resident, added by loading"),
     ("Memory, anonymous", "anonymous_bytes", size_text, "the part no file backs"),
     ("Memory, of files", "file_bytes", size_text, "the part that can be read again"),
+    ("Memory, running", "running_bytes", size_text, "resident after the runs, {run}"),
 )
 _TIMES: tuple[Cost, ...] = (
     ("Load time", "load_s", lambda s: time_text(1e3 * s), "opening the session"),
-    ("Latency, median", "median_ms", time_text, "batch 1, after the first run"),
-    ("Latency, p95", "p95_ms", time_text, "batch 1, after the first run"),
+    ("Latency, median", "median_ms", time_text, "after the first run, {run}"),
+    ("Latency, p95", "p95_ms", time_text, "after the first run, {run}"),
     ("Tokens per second", "tokens_per_s", "{:,.1f}".format, "one sequence, with a cache"),
 )
 
@@ -148,6 +152,7 @@ def _cost_row(cost: Cost, old: Mapping[str, Any], new: Mapping[str, Any]) -> Row
     value, first = new[key], old.get(key)
     if value is None:
         return None
+    note = note.format(run=_run_text(new))
     if first is None:
         return Row(name, None, show(value), "", "", note, (None, value))
     change, verdict = "", ""
@@ -163,6 +168,14 @@ def _cost_row(cost: Cost, old: Mapping[str, Any], new: Mapping[str, Any]) -> Row
         elif noise > NOISE:
             change += ", noise"
     return Row(name, show(first), show(value), change, verdict, note, (first, value))
+
+
+def _run_text(found: Mapping[str, Any]) -> str:
+    """Return what one run was given, and how many threads it had."""
+    threads = f"{found['threads']} threads"
+    if found["threads"] == 1:
+        threads = "one thread"
+    return f"{found['given']}, {threads}"
 
 
 def _spread(found: Mapping[str, Any]) -> float:
@@ -314,10 +327,18 @@ def tables(validation: Validation) -> list[Table]:
         value = metric_text(row.name, row.value)
         data = f"{row.examples:,} of {row.data}"
         metrics.append((row.stage, row.by, row.name, value, data))
-    costs = [(row.name, row.after) for row in rows(None, validation)]
+    costs = []
+    for cost in rows(None, validation):
+        value = cost.after
+        if cost.before is not None:
+            value = f"{cost.before} to {cost.after}"
+        costs.append((f"{cost.name}\n{cost.note}", value))
     if kept := validation.sharing:
         costs.append((f"Bytes removed since {kept.against}", size_text(kept.bytes_removed)))
-        costs.append(("Sharing kept: of them gone from memory", fraction_text(kept.fraction)))
+        told = fraction_text(kept.fraction)
+        if kept.fraction is None and kept.resident_saved is not None:
+            told = "not told: one of the two has fewer bits"
+        costs.append(("Sharing kept: of them gone from memory", told))
     columns = ("greedy decoding", "ids that are PyTorch's", "ties", "verdict")
     found.append(("Generation", columns, _decoding_rows(validation)))
     found.append(("Metric", ("stage", "computed by", "metric", "value", "examples"), metrics))

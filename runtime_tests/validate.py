@@ -332,7 +332,7 @@ def _environment() -> dict[str, Any]:
         "numpy": np.__version__,
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
         "processor": _processor(),
-        "threads": os.cpu_count(),
+        "processors": os.cpu_count(),
     }
 
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import warnings
 from pathlib import Path
 
 import datasets
@@ -17,8 +18,9 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast, ViTImageProcessor
 
 from ffmerge.config import MergeConfig
-from ffmerge.errors import InputError
+from ffmerge.errors import FfmergeWarning, InputError
 from ffmerge.models import checkpoint, data
+from ffmerge.models.examples import from_arrays
 from ffmerge.passes.weights.merge import merge_
 
 
@@ -72,6 +74,16 @@ def test_arrays(tmp_path: Path) -> None:
         [0, 2, 4],
         [1, 3],
     ]
+
+
+def test_one_row_is_fitted_to_and_measured_on_with_a_warning() -> None:
+    rows = from_arrays({"x": np.ones((2, 3))})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rows.halves()
+    with pytest.warns(FfmergeWarning, match="one row: it is fitted to and measured on"):
+        fitted, measured = rows.of([0]).halves()
+    assert (fitted.rows, measured.rows) == ([0], [0])
 
 
 @pytest.mark.parametrize(

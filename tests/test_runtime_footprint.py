@@ -69,6 +69,36 @@ def test_memory_is_that_of_the_stored_weights(tmp_path: Path) -> None:
     assert COPY <= shared.rss_bytes <= 1.3 * COPY  # measured 1.005
     assert separate.rss_bytes - shared.rss_bytes >= 0.95 * COPY  # measured 1.002
     assert shared.anonymous_bytes <= shared.rss_bytes
+    assert (shared.given, shared.threads) == (f"x 1 x {WIDTH}", 1)
+
+
+@linux
+def test_memory_while_it_runs_holds_what_loading_did_not_read(tmp_path: Path) -> None:
+    """A weight that stays in its mapped file is in memory once a run has read it."""
+    table = {"table": np.ones(COPY // 4, np.float32)}
+    nodes = [helper.make_node("Mul", ["x", "table"], ["logits"])]
+    probe = Probe((InputSpec("x", "float32", ("batch_size", 1)),), CASES)
+    reference = {reference_key("model.onnx", 0, "logits"): np.zeros(1, np.float32)}
+    write_package(tmp_path / "mapped", nodes, table, reference, probe)
+    cost = measure_footprint(tmp_path / "mapped")
+    assert cost.rss_bytes is not None and cost.running_bytes is not None
+    assert cost.rss_bytes < 0.1 * COPY  # measured 0.005
+    assert cost.running_bytes - cost.rss_bytes >= COPY  # measured 2.06, the output with it
+
+
+def test_sharing_is_not_told_of_other_bits(tmp_path: Path) -> None:
+    two_products(tmp_path / "it", "second", 500)
+    before = Manifest.read(tmp_path / "it")
+    files = [replace(f, bytes=f.bytes // 4) for f in before.files]
+    cost = SimpleNamespace(rss_bytes=10)
+    found = []
+    for dtype in (before.dtype, "int8"):
+        after = replace(before, files=tuple(files), dtype=dtype)
+        both = [SimpleNamespace(manifest=m, footprint=cost, label="it") for m in (before, after)]
+        kept = sharing(*both)  # type: ignore[arg-type]
+        assert kept is not None and kept.resident_saved == 0
+        found.append(kept.fraction)
+    assert found == [0, None]
 
 
 @linux
