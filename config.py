@@ -283,12 +283,21 @@ class CompressConfig:
     size: str = option("25%", "What is shipped may weigh so much: 30MB, or 25% of float32.")
     task: str | None = option(None, "Task by its optimum name; inferred if not given.")
     batch_size: int = option(32, "Examples per forward pass.")
-    profile: str = option("portable", PROFILE_HELP, "--for", choices=PROFILES)
+    profile: str = option(
+        "portable",
+        PROFILE_HELP,
+        "--for",
+        choices=PROFILES,
+        typed=list[str] | None,
+        parse=lambda names: ",".join(names or ("portable",)),
+    )
     tune: int = option(0, TUNE_HELP, "--tune")
 
     def __post_init__(self) -> None:
         """Refuse a size that is none, and what is for nothing."""
         parse_budget(self.size, 1)
+        if "," in self.profile:
+            raise InputError("compress fits the graphs of one profile to a size: give one --for.")
         if profile_of(self.profile).fixed:
             raise InputError(
                 f"compress tries no precision for {self.profile}: give what it writes for another "

@@ -358,6 +358,15 @@ def test_python_takes_them_as_the_command_does() -> None:
             ExportConfig(**none)
 
 
+@pytest.mark.parametrize("given", [["--for=cpu,portable"], ["--for", "cpu", "--for", "portable"]])
+def test_compress_takes_one(given: list[str], tmp_path: Path) -> None:
+    """The last of several was taken, and not a word said."""
+    words = ["compress", str(tmp_path), str(tmp_path / "out"), "--data", str(tmp_path), *given]
+    refused = CliRunner().invoke(app, words)
+    assert isinstance(refused.exception, InputError)
+    assert "one profile" in str(refused.exception)
+
+
 def test_the_command_takes_them_in_one_word_or_in_several(tmp_path: Path) -> None:
     tiny.bert(layers=1).save_pretrained(tmp_path / "model")
     run, model, found = CliRunner().invoke, str(tmp_path / "model"), []
