@@ -254,6 +254,8 @@ class MergeConfig(CompareConfig):
     def __post_init__(self) -> None:
         """Refuse what contradicts itself."""
         super().__post_init__()
+        if isinstance(self.window, str):
+            object.__setattr__(self, "window", parse_windows([self.window]))
         if self.tune < 0 or (self.tune and (self.method != "narrow" or self.budget is None)):
             raise InputError("tune is a number of steps, of --method narrow and a --budget.")
         if sum(given is not None for given in (self.k, self.window, self.budget)) != 1:
@@ -432,6 +434,7 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         """Refuse what there is not."""
+        _take_paths(self, "example")
         if self.opset is not None and self.opset not in OPSETS:
             raise InputError(f"opset {self.opset} is not one of {OPSETS[0]} to {OPSETS[-1]}.")
         for dtype in self.dtypes:
@@ -556,6 +559,7 @@ class ShareConfig:
 
     def __post_init__(self) -> None:
         """Refuse a precision there is not, and data that would not be read."""
+        _take_paths(self, "data")
         if self.dtype is not None:
             check_dtype(self.dtype)
         check_block(self.block, self.dtype)
@@ -625,6 +629,18 @@ class ValidateConfig(ColumnsConfig):
         None, "The package before the merge: is what was removed gone from memory?"
     )
     threads: int = 1
+
+    def __post_init__(self) -> None:
+        """Take paths as Python has them."""
+        _take_paths(self, "similarity", "against")
+
+
+def _take_paths(config: Any, *names: str) -> None:
+    """Let fields that Python may give as text be paths, or none."""
+    for name in names:
+        value = getattr(config, name)
+        if isinstance(value, str):
+            object.__setattr__(config, name, Path(value))  # frozen for all others
 
 
 def check_dtype(dtype: str) -> None:

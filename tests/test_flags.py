@@ -12,7 +12,13 @@ from typer.testing import CliRunner
 
 import ffmerge.__main__ as command_line
 from ffmerge import config, flags
-from ffmerge.config import MergeConfig, RecoverConfig
+from ffmerge.config import (
+    ExportConfig,
+    MergeConfig,
+    RecoverConfig,
+    ShareConfig,
+    ValidateConfig,
+)
 from ffmerge.errors import InputError
 from ffmerge.flags import Result
 
@@ -162,3 +168,15 @@ def test_another_missing_module_is_no_refusal(monkeypatch: pytest.MonkeyPatch) -
     done = CliRunner().invoke(app, ["work"])
     assert isinstance(done.exception, InputError)
     assert "pip install 'ffmerge[torch]'" in str(done.exception)
+
+
+def test_python_may_give_text_for_paths_and_windows() -> None:
+    """As the command line does; what was text met ``.suffix`` or ``/`` before."""
+    assert ExportConfig(example="rows.npz").example == Path("rows.npz")
+    assert ShareConfig(dtype="int4", data="rows.npz").data == Path("rows.npz")
+    checked = ValidateConfig(similarity="similarity.json", against="before")
+    assert (checked.similarity, checked.against) == (Path("similarity.json"), Path("before"))
+    assert MergeConfig(window="1-3").window == (1, 3)
+    assert MergeConfig(window="encoder:1-3").window == {"encoder": (1, 3)}
+    with pytest.raises(InputError, match="not of the form FIRST-LAST"):
+        MergeConfig(window="few")
