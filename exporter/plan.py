@@ -97,7 +97,8 @@ def make_plan(model: Any, config: ExportConfig, source: Path | None, data: Data 
         planned = with_fixed_sizes(planned, found.tokenizer, example)
     if config.budget is not None:
         _check_budget(model, config.budget)
-    plan = Plan(model, task, config, source, planned, left_out(model, specs))
+    read = [spec for graph in planned for spec in graph.probe.inputs]  # a decoder has more
+    plan = Plan(model, task, config, source, planned, left_out(model, (*specs, *read)))
     if data is not None:
         return _with_rows(plan, as_examples(data, source or model.name_or_path, task))
     if rows:

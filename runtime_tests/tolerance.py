@@ -62,11 +62,12 @@ class Tolerance:
     def for_cache(self) -> "Tolerance":
         """Return the bounds on a cached key or value: it may be ``cache`` off in direction.
 
-        Its elements may be off as much more as the length of what it is off, which is the square
-        root of what its cosine lacks. Measured: 0.66 root mean squares, one element of 3,185 of
-        SmolLM2 at -20 % in int8, whose logits have PyTorch's first class everywhere.
+        Its elements may be off as much more as its cosine may lack. Measured on SmolLM2 in int8, 24
+        samples of 4 or 8 lines of text: the farthest element of its 60 outputs is off 0.4 to 2.7
+        root mean squares, at a cosine of 0.992 and more, and by the square root of that ratio, 1.1,
+        one sample in six failed for a single element.
         """
-        wider = ((1 - self.cache) / (1 - self.cosine)) ** 0.5
+        wider = (1 - self.cache) / (1 - self.cosine)
         return replace(self, cosine=self.cache, atol=self.atol * wider)
 
     def for_size(self, rms: float) -> "Tolerance":

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers as tf
 from architectures import ED, T5, B, I, S
+from tiny import gpt2
 
 import ffmerge
 from ffmerge.config import ExportConfig
@@ -181,6 +182,14 @@ def test_an_example_leaves_dynamic_what_a_rule_knows() -> None:
 def test_arguments_that_keep_their_default_are_told() -> None:
     model = model_of("BertForMaskedLM", "BertConfig", **TEXT)
     assert left_out(model, input_specs(model)) == ("position_ids",)
+
+
+def test_what_a_graph_reads_is_not_told_as_kept_at_its_default(tmp_path: Path) -> None:
+    """A decoder's graph reads positions, which its configuration alone does not tell."""
+    found = export(gpt2(layers=1), tmp_path / "package")
+    session = ort.InferenceSession(tmp_path / "package" / "model.onnx")
+    read = {each.name for each in session.get_inputs()}
+    assert "position_ids" in read and read.isdisjoint(found.defaults)
 
 
 def test_random_numbers_in_a_forward_pass_are_refused() -> None:
