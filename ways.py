@@ -121,15 +121,16 @@ def _narrowed(run: Run, dtype: str, kept: int, limit: int, folder: Path) -> Mapp
         batch_size=run.config.batch_size,
         tune=run.config.tune,
     )
-    model = run.open()
     try:
         merge, merged = merging.choose(
-            model, run.calibration, run.held_out, budget, run.show, run.costs
+            run.model, run.calibration, run.held_out, budget, run.show, run.costs
         )
     except InputError as error:
         announce(f"no neurons are taken out: {error}")
         return NONE
+    model = run.open()  # only now: a search holds one model
     merging.apply_(model, merge, merged)
+    del merged
     checkpoint.save(model, folder / "checkpoint", run.folder)
     model = checkpoint.load(folder / "checkpoint", run.trusted)
     removed = merge.record.narrowed[0].text
