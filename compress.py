@@ -41,7 +41,7 @@ from ffmerge.runtime_tests import report
 from ffmerge.runtime_tests.results import Validation, metric_row, stages
 from ffmerge.runtime_tests.validate import validate
 from ffmerge.steps import RESULT, Steps, call_of
-from ffmerge.ways import BESIDE, MIXED, Run, Way, export_config, ways_to
+from ffmerge.ways import BESIDE, MIXED, Run, Way, dtypes_for, export_config, ways_to
 
 NARROWED = 1.15  # what the graph of a narrowed model takes, of the original's: measured 1.11
 # Seconds of a step: so many times those of the data through the model once, and so many for tracing
@@ -191,11 +191,13 @@ def outline(
         taken = beside(shapes, run.folder)
     check_reach(shapes, run.limit, taken)
     room, found = run.limit - taken, [("measure the model as given", "", once, "")]
-    fits, aim = fitting(shapes, room), narrower(shapes, room)
+    dtypes = dtypes_for(config)
+    fits, aim = fitting(shapes, room, dtypes), narrower(shapes, room, dtypes)
     ways = ways_to(run, room, run.limit)
-    if "whole" in ways:
-        size = size_text(bytes_of(model, str(fits)) + taken)
-        found.append((f"measure {fits}", size, once, "whole"))
+    for name, dtype in (("whole", str(fits)), ("int8", "int8")):
+        if name in ways:
+            size = size_text(bytes_of(model, dtype) + taken)
+            found.append((f"measure {dtype}", size, once, name))
     if "mixed" in ways:
         cost = BITS_COST * once + TRACED
         found.append((f"export and measure {MIXED}", size_text(run.limit), cost, "mixed"))

@@ -24,17 +24,18 @@ from ffmerge.models.companions import companion_bytes
 from ffmerge.models.examples import Examples
 from ffmerge.models.manifest import REFERENCE, Manifest
 from ffmerge.models.record import kind_of
-from ffmerge.models.sizes import check_reach, fitting, narrower
+from ffmerge.models.sizes import DTYPES, ON_GPU, check_reach, fitting, narrower
 from ffmerge.models.ties import Unit
 from ffmerge.passes.weights import merge as merging
 from ffmerge.passes.weights.elimination import Matrix
 from ffmerge.passes.weights.evaluate import Score
 from ffmerge.passes.weights.precision import bytes_of, rounded, shapes_of
+from ffmerge.profiles import profile_of
 from ffmerge.progress import Progress, announce
 from ffmerge.serving import load_package
 
 MIXED = "2, 4 and 8 bits by data"
-PLAIN = ("fp32", "int8")  # where one of these fits, bits are not mixed
+PLAIN = ("fp32", "fp16", "int8")  # where one of these fits, bits are not mixed
 BESIDE = (REFERENCE, "README.md")  # what a runtime does not read
 NONE: Mapping[str, Any] = {"value": None}  # a way that does not lead there
 Make = Callable[[Path], Mapping[str, Any]]  # makes and measures a way, given its folder
@@ -79,12 +80,20 @@ def ways_to(run: Run, room: int, limit: int) -> dict[str, Make]:
     """
     shapes = shapes_of(run.model)
     check_reach(shapes, limit, limit - room)
-    fits, aim = fitting(shapes, room), narrower(shapes, room)
+    dtypes = dtypes_for(run.config)
+    fits, aim = fitting(shapes, room, dtypes), narrower(shapes, room, dtypes)
     found: dict[str, Make] = {}
     if fits not in PLAIN:
         found["mixed"] = partial(_mixed, run, fits, limit)
     elif fits is not None:
         found["whole"] = partial(_whole, run, fits)
+    if fits == "fp16":  # its bounds are tighter: int8 is shipped if it does not hold
+        found["int8"] = partial(_whole, run, "int8")
+    if fits == "int8" and fitting(shapes, room, ON_GPU) == "fp16":
+        announce(
+            "float16 fits as well and keeps more, but most processors are slower in it: "
+            "for it ffmerge export MODEL OUT --dtype fp16"
+        )
     if aim is not None and kind_of(run.model.config) == "narrowed":
         announce("the model is narrowed already: no more neurons are taken out of it")
     elif aim is not None:
@@ -92,6 +101,13 @@ def ways_to(run: Run, room: int, limit: int) -> dict[str, Make]:
         for number, kept in enumerate(tries, 1):
             found[f"narrowed-{number}"] = partial(_narrowed, run, dtype, kept, limit)
     return found
+
+
+def dtypes_for(config: CompressConfig) -> tuple[str, ...]:
+    """Return the precisions that are tried, the highest first: fp16 where a GPU is to run it."""
+    if profile_of(config.profile).half_cache:
+        return ON_GPU
+    return DTYPES
 
 
 def _whole(run: Run, dtype: str, folder: Path) -> Mapping[str, Any]:

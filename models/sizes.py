@@ -27,6 +27,8 @@ class ByRows(tuple[int, ...]):
 BITS = {"int8": 8, "int4": 4}  # of weights in blocks
 WIDER = (32, 64, 128)  # blocks of 4 bits that a package of mixed bits may have
 DTYPES = ("fp32", "int8", "int4")  # fp16 halves a package too, but is slower on most processors
+ON_GPU = ("fp32", "fp16", "int8", "int4")
+LOSSLESS = ("fp32", "fp16")  # what fits in one of these keeps more than anything that is narrowed
 MOST = 0.4  # of all parameters: more are not taken out
 # How much of what 4 bits in their widest blocks take is there at a second try, where that is worth
 # its time (docs/quality.md): few neurons go, and some weights have better forms than those; or many
@@ -76,15 +78,17 @@ def beside(shapes: Shapes, folder: Path) -> int:
     return companion_bytes(folder) + GRAPH * (len(shapes) + 10)
 
 
-def fitting(shapes: Shapes, room: int) -> str | None:
-    """Return the highest precision in which the weights take at most ``room`` bytes, if any."""
-    for dtype in DTYPES:
+def fitting(shapes: Shapes, room: int, dtypes: Sequence[str] = DTYPES) -> str | None:
+    """Return the first of ``dtypes`` in which the weights take at most ``room`` bytes, if any."""
+    for dtype in dtypes:
         if bytes_of(shapes, dtype) <= room:
             return dtype
     return None
 
 
-def narrower(shapes: Shapes, room: int) -> tuple[str, tuple[int, ...]] | None:
+def narrower(
+    shapes: Shapes, room: int, dtypes: Sequence[str] = DTYPES
+) -> tuple[str, tuple[int, ...]] | None:
     """Return the precision above the highest that fits, and the float32 bytes that may stay.
 
     Where none fits that is int4 in wider blocks: a trained model loses less in those than by the
@@ -92,13 +96,13 @@ def narrower(shapes: Shapes, room: int) -> tuple[str, tuple[int, ...]] | None:
     first is so narrow that all of it fits in those, if anything has to go for that. None where
     nothing is to be narrowed, or too much.
     """
-    fits, whole = fitting(shapes, room), bytes_of(shapes, "fp32")
+    fits, whole = fitting(shapes, room, dtypes), bytes_of(shapes, "fp32")
     if fits is None:
         tries = tuple(whole * room // size for size in _of_four_bits(_least(shapes), room))
         return (DTYPES[-1], tries) if tries else None
-    if fits == DTYPES[0]:
+    if fits in LOSSLESS:
         return None
-    dtype = DTYPES[DTYPES.index(fits) - 1]
+    dtype = dtypes[dtypes.index(fits) - 1]
     size = bytes_of(shapes, dtype)
     if not int((1 - MOST) * size) <= room < size:
         return None

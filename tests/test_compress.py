@@ -19,7 +19,7 @@ from ffmerge.config import CompressConfig, DataConfig, LoadConfig
 from ffmerge.errors import InputError
 from ffmerge.exporter import package
 from ffmerge.models import sizes
-from ffmerge.models.manifest import FileRecord
+from ffmerge.models.manifest import FileRecord, Manifest
 from ffmerge.passes.weights import narrow
 from ffmerge.passes.weights.precision import bytes_of
 from ffmerge.progress import silent
@@ -129,6 +129,21 @@ def test_below_4_bits_so_many_neurons_go_that_the_widest_blocks_fit() -> None:
     assert sizes.narrower(shapes, 11 * least // 10) is None  # mixed bits do
     room = 9 * least // 10
     assert sizes.narrower(shapes, room) == ("int4", (whole * room // (102 * least // 100),))
+
+
+def test_float16_is_tried_where_a_gpu_is_to_run_it(
+    data: Path, tmp_path: Path, command: Any, run: Any
+) -> None:
+    """800 kB of 1.2 MB of float32: fp16 is shipped to a GPU, and elsewhere it is told."""
+    words = ("--size", "800kB", "--data", data)
+    out = tmp_path / "small"
+    code, found, err = run("compress", DIGITS.folder, out, *words, "--for", "cuda", "--json")
+    assert code == 0 and "float16 fits" not in err, err
+    assert [way["what"] for way in found["ways"]] == ["fp16", "int8"]
+    assert Manifest.read(out / "package").dtype == "fp16" and found["shipped"] <= 800_000
+    code, text, err = command("compress", DIGITS.folder, tmp_path / "other", *words, "--dry-run")
+    assert code == 0 and "measure int8" in text and "fp16" not in text
+    assert "float16 fits as well and keeps more" in err
 
 
 def test_a_second_try_where_few_neurons_have_to_go_and_where_many() -> None:
