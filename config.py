@@ -631,8 +631,9 @@ class ValidateConfig(ColumnsConfig):
     threads: int = 1
 
     def __post_init__(self) -> None:
-        """Take paths as Python has them."""
+        """Take names and paths as Python has them."""
         _take_paths(self, "similarity", "against")
+        object.__setattr__(self, "providers", _names(self.providers))
 
 
 def _take_paths(config: Any, *names: str) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ffmerge.errors import InputError
 
@@ -12,7 +12,12 @@ PACKAGE = "served_from"  # attribute of a model whose forward pass is a package:
 
 
 def check_has_weights(model: Any, what: object = "the model") -> None:
-    """Raise InputError at a model that ``load_package`` made: no weights of PyTorch are in it."""
+    """Raise InputError at what is no model of PyTorch: a path, or what ``load_package`` made."""
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"{what} is {model!r}, and no model of PyTorch: open the checkpoint with ffmerge.load, "
+            "and give what that returns."
+        )
     folder = getattr(model, PACKAGE, None)
     if folder is not None:
         raise InputError(

@@ -281,6 +281,12 @@ PYTHON: dict[str, Callable[[Path, Path], Any]] = {
     "merge_ twice": lambda base, out: ffmerge.merge_(
         _merged(), _images(), ffmerge.MergeConfig(k=2)
     ),
+    "merge_ of a path": lambda base, out: ffmerge.merge_(
+        "mixer", _images(), ffmerge.MergeConfig(k=2)
+    ),
+    "export of a path": lambda base, out: ffmerge.export("mixer", out / "new"),
+    "save of a path": lambda base, out: ffmerge.save("mixer", out / "new"),
+    "clone of a path": lambda base, out: ffmerge.clone_sharing_parameters("mixer"),
     "save a broken tie": _untied,
     "load nothing": lambda base, out: ffmerge.load(base / "nothing"),
     "export float16": lambda base, out: ffmerge.export(vit(32, 64, 2).half(), out / "new"),
@@ -291,5 +297,8 @@ PYTHON: dict[str, Callable[[Path, Path], Any]] = {
     "load_package changed": lambda base, out: ffmerge.load_package(base / "changed"),
     "validate tpu": lambda base, out: ffmerge.validate(
         base / "package", ValidateConfig(providers=("tpu",))
+    ),
+    "validate tpu as text": lambda base, out: ffmerge.validate(
+        base / "package", ValidateConfig(providers="cpu, tpu")
     ),
 }  # fmt: skip
