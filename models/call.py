@@ -31,6 +31,8 @@ def check(model: Any, given: Mapping[str, Any], read: Collection[str], package: 
     """
     parameters = inspect.signature(type(model).forward).parameters
     for name, value in given.items():
+        if name.endswith("input_ids"):
+            _check_ids(name, value)
         if name in read or name in (*_FORM, *LABELS):
             continue
         default = parameters[name].default if name in parameters else None
@@ -39,6 +41,15 @@ def check(model: Any, given: Mapping[str, Any], read: Collection[str], package: 
                 f"the package {package} cannot take {name}: its graph reads "
                 f"{', '.join(sorted(read))}."
             )
+
+
+def _check_ids(name: str, ids: Any) -> None:
+    """Raise InputError at ids below 0, which a graph counts from the end of its table."""
+    if isinstance(ids, Tensor) and ids.numel() and int(ids.min()) < 0:
+        raise InputError(
+            f"{name} holds {int(ids.min())}, and ids are 0 or more: what is not to be read is "
+            "masked by attention_mask, and -100 is for labels."
+        )
 
 
 def _is_default(model: Any, name: str, value: Any, default: Any) -> bool:

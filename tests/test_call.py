@@ -61,6 +61,16 @@ def test_what_no_graph_reads_is_refused(name: str, arguments: dict[str, Any], na
         served(input_ids=IDS, **arguments)
 
 
+def test_ids_below_0_are_refused_as_pytorch_refuses_them() -> None:
+    """A graph would take them from the end of its table, and answer."""
+    model, served = _served("GPT2LMHeadModel")
+    labels = torch.where(IDS == IDS.max(), -100, IDS)
+    with pytest.raises(IndexError):
+        model(input_ids=labels)
+    with pytest.raises(InputError, match="input_ids holds -100, and ids are 0 or more"):
+        served(input_ids=labels)
+
+
 def test_what_holds_anyway_is_taken() -> None:
     model, served = _served("MarianMTModel")
     start = torch.tensor([[3, 4], [3, 4]])
