@@ -158,9 +158,8 @@ def compress(
         found.folder.rename(out)
         (out / RESULT).unlink()
         steps.remove()
-    failed = tuple(each.reason for each in result.providers if each.reason)
     ok = result.ok and found.shipped <= found.size
-    return replace(found, folder=out, failed=failed, ok=ok)
+    return replace(found, folder=out, failed=_wrong(result), ok=ok)
 
 
 def outline(
@@ -326,13 +325,22 @@ def _held(
     for name in [*ways][1:]:
         if result.ok:
             break
-        announce(f"{ways[name].text} is shipped if it holds, as what keeps more does not")
+        wrong = _wrong(result)[0].partition(";")[0]
+        announce(
+            f"{found.ways[0].text} does not hold against PyTorch: {wrong}; {ways[name].text} is "
+            "shipped if it does"
+        )
         order = {name: ways[name], **ways}
         other = _package(run, steps, order, found.original, f"{name}-shipped")
         held = _validated(run, other)
         if held.ok and other.shipped <= other.size:
             found, result = other, held
     return found, result
+
+
+def _wrong(result: Validation) -> tuple[str, ...]:
+    """Return what of a package does not hold."""
+    return tuple(each.reason for each in result.providers if each.reason)
 
 
 def _validated(run: Run, found: Compressed) -> Validation:
