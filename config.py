@@ -95,8 +95,8 @@ def parse_windows(texts: Sequence[str]) -> Window | dict[str, Window] | None:
 def parse_budget(text: str, whole: int) -> int:
     """Return the bytes of a budget for a model of ``whole`` bytes.
 
-    ``60MB`` is a size (kB, MB, GB are decimal, KiB, MiB, GiB binary), ``-25%`` a quarter less than
-    the model has, ``75%`` three quarters of it.
+    ``60MB`` is a size (kB, MB, GB are decimal, KiB, MiB, GiB binary, in either case), ``-25%`` a
+    quarter less than the model has, ``75%`` three quarters of it.
 
     Raises:
         InputError: the text has no such form.
@@ -107,11 +107,11 @@ def parse_budget(text: str, whole: int) -> int:
         if match[1]:
             percent = 100 - percent
         return int(whole * percent / 100)
-    if match := re.fullmatch(rf"{number} ?(?:([kKMGT])(i?))?B", text):
+    if match := re.fullmatch(rf"(?i){number} ?(?:([kmgt])(i?))?b", text):
         base = 1024 if match[3] else 1000
         power = " KMGT".index((match[2] or " ").upper())
         return int(float(match[1]) * base**power)
-    raise InputError(f"budget {text!r} is not of the form 60MB, -25% or 75%.")
+    raise InputError(f"size {text!r} is not of the form 60MB, -25% or 75%.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -204,7 +204,7 @@ def test_what_is_out_of_reach_is_refused_before_anything_is_tried() -> None:
     ("text", "size"),
     [
         ("60MB", 60_000_000), ("1.5kB", 1500), ("2 KiB", 2048), ("1GiB", 2**30), ("77B", 77),
-        ("-25%", 750), ("75%", 750), ("-12.5%", 875),
+        ("30mb", 30_000_000), ("-25%", 750), ("75%", 750), ("-12.5%", 875),
     ],
 )  # fmt: skip
 def test_sizes_in_words(text: str, size: int) -> None:
