@@ -169,8 +169,12 @@ def test_what_a_softmax_adds_is_8_bits_where_its_scores_stay(text: str, largest:
     exact = largest == 2000
     assert exact == ("a softmax reads its sums, which 8 bits would change by up to" in skip.reason)
     (got,) = run(result.model, **given)
-    # measured 0, and 1.5e-3, of attention, which multiplies by x, 0.013
-    assert np.abs(got - expected).max() <= (0 if exact else 0.03)
+    bound = 5e-3  # measured 1.5e-3
+    if exact:
+        bound = 0
+    elif FUSED in text:  # attention multiplies by x
+        bound = 0.03  # measured 0.013
+    assert np.abs(got - expected).max() <= bound
 
 
 CHOSEN = "(int64[n] i, float[n,64,1] x) => (float[n,48,1] y) { w = Gather(W, i) y = MatMul(w, x) }"

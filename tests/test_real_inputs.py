@@ -322,7 +322,7 @@ def test_of_large_logits_all_real_positions_are_judged(tmp_path: Path) -> None:
     assert not logits.ok and logits.reason is not None and "divergence" in logits.reason
 
 
-@pytest.mark.parametrize(("off", "ok"), [(2.2, True), (4.0, False)])
+@pytest.mark.parametrize(("off", "ok"), [(0.7, True), (2.0, False)])
 def test_an_element_of_a_cache_may_be_as_far_off_as_its_direction_says(
     tmp_path: Path, off: float, ok: bool
 ) -> None:
@@ -342,7 +342,7 @@ def test_an_element_of_a_cache_may_be_as_far_off_as_its_direction_says(
         if output.name == "present.0.value"
     ]
     assert found.ok == ok
-    assert found.cosine is not None and found.cosine > 0.99  # measured 0.9979 and 0.9994
+    assert found.cosine is not None and found.cosine > 0.998  # measured 0.9995 and more
 
 
 def test_logits_of_fewer_classes_than_are_expected_are_told(tmp_path: Path) -> None:
