@@ -8,7 +8,7 @@ narrowed model in PyTorch, if it was.
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -193,10 +193,7 @@ def outline(
     dtypes = dtypes_for(config)
     fits, aim = fitting(shapes, room, dtypes), narrower(shapes, room, dtypes)
     ways = ways_to(run, room, run.limit)
-    for name, dtype in (("whole", str(fits)), ("int8", "int8")):
-        if name in ways:
-            size = size_text(bytes_of(model, dtype) + taken)
-            found.append((f"measure {dtype}", size, once, name))
+    found += _precisions(model, ways, str(fits), taken, once)
     if "mixed" in ways:
         cost = BITS_COST * once + TRACED
         found.append((f"export and measure {MIXED}", size_text(run.limit), cost, "mixed"))
@@ -219,6 +216,18 @@ def outline(
         done = name != "" and steps.has(name)
         planned.append(Planned(what, size, seconds, done))
     return Outline(out, run.limit, bytes_of(model, "fp32"), tuple(planned))
+
+
+def _precisions(
+    model: Any, ways: Collection[str], fits: str, taken: int, once: float
+) -> list[tuple[str, str, float, str]]:
+    """Return the steps that measure the model in a precision: what, its size, seconds and name."""
+    found = []
+    for name, dtype in (("whole", fits), ("int8", "int8")):
+        if name in ways:
+            size = size_text(bytes_of(model, dtype) + taken)
+            found.append((f"measure {dtype}", size, once, name))
+    return found
 
 
 def _steps(

@@ -254,8 +254,7 @@ class MergeConfig(CompareConfig):
     def __post_init__(self) -> None:
         """Refuse what contradicts itself."""
         super().__post_init__()
-        if isinstance(self.window, str):
-            object.__setattr__(self, "window", parse_windows([self.window]))
+        _take_window(self)
         if self.tune < 0 or (self.tune and (self.method != "narrow" or self.budget is None)):
             raise InputError("tune is a number of steps, of --method narrow and a --budget.")
         if sum(given is not None for given in (self.k, self.window, self.budget)) != 1:
@@ -634,6 +633,12 @@ class ValidateConfig(ColumnsConfig):
         """Take names and paths as Python has them."""
         _take_paths(self, "similarity", "against")
         object.__setattr__(self, "providers", _names(self.providers))
+
+
+def _take_window(config: Any) -> None:
+    """Let a window that Python gives as text be what the command line makes of it."""
+    if isinstance(config.window, str):
+        object.__setattr__(config, "window", parse_windows([config.window]))
 
 
 def _take_paths(config: Any, *names: str) -> None:

@@ -97,14 +97,21 @@ def make_plan(model: Any, config: ExportConfig, source: Path | None, data: Data 
         planned = with_fixed_sizes(planned, found.tokenizer, example)
     if config.budget is not None:
         _check_budget(model, config.budget)
-    read = [spec for graph in planned for spec in graph.probe.inputs]  # a decoder has more
-    plan = Plan(model, task, config, source, planned, left_out(model, (*specs, *read)))
+    plan = Plan(model, task, config, source, planned, left_out(model, _all_inputs(specs, planned)))
     if data is not None:
         return _with_rows(plan, as_examples(data, source or model.name_or_path, task))
     if rows:
         return _with_made(plan, rows)
     drawn = planned[0].probe
     return replace(plan, greedy=_greedy(plan, drawn.draw(len(drawn.cases) - 1)))
+
+
+def _all_inputs(specs: Sequence[InputSpec], planned: Sequence[Graph]) -> tuple[InputSpec, ...]:
+    """Return the inputs of the model and of its graphs: that of a decoder reads more."""
+    found = list(specs)
+    for graph in planned:
+        found += graph.probe.inputs
+    return tuple(found)
 
 
 def _check_budget(model: Any, text: str) -> None:

@@ -251,9 +251,14 @@ def _is_weight(value: ir.Value) -> bool:
             return True
         if is_op(node, "Gather") and index == 0:
             return True
-        if matrix and (is_op(node, "Add") or (is_op(node, "LayerNormalization") and index == 0)):
+        if matrix and _adds_or_norms(node, index):
             return True
     return False
+
+
+def _adds_or_norms(node: ir.Node, index: int) -> bool:
+    """Say whether a node adds what it reads at a place, or is the norm of it."""
+    return is_op(node, "Add") or (is_op(node, "LayerNormalization") and index == 0)
 
 
 def _uses(value: ir.Value, through: Sequence[str] = int8.MOVES) -> Iterator[tuple[ir.Node, int]]:
