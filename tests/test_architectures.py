@@ -16,6 +16,7 @@ from ffmerge.models.inputs import example_inputs
 from ffmerge.models.prove import prove
 from ffmerge.models.sublayer import stacks
 from ffmerge.passes.graph.audit import audit
+from ffmerge.passes.weights import precision
 from ffmerge.runtime_tests.parity import check_parity
 
 # What is left out of a column, and why; measured, and written into the table.
@@ -108,6 +109,29 @@ def test_from_finding_to_parity(
     (stated,) = (line for line in _rows() if line[0] == row[0])
     assert stated[:-1] == row[:-1]
     assert worst < float(stated[-1])  # the table's bound
+
+
+@pytest.mark.parametrize(("name", "config", "settings"), [case[:3] for case in CASES])
+def test_each_is_measured_with_fewer_bits_and_is_whole_again(
+    name, config, settings, monkeypatch
+) -> None:
+    """What a search measures, however its modules are called: by sizes, too, as in Marian."""
+    monkeypatch.setattr(precision, "FLOOR", 1)
+    model = model_of(name, config, settings)
+    inputs = example_inputs(model)
+    plain = _outputs(model, inputs)
+    for dtype in ("int8", "int4"):
+        with precision.rounded(model, dtype):
+            rounded = _outputs(model, inputs)
+        assert any(not torch.equal(one, other) for one, other in zip(rounded, plain, strict=True))
+        for one, other in zip(_outputs(model, inputs), plain, strict=True):
+            assert torch.equal(one, other)
+
+
+def _outputs(model: Any, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    torch.manual_seed(0)  # Informer draws what its answers are read from
+    with torch.no_grad():
+        return _tensors(model(**inputs, return_dict=True))
 
 
 def _answers_a_call(model: Any, package: Any) -> None:

@@ -311,8 +311,13 @@ def _round_(dtype: str, constants: Set[int], module: Any, args: tuple[Any, ...])
     are, is a constant in a graph, which is added, in int8.
     """
     weight = module.weight
-    folded = isinstance(module, nn.Embedding) and args and _are_fixed(args[0], module, constants)
-    if folded and dtype in BITS and weight.numel() >= FLOOR:
+    found = isinstance(module, nn.Embedding) and args and isinstance(args[0], Tensor)
+    if (
+        found
+        and _are_fixed(args[0], module, constants)
+        and dtype in BITS
+        and weight.numel() >= FLOOR
+    ):
         weight.data = _int8(weight.data)
         return None
     weight.data = _rounded_weight(module, dtype)
