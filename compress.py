@@ -143,12 +143,11 @@ def compress(
         run = _opened(source, wide, config, paths, options, show)
         show("measuring", 0, 0)
         original = run.score.measure(run.model)
-        ways = _measured(run, steps, "", run.limit)
+        ways = _measured(run, steps, "", beside(shapes_of(run.model), run.folder))
         found = _package(run, steps, ways, original)
         if found.shipped > found.size:  # what is beside the weights is known now
             taken = int(NARROWED * (found.shipped - found.ways[0].bytes))
-            less = run.limit - taken + beside(shapes_of(run.model), run.folder)
-            ways = _measured(run, steps, "again-", less)
+            ways = _measured(run, steps, "again-", taken)
             found = _package(run, steps, ways, original, "again-best")
         found, result = _held(run, steps, ways, found)
         _report(
@@ -192,7 +191,7 @@ def outline(
     room, found = run.limit - taken, [("measure the model as given", "", once, "")]
     dtypes = dtypes_for(config)
     fits, aim = fitting(shapes, room, dtypes), narrower(shapes, room, dtypes)
-    ways = ways_to(run, room, run.limit)
+    ways = ways_to(run, room)
     found += _precisions(model, ways, str(fits), taken, once)
     if "mixed" in ways:
         cost = BITS_COST * once + TRACED
@@ -282,15 +281,16 @@ def _opened(
     )
 
 
-def _measured(run: Run, steps: Steps, attempt: str, limit: int) -> dict[str, Way]:
-    """Return the ways to a size by the names of their steps, the best by the data first.
+def _measured(run: Run, steps: Steps, attempt: str, taken: int) -> dict[str, Way]:
+    """Return the ways to the size by the names of their steps, the best by the data first.
+
+    About ``taken`` bytes of it are not for weights.
 
     Raises:
         InputError: no way leads there.
     """
-    room = limit - beside(shapes_of(run.model), run.folder)
     found = {}
-    for name, make in ways_to(run, room, limit).items():
+    for name, make in ways_to(run, run.limit - taken).items():
         told = steps.do(f"{attempt}{name}", make)
         if told["value"] is not None:
             found[f"{attempt}{name}"] = Way(

@@ -9,7 +9,7 @@ mixed by data is measured as a package.
 """
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from ffmerge.models import checkpoint
 from ffmerge.models.companions import companion_bytes
 from ffmerge.models.examples import Examples
 from ffmerge.models.manifest import REFERENCE, Manifest
-from ffmerge.models.record import kind_of
+from ffmerge.models.record import Narrowed, kind_of
 from ffmerge.models.sizes import DTYPES, ON_GPU, check_reach, fitting, narrower
 from ffmerge.models.ties import Unit
 from ffmerge.passes.weights import merge as merging
@@ -68,9 +68,10 @@ class Run:
     costs: dict[Unit, Matrix] = field(default_factory=dict)
 
 
-def ways_to(run: Run, room: int, limit: int) -> dict[str, Make]:
+def ways_to(run: Run, room: int) -> dict[str, Make]:
     """Return by the name of its step what makes and measures each way to the size.
 
+    ``room`` are the bytes of it that weights may take; what is mixed is made to fit as a package.
     Where 8 bits do not fit, bits are mixed, and where 4 do not even in their widest blocks, after
     so many neurons are gone that those would fit as well, or a few more or less. What is mixed is
     measured as the package that is shipped.
@@ -79,12 +80,12 @@ def ways_to(run: Run, room: int, limit: int) -> dict[str, Make]:
         InputError: no way leads there.
     """
     shapes = shapes_of(run.model)
-    check_reach(shapes, limit, limit - room)
+    check_reach(shapes, run.limit, run.limit - room)
     dtypes = dtypes_for(run.config)
     fits, aim = fitting(shapes, room, dtypes), narrower(shapes, room, dtypes)
     found: dict[str, Make] = {}
     if fits not in PLAIN:
-        found["mixed"] = partial(_mixed, run, fits, limit)
+        found["mixed"] = partial(_mixed, run, fits)
     elif fits is not None:
         found["whole"] = partial(_whole, run, fits)
     if fits == "fp16":  # its bounds are tighter: int8 is shipped if it does not hold
@@ -99,7 +100,7 @@ def ways_to(run: Run, room: int, limit: int) -> dict[str, Make]:
     elif aim is not None:
         dtype, tries = aim
         for number, kept in enumerate(tries, 1):
-            found[f"narrowed-{number}"] = partial(_narrowed, run, dtype, kept, limit)
+            found[f"narrowed-{number}"] = partial(_narrowed, run, dtype, kept)
     return found
 
 
@@ -116,16 +117,16 @@ def _whole(run: Run, dtype: str, folder: Path) -> Mapping[str, Any]:
     return vars(_measured(run.model, dtype, run.score, dtype))
 
 
-def _mixed(run: Run, fits: str | None, limit: int, folder: Path) -> Mapping[str, Any]:
+def _mixed(run: Run, fits: str | None, folder: Path) -> Mapping[str, Any]:
     """Write the package of 2, 4 and 8 bits of so many bytes, or else of int4 if that ``fits``."""
-    told = _with_mixed_bits(run, run.model, limit, folder, MIXED)
+    told = _with_mixed_bits(run, run.model, folder, MIXED)
     if told["value"] is None and fits is not None:
         shutil.rmtree(folder / "package", ignore_errors=True)
         return _as_package(run, run.model, folder, export_config(run, fits), fits)
     return told
 
 
-def _narrowed(run: Run, dtype: str, kept: int, limit: int, folder: Path) -> Mapping[str, Any]:
+def _narrowed(run: Run, dtype: str, kept: int, folder: Path) -> Mapping[str, Any]:
     """Save the model narrowed to some bytes of float32, and below 8 bits its mixed package.
 
     No value: nothing, or too little, can be narrowed.
@@ -149,19 +150,25 @@ def _narrowed(run: Run, dtype: str, kept: int, limit: int, folder: Path) -> Mapp
     del merged
     checkpoint.save(model, folder / "checkpoint", run.folder)
     model = checkpoint.load(folder / "checkpoint", run.trusted)
-    removed = merge.record.narrowed[0].text
+    removed = _removed(merge.record.narrowed)
     if dtype == "int4":
         gone = 1 - merge.record.parameters_after / merge.record.parameters_before
         removed = f"narrowed by {100 * gone:.0f} %: {removed}"  # tells two tries apart
-        return _with_mixed_bits(run, model, limit, folder, f"{MIXED}, {removed}")
+        return _with_mixed_bits(run, model, folder, f"{MIXED}, {removed}")
     return vars(_measured(model, dtype, run.score, f"{dtype}, {removed}"))
 
 
-def _with_mixed_bits(
-    run: Run, model: Any, limit: int, folder: Path, text: str
-) -> Mapping[str, Any]:
-    """Write the model's package of 2, 4 and 8 bits that takes so many bytes; or no value."""
+def _removed(narrowed: Sequence[Narrowed]) -> str:
+    """Return how many neurons are left, by stack where there are several."""
+    if len(narrowed) == 1:
+        return narrowed[0].text
+    return "; ".join(f"{each.stack} {each.text}" for each in narrowed)
+
+
+def _with_mixed_bits(run: Run, model: Any, folder: Path, text: str) -> Mapping[str, Any]:
+    """Write the model's package of 2, 4 and 8 bits that has the size; or no value."""
     run.show("choosing bits", 0, 0)
+    limit = run.limit
     export = replace(export_config(run, "int4"), budget=f"{limit - companion_bytes(run.folder)}B")
     try:
         told = _as_package(run, model, folder, export, text)

@@ -139,7 +139,8 @@ def _optimize(onnx_graph: ir.Model, graph: Graph, known: Sequence[Tie]) -> None:
     held = onnx_graph.graph.initializers
     recorded = [replace(tie, places={graph.name: 1}) for tie in known if tie.name in held]
     share_model(onnx_graph, recorded, resident=False)
-    simplify(onnx_graph)
+    with _quiet():
+        simplify(onnx_graph)
     # It leaves out biases that are zero, tied or not. Any other tie that is gone is an error.
     left = []
     for tie in read_ties(onnx_graph):
@@ -195,13 +196,15 @@ def _traceable(model: Any, fused: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hold back what the exporter prints: notes on torchvision, axis names and tree specs."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Hold back what exporter and optimizer print: of torchvision, axis names, constants."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         try:
             yield
         finally:
-            logger.setLevel(level)
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

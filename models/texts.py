@@ -194,13 +194,20 @@ def called(tokenizer: Any, longest: int, *texts: Any, **more: Any) -> Any:
     """Return what a tokenizer returns for a batch, called as a person calls it.
 
     Raises:
-        InputError: it cannot read the texts, for example for want of a token for unknown words.
+        InputError: it cannot read the texts, for example for want of a token for unknown words, or
+            finds no tokens in them.
     """
     try:
-        return tokenizer(
+        found = tokenizer(
             *texts, **more, return_tensors="np", padding=True, truncation=True, max_length=longest
         )
     except Exception as error:  # those of the tokenizers library have no class of their own
         raise InputError(
             f"the tokenizer in {tokenizer.name_or_path} cannot read this text: {first_line(error)}."
         ) from error
+    if not found["input_ids"].size:
+        raise InputError(
+            f"the tokenizer in {tokenizer.name_or_path} finds no token in a text of the data: is "
+            "it the model's, and does the text hold more than invisible characters?"
+        )
+    return found

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_sounds import tone, write
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, ViTImageProcessor, Wav2Vec2FeatureExtractor
 
 from ffmerge.config import ColumnsConfig
@@ -255,4 +255,15 @@ def test_a_tokenizer_without_a_token_for_unknown_words_is_one_sentence(tmp_path:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>").save_pretrained(tmp_path)
     table = datasets.Dataset.from_dict({"text": ["one more"]})
     with pytest.raises(InputError, match="cannot read this text: WordLevel error"):
+        _batch(table, tmp_path, "text-generation")
+
+
+def test_a_text_without_a_token_is_one_sentence(tmp_path: Path) -> None:
+    """A tokenizer that begins and ends nothing, and leaves out what nobody sees."""
+    tokenizer = Tokenizer(models.WordLevel({"<pad>": 0, "<unk>": 1}, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Replace("\u200b", "")
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>").save_pretrained(tmp_path)
+    table = datasets.Dataset.from_dict({"text": ["\u200b"]})
+    with pytest.raises(InputError, match=r"finds no token in a text .* invisible"):
         _batch(table, tmp_path, "text-generation")

@@ -1,6 +1,7 @@
 """Packages against PyTorch: outputs, bytes, names, determinism, and what a kill leaves."""
 
 import gc
+import logging
 import os
 import re
 import signal
@@ -196,6 +197,15 @@ def test_what_cannot_be_exported(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="float32"):
         export(gpt2(layers=2).half(), tmp_path / "c")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_the_optimizer_notes_is_not_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a pooling head by PyTorch's own attention it says which constants it leaves."""
+    export(model_of(*CASES[index_of("SiglipModel")][:3]), tmp_path / "package")
+    noted = [each for each in caplog.records if each.name.startswith(("onnxscript", "torch.onnx"))]
+    assert [each.message for each in noted if each.levelno >= logging.WARNING] == []
 
 
 def test_a_checkpoint_travels_through(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Models of several stacks: an encoder and a decoder in one call, towers by name."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -114,29 +116,42 @@ def test_stacks_may_be_chosen_and_have_windows_of_their_own() -> None:
     assert record.groups == (Group("decoder", (0, 1)), Group("encoder", (1, 2, 3)))
 
 
-def test_towers_are_merged_by_name(tmp_path) -> None:
+def towers() -> Any:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
              "num_attention_heads": 4}  # fmt: skip
-    model = seeded(
+    return seeded(
         "CLIPModel", "CLIPConfig", vision_config={**sizes, "image_size": 16, "patch_size": 4},
         text_config={**sizes, "vocab_size": 60, "max_position_embeddings": 20, "eos_token_id": 1},
     )  # fmt: skip
-    with pytest.raises(InputError, match=r"several stacks .*: choose one"):
-        merge_(model, None, MergeConfig(k=2, method="average"))
+
+
+def pictures_and_texts() -> dict[str, Any]:
     generator = np.random.default_rng(0)
     ids = generator.integers(3, 60, (8, 17))  # as long as the picture has patches, and padded
     mask = np.ones_like(ids)
     mask[:, 9:] = 0
-    data = {
-        "input_ids": ids, "attention_mask": mask,
-        "pixel_values": generator.standard_normal((8, 3, 16, 16)).astype("f"),
-    }  # fmt: skip
+    pixels = generator.standard_normal((8, 3, 16, 16)).astype("f")
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
+
+
+def test_towers_are_merged_by_name(tmp_path) -> None:
+    model = towers()
+    with pytest.raises(InputError, match=r"several stacks .*: choose by --stack"):
+        merge_(model, None, MergeConfig(k=2, method="average"))
     config = MergeConfig(
         window=(0, 1), stacks=("text_model", "vision_model"), task="feature-extraction"
     )
-    merge_(model, data, config)
+    merge_(model, pictures_and_texts(), config)
     checkpoint.save(model, tmp_path / "m")
     assert ties.ties(checkpoint.load(tmp_path / "m")) == ties.ties(model)
+
+
+def test_both_towers_are_narrowed_without_being_named() -> None:
+    """Nothing is shared, and neurons are taken wherever they cost least."""
+    config = MergeConfig(method="narrow", budget="-5%")
+    record = merge_(towers(), pictures_and_texts(), config).record
+    assert {each.stack for each in record.narrowed} == {"text_model", "vision_model"}
+    assert record.parameters_after <= 0.95 * record.parameters_before
 
 
 @pytest.mark.parametrize(

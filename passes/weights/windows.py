@@ -36,8 +36,12 @@ def find_stacks(model: Any, config: MergeConfig) -> dict[str, Members]:
     names = _names(config)
     if not names:
         names = tuple(by_name)
-        if len(names) > 1 and not model.config.is_encoder_decoder:
-            raise InputError(f"the model has several stacks ({', '.join(names)}): choose one.")
+        together = model.config.is_encoder_decoder or config.method == NARROW
+        if len(names) > 1 and not together:
+            raise InputError(
+                f"the model has several stacks ({', '.join(names)}): choose by --stack, which may "
+                "be given several times."
+            )
     for name in names:
         if name not in by_name:
             raise InputError(f"no stack {name!r} in the model: it has {', '.join(by_name)}.")
