@@ -7,7 +7,7 @@ that generates is taken to be exported with its cache, in blocks, and any other 
 does an encoder whose states a decoder reads.
 """
 
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Set
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -26,7 +27,8 @@ from ffmerge.models.sizes import BITS
 PRODUCTS = (nn.Linear, Conv1D)
 ROUNDED = (*PRODUCTS, nn.Embedding, nn.Conv1d, nn.Conv2d)
 DTYPES = ("fp32", "fp16", "int8", "int4")
-Round = Callable[[Any, tuple[Any, ...]], Any]  # a module and what it is called with
+Whole = list[tuple[Tensor, Tensor]]  # parameters, and their values before they were rounded
+Round = Callable[[Any, Any], Any]  # a module and what it reads; returns that rounded, or None
 
 
 def bytes_of(model: nn.Module, dtype: str) -> int:
@@ -45,7 +47,8 @@ def shapes_of(model: nn.Module) -> list[tuple[int, ...]]:
         if isinstance(module, Conv1D):
             shapes[id(module.weight)] = tuple(module.weight.shape)[::-1]
         for weight in _weights_by_rows(module, by_rows):
-            shapes[id(weight)] = sizes.ByRows(shapes[id(weight)])
+            if id(weight) in shapes:  # else it is computed: a weight norm
+                shapes[id(weight)] = sizes.ByRows(shapes[id(weight)])
     for module in model.modules():
         if isinstance(module, nn.Embedding):  # a tied one is looked up as well
             shapes[id(module.weight)] = sizes.Table(module.weight.shape)
@@ -67,17 +70,19 @@ def rounded(model: nn.Module, dtype: str) -> Iterator[None]:
                     rows = getattr(module, "out_proj", module) in by_rows
                     stack.enter_context(_rounding_inside(module, dtype, rows))
                 continue
-            names = ["weight"]
+            if isinstance(module, parametrize.ParametrizationList):
+                continue  # what it computes is rounded
             round_: Round = partial(_round_, dtype, constants)
             if module in by_rows:
                 round_ = _round_rows_
             elif not isinstance(module, ROUNDED) or id(module.weight) in no_blocks:
-                names, round_ = _summed(module, dtype), _round_summed_
-            if names:
-                whole: list[dict[str, Tensor]] = []
-                before, after = partial(_replace_, names, whole, round_), partial(_restore_, whole)
-                stack.callback(module.register_forward_pre_hook(before).remove)
-                stack.callback(module.register_forward_hook(after, always_call=True).remove)
+                if not _summed(module, dtype):
+                    continue
+                round_ = _round_summed_
+            whole: list[Whole] = []
+            before, after = partial(_replace_, whole, round_), partial(_restore_, whole)
+            stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(after, always_call=True).remove)
         yield
 
 
@@ -279,64 +284,78 @@ def _rows_weight(weight: Tensor) -> Tensor:
 
 
 def _replace_(
-    names: Sequence[str],
-    whole: list[dict[str, Tensor]],
+    whole: list[Whole],
     round_: Round,
     module: Any,
     args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> Any:
-    """Round a module's parameters of these names, and what it reads; keep what they were."""
-    whole.append({name: getattr(module, name).data for name in names})
-    return round_(module, args)
-
-
-def _restore_(whole: list[dict[str, Tensor]], module: Any, *_: Any) -> None:
-    for name, values in whole.pop().items():
-        getattr(module, name).data = values
-
-
-def _round_rows_(module: Any, args: tuple[Any, ...]) -> Any:
-    weight = module.weight
-    if isinstance(module, Conv1D):
-        weight.data = _rows_weight(weight.data.T).T
+    """Round a module's parameters, and what it reads, its first argument; keep what they were."""
+    whole.append([(parameter, parameter.data) for parameter in module.parameters()])
+    name = None
+    if args:
+        read = args[0]
     else:
-        weight.data = _rows_weight(weight.data)
-    return (rounded_rows(args[0]), *args[1:])
+        name, read = next(iter(kwargs.items()), (None, None))
+    rounded_ = round_(module, read)
+    if rounded_ is None:
+        return None
+    if name is None:
+        return (rounded_, *args[1:]), kwargs
+    return args, {**kwargs, name: rounded_}
 
 
-def _round_(dtype: str, constants: Set[int], module: Any, args: tuple[Any, ...]) -> Any:
-    """Round a module's weight, and what a map reads.
+def _restore_(whole: list[Whole], *_: Any) -> None:
+    for parameter, values in whole.pop():
+        parameter.data = values
+
+
+def _put_(module: Any, values: Tensor) -> None:
+    """Give a module another weight; where it is computed from others, these."""
+    if parametrize.is_parametrized(module, "weight"):
+        module.weight = values
+    else:
+        module.weight.data = values
+
+
+def _round_rows_(module: Any, read: Tensor) -> Tensor:
+    if isinstance(module, Conv1D):
+        _put_(module, _rows_weight(module.weight.data.T).T)
+    else:
+        _put_(module, _rows_weight(module.weight.data))
+    return rounded_rows(read)
+
+
+def _round_(dtype: str, constants: Set[int], module: Any, read: Any) -> Tensor | None:
+    """Round a module's weight; return what a map reads, rounded.
 
     What is found in a table by ids of no input, as position embeddings of pictures and of sounds
     are, is a constant in a graph, which is added, in int8.
     """
-    weight = module.weight
-    found = isinstance(module, nn.Embedding) and args and isinstance(args[0], Tensor)
-    if (
-        found
-        and _are_fixed(args[0], module, constants)
-        and dtype in BITS
-        and weight.numel() >= FLOOR
-    ):
-        weight.data = _int8(weight.data)
+    large = dtype in BITS and module.weight.numel() >= FLOOR
+    if large and isinstance(module, nn.Embedding) and _are_fixed(read, module, constants):
+        _put_(module, _int8(module.weight.data))
         return None
-    weight.data = _rounded_weight(module, dtype)
-    if dtype not in BITS or weight.numel() < FLOOR or not isinstance(module, PRODUCTS):
-        return None
-    return (rounded_input(args[0], BLOCKS[BITS[dtype]]), *args[1:])
+    _put_(module, _rounded_weight(module, dtype))
+    if large and isinstance(module, PRODUCTS):
+        return rounded_input(read, BLOCKS[BITS[dtype]])
+    return None
 
 
-def _are_fixed(ids: Tensor, table: nn.Embedding, constants: Set[int]) -> bool:
+def _are_fixed(ids: Any, table: nn.Embedding, constants: Set[int]) -> bool:
     """Say whether ids are the same for all inputs: a buffer as it is, or every row of a table.
 
     Those without an axis of the batch, in order; one that counts tokens has that axis, or fewer.
+    A size, from which a module makes ids of its own, is none of them.
     """
     if id(ids) in constants:
         return True
-    return ids.shape == table.weight.shape[:1] and ids.tolist() == list(range(len(ids)))
+    if not isinstance(ids, Tensor) or ids.shape != table.weight.shape[:1]:
+        return False
+    return bool(ids.tolist() == list(range(len(ids))))
 
 
-def _round_summed_(module: Any, _: tuple[Any, ...]) -> None:
+def _round_summed_(module: Any, _: Any) -> None:
     for name in _summed(module, "int8"):
         parameter = getattr(module, name)
         parameter.data = _int8(parameter.data)
