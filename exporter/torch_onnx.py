@@ -23,6 +23,7 @@ import torch
 
 from ffmerge.errors import ExportError
 from ffmerge.exporter.bfloat16 import compute_in_float32
+from ffmerge.exporter.computed import computed_once
 from ffmerge.exporter.fused import fuse, fused_attention
 from ffmerge.exporter.graphs import Graph
 from ffmerge.exporter.last_logits import keep_last, offer_all
@@ -95,7 +96,7 @@ def _translated(graph: Graph, opset: int, fused: bool) -> Any:
             i: size for i, size in sizes if isinstance(size, str) and size not in recipe.fixed
         }
     try:
-        with _quiet(), _traceable(model, fused), lean_exporter():
+        with _quiet(), _traceable(model, fused), computed_once(model), lean_exporter():
             program = torch.onnx.export(
                 graph.module.eval(), kwargs={"inputs": example}, dynamic_shapes={"inputs": axes},
                 dynamo=True, optimize=False, verbose=False, opset_version=opset,
