@@ -28,6 +28,7 @@ from ffmerge.config import LoadConfig
 from ffmerge.errors import InputError, first_line
 from ffmerge.files import read_json, staged, write_json
 from ffmerge.models import adapter, gguf_file, modeling_ffmerge, narrowed, quantized, ties
+from ffmerge.models.card import checkpoint_card
 from ffmerge.models.companions import copy_companions
 from ffmerge.models.dataflow import NeedsWeights
 from ffmerge.models.find import find
@@ -259,6 +260,16 @@ def save(
             write(model, found, record, folder, max_shard_size)
         if companions_from:
             copy_companions(companions_from, folder)
+        if companions_from and record is not None:
+            _write_card(model, companions_from, folder / "README.md")
+
+
+def _write_card(model: Any, source: Path, path: Path) -> None:
+    """Put the card of a merged model before the original's, which was copied if there is one."""
+    original = ""
+    if path.is_file():
+        original = path.read_text(encoding="utf-8", errors="replace")
+    path.write_text(checkpoint_card(model, source, original), encoding="utf-8")
 
 
 def _write_once(

@@ -8,8 +8,11 @@ import pytest
 import yaml
 from tiny import vit
 
+from ffmerge.config import MergeConfig
 from ffmerge.exporter.card import card
+from ffmerge.models import checkpoint
 from ffmerge.models.record import Group, MergeRecord
+from ffmerge.passes.weights.merge import merge_
 
 RECORD = MergeRecord("calibrated", (Group("layers", (0, 1)),), 9, 5, 36, 20, {"name": None})
 MEASURED = {"name": "accuracy", "examples": 50, "before": 0.9, "merged": 0.875, "recovered": None}
@@ -63,3 +66,38 @@ def test_a_folder_for_the_browser_is_called_so() -> None:
     assert metadata(graphs=graphs, dtypes=("int8",))["library_name"] == "transformers.js"
     text = card(vit(32, 64, 2), "image-classification", graphs, ("int8",))
     assert 'pipeline("image-classification", "FOLDER", { dtype: "q8" })' in text
+
+
+def test_a_merged_checkpoint_has_a_card_of_its_own(tmp_path: Path) -> None:
+    """What the original's says of its results is not true of it; what it tells is kept once."""
+    snapshot = tmp_path / "models--org--a-name" / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (snapshot / "README.md").write_text(
+        "---\nlicense: mit\nmodel-index: [1]\nbase_model: org/older\n---\n# Pictures\n\nUs.\n"
+    )
+    model = vit(32, 64, 2)
+    record = merge_(model, None, MergeConfig(window=(0, 1), method="weights")).record
+    model.config.ffmerge = replace(record, metric=MEASURED).to_json()
+    source = snapshot
+    for name in ("once", "twice"):
+        checkpoint.save(model, tmp_path / name, source)
+        source = tmp_path / name
+        text = (source / "README.md").read_text()
+        found = yaml.safe_load(text.split("---\n")[1])
+        assert found["base_model"] == "org/a-name" and found["base_model_relation"] == "finetune"
+        assert found["license"] == "mit" and found["pipeline_tag"] == "image-classification"
+        (result,) = found["model-index"][0]["results"]
+        assert result["metrics"] == [{"type": "accuracy", "value": 0.875}]
+        assert "layers 0, 1 of stack `layers` share" in text
+        assert text.count("# Pictures\n\nUs.") == 1
+        assert text.count("The card of the original") == 1
+
+
+def test_a_merged_checkpoint_of_one_without_a_card_names_no_original(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    model = vit(32, 64, 2)
+    merge_(model, None, MergeConfig(window=(0, 1), method="weights"))
+    checkpoint.save(model, tmp_path / "merged", source)
+    text = (tmp_path / "merged" / "README.md").read_text()
+    assert "The card of the original" not in text and "model-index" not in text
