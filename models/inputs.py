@@ -66,10 +66,18 @@ def forward(model: Any, batch: Mapping[str, Array], **options: Any) -> Any:
     except StopForward:
         return None
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        shapes = ", ".join(f"{name} {tuple(array.shape)}" for name, array in inputs.items())
-        raise InputError(
-            f"{type(model).__name__} does not take this data ({shapes}): {first_line(error)}"
-        ) from error
+        raise InputError(_not_taken(model, batch, error)) from error
+
+
+def _not_taken(model: Any, batch: Mapping[str, Array], error: BaseException) -> str:
+    """Say that a model does not run on a batch, and where that is so, what the batch lacks."""
+    given = [(name, array.shape) for name, array in batch.items() if name != "labels"]
+    shapes = ", ".join(f"{name} {tuple(shape)}" for name, shape in given)
+    said = f"{type(model).__name__} does not take this data ({shapes}): {first_line(error)}"
+    writes = "decoder_input_ids" in inspect.signature(model.forward).parameters
+    if writes and {"labels", "decoder_input_ids"}.isdisjoint(batch):
+        said += "; it writes text, and the data has none for it to write (--target-column)"
+    return said
 
 
 def main_output(output: Mapping[str, Any]) -> Tensor:

@@ -58,7 +58,8 @@ def read_table(source: str, path: Path) -> Any:
     """
     datasets = package("datasets", source)
     if path.is_dir() and sounds.holds_sounds(path):
-        return sounds.folder_table(path)
+        with _silent(datasets):
+            return sounds.folder_table(path)
     try:
         with _silent(datasets):
             table = _loaded(datasets, source, path)
@@ -236,11 +237,15 @@ def _of_sounds(
     source: str,
     folder: str | Path | None,
 ) -> Examples:
-    """Return sounds with their classes, or what is said in them, where a column tells."""
-    targets = None
-    if spoken:
-        targets = texts.targets_of(spoken, source, folder)
-    return sounds.of_sounds(table, sound, labels, targets, source, folder)
+    """Return sounds with their classes, or what is said in them, where a column tells.
+
+    A sound of which nothing is written is left out then, as a text that is not translated is.
+    """
+    if not spoken:
+        return sounds.of_sounds(table, sound, labels, None, source, folder)
+    rows = texts.lengths_of_texts(table, [spoken], source)
+    targets = texts.targets_of(spoken, source, folder)
+    return sounds.of_sounds(table, sound, labels, targets, source, folder).of([*rows])
 
 
 def _of_arrays(table: Any, columns: Sequence[str]) -> Examples:

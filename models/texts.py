@@ -17,6 +17,9 @@ from ffmerge.models.pictures import Labels
 from ffmerge.models.probe import Array
 
 _MAX_TOKENS = 512
+# What configurations call the places of a text, and of what speech and long documents become.
+_PLACES = ("max_position_embeddings", "n_positions")
+_PLACES_OF_TARGETS = ("max_target_positions", "max_decoder_position_embeddings")
 
 
 def is_text(table: Any, column: str) -> bool:
@@ -82,7 +85,7 @@ def of_texts(
 
     ``read`` are one column of texts, or two that are read as a pair.
     """
-    lengths = _lengths_of_texts(table, read, source)
+    lengths = lengths_of_texts(table, read, source)
     tokenizer, longest = tokenizer_of(source, folder)
 
     def take(rows: Sequence[int]) -> dict[str, Array]:
@@ -95,7 +98,7 @@ def of_texts(
     return Examples([*lengths], take, lengths)
 
 
-def _lengths_of_texts(table: Any, columns: Sequence[str], source: str) -> dict[int, int]:
+def lengths_of_texts(table: Any, columns: Sequence[str], source: str) -> dict[int, int]:
     """Return how many characters the rows have that have a text in each of the columns.
 
     Raises:
@@ -116,7 +119,7 @@ def of_pairs(
     table: Any, first: str, second: str, source: str, folder: str | Path | None
 ) -> Examples:
     """Return the rows of a table that are not empty as what is read and, as labels, written."""
-    lengths = _lengths_of_texts(table, (first, second), source)
+    lengths = lengths_of_texts(table, (first, second), source)
     tokenizer, longest = tokenizer_of(source, folder)
     targets = targets_of(second, source, folder)
 
@@ -156,6 +159,8 @@ def targets_of(column: str, source: str, folder: str | Path | None) -> Targets:
     """Return how the texts of a column become labels of the model in ``folder``."""
     tokenizer, longest = tokenizer_of(source, folder)
     config = _config(folder)
+    for name in _PLACES_OF_TARGETS:
+        longest = _within(longest, config.get(name))
     pad = config.get("pad_token_id")
     if pad is None:
         pad = tokenizer.pad_token_id
@@ -172,11 +177,16 @@ def tokenizer_of(source: str, folder: str | Path | None) -> tuple[Any, int]:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     tokenizer.padding_side = "right"
     longest = min(tokenizer.model_max_length, _MAX_TOKENS)
-    for name in ("max_position_embeddings", "n_positions"):
-        places = _config(folder).get(name)
-        if isinstance(places, int) and places > 0:
-            longest = min(longest, places)
+    for name in _PLACES:
+        longest = _within(longest, _config(folder).get(name))
     return tokenizer, longest
+
+
+def _within(longest: int, places: Any) -> int:
+    """Return how many tokens are read where a configuration may say how many places there are."""
+    if isinstance(places, int) and places > 0:
+        return min(longest, places)
+    return longest
 
 
 def _config(folder: str | Path | None) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from drawn import labelled
 from tiny import vit
-from tiny_wider import seeded
+from tiny_wider import seeded, t5
 
 from ffmerge.config import MergeConfig
 from ffmerge.errors import InputError
@@ -135,3 +135,10 @@ def test_what_holds_nothing_to_merge_says_why(model, config, settings, message: 
         merge_(made, None, MergeConfig(k=2, method="average"))
     assert len(str(caught.value).splitlines()) == 1
     assert {name: id(p) for name, p in made.named_parameters()} == before
+
+
+def test_data_with_nothing_to_write_is_told_so() -> None:
+    """What the model says of it names arguments that nobody gave."""
+    ids = np.random.default_rng(0).integers(3, 60, (4, 6))
+    with pytest.raises(InputError, match=r"has none for it to write \(--target-column\)"):
+        merge_(t5(), {"input_ids": ids}, MergeConfig(k=2))

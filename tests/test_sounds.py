@@ -8,7 +8,8 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
-from transformers import Wav2Vec2FeatureExtractor
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Wav2Vec2FeatureExtractor
 
 from ffmerge.errors import InputError
 from ffmerge.models.data import as_examples
@@ -103,3 +104,23 @@ def test_without_soundfile_the_package_is_named(
     write(tmp_path / "d" / "yes" / "a.wav", tone(400))
     with pytest.raises(InputError, match="pip install soundfile"):
         _batch(tmp_path / "d", model)
+
+
+def test_what_is_said_is_written_as_far_as_the_decoder_reads(model: Path, tmp_path: Path) -> None:
+    """A sound of which nothing is written is left out; four places end a long transcription."""
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "yes": 1, "no": 2, "<unk>": 3}, "<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>")
+    fast.save_pretrained(model)
+    config = {"decoder_start_token_id": 3, "pad_token_id": 0, "max_target_positions": 4}
+    (model / "config.json").write_text(json.dumps(config))
+    said = {"a": "yes no", "b": None, "c": "no yes no yes no yes", "d": " "}
+    rows = []
+    for name, text in said.items():
+        write(tmp_path / "d" / f"{name}.wav", tone(400))
+        rows.append({"file_name": f"{name}.wav", "transcription": text})
+    datasets.Dataset.from_list(rows).to_csv(tmp_path / "d" / "metadata.csv", index=False)
+    batch = _batch(tmp_path / "d", model, "automatic-speech-recognition")
+    assert batch["labels"].tolist() == [[1, 2, -100, -100], [2, 1, 2, 1]]
+    assert batch["decoder_input_ids"].tolist() == [[3, 1, 2, 0], [3, 2, 1, 2]]
+    assert batch["input_values"].shape == (2, 400)
