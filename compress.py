@@ -150,9 +150,7 @@ def compress(
             ways = _measured(run, steps, "again-", taken)
             found = _package(run, steps, ways, original, "again-best")
         found, result = _held(run, steps, ways, found)
-        _report(
-            found, result, f"ffmerge compress MODEL {out.name} --size {config.size} --data DATA"
-        )
+        _report(found, result, _command(out.name, config, paths))
         shutil.rmtree(out, ignore_errors=True)
         found.folder.rename(out)
         (out / RESULT).unlink()
@@ -329,22 +327,32 @@ def _package(
 def _held(
     run: Run, steps: Steps, ways: Mapping[str, Way], found: Compressed
 ) -> tuple[Compressed, Validation]:
-    """Return the package of the best way that holds against PyTorch; if none does, of the best."""
-    result = _validated(run, found)
+    """Return the package of the best way that holds and fits; if none does, of the best."""
+    first = now = found, _validated(run, found)
     for name in [*ways][1:]:
-        if result.ok:
-            break
-        wrong = _wrong(result)[0].partition(";")[0]
-        announce(
-            f"{found.ways[0].text} does not hold against PyTorch: {wrong}; {ways[name].text} is "
-            "shipped if it does"
-        )
+        wrong = _unfit(*now)
+        if wrong is None:
+            return now
+        announce(f"{now[0].ways[0].text} {wrong}; {ways[name].text} is tried instead")
         order = {name: ways[name], **ways}
         other = _package(run, steps, order, found.original, f"{name}-shipped")
-        held = _validated(run, other)
-        if held.ok and other.shipped <= other.size:
-            found, result = other, held
-    return found, result
+        now = other, _validated(run, other)
+    wrong = _unfit(*now)
+    if wrong is None or now is first:
+        return now
+    announce(
+        f"{now[0].ways[0].text} {wrong}; {found.ways[0].text} is shipped, the best by the data"
+    )
+    return first
+
+
+def _unfit(found: Compressed, result: Validation) -> str | None:
+    """Return what is wrong with a package, None if it holds and fits."""
+    if not result.ok:
+        return f"does not hold against PyTorch: {_wrong(result)[0].partition(';')[0]}"
+    if found.shipped > found.size:
+        return f"takes {size_text(found.shipped)}, more than the size"
+    return None
 
 
 def _wrong(result: Validation) -> tuple[str, ...]:
@@ -360,6 +368,20 @@ def _validated(run: Run, found: Compressed) -> Validation:
     return validate(
         found.folder / "package", data=labelled, progress=lambda step: run.show(step, 0, 0)
     )
+
+
+def _command(name: str, config: CompressConfig, paths: DataConfig) -> str:
+    """Return the command that writes such a folder, with what was given of its options."""
+    command = f"ffmerge compress MODEL {name} --size {config.size} --data DATA"
+    if paths.validation:
+        command += " --validation OTHER"
+    if config.task:
+        command += f" --task {config.task}"
+    if config.profile != "portable":
+        command += f" --for {config.profile}"
+    if config.tune:
+        command += f" --tune {config.tune}"
+    return command
 
 
 def _report(found: Compressed, result: Validation, command: str) -> None:

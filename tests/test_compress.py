@@ -141,6 +141,8 @@ def test_float16_is_tried_where_a_gpu_is_to_run_it(
     assert code == 0 and "float16 fits" not in err, err
     assert [way["what"] for way in found["ways"]] == ["fp16", "int8"]
     assert Manifest.read(out / "package").dtype == "fp16" and found["shipped"] <= 800_000
+    page = (out / "package" / "report.md").read_text()
+    assert "ffmerge compress MODEL small --size 800kB --data DATA --for cuda\n" in page
     code, text, err = command("compress", DIGITS.folder, tmp_path / "other", *words, "--dry-run")
     assert code == 0 and "measure int8" in text and "fp16" not in text
     assert "float16 fits as well and keeps more" in err
@@ -182,7 +184,8 @@ def test_what_does_not_hold_is_shipped_only_where_nothing_does(
     assert len(seen) == 2 and code == failing - 1
     text, narrowed = " ".join(text.split()), (tmp_path / "small" / "checkpoint").exists()
     assert "8 bits by data does not hold against PyTorch: package 1 is off; int8" in err
-    assert "is shipped if it does" in err
+    assert "is tried instead" in err
+    assert ("is shipped, the best by the data" in err) == (failing == 2)
     assert ("It does not hold against PyTorch, a larger --size may: package 1 is off." in text) == (
         failing == 2
     )
@@ -190,6 +193,40 @@ def test_what_does_not_hold_is_shipped_only_where_nothing_does(
     first = text.partition("original")[0]
     assert narrowed == ("neurons" in first)
     assert ffmerge.audit(tmp_path / "small" / "package").ok
+
+
+def test_what_holds_and_is_too_large_is_not_shipped_where_another_fits(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of three ways the first does not hold, and only the last one fits."""
+    made = {name: ways.Way("int8", 1, 1.0, f"way {name}") for name in "abc"}
+    sizes_of = {"a": 9, "b": 11_000, "c": 10_000}
+
+    def packed(run: Any, steps: Any, order: Any, original: float, step: str) -> Any:
+        name = next(iter(order))
+        return SimpleNamespace(
+            ways=(made[name],), shipped=sizes_of[name], size=10_000, original=original
+        )
+
+    def judged(run: Any, found: Any) -> Any:
+        stopped = "off; far" if found.ways[0] is made["a"] else None
+        return SimpleNamespace(ok=not stopped, providers=[SimpleNamespace(reason=stopped)])
+
+    monkeypatch.setattr(compress, "_package", packed)
+    monkeypatch.setattr(compress, "_validated", judged)
+    first = packed(None, None, made, 1.0, "best")
+    found, result = compress._held(cast(Any, None), cast(Any, None), made, first)
+    assert found.ways == (made["c"],) and result.ok
+    assert capsys.readouterr().err.splitlines() == [
+        "ffmerge: way a does not hold against PyTorch: off; way b is tried instead",
+        "ffmerge: way b takes 11.0 kB, more than the size; way c is tried instead",
+    ]
+    sizes_of["c"] = 10_001
+    found, _ = compress._held(cast(Any, None), cast(Any, None), made, first)
+    assert found is first
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "ffmerge: way c takes 10.0 kB, more than the size; way a is shipped, the best by the data"
+    )
 
 
 def test_what_is_narrowed_is_trained_if_wanted(
