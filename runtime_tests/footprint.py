@@ -133,7 +133,7 @@ def _sizes(given: Mapping[str, Any]) -> str:
     past = [name for name in given if is_past(name)]
     told = []
     for name in [*list(given)[:1], *past[:1]]:
-        told.append(" x ".join([f"{name} {len(given[name])}", *map(str, given[name].shape[1:])]))
+        told.append(f"{name} {' x '.join(map(str, given[name].shape))}".rstrip())
     return ", ".join(told)
 
 

@@ -434,9 +434,23 @@ def sharing(before: Validation, after: Validation) -> Sharing | None:
     if first is None or last is None:
         return Sharing(before.label, removed, None, None)
     fraction: float | None = None
-    if before.manifest.dtype == after.manifest.dtype:
+    if _same_bits(before.manifest, after.manifest):
         fraction = (first - last) / removed
     return Sharing(before.label, removed, first - last, fraction)
+
+
+def _same_bits(before: Manifest, after: Manifest) -> bool:
+    """Say whether what both packages hold has as many bits in both: a budget may choose others.
+
+    Without a budget, where none are told of single weights, int4 has 4.
+    """
+    old = {name: form.bits for name, form in before.bits.items()}
+    new = {name: form.bits for name, form in after.bits.items()}
+    both = old.keys() | new.keys()
+    if old and new:
+        both = old.keys() & new.keys()
+    alike = [old.get(name, 4) == new.get(name, 4) for name in both]
+    return before.dtype == after.dtype and all(alike)
 
 
 def model_bytes(manifest: Manifest, kind: str | None = None) -> int:

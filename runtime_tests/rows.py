@@ -37,9 +37,9 @@ MOST_TIMES = 100  # of its own rounding that a model in float32 is off, at most
 Cost = tuple[str, str, Callable[[Any], str], str]  # name, key of the summary, how to show it, note
 
 _MEASURED = (
-    *("rss_bytes", "anonymous_bytes", "running_bytes"),
-    *("load_s", "median_ms", "p95_ms", "tokens_per_s", "given", "threads"),
-)
+    "rss_bytes", "anonymous_bytes", "running_bytes", "load_s", "median_ms", "p95_ms",
+    "tokens_per_s", "given", "threads",
+)  # fmt: skip
 _SIZES: tuple[Cost, ...] = (
     ("Size on disk", "bytes_on_disk", size_text, "graph and weights"),
     ("Parameters", "parameters", "{:,}".format, "each shared one counted once"),

@@ -4,9 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+from graphs import build
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from ffmerge.passes.graph.run import share_model
 from ffmerge.passes.weights import precision
 
 DTYPES = ("fp16", "int8", "int4")
@@ -64,6 +66,21 @@ def test_of_a_weight_norm_what_it_computes_is_rounded(dtype: str, old: bool) -> 
         assert float(off.detach()) < 0.1, make
         more = precision.bytes_of(normed, dtype) / precision.bytes_of(plain, dtype)
         assert 1 <= more < 1.15  # measured 1.004 to 1.12: the norms are parameters
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_a_head_of_one_score_stays_as_it_is_in_a_package(dtype: str) -> None:
+    """As of a cross encoder: its weight is a vector."""
+    torch.manual_seed(0)
+    head, x = nn.Linear(1024, 1), torch.randn(2, 5, 1024)
+    with torch.no_grad(), precision.rounded(head, dtype):
+        found = head(x)
+    weight = head.weight.detach().numpy().T
+    model = build("(float[n,1024] x) => (float[n,1] y) {y = MatMul(x, W)}", W=weight)
+    (skip,) = share_model(model, dtype=dtype).skipped
+    assert skip.reason == "FLOAT: a vector of 1024 elements"
+    assert torch.equal(found, head(x))
+    assert precision.bytes_of(head, dtype) == 4 * 1025
 
 
 def test_no_rows_are_rounded_to_none() -> None:

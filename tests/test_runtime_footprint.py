@@ -13,6 +13,7 @@ from onnx import helper
 from packages import CASES, linear_package, write_package
 
 from ffmerge.errors import RuntimeCheckError
+from ffmerge.models.codes import Form
 from ffmerge.models.manifest import Manifest, reference_key
 from ffmerge.models.probe import InputSpec, Probe
 from ffmerge.runtime_tests import footprint
@@ -92,13 +93,26 @@ def test_sharing_is_not_told_of_other_bits(tmp_path: Path) -> None:
     files = [replace(f, bytes=f.bytes // 4) for f in before.files]
     cost = SimpleNamespace(rss_bytes=10)
     found = []
-    for dtype in (before.dtype, "int8"):
-        after = replace(before, files=tuple(files), dtype=dtype)
-        both = [SimpleNamespace(manifest=m, footprint=cost, label="it") for m in (before, after)]
+    four, two = {"W": Form(4, 32), "V": Form(4, 32)}, {"W": Form(2, 32)}  # V is W once it is merged
+    for dtype, bits, fewer in (
+        (before.dtype, {}, {}), ("int8", {}, {}),
+        (before.dtype, four, {"W": Form(4, 64)}), (before.dtype, four, two),
+        (before.dtype, {}, two), (before.dtype, {}, four),
+    ):  # fmt: skip
+        after = replace(before, files=tuple(files), dtype=dtype, bits=fewer)
+        given = (replace(before, bits=bits), after)
+        both = [SimpleNamespace(manifest=m, footprint=cost, label="it") for m in given]
         kept = sharing(*both)  # type: ignore[arg-type]
         assert kept is not None and kept.resident_saved == 0
         found.append(kept.fraction)
-    assert found == [0, None]
+    assert found == [0, None, 0, None, None, 0]
+
+
+def test_the_sizes_of_a_run_are_told_of_a_number_too() -> None:
+    ids, past = np.zeros((1, 8)), np.zeros((1, 2, 3, 4))
+    assert footprint._sizes({"ids": ids}) == "ids 1 x 8"
+    told = footprint._sizes({"flag": np.array(True), "past_key_values.0.key": past})
+    assert told == "flag, past_key_values.0.key 1 x 2 x 3 x 4"
 
 
 @linux

@@ -79,7 +79,7 @@ def assign(
         InputError: that is less than the weights take in the fewest bits.
     """
     assert config.budget is not None
-    forms = {matrix: _forms(matrix, config) for matrix in matrices}
+    forms = {matrix: _forms(matrix) for matrix in matrices}
     room, least = config.budget - _beside(files, matrices, config.plain_lookups), 0
     sizes: dict[Matrix, dict[Form, int]] = {}
     for matrix in matrices:
@@ -297,7 +297,7 @@ def form_of(matrix: Matrix, form: Form) -> Form:
     return form
 
 
-def _forms(matrix: Matrix, config: QuantizeConfig) -> list[Form]:
+def _forms(matrix: Matrix) -> list[Form]:
     """Return the forms that the readers of a matrix take."""
     if not matrix.lookups:
         return list(FORMS)

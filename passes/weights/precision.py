@@ -127,7 +127,7 @@ class _Products(TorchDispatchMode):
         """Run an operation of PyTorch, a product ``x @ W.T`` on rounded numbers."""
         if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
             *bias, x, turned = args
-            if turned.untyped_storage().data_ptr() in self.held and turned.numel() >= FLOOR:
+            if turned.untyped_storage().data_ptr() in self.held and _is_large(turned):
                 x, weight = self._rounded(x, turned.T.contiguous())
                 args = (*bias, x, weight.T)
         return func(*args, **(kwargs or {}))
@@ -153,17 +153,28 @@ def _by_rows(model: nn.Module, dtype: str) -> set[nn.Module]:
         inside = model.get_encoder()
         outside = {id(each.weight) for each in _maps(model) - _maps(inside)}
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    maps = {module for module in _maps(inside) if id(module.weight) not in tables}
-    return set() if any(id(module.weight) in outside for module in maps) else maps
+    found = set()
+    for module in _maps(inside):
+        if id(module.weight) in tables:
+            continue
+        if id(module.weight) in outside:
+            return set()
+        found.add(module)
+    return found
 
 
 def _maps(model: nn.Module) -> set[Any]:
-    """Return the maps whose weights are large enough to be fewer bits."""
+    """Return the maps whose weights are in fewer bits."""
     found = set()
     for module in model.modules():
-        if isinstance(module, PRODUCTS) or _is_router(module):
+        if (isinstance(module, PRODUCTS) or _is_router(module)) and _is_large(module.weight):
             found.add(module)
-    return {module for module in found if module.weight.numel() >= FLOOR}
+    return found
+
+
+def _is_large(weight: Tensor) -> bool:
+    """Say whether a package has a weight in fewer bits: no vector, and enough elements."""
+    return weight.numel() >= FLOOR and not codes.is_vector(weight.shape)
 
 
 def _is_router(module: Any) -> bool:
@@ -195,8 +206,7 @@ def _summed(module: nn.Module, dtype: str) -> list[str]:
     """
     found = []
     for name, parameter in module.named_parameters(recurse=False):
-        large = parameter.numel() >= FLOOR and not codes.is_vector(parameter.shape)
-        if large and dtype in BITS:
+        if dtype in BITS and _is_large(parameter):
             found.append(name)
     return found
 
@@ -225,14 +235,14 @@ def _rounded_values(values: Array, dtype: str) -> Array:
 
 def _rounded_weight(module: Any, dtype: str) -> Tensor:
     """Return the weight of a map, a convolution or a table as ``dtype`` holds it, in its layout."""
-    weight, turned = module.weight.data, isinstance(module, Conv1D)
-    if weight.numel() < FLOOR and dtype != "fp16":
+    weight = module.weight.data
+    if dtype in BITS and not _is_large(weight):
         return weight
-    rows = weight.T if turned else weight
-    if weight.ndim > 2 and dtype != "fp16":
-        return _int8(rows)
-    new = to_dtype(rows.flatten(1), dtype).view(rows.shape)
-    return new.T if turned else new
+    if dtype in BITS and weight.ndim > 2:
+        return _int8(weight)
+    if isinstance(module, Conv1D):
+        return to_dtype(weight.T, dtype).T
+    return to_dtype(weight.flatten(1), dtype).view(weight.shape)
 
 
 def _int8(values: Tensor) -> Tensor:
@@ -332,7 +342,7 @@ def _round_(dtype: str, constants: Set[int], module: Any, read: Any) -> Tensor |
     What is found in a table by ids of no input, as position embeddings of pictures and of sounds
     are, is a constant in a graph, which is added, in int8.
     """
-    large = dtype in BITS and module.weight.numel() >= FLOOR
+    large = dtype in BITS and _is_large(module.weight)
     if large and isinstance(module, nn.Embedding) and _are_fixed(read, module, constants):
         _put_(module, _int8(module.weight.data))
         return None
