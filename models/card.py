@@ -9,8 +9,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.repocard import metadata_load
+from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub.repocard import REGEX_YAML_BLOCK, metadata_load
 
 from ffmerge.errors import InputError
 from ffmerge.escapes import code_span, markdown
@@ -67,7 +67,7 @@ def checkpoint_card(model: Any, source: Path, original: str) -> str:
         merge=merge_text(merge_record(model.config)),
         cited=CITED,
     )
-    described = ModelCard(original, ignore_metadata_errors=True).text
+    described = REGEX_YAML_BLOCK.sub("", original, count=1)  # ModelCard logs a card without one
     described = described.split(_ORIGINAL)[-1].strip()
     if described:
         text += f"\n{_ORIGINAL}\n\n{described}\n"

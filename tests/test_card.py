@@ -93,7 +93,9 @@ def test_a_merged_checkpoint_has_a_card_of_its_own(tmp_path: Path) -> None:
         assert text.count("The card of the original") == 1
 
 
-def test_a_merged_checkpoint_of_one_without_a_card_names_no_original(tmp_path: Path) -> None:
+def test_a_merged_checkpoint_of_one_without_a_card_names_no_original(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     source = tmp_path / "source"
     source.mkdir()
     model = vit(32, 64, 2)
@@ -101,3 +103,8 @@ def test_a_merged_checkpoint_of_one_without_a_card_names_no_original(tmp_path: P
     checkpoint.save(model, tmp_path / "merged", source)
     text = (tmp_path / "merged" / "README.md").read_text()
     assert "The card of the original" not in text and "model-index" not in text
+    (source / "README.md").write_text("# Pictures\n")  # a card with no metadata is one, too
+    checkpoint.save(model, tmp_path / "again", source)
+    text = (tmp_path / "again" / "README.md").read_text()
+    assert text.endswith("## The card of the original\n\n# Pictures\n")
+    assert not [each for each in caplog.records if each.name.startswith("huggingface_hub")]
