@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from architectures import CASES, index_of, model_of
 from drawn import labelled
 from tiny import vit
 from tiny_wider import seeded, t5
@@ -13,6 +14,7 @@ from ffmerge.config import MergeConfig
 from ffmerge.errors import InputError
 from ffmerge.models import ties
 from ffmerge.models.find import find
+from ffmerge.models.inputs import example_inputs
 from ffmerge.passes.weights import methods
 from ffmerge.passes.weights.least_squares import Regression
 from ffmerge.passes.weights.merge import merge_
@@ -142,3 +144,13 @@ def test_data_with_nothing_to_write_is_told_so() -> None:
     ids = np.random.default_rng(0).integers(3, 60, (4, 6))
     with pytest.raises(InputError, match=r"has none for it to write \(--target-column\)"):
         merge_(t5(), {"input_ids": ids}, MergeConfig(k=2))
+
+
+def test_layers_of_unlike_length_are_told_apart() -> None:
+    """A convolution between Informer's layers halves what the later ones run over."""
+    model = model_of(*CASES[index_of("InformerForPrediction")][:3])
+    drawn = example_inputs(model)
+    data = {name: array.repeat(4, *[1] * (array.ndim - 1)) for name, array in drawn.items()}
+    config = MergeConfig(k=2, stacks=("encoder",))
+    with pytest.raises(InputError, match=r"layer 0 of 'encoder' runs over 8 .* layer 1 over 4"):
+        merge_(model, data, config)

@@ -8,16 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from architectures import CASES, index_of, model_of
 from drawn import Arrays, data_of, outputs_of
 from shorter import BLOCKS, MODELS, same, shorter, state_of
 
 import ffmerge
 from ffmerge.config import MergeConfig
 from ffmerge.models.find import find
+from ffmerge.models.inputs import example_inputs
 from ffmerge.models.sublayer import FeedForward, stacks
 from ffmerge.passes.weights.evidence import Evidence
 from ffmerge.passes.weights.merge import merge_
 from ffmerge.passes.weights.methods import METHODS, Merged, in_place, size_of
+from ffmerge.passes.weights.rivals import _without
 
 DROP = METHODS["drop-layer"]
 
@@ -216,3 +219,19 @@ def test_copies_of_the_anchor_are_the_anchor(name: str) -> None:
         got = _parts(model, find(model)[layer])
         assert got.keys() == want.keys()
         assert all(torch.equal(got[key], want[key]) for key in want)
+
+
+def test_a_layer_is_left_out_whatever_its_input_is_called() -> None:
+    """PatchTST gives its layers ``hidden_state``: the second one reads what the first one would."""
+    model = model_of(*CASES[index_of("PatchTSTForPrediction")][:3])
+    read: dict[int, torch.Tensor] = {}
+    layers = model.model.encoder.layers
+    for number, layer in enumerate(layers):
+        layer.register_forward_pre_hook(
+            lambda _, args, kwargs, number=number: read.update({number: kwargs["hidden_state"]}),
+            with_kwargs=True,
+        )
+    inputs = example_inputs(model)
+    with torch.no_grad(), _without(model, ["model.encoder.layers.0"]):
+        model(**inputs)
+    assert torch.equal(read[0], read[1])

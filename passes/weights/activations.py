@@ -243,12 +243,29 @@ def _run(
     forward(model, batch)
     found = {}
     for name, members in sublayers.items():
-        shape = _whole(seen, members[0].output, 1).shape[:-1]
+        shape = _shape_of_all(name, members, seen)
         counted = positions(model, batch, members[0].reads, shape)
         found[name] = {member.layer: _activations(member, seen, counted) for member in members}
     for calls in seen.values():
         calls.clear()
     return found
+
+
+def _shape_of_all(name: str, members: Sequence[FeedForward], seen: Calls) -> Sequence[int]:
+    """Return the rows and positions that all sublayers of a stack run over.
+
+    Raises:
+        InputError: one runs over fewer, as behind a convolution that halves them.
+    """
+    shapes = {m.layer: tuple(_whole(seen, m.output, 1).shape[:-1]) for m in members}
+    layer, shape = next(iter(shapes.items()))
+    for other, found in shapes.items():
+        if found != shape:
+            raise InputError(
+                f"layer {layer} of {name!r} runs over {shape[-1]} positions and layer {other} over "
+                f"{found[-1]}, so it cannot be seen how alike they are: take --method narrow."
+            )
+    return shape
 
 
 def _counted_by_all(

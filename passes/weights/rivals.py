@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -143,8 +144,8 @@ def _layer_of(model: Any, member: FeedForward) -> str:
 def _without(model: nn.Module, paths: Sequence[str]) -> Iterator[None]:
     """Let the layers at ``paths`` pass on what they are given, for the length of the block."""
 
-    def skip(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> Any:
-        given = args[0] if args else kwargs["hidden_states"]
+    def skip(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> Any:
+        given = args[0] if args else kwargs[next(iter(signature(layer.forward).parameters))]
         return (given, *out[1:]) if isinstance(out, tuple) else given
 
     handles = []
