@@ -20,12 +20,14 @@ from ffmerge.commands import examples_of, open_checkpoint
 from ffmerge.config import (
     CompressConfig,
     DataConfig,
+    ExportConfig,
     LoadConfig,
     parse_budget,
 )
 from ffmerge.early import check_output
 from ffmerge.errors import InputError
 from ffmerge.exporter import package
+from ffmerge.exporter.plan import make_plan
 from ffmerge.files import scratch, size_text
 from ffmerge.models import checkpoint
 from ffmerge.models.float32 import float32_
@@ -252,7 +254,11 @@ def _opened(
     options: LoadConfig,
     show: Progress,
 ) -> Run:
-    """Open the checkpoint and the data; float32 weights lie in the folder ``wide``."""
+    """Open the checkpoint and the data; float32 weights lie in the folder ``wide``.
+
+    Raises:
+        InputError: nothing can be exported of the model for the task, or data cannot be read.
+    """
 
     def opened() -> tuple[Path, Any]:
         folder, model = open_checkpoint(source, options)
@@ -263,6 +269,7 @@ def _opened(
 
     folder, model = opened()
     task = task_of(model, config.task)
+    make_plan(model, ExportConfig(task=task, profile=config.profile), folder, None)
     calibration, held_out = examples_of(paths, folder, task)
     assert calibration is not None and held_out is not None  # --data was asked for
     return Run(
