@@ -87,10 +87,10 @@ def assign(
         sizes[matrix] = {form: times * _bytes(matrix, form) for form in forms[matrix]}
         least += min(sizes[matrix].values())
     if room < least:
-        needed = size_text(config.budget - room + least)
+        needed = config.budget - room + least
         raise InputError(
             f"the budget of {size_text(config.budget)} is too small: in the fewest bits the model "
-            f"takes {needed}."
+            f"takes {size_text(needed)} ({needed:,} bytes)."
         )
     lost = sensitivities(model, matrices, config.calibration)
     options: list[Options] = []
