@@ -630,9 +630,12 @@ class ValidateConfig(ColumnsConfig):
     threads: int = 1
 
     def __post_init__(self) -> None:
-        """Take names and paths as Python has them."""
+        """Take names and paths as Python has them, and refuse to check nothing."""
         _take_paths(self, "similarity", "against")
-        object.__setattr__(self, "providers", _names(self.providers))
+        if self.providers:
+            object.__setattr__(self, "providers", _names(self.providers))
+        elif not self.installed:
+            raise InputError("no runtime is named: give providers, or installed for all there are.")
 
 
 def _take_window(config: Any) -> None:

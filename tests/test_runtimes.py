@@ -219,6 +219,12 @@ def test_the_nodes_of_a_package_are_counted_by_the_engine(package: Path) -> None
     assert cost.device == "cpu"
 
 
+def test_of_runtimes_none_need_be_named_where_all_are_asked_for() -> None:
+    assert ValidateConfig(providers=(), installed=True).providers == ()
+    with pytest.raises(InputError, match="no runtime is named"):
+        ValidateConfig(providers=())
+
+
 def test_a_package_with_weights_of_2_bits_has_bounds_of_its_own() -> None:
     """Wider in every column than int4's, but for single elements."""
     forms = {"W": Form(4, 64), "V": Form(8, 64)}

@@ -155,23 +155,29 @@ def _filled(options: Sequence[Options], chosen: Sequence[Form], room: int) -> li
 def _best_alike(options: Sequence[Options], room: int) -> list[Form] | None:
     """Return the forms in which all matrices fit and lose least, of one form or of so many bits.
 
-    In bits that are the same each has the form that takes least. None if nothing fits.
+    None if nothing fits.
     """
-    tried = []
-    for form in FORMS:
-        if all(form in each for each in options):
-            tried.append([form] * len(options))
-    for bits in dict.fromkeys(form.bits for form in FORMS):
-        of_bits = [[form for form in each if form.bits == bits] for each in options]
-        if all(of_bits):
-            pairs = zip(of_bits, options, strict=True)
-            tried.append([min(some, key=each.__getitem__) for some, each in pairs])
     best, least = None, float("inf")
-    for forms in tried:
+    for forms in _alike(options):
         size, loss = _total(options, forms)
         if size <= room and loss < least:
             best, least = forms, loss
     return best
+
+
+def _alike(options: Sequence[Options]) -> Iterator[list[Form]]:
+    """Yield one form for all, and for each number of bits the form that takes least of each."""
+    for form in FORMS:
+        if all(form in each for each in options):
+            yield [form] * len(options)
+    for bits in dict.fromkeys(form.bits for form in FORMS):
+        forms = []
+        for each in options:
+            some = [form for form in each if form.bits == bits]
+            if some:
+                forms.append(min(some, key=each.__getitem__))
+        if len(forms) == len(options):
+            yield forms
 
 
 def _best_step(
