@@ -170,7 +170,7 @@ def _size(count: int | None) -> str:
 # of --for cpu: what is slower for its reason
 SLOWER = {"attention": "attention", "genai": "onnxruntime-genai"}
 WITHOUT_DATA = (
-    "with --data it loses about a third: 1 - cosine 0.009 for 0.031 of a sentence encoder"
+    "with --data it loses about a quarter: 1 - cosine 0.008 for 0.031 of a sentence encoder"
 )
 
 
