@@ -185,14 +185,14 @@ def outline(
             forward(model, batch)
         batches = -(-len(run.held_out) // config.batch_size)
         once = batches * (time.monotonic() - began)  # the data that chooses, through the model
-        shapes = shapes_of(model)
+        shapes = shapes_of(model, run.rows)
         taken = beside(shapes, run.folder)
     check_reach(shapes, run.limit, taken)
     room, found = run.limit - taken, [("measure the model as given", "", once, "")]
     dtypes = dtypes_for(config)
     fits, aim = fitting(shapes, room, dtypes), narrower(shapes, room, dtypes)
     ways = ways_to(run, room)
-    found += _precisions(model, ways, str(fits), taken, once)
+    found += _precisions(run, ways, str(fits), taken, once)
     if "mixed" in ways:
         cost = BITS_COST * once + TRACED
         found.append((f"export and measure {MIXED}", size_text(run.limit), cost, "mixed"))
@@ -218,13 +218,13 @@ def outline(
 
 
 def _precisions(
-    model: Any, ways: Collection[str], fits: str, taken: int, once: float
+    run: Run, ways: Collection[str], fits: str, taken: int, once: float
 ) -> list[tuple[str, str, float, str]]:
     """Return the steps that measure the model in a precision: what, its size, seconds and name."""
     found = []
     for name, dtype in (("whole", fits), ("int8", "int8")):
         if name in ways:
-            size = size_text(bytes_of(model, dtype) + taken)
+            size = size_text(bytes_of(run.model, dtype, run.rows) + taken)
             found.append((f"measure {dtype}", size, once, name))
     return found
 

@@ -36,6 +36,11 @@ class Profile:
     layout: str | None = None
     fixed: bool = False
 
+    @property
+    def rows(self) -> bool:
+        """Whether there are kernels for int8 with a range for each row."""
+        return self.dtypes is None or "int8-dynamic" in self.dtypes
+
 
 _GPU = ("fp32", "fp16", "int8", "int4", "q4f16")
 PROFILES = {

@@ -67,6 +67,11 @@ class Run:
     trusted: bool
     costs: dict[Unit, Matrix] = field(default_factory=dict)
 
+    @property
+    def rows(self) -> bool:
+        """Whether int8 multiplies rows where the package is to run."""
+        return profile_of(self.config.profile).rows
+
 
 def ways_to(run: Run, room: int) -> dict[str, Make]:
     """Return by the name of its step what makes and measures each way to the size.
@@ -79,7 +84,7 @@ def ways_to(run: Run, room: int) -> dict[str, Make]:
     Raises:
         InputError: no way leads there.
     """
-    shapes = shapes_of(run.model)
+    shapes = shapes_of(run.model, run.rows)
     check_reach(shapes, run.limit, run.limit - room)
     dtypes = dtypes_for(run.config)
     fits, aim = fitting(shapes, room, dtypes), narrower(shapes, room, dtypes)
@@ -114,7 +119,7 @@ def dtypes_for(config: CompressConfig) -> tuple[str, ...]:
 def _whole(run: Run, dtype: str, folder: Path) -> Mapping[str, Any]:
     """Measure the model in a precision."""
     run.show("measuring", 0, 0)
-    return vars(_measured(run.model, dtype, run.score, dtype))
+    return vars(_measured(run, run.model, dtype, dtype))
 
 
 def _mixed(run: Run, fits: str | None, folder: Path) -> Mapping[str, Any]:
@@ -155,7 +160,7 @@ def _narrowed(run: Run, dtype: str, kept: int, folder: Path) -> Mapping[str, Any
         gone = 1 - merge.record.parameters_after / merge.record.parameters_before
         removed = f"narrowed by {100 * gone:.0f} %: {removed}"  # tells two tries apart
         return _with_mixed_bits(run, model, folder, f"{MIXED}, {removed}")
-    return vars(_measured(model, dtype, run.score, f"{dtype}, {removed}"))
+    return vars(_measured(run, model, dtype, f"{dtype}, {removed}"))
 
 
 def _removed(narrowed: Sequence[Narrowed]) -> str:
@@ -197,11 +202,11 @@ def export_config(run: Run, dtype: str) -> ExportConfig:
     return ExportConfig(task=run.config.task, dtype=dtype, profile=run.config.profile)
 
 
-def _measured(model: Any, dtype: str, score: Score, text: str) -> Way:
+def _measured(run: Run, model: Any, dtype: str, text: str) -> Way:
     """Return a way by what the model as it is keeps in a precision."""
     if dtype == "fp32":
-        value = score.measure(model)
+        value = run.score.measure(model)
     else:
-        with rounded(model, dtype):
-            value = score.measure(model)
-    return Way(dtype, bytes_of(model, dtype), value, text)
+        with rounded(model, dtype, run.rows):
+            value = run.score.measure(model)
+    return Way(dtype, bytes_of(model, dtype, run.rows), value, text)

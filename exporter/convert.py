@@ -266,8 +266,7 @@ def _block(plan: Plan, results: Iterable[ShareResult]) -> int | None:
 
     Or where a graph in blocks multiplies by a weight of one in rows: it would be stored twice.
     """
-    kernels = [profile_of(profile).dtypes for profile in plan.config.profiles]
-    rows = all(some is None or "int8-dynamic" in some for some in kernels)
+    rows = all(profile_of(profile).rows for profile in plan.config.profiles)
     if plan.dtype == "int8" and not (rows and _stored_in_one_form(results)):
         return plan.config.block or BLOCKS[8]
     return plan.config.block

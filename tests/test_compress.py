@@ -140,6 +140,8 @@ def test_float16_is_tried_where_a_gpu_is_to_run_it(
     code, found, err = run("compress", DIGITS.folder, out, *words, "--for", "cuda", "--json")
     assert code == 0 and "float16 fits" not in err, err
     assert [way["what"] for way in found["ways"]] == ["fp16", "int8"]
+    model = ffmerge.load(DIGITS.folder)
+    assert found["ways"][1]["bytes"] == bytes_of(model, "int8", rows=False)  # no kernels for rows
     assert Manifest.read(out / "package").dtype == "fp16" and found["shipped"] <= 800_000
     page = (out / "package" / "report.md").read_text()
     assert "ffmerge compress MODEL small --size 800kB --data DATA --for cuda\n" in page

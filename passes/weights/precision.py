@@ -4,7 +4,8 @@ The search of a budget and ``compare`` ask for the size of the weights, and meas
 rounding them, and for int8 and int4 of rounding what they are multiplied by. The codes are those
 of a package: ``models/codes.py``. int8 has two forms there (``passes/graph/quantize.py``): a model
 that generates is taken to be exported with its cache, in blocks, and any other multiplies rows; so
-does an encoder whose states a decoder reads.
+does an encoder whose states a decoder reads. Without ``rows`` all are in blocks, as for a provider
+that has no kernels for rows.
 """
 
 from collections.abc import Callable, Iterator, Set
@@ -31,18 +32,18 @@ Whole = list[tuple[Tensor, Tensor]]  # parameters, and their values before they 
 Round = Callable[[Any, Any], Any]  # a module and what it reads; returns that rounded, or None
 
 
-def bytes_of(model: nn.Module, dtype: str) -> int:
+def bytes_of(model: nn.Module, dtype: str, rows: bool = True) -> int:
     """Return the bytes of the weights of a package, scales counted, every shared one once.
 
     Graph, and copies that runtimes need of a weight, are not in it.
     """
-    return sizes.bytes_of(shapes_of(model), dtype)
+    return sizes.bytes_of(shapes_of(model, rows), dtype)
 
 
-def shapes_of(model: nn.Module) -> list[tuple[int, ...]]:
+def shapes_of(model: nn.Module, rows: bool = True) -> list[tuple[int, ...]]:
     """Return the shapes of the parameters, every shared one once, as ``sizes`` takes them."""
     shapes = {id(parameter): tuple(parameter.shape) for parameter in model.parameters()}
-    by_rows = _by_rows(model, "int8")
+    by_rows = _by_rows(model, "int8", rows)
     for module in model.modules():
         if isinstance(module, Conv1D):
             shapes[id(module.weight)] = tuple(module.weight.shape)[::-1]
@@ -56,19 +57,19 @@ def shapes_of(model: nn.Module) -> list[tuple[int, ...]]:
 
 
 @contextmanager
-def rounded(model: nn.Module, dtype: str) -> Iterator[None]:
+def rounded(model: nn.Module, dtype: str, rows: bool = True) -> Iterator[None]:
     """Round the weights of maps, convolutions and tables to ``dtype`` for the length of the block.
 
     Each only while it is used: a large model is never held twice.
     """
-    by_rows, no_blocks = _by_rows(model, dtype), _no_blocks(model, dtype)
+    by_rows, no_blocks = _by_rows(model, dtype, rows), _no_blocks(model, dtype)
     constants = {id(buffer) for buffer in model.buffers()}
     with ExitStack() as stack:
         for module in model.modules():
             if isinstance(module, nn.MultiheadAttention) or _is_router(module):
                 if dtype in BITS:
-                    rows = getattr(module, "out_proj", module) in by_rows
-                    stack.enter_context(_rounding_inside(module, dtype, rows))
+                    in_rows = getattr(module, "out_proj", module) in by_rows
+                    stack.enter_context(_rounding_inside(module, dtype, in_rows))
                 continue
             if isinstance(module, parametrize.ParametrizationList):
                 continue  # what it computes is rounded
@@ -138,12 +139,12 @@ class _Products(TorchDispatchMode):
         return rounded_input(x, BLOCKS[BITS[self.dtype]]), to_dtype(weight, self.dtype)
 
 
-def _by_rows(model: nn.Module, dtype: str) -> set[nn.Module]:
+def _by_rows(model: nn.Module, dtype: str, rows: bool) -> set[nn.Module]:
     """Return the maps whose products have a range for each row: none by a table that is read.
 
     Of a model that generates those of an encoder, unless a decoder multiplies by its weights.
     """
-    if dtype != "int8":
+    if dtype != "int8" or not rows:
         return set()
     outside: set[int] = set()
     inside = model
