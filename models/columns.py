@@ -132,6 +132,12 @@ def pair_of(
     first = first or _only_other(choices, second)
     second = second or _only_other(choices, first)
     if not first or not second:
+        if table.column_names == choices and len(choices) == 1:
+            raise InputError(
+                f"{source} has one column, {choices[0]}, and the model reads one text and writes "
+                "another: give a table with both, such as source and target, or named by "
+                "--text-column and --target-column."
+            )
         raise InputError(
             f"{source} has the columns {', '.join(names_of(table))}: name what is read and what is "
             "written by --text-column and --target-column."

@@ -147,6 +147,7 @@ def test_rows_without_one_side_are_left_out(folder: Path) -> None:
     ("columns", "named", "said"),
     [
         ({"a": READ, "b": READ, "c": READ}, {}, "name what is read and what is written"),
+        ({"text": READ}, {}, "has one column, text, and the model reads one text and writes"),
         ({"source": READ}, {}, "--target-column"),
         ({"source": READ, "target": [1, 2]}, {}, "--target-column"),
         ({"a": READ, "b": WRITTEN}, {"target_column": "c"}, "no column 'c', it has a, b"),
