@@ -99,6 +99,8 @@ def _number(
         matched = _by_name(name, known or {})
         if matched is not None:
             return matched
+        if known is None:  # transformers saves no names of two classes that nobody has named
+            name = re.sub(r"^\s*LABEL_(?=\d+\s*$)", "", name)
     is_number = isinstance(name, (bool, int)) or re.fullmatch(r"\s*\d+\s*", str(name))
     if is_number and (known is None or int(name) in known.values()):
         return int(name)

@@ -11,7 +11,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast, ViTImageProcessor
+from transformers import BertConfig, PreTrainedTokenizerFast, ViTImageProcessor
 
 from ffmerge.config import ColumnsConfig
 from ffmerge.errors import FfmergeWarning, InputError
@@ -126,6 +126,18 @@ def test_a_column_of_names(suffix: str, tmp_path: Path) -> None:
         table.to_csv(file, sep="\t" if suffix == ".tsv" else ",", index=False)
     assert _labels(file, model) == [1, 0, 1]
     assert _labels(table, model) == [1, 0, 1]
+
+
+def test_a_configuration_without_names_has_those_of_transformers(tmp_path: Path) -> None:
+    """Which leaves them out of the configuration of a model with two classes."""
+    model = _model(tmp_path / "m")
+    BertConfig(num_labels=2).save_pretrained(model)
+    assert "label2id" not in json.loads((model / "config.json").read_text())
+    rows = {"text": ["one", "two", "three"], "label": ["LABEL_1", "LABEL_0", "LABEL_1"]}
+    assert _labels(datasets.Dataset.from_dict(rows), model) == [1, 0, 1]
+    rows["label"] = ["good", "bad", "good"]
+    with pytest.raises(InputError, match="'bad', which is none of the model's"):
+        _labels(datasets.Dataset.from_dict(rows), model)
 
 
 def test_numbers_of_the_data_mean_its_own_names(tmp_path: Path) -> None:
