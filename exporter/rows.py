@@ -26,7 +26,9 @@ LONGEST = 256  # tokens of a row by which it is rounded, where there are few row
 def real_rows(examples: Examples, model: Any, task: str, length: int = LENGTH) -> dict[str, Array]:
     """Return a few examples as model inputs, from all over the data, and few enough to be stored.
 
-    Text is cut to ``length`` tokens, at the end that has the padding.
+    Text is cut to ``length`` tokens, at the end that has the padding. Where scores of a large
+    vocabulary leave room for few rows, they are the longest of their part of the data: one of three
+    tokens says nothing of a model.
     """
     first = _cut(examples.take(examples.rows[:1]), length)
     size = sum(array.nbytes for name, array in first.items() if name != "labels")
@@ -34,8 +36,19 @@ def real_rows(examples: Examples, model: Any, task: str, length: int = LENGTH) -
     if tasks.base(task) in (*tasks.GENERATE, "fill-mask"):
         scores = length * model.config.get_text_config().vocab_size
     count = max(min(ROWS, BYTES // max(size, 1), SCORES // scores, len(examples)), 1)
-    chosen = np.linspace(0, len(examples) - 1, count).astype(int)
-    return _cut(examples.take([examples.rows[i] for i in chosen]), length)
+    chosen = [examples.rows[i] for i in np.linspace(0, len(examples) - 1, count).astype(int)]
+    if scores > 1 and examples.lengths:
+        chosen = _longest_of_parts(examples, count)
+    return _cut(examples.take(chosen), length)
+
+
+def _longest_of_parts(examples: Examples, count: int) -> list[int]:
+    """Return ``count`` rows, the longest of each part of the data."""
+    chosen = []
+    for part in np.array_split(np.arange(len(examples)), count):
+        rows = [examples.rows[place] for place in part]
+        chosen += examples.of(rows).longest().rows
+    return chosen
 
 
 def rounding_rows(

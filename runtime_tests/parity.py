@@ -193,7 +193,8 @@ def _judged(
     expected, got = _joined(samples, judged)
     alike, quality = cosine(expected, got), mean([case.quality for case in real if case.quality])
     difference, bound = _difference(expected, got, tolerance)
-    if off := int((difference > bound).sum()):
+    off = int((difference > bound).sum())
+    if off > tolerance.spared(difference.size):
         reason: str | None = f"{off} of {verdict.compared} elements are out of tolerance"
     else:
         least, scores = tolerance.cosine, quality
@@ -211,6 +212,7 @@ def _judged(
         quality=quality,
         ok=reason is None,
         reason=reason,
+        out=off,
     )
 
 

@@ -78,6 +78,7 @@ class OutputParity:
     ok: bool
     reason: str | None
     cases: tuple[CaseParity, ...]
+    out: int = 0
 
 
 @dataclass(frozen=True)

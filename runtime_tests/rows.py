@@ -281,7 +281,10 @@ def _allowed(output: OutputParity, own: float) -> str:
     """
     share = f"{100 * output.rtol:.2g} % of each value"
     if own <= 0 or output.atol > MOST_TIMES * own:
-        return f"allowed {output.atol:.2g}, and {share}"
+        told = f"allowed {output.atol:.2g}, and {share}"
+        if output.ok and output.out:
+            told += f"; {output.out:,} elements are farther off, as single ones may be"
+        return told
     told = f"allowed {output.atol / own:.2g} times"
     if output.max_abs is not None:
         told = f"{output.max_abs / own:.2g} times the model's own rounding in float32, {told}"

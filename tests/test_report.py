@@ -293,6 +293,8 @@ def test_a_tolerance_is_told_by_the_models_own_rounding() -> None:
     ]
     ((_, told, _),) = output_rows([replace(output, atol=0.5)], manifest)
     assert told.endswith("allowed 0.5, and 0.1 % of each value")
+    ((_, told, _),) = output_rows([replace(output, atol=0.5, out=2)], manifest)
+    assert told.endswith("; 2 elements are farther off, as single ones may be")
 
 
 def test_a_failed_check_is_said_first(tmp_path: Path) -> None:

@@ -131,6 +131,22 @@ def test_a_quantized_output_may_be_off_by_a_part_of_its_size(size: float, tmp_pa
         assert ("out of tolerance" not in str(output.reason)) == ok
 
 
+@pytest.mark.parametrize(
+    ("dtype", "many", "ok"), [("int8", 2, True), ("int8", 3, False), ("fp32", 1, False)]
+)
+def test_single_elements_of_a_quantized_output_are_spared(dtype, many, ok, tmp_path: Path) -> None:
+    """One of 4,000: two of these 10,000, which are not told to be within the bound."""
+    weight = GENERATOR.standard_normal((8, 10_000)).astype(np.float32)
+    bias = np.zeros(10_000, np.float32)
+    served = bias.copy()
+    served[:many] = 9
+    one = ({"batch_size": 1},)
+    manifest = linear_package(tmp_path / "p", weight, bias, None, served, one, dtype=dtype)
+    (output,) = check_parity(tmp_path / "p", manifest)
+    assert output.out == many and output.ok == ok
+    assert output.max_abs == pytest.approx(9, abs=1e-5)  # measured 4.6e-7
+
+
 def test_logits_of_a_quantized_model_must_point_the_same_way(tmp_path: Path) -> None:
     manifest = linear_package(tmp_path / "package", WEIGHT, BIAS, -WEIGHT / 4, dtype="int4")
     (output,) = check_parity(tmp_path / "package", manifest)
