@@ -195,7 +195,7 @@ def _judged(
     difference, bound = _difference(expected, got, tolerance)
     off = int((difference > bound).sum())
     if off > tolerance.spared(difference.size):
-        reason: str | None = f"{off} of {verdict.compared} elements are out of tolerance"
+        reason: str | None = f"{off} of {difference.size} elements are out of tolerance"
     else:
         least, scores = tolerance.cosine, quality
         if tolerance.real and not judged[0].real:

@@ -322,11 +322,14 @@ def test_of_large_logits_all_real_positions_are_judged(tmp_path: Path) -> None:
     assert not logits.ok and logits.reason is not None and "divergence" in logits.reason
 
 
-@pytest.mark.parametrize(("off", "ok"), [(0.7, True), (2.0, False)])
-def test_an_element_of_a_cache_may_be_as_far_off_as_its_direction_says(
-    tmp_path: Path, off: float, ok: bool
+@pytest.mark.parametrize(("off", "many", "ok"), [(0.7, 9, True), (2.0, 1, True), (2.0, 2, False)])
+def test_elements_of_a_cache_may_be_as_far_off_as_its_direction_says(
+    tmp_path: Path, off: float, many: int, ok: bool
 ) -> None:
-    """One element of a value in int8, off in root mean squares; of any other output 0.5 may be."""
+    """Those of a value in int8, off in root mean squares; of any other output 0.5 may be.
+
+    One of 4,000 is spared.
+    """
     rows = {"input_ids": np.random.default_rng(0).integers(0, 60, (3, 20))}
     export(gpt2(layers=1), tmp_path / "p", data=from_arrays(rows))
     [graph], reference = Manifest.read(tmp_path / "p").graphs, read_reference(tmp_path / "p")
@@ -334,8 +337,8 @@ def test_an_element_of_a_cache_may_be_as_far_off_as_its_direction_says(
     real = len(graph.probe.cases)
     expected = reference.expected(graph, real, "present.0.value")
     assert expected is not None
-    at = np.unravel_index(np.abs(expected).argmin(), expected.shape)
-    expected[at] += off * np.sqrt(np.square(expected).mean())
+    smallest = np.abs(expected).argsort(axis=None)[:many]
+    expected.flat[smallest] += off * np.sqrt(np.square(expected).mean())
     [found] = [
         output
         for output in parity_of(graph, session, reference, "all", TOLERANCES["int8"])
