@@ -44,7 +44,7 @@ def real_rows(examples: Examples, model: Any, task: str, length: int = LENGTH) -
 
 def _longest_of_parts(examples: Examples, count: int) -> list[int]:
     """Return ``count`` rows, the longest of each part of the data."""
-    chosen = []
+    chosen: list[int] = []
     for part in np.array_split(np.arange(len(examples)), count):
         rows = [examples.rows[place] for place in part]
         chosen += examples.of(rows).longest().rows

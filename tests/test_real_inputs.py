@@ -29,7 +29,7 @@ from ffmerge.exporter.rows import (
 )
 from ffmerge.models import checkpoint, data, tasks
 from ffmerge.models.derive import arguments
-from ffmerge.models.examples import from_arrays
+from ffmerge.models.examples import Examples, from_arrays
 from ffmerge.models.manifest import GraphRecord, Manifest, best_keys
 from ffmerge.models.probe import (
     InputSpec,
@@ -400,3 +400,19 @@ def test_a_plan_rounds_by_all_tokens_of_few_rows() -> None:
     plan = make_plan(model, ExportConfig(dtype="int4"), None, examples)
     assert plan.rows["input_ids"].shape[1] == LENGTH
     assert {batch["input_ids"].shape[1] for batch in plan.calibration["model"]} == {100}
+
+
+def test_where_few_rows_are_kept_they_are_the_longest_of_their_part() -> None:
+    """Scores of a vocabulary of 262,144 leave room for one row of 64 tokens."""
+    lengths = {0: 3, 1: 5, 2: 60, 3: 4, 4: 7, 5: 2, 6: 80, 7: 1}
+
+    def take(rows: Any) -> dict[str, np.ndarray]:
+        mask = np.arange(80) < np.array([[lengths[row]] for row in rows])
+        return {"input_ids": np.where(mask, 5, 0), "attention_mask": mask.astype(int)}
+
+    model = gpt2(layers=1)
+    for size, tokens in ((2**18, [64]), (2**17, [60, 64])):
+        model.config.vocab_size = size
+        examples = Examples(range(8), take, lengths)
+        rows = real_rows(examples, model, "text-generation-with-past")
+        assert rows["attention_mask"].sum(1).tolist() == tokens
