@@ -269,3 +269,22 @@ def test_a_package_whose_budget_cannot_be_is_refused_before_it_is_traced(tmp_pat
         export(tiny.gpt2(64, 128, 2), tmp_path / "out", config, data=data)
     with pytest.raises(InputError, match=r"1\.00 kB is too small: in 2 bits the weights take"):
         export(t5(1, 1), tmp_path / "out", config, data={**data, "labels": ids})
+
+
+def test_an_output_that_is_there_before_the_weights_is_none_they_move(tmp_path: Path) -> None:
+    """As Informer's location and scale: what it is computed of is not kept behind it."""
+    head, body = LOUD.split(" y) {")
+    head = head.replace(" x)", " x, float[b,s,256] w)")
+    early = f"{head} y, float[b,s,256] z) {{ z = Neg(w) {body}"
+    weights = {name: normal(256, 256, seed=seed) / 16 for seed, name in enumerate("WVU")}
+    models = loud(), build(early, **weights, small=np.array(0.01, np.float32))
+    stored = []
+    for number, model in enumerate(models):
+        rows = {value.name: inputs() for value in model.graph.inputs}
+        np.savez(tmp_path / f"{number}.npz", **rows)
+        ir.save(model, tmp_path / f"{number}.onnx")
+        config = ShareConfig(dtype="int4", data=tmp_path / f"{number}.npz", budget="120kB")
+        share_file(tmp_path / f"{number}.onnx", tmp_path / f"out{number}.onnx", config)
+        found = ir.load(tmp_path / f"out{number}.onnx").graph.initializers
+        stored.append({name: value.const_value.tobytes() for name, value in found.items()})
+    assert stored[0] == stored[1]

@@ -215,14 +215,22 @@ def sensitivities(
     walk, lost = Walk(model, [batch]), {}
     for first, some in _parts(model, matrices):
         walk.go(first)
-        run = walk.trial(outputs, [matrix.weight for matrix in some])
-        names = [str(value.name) for value in outputs]
+        moved = _from(model.graph, first, outputs)  # those before it stay, and may be out of reach
+        run = walk.trial(moved, [matrix.weight for matrix in some])
+        names = [str(value.name) for value in moved]
         expected = dict(zip(names, run({}), strict=True))
         for matrix in some:
             arrays = run({str(matrix.weight.name): rounded(matrix, TRIED)})
             found = dict(zip(names, arrays, strict=True))
             lost[matrix] = _moved(expected, found, batch.get("attention_mask"))
     return lost
+
+
+def _from(graph: ir.Graph, first: ir.Node, values: Sequence[ir.Value]) -> list[ir.Value]:
+    """Return which of the values a node computes or one behind it."""
+    nodes = list(graph)
+    behind = set(nodes[nodes.index(first) :])
+    return [value for value in values if value.producer() in behind]
 
 
 def rounded(matrix: Matrix, form: Form) -> Array:
