@@ -13,8 +13,8 @@ DRAWN = 0.9
 BELOW = "int4, some 2 bits"
 # The part of a quantized model's elements that may be out of bounds: where a model makes much of
 # little, as Whisper of silence, rounding throws single ones far off. Measured on trained models of
-# which the ids are PyTorch's, in int8: 1 of 3,185 (SmolLM2) and of 3,722 (Gemma 3) in a cache, 27 of
-# 65,362 in what Whisper's encoder gives of speech; in int4 21 of 62,271.
+# which the ids are PyTorch's, in int8: 1 of 3,185 (SmolLM2) and of 3,722 (Gemma 3) in a cache, 27
+# of 65,362 in what Whisper's encoder gives of speech; in int4 21 of 62,271.
 SPARED = 5e-4
 
 
