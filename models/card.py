@@ -82,11 +82,7 @@ def inherited(source: Path | None, relation: str | None) -> dict[str, Any]:
     """
     if source is None:
         return {}
-    try:
-        found = metadata_load(source / "README.md") or {}
-    except Exception:  # there is none, or it is no YAML: a card says nothing that must be there
-        found = {}
-    kept = {}
+    found, kept = _metadata(source / "README.md"), {}
     for key in _INHERITED:
         value = found.get(key)
         if isinstance(value, str) or (
@@ -98,6 +94,14 @@ def inherited(source: Path | None, relation: str | None) -> dict[str, Any]:
     if "base_model" in kept and relation is not None:
         kept["base_model_relation"] = relation
     return kept
+
+
+def _metadata(card: Path) -> dict[str, Any]:
+    """Return the metadata block of a card, empty where there is none that can be read."""
+    try:
+        return metadata_load(card) or {}
+    except Exception:  # a card says nothing that must be there
+        return {}
 
 
 def results(model: Any, task: str) -> dict[str, Any]:

@@ -132,17 +132,22 @@ def pair_of(
     first = first or _only_other(choices, second)
     second = second or _only_other(choices, first)
     if not first or not second:
-        if table.column_names == choices and len(choices) == 1:
-            raise InputError(
-                f"{source} has one column, {choices[0]}, and the model reads one text and writes "
-                "another: give a table with both, such as source and target, or named by "
-                "--text-column and --target-column."
-            )
-        raise InputError(
-            f"{source} has the columns {', '.join(names_of(table))}: name what is read and what is "
-            "written by --text-column and --target-column."
-        )
+        raise _no_pair(table, source, choices)
     return first, second
+
+
+def _no_pair(table: Any, source: str, choices: Sequence[str]) -> InputError:
+    """Return what is said of a table in which one of two texts is not found."""
+    if table.column_names == choices and len(choices) == 1:
+        return InputError(
+            f"{source} has one column, {choices[0]}, and the model reads one text and writes "
+            "another: give a table with both, such as source and target, or named by "
+            "--text-column and --target-column."
+        )
+    return InputError(
+        f"{source} has the columns {', '.join(names_of(table))}: name what is read and what is "
+        "written by --text-column and --target-column."
+    )
 
 
 def _strings(table: Any) -> list[str]:

@@ -99,16 +99,26 @@ def _number(
         matched = _by_name(name, known or {})
         if matched is not None:
             return matched
-        if known is None:  # transformers saves no names of two classes that nobody has named
-            name = re.sub(r"^\s*LABEL_(?=\d+\s*$)", "", name)
-    is_number = isinstance(name, (bool, int)) or re.fullmatch(r"\s*\d+\s*", str(name))
-    if is_number and (known is None or int(name) in known.values()):
-        return int(name)
+    number = _read_number(name, known is None)
+    if number is not None and (known is None or number in known.values()):
+        return number
     if isinstance(name, str) and _numbered_alike(known, names):
         return int(value)
     raise InputError(
         f"{where} holds the label {name!r}, which is none of the model's: {_has(known)}."
     )
+
+
+def _read_number(name: Any, nameless: bool) -> int | None:
+    """Return the number that a label is, also one called as classes are that have no names.
+
+    transformers saves no names of two classes that nobody has named.
+    """
+    if nameless and isinstance(name, str):
+        name = re.sub(r"^\s*LABEL_(?=\d+\s*$)", "", name)
+    if isinstance(name, (bool, int)) or re.fullmatch(r"\s*\d+\s*", str(name)):
+        return int(name)
+    return None
 
 
 def _numbered_alike(known: Mapping[str, int] | None, names: list[str] | None) -> bool:

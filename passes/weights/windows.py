@@ -33,19 +33,17 @@ def find_stacks(model: Any, config: MergeConfig) -> dict[str, Members]:
         why = [f"{part.path} is left alone: {part.reason}" for part in left]
         why.append("no feed-forward sublayer is found in it")
         raise InputError(f"{type(model).__name__} cannot be merged: {why[0]}.")
+    together = model.config.is_encoder_decoder or config.method == NARROW
     names = _names(config)
-    if not names:
-        names = tuple(by_name)
-        together = model.config.is_encoder_decoder or config.method == NARROW
-        if len(names) > 1 and not together:
-            raise InputError(
-                f"the model has several stacks ({', '.join(names)}): choose by --stack, which may "
-                "be given several times."
-            )
+    if not names and len(by_name) > 1 and not together:
+        raise InputError(
+            f"the model has several stacks ({', '.join(by_name)}): choose by --stack, which may "
+            "be given several times."
+        )
     for name in names:
         if name not in by_name:
             raise InputError(f"no stack {name!r} in the model: it has {', '.join(by_name)}.")
-    return {name: by_name[name] for name in names}
+    return {name: by_name[name] for name in names or by_name}
 
 
 def _names(config: MergeConfig) -> tuple[str, ...]:
