@@ -71,20 +71,29 @@ def rounded(model: nn.Module, dtype: str, rows: bool = True) -> Iterator[None]:
                     in_rows = getattr(module, "out_proj", module) in by_rows
                     stack.enter_context(_rounding_inside(module, dtype, in_rows))
                 continue
-            if isinstance(module, parametrize.ParametrizationList):
-                continue  # what it computes is rounded
-            round_: Round = partial(_round_, dtype, constants)
-            if module in by_rows:
-                round_ = _round_rows_
-            elif not isinstance(module, ROUNDED) or id(module.weight) in no_blocks:
-                if not _summed(module, dtype):
-                    continue
-                round_ = _round_summed_
+            round_ = _rounding_of(module, dtype, by_rows, no_blocks, constants)
+            if round_ is None:
+                continue
             whole: list[Whole] = []
             before, after = partial(_replace_, whole, round_), partial(_restore_, whole)
             stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(after, always_call=True).remove)
         yield
+
+
+def _rounding_of(
+    module: Any, dtype: str, by_rows: Set[nn.Module], no_blocks: Set[int], constants: Set[int]
+) -> Round | None:
+    """Return what rounds the weights that a module has, None where it has none that are rounded."""
+    if isinstance(module, parametrize.ParametrizationList):
+        return None  # what it computes is rounded
+    if module in by_rows:
+        return _round_rows_
+    if isinstance(module, ROUNDED) and id(module.weight) not in no_blocks:
+        return partial(_round_, dtype, constants)
+    if _summed(module, dtype):
+        return _round_summed_
+    return None
 
 
 @contextmanager
