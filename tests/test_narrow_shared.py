@@ -15,8 +15,8 @@ from tiny_wider import GATED, t5
 import ffmerge
 from ffmerge.config import CompareConfig, ExportConfig, MergeConfig
 from ffmerge.errors import FfmergeWarning, InputError
-from ffmerge.exporter.card import _merge_text, _results
 from ffmerge.models import checkpoint, ties
+from ffmerge.models.card import merge_text, results
 from ffmerge.models.find import find
 from ffmerge.models.record import MergeRecord
 from ffmerge.passes.weights import compare as comparing
@@ -261,13 +261,13 @@ def test_it_says_what_shares_and_what_is_narrow() -> None:
     merge = merge_(model, data, MergeConfig(method="narrow", budget="-10%"), data)
     title = str(merge_table(merge, Path("out")).renderables[0].title)
     assert "permute, narrow, layers 1-3 share; layers " in title and " of 48 neurons" in title
-    text = _merge_text(MergeRecord.from_json(model.config.ffmerge))
+    text = merge_text(MergeRecord.from_json(model.config.ffmerge))
     assert "share one set of weights. Feed-forward sublayers are narrowed" in text
     before = merge.record.parameters_before
     assert f"% of {before:,} parameters of the merged model removed." in text
     assert "fidelity to the merged model on 12 " in text
     assert "1.0000 of the merged model before, " in text
-    assert _results(model, "feature-extraction", merge.record) == {}  # fidelity to no original
+    assert results(model, "feature-extraction") == {}  # fidelity to no original
     table = merge_table(merge, Path("out")).renderables[0]
     assert [str(column.header) for column in table.columns] == ["", "merged", "narrowed"]
     assert "layers 1+2+3 shared, layers narrowed" in repr(merge.record)
