@@ -264,10 +264,15 @@ def _locate(
     manifest: Manifest,
     reference: Reference,
 ) -> None:
-    """Fill in where the graphs leave PyTorch that have an output which is off."""
+    """Fill in where the graphs leave PyTorch that have an output which is off.
+
+    Also if only elements are that are spared: they are where no node is off.
+    """
     bound = for_dtype(row_of(manifest), runtime.arithmetic).node
     for graph in manifest.graphs:
-        failed = next((o for o in result.outputs if o.graph == graph.path and not o.ok), None)
+        own = [output for output in result.outputs if output.graph == graph.path]
+        wrong = [output for output in own if not output.ok] or [o for o in own if o.out]
+        failed = next(iter(wrong), None)
         if failed:
             case = None
             if failed.worst:

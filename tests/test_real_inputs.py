@@ -322,13 +322,13 @@ def test_of_large_logits_all_real_positions_are_judged(tmp_path: Path) -> None:
     assert not logits.ok and logits.reason is not None and "divergence" in logits.reason
 
 
-@pytest.mark.parametrize(("off", "many", "ok"), [(0.7, 9, True), (2.0, 2, True), (2.0, 3, False)])
+@pytest.mark.parametrize(("off", "many", "ok"), [(0.7, 9, True), (2.0, 1, True), (2.0, 2, False)])
 def test_elements_of_a_cache_may_be_as_far_off_as_its_direction_says(
     tmp_path: Path, off: float, many: int, ok: bool
 ) -> None:
     """Those of a value in int8, off in root mean squares; of any other output 0.5 may be.
 
-    One of 2,000 is spared.
+    One of 4,000 is spared.
     """
     rows = {"input_ids": np.random.default_rng(0).integers(0, 60, (3, 20))}
     export(gpt2(layers=1), tmp_path / "p", data=from_arrays(rows))

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from ffmerge.models.manifest import REFERENCE, Manifest
 from ffmerge.models.trace import sampled, traced_feeds
 from ffmerge.passes.weights import precision
 from ffmerge.passes.weights.merge import merge_
+from ffmerge.runtime_tests import tolerance
 from ffmerge.runtime_tests.locate import locate
 from ffmerge.runtime_tests.reference import read_reference
 from ffmerge.runtime_tests.runtimes.registry import find_runtime
@@ -84,6 +86,21 @@ def test_wrong_scales_are_found(package: Path, tmp_path: Path) -> None:
     tamper.doubled(folder, "transformer.h.0.mlp.c_fc.weight")
     (cpu,) = check_package(folder).providers
     assert not cpu.ok
+
+
+def test_elements_are_spared_only_where_no_node_is_off(
+    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Were all of them, and nothing else asked of an output, wrong scales would be found still."""
+    folder = Path(shutil.copytree(package, tmp_path / "p"))
+    tamper.doubled(folder, "transformer.h.0.mlp.c_fc.weight")
+    monkeypatch.setattr(tolerance, "SPARED", 1.0)
+    row = Manifest.read(folder).dtype
+    lax = {"cosine": -1.0, "cache": -1.0, "agreement": 0.0, "kl": 1e9, "tokens": 0.0}
+    monkeypatch.setitem(tolerance.TOLERANCES, row, replace(tolerance.TOLERANCES[row], **lax))
+    (cpu,) = check_package(folder).providers
+    assert all(output.ok for output in cpu.outputs) and any(output.out for output in cpu.outputs)
+    assert not cpu.ok and "mlp.c_fc" in str(cpu.divergences[0])
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "int8", "int4"])
