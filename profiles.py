@@ -18,6 +18,7 @@ class Profile:
     """How graphs are made for a provider.
 
     ``fused``: attention, RMS norms and rotations are one operator each, of the standard. With
+    ``flash`` attention of many tokens of which none is hidden is one of ONNX Runtime's own. With
     ``multihead`` attention is an operator of ONNX Runtime's own. ``half_cache``: where a decoder
     computes in float16, it takes and gives keys and values so, as they are. ``dtypes`` are those
     that the provider has kernels for, None: all, and ``dtype`` is the one if none is asked for.
@@ -28,6 +29,7 @@ class Profile:
 
     opset: int
     fused: bool = False
+    flash: bool = False
     multihead: bool = False
     half_cache: bool = False
     dtypes: tuple[str, ...] | None = None
@@ -45,7 +47,7 @@ class Profile:
 _GPU = ("fp32", "fp16", "int8", "int4", "q4f16")
 PROFILES = {
     "portable": Profile(PLAIN_OPSET),
-    "cpu": Profile(FUSED_OPSET, fused=True),
+    "cpu": Profile(FUSED_OPSET, fused=True, flash=True),
     "cuda": Profile(FUSED_OPSET, fused=True, half_cache=True, dtypes=_GPU),
     "webgpu": Profile(
         FUSED_OPSET, fused=True, multihead=True, half_cache=True, dtypes=_GPU,

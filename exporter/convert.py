@@ -14,6 +14,7 @@ import onnx_ir as ir
 from ffmerge.config import QuantizeConfig, parse_budget
 from ffmerge.errors import ExportError
 from ffmerge.exporter.by_columns import store_by_columns
+from ffmerge.exporter.flash import use_flash, with_many_tokens
 from ffmerge.exporter.fused import check_fused
 from ffmerge.exporter.graphs import STATES, Graph
 from ffmerge.exporter.half_cache import halve_cache
@@ -118,6 +119,10 @@ def _fit(plan: Plan, profile: str, results: Results) -> Results:
         for model in models:
             use_multihead(model)
             sum_inside(model.graph)
+    if form.flash:
+        for graph in plan.graphs:
+            if not graph.parts:
+                use_flash(results[graph.name].model, graph.probe)
     return {n: replace(r, skipped=(*r.skipped, *skipped)) for n, r in results.items()}
 
 
@@ -194,17 +199,25 @@ def _translated(plan: Plan, profile: Profile) -> tuple[Results, dict[str, Any]]:
 
 
 def as_taken(plan: Plan, translated: Translated) -> Plan:
-    """Return the plan with cases that the graphs can be run on in the form of every profile."""
-    narrow = set()
-    for profile, results in translated.results.items():
-        if profile_of(profile).multihead:
-            narrow |= {name for name, result in results.items() if shares_keys(result.model)}
+    """Return the plan with the cases on which the graphs are compared in the form of every profile.
+
+    They are those that can be run, and where another operator computes many tokens such a one, too.
+    """
     graphs = []
     for graph in plan.graphs:
-        if graph.name in narrow:
-            graph = replace(graph, probe=one_row_behind_a_past(graph.probe))
+        for profile, results in translated.results.items():
+            if not graph.parts:
+                graph = _as_taken(graph, profile_of(profile), results[graph.name].model)
         graphs.append(graph)
     return replace(plan, graphs=tuple(graphs))
+
+
+def _as_taken(graph: Graph, form: Profile, model: ir.Model) -> Graph:
+    if form.multihead and shares_keys(model):
+        graph = replace(graph, probe=one_row_behind_a_past(graph.probe))
+    if form.flash:
+        graph = with_many_tokens(graph, model)
+    return graph
 
 
 def _check_multihead(plan: Plan, results: Results) -> None:

@@ -22,7 +22,11 @@ from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnus
 from onnxscript.rewriter import onnx_fusions
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import eager_mask
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    eager_mask,
+)
 
 from ffmerge.errors import ExportError
 from ffmerge.exporter.flat import read_flat
@@ -68,9 +72,22 @@ def attend(
     return mixed.transpose(1, 2).contiguous(), None
 
 
-def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """Return the mask of plain attention, what does not count a large number below zero."""
-    mask = eager_mask(*args, **kwargs)
+def _mask(
+    batch_size: int, q_length: int, kv_length: int, attention_mask: Tensor | None = None,
+    mask_function: Any = causal_mask_function, **given: Any,
+) -> Tensor | None:  # fmt: skip
+    """Return the mask of plain attention, what does not count a large number below zero.
+
+    Where every token reads every other, that is the padding of each row: few nodes of a graph.
+    """
+    if mask_function is bidirectional_mask_function and attention_mask is not None:
+        counts = attention_mask[:, None, None, :].bool()
+        added = torch.where(counts, 0.0, HIDDEN)
+        return added.expand(batch_size, 1, q_length, kv_length)
+    mask = eager_mask(
+        batch_size, q_length, kv_length, attention_mask=attention_mask,
+        mask_function=mask_function, **given,
+    )  # fmt: skip
     if mask is None:
         return None
     return mask.clamp(min=HIDDEN)

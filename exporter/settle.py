@@ -24,7 +24,7 @@ _STEP = 32  # of sizes that are tried, where a model has no patches
 def check_repeats(graph: Any) -> None:
     """Raise InputError if a model answers twice in different ways: nothing can be compared then."""
     feeds = graph.probe.draw(0)
-    first, again = _outputs(graph, feeds), _outputs(graph, feeds)
+    first, again = outputs_of(graph, feeds), outputs_of(graph, feeds)
     if first is not None and again is not None and not _alike(first, again):
         raise InputError(
             f"{type(graph.module.model).__name__} draws random numbers in its forward pass: equal "
@@ -52,7 +52,7 @@ def any_size(graph: Any) -> Any:
         sides = {HEIGHT: height + down * step, WIDTH: width + across * step}
         cases.append({**case, **sides})
     other = Probe(tuple(inputs), tuple(cases))
-    if _outputs(graph, other.draw(len(cases) - 1, batch=1)) is None:
+    if outputs_of(graph, other.draw(len(cases) - 1, batch=1)) is None:
         return graph
     return replace(graph, probe=other)
 
@@ -96,7 +96,7 @@ def stand_ins(graph: Any) -> Any:
 def _settled(graph: Any, spec: InputSpec, feeds: Mapping[str, Array], pad: Any) -> InputSpec:
     """Return an input with what stands for it in ``feeds`` where it is not given."""
     rest = {name: array for name, array in feeds.items() if name != spec.name}
-    without = _outputs(graph, rest)
+    without = outputs_of(graph, rest)
     if without is None:
         return replace(spec, needed=True)
     choices = [spec]
@@ -105,7 +105,7 @@ def _settled(graph: Any, spec: InputSpec, feeds: Mapping[str, Array], pad: Any) 
     for choice in choices:
         inputs = [choice if each.name == spec.name else each for each in graph.probe.inputs]
         completed = replace(graph.probe, inputs=tuple(inputs)).complete(rest)
-        found = _outputs(graph, completed)
+        found = outputs_of(graph, completed)
         if found is not None and _alike(found, without):
             return choice
     return replace(spec, needed=True)
@@ -116,7 +116,7 @@ def _shape_of_ids(graph: Any) -> tuple[int | str, ...]:
     return shapes[0] if shapes else ()
 
 
-def _outputs(graph: Any, feeds: Mapping[str, Array]) -> tuple[Tensor, ...] | None:
+def outputs_of(graph: Any, feeds: Mapping[str, Array]) -> tuple[Tensor, ...] | None:
     """Return what PyTorch gives, None where it does not take the inputs."""
     try:
         with torch.no_grad():
