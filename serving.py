@@ -29,6 +29,7 @@ from ffmerge.runtime_tests.fixed import run_rows, without_padding
 from ffmerge.runtime_tests.runtimes.base import Session
 from ffmerge.runtime_tests.runtimes.registry import find_runtime
 
+STATES, MASK = "encoder_hidden_states", "encoder_attention_mask"  # what a decoder reads
 Run = Callable[[Mapping[str, Any]], dict[str, Tensor]]  # of a graph: its outputs by name
 Call = Callable[[Mapping[str, Any]], Any]  # of a module: its arguments that are not None
 
@@ -75,7 +76,9 @@ def load_package(
         whole = partial(_step, run[0])
         return _replace_forward(model, _checked(model, whole, manifest.task, read, folder))
     encode, decode = run
-    both = partial(_encode_and_decode, model, type(model).forward, decode)
+    sizes = {spec.name: spec.shape[1:2] for spec in list(graphs.values())[-1].probe.inputs}
+    sound = sizes.get(MASK, sizes[STATES]) != sizes[STATES]
+    both = partial(_encode_and_decode, model, type(model).forward, decode, sound)
     _replace_forward(model.get_encoder(), lambda given: _without_cache(encode(given)))
     read |= {"decoder_input_ids", "encoder_outputs"}
     return _replace_forward(model, _checked(model, both, manifest.task, read, folder))
@@ -150,19 +153,29 @@ def _step(run: Run, given: Mapping[str, Any]) -> ModelOutput:
     past = kv_cache.named({"": _layers_of(given.get("past_key_values"))})
     outputs: dict[str, Any] = run({**given, **past})
     present = kv_cache.pairs(outputs, prefix=PRESENT)
-    if present:
+    if present and _wants_cache(given):
         outputs["past_key_values"] = _cache(present)
     return _without_cache(outputs)
 
 
+def _wants_cache(given: Mapping[str, Any]) -> bool:
+    """Say whether a caller is given the cache: one who says not goes on with all ids, and none."""
+    return given.get("use_cache") is not False
+
+
 def _encode_and_decode(
-    model: Any, forward: Callable[..., Any], decode: Run, given: Mapping[str, Any]
+    model: Any, forward: Callable[..., Any], decode: Run, sound: bool, given: Mapping[str, Any]
 ) -> ModelOutput:
     """Run a step of an encoder-decoder; the encoder first if its outputs are not given.
 
-    ``forward`` is the one of the class.
+    ``forward`` is the one of the class. The mask of ``sound`` has a length of its own.
+
+    Raises:
+        InputError: that length is not known.
     """
     states = given.get("encoder_outputs")
+    if sound and states is not None and not {"input_features", "attention_mask"} & set(given):
+        raise InputError("beside encoder_outputs give attention_mask: how long the sound is.")
     if states is None:
         accepted = inspect.signature(model.get_encoder().forward).parameters
         states = model.get_encoder()(**{k: x for k, x in given.items() if k in accepted})
@@ -177,14 +190,14 @@ def _encode_and_decode(
     outputs: dict[str, Any] = decode(
         {
             "input_ids": ids,
-            "encoder_hidden_states": states[0],
-            "encoder_attention_mask": given.get("attention_mask", whole),
+            STATES: states[0],
+            MASK: given.get("attention_mask", whole),
             FLAG: torch.tensor([bool(own)]),
             **kv_cache.named({DECODER: own, ENCODER: crossed}),
         }
     )
     present = kv_cache.pairs(outputs, DECODER, PRESENT)
-    if present:  # what a later step gives of the encoder's is empty
+    if present and _wants_cache(given):  # what a later step gives of the encoder's is empty
         kept = crossed or kv_cache.pairs(outputs, ENCODER, PRESENT)
         outputs["past_key_values"] = EncoderDecoderCache(_cache(present), _cache(kept))
     return _without_cache({**outputs, "encoder_last_hidden_state": states[0]})

@@ -12,7 +12,7 @@ exported with plain products, and the reason is kept.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -201,6 +201,8 @@ def _append_inside(node: ir.Node) -> None:
     key, value = (_appends(joined) for joined in node.inputs[1:3])
     if key is None or value is None:
         return
+    if _leads_to(node, [key.outputs[0], value.outputs[0]]):
+        return
     for one, other in zip(key.inputs, value.inputs, strict=True):
         if _tokens(one) is None or _tokens(one) != _tokens(other):
             return
@@ -215,6 +217,21 @@ def _append_inside(node: ir.Node) -> None:
     ir.convenience.replace_nodes_and_values(
         node.graph, node, [node, key, value], [whole], joined, whole.outputs
     )
+
+
+def _leads_to(node: ir.Node, values: Sequence[ir.Value]) -> bool:
+    """Say whether a node reads what others make of values, as a mask that is made of the keys."""
+    seen, waiting = {node}, [user for value in values for user in value.consumers()]
+    waiting = [user for user in waiting if user is not node]
+    while waiting:
+        for value in waiting.pop().outputs:
+            for user in value.consumers():
+                if user is node:
+                    return True
+                if user not in seen:
+                    seen.add(user)
+                    waiting.append(user)
+    return False
 
 
 def _appends(value: ir.Value | None) -> ir.Node | None:

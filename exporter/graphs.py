@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from ffmerge.errors import InputError
+from ffmerge.errors import InputError, first_line
+from ffmerge.exporter.positions import positions
 from ffmerge.exporter.traceable import traceable
 from ffmerge.models import kv_cache, tasks
 from ffmerge.models.derive import input_specs, probe
-from ffmerge.models.float64 import Float64
+from ffmerge.models.float64 import exactly
 from ffmerge.models.inputs import example_inputs, refused, to_tensors
 from ffmerge.models.kv_cache import DECODER, ENCODER, FLAG, KEPT
 from ffmerge.models.probe import Array, InputSpec, Probe
@@ -35,6 +36,7 @@ _LENGTH = "encoder_sequence_length"
 # Batch, length and past of the steps that are compared: one token more, a prompt, several tokens
 # more. The first is timed; the last is traced, so no size of it is 1 or like another.
 _STEPS = ((1, 1, 6), (3, 7, 0), (2, 4, 3))
+CLOSE = 1e-3  # of the largest logit: how far a token may be apart with and without a cache
 
 Inputs = Mapping[str, Tensor]
 Outputs = tuple[Tensor, ...]
@@ -73,7 +75,7 @@ class Graph:
     def run(self, feeds: Mapping[str, Array], exact: bool = False) -> dict[str, Array]:
         """Return the outputs that PyTorch gives for the inputs ``feeds``; ``exact`` in float64."""
         module = self.module.eval()
-        precision = Float64() if exact else nullcontext()
+        precision = exactly(module) if exact else nullcontext()
         with torch.no_grad(), precision:
             outputs = module(to_tensors(feeds, module))
         arrays = [tensor.cpu().numpy() for tensor in outputs]
@@ -155,15 +157,17 @@ def _whole(model: Any, recipe: Probe, outputs: tuple[str, ...]) -> Graph:
 def _decoder_only(model: Any, task: str, inputs: tuple[InputSpec, ...], keeps: bool) -> Graph:
     """Return the graph of a step: a prefill where the past is empty, else decoding."""
     specs = list(inputs)
+    model.eval()  # as its graphs are run
     if "position_ids" in inspect.signature(model.forward).parameters:
-        shape = ("batch_size", "sequence_length")
-        specs.append(InputSpec("position_ids", "int64", shape, "position"))
+        found = positions(model, specs)
+        specs += [found] if found is not None else []
     if not task.endswith(tasks.PAST):
         return _whole(model, probe(model, tuple(specs)), ("logits",))
     for i, spec in enumerate(specs):
         if spec.kind == "mask":
             specs[i] = replace(spec, shape=("batch_size", "total_sequence_length"))
     past = _past(_example_outputs(model), {"": "past_sequence_length"})
+    _check_goes_on(model, inputs)
     cases = []
     for batch, length, before in _STEPS:
         sizes = {"batch_size": batch, "sequence_length": length, "past_sequence_length": before}
@@ -213,19 +217,33 @@ def _encoder_decoder(model: Any, task: str, inputs: tuple[InputSpec, ...]) -> tu
     )  # fmt: skip
     recipe = Probe((*masks, ids, states), tuple(cases))
     if not task.endswith(tasks.PAST):
-        whole = GraphModule(model, partial(_decode, outputs=("logits",)))
-        return encoder, Graph("decoder_model", whole, recipe, ("logits",))
+        module = GraphModule(model, partial(_decode, outputs=("logits",)))
+        whole = Graph("decoder_model", module, recipe, ("logits",))
+        _check_decodes(whole)
+        return encoder, whole
     past = _past(out, {DECODER: "past_decoder_sequence_length", ENCODER: length})
     outputs = ("logits", *_presents(past))
     later = tuple(name for name in outputs if kv_cache.side_of(name) != ENCODER)
     first = Graph(
         "decoder_model", GraphModule(model, partial(_decode, outputs=outputs)), recipe, outputs
     )
+    _check_decodes(first)
     with_past = Graph(
         "decoder_with_past_model", GraphModule(model, partial(_decode, outputs=later)),
         Probe((*masks, ids, *past), tuple(cases)), later,
     )  # fmt: skip
     return encoder, first, with_past, _both_steps(model, first, with_past)
+
+
+def _check_decodes(decoder: Graph) -> None:
+    """Raise InputError unless the states of its encoder are all that a decoder reads of it."""
+    try:
+        decoder.run(decoder.probe.draw(0))
+    except Exception as error:  # a model's code may raise anything
+        raise InputError(
+            f"{type(decoder.module.model).__name__} does not write from the states of its encoder "
+            f"alone, which is what a package hands on: {first_line(error)}."
+        ) from error
 
 
 def _with_sound(
@@ -326,14 +344,46 @@ def _renamed(shape: Sequence[int | str], names: Mapping[str, str]) -> tuple[int 
 
 def _example_outputs(model: Any) -> Any:
     """Run the model once, for the shapes of what it keeps."""
-    with torch.no_grad():
-        out = model(**example_inputs(model), use_cache=True, return_dict=True)
+    inputs = example_inputs(model)
+    try:
+        with torch.no_grad():
+            out = model(**inputs, use_cache=True, return_dict=True)
+    except Exception as error:  # a model's code may raise anything
+        raise InputError(refused(model, inputs, error)) from error
     if not _cached(out.get("past_key_values")):
         raise InputError(
             f"{type(model).__name__} keeps no cache of keys and values: choose a task without "
             f"{tasks.PAST}."
         )
     return out
+
+
+def _check_goes_on(model: Any, inputs: Sequence[InputSpec]) -> None:
+    """Raise InputError unless keys and values are all that a decoder needs of the tokens before.
+
+    The last of a few tokens is computed behind a cache of nothing else, and with all at once.
+    """
+    specs = {spec.name: spec for spec in inputs}
+    drawn = {name: x for name, x in example_inputs(model).items() if name in specs}
+    first, last = dict(drawn), dict(drawn)
+    for name, tensor in drawn.items():
+        if "sequence_length" in specs[name].shape[1:2]:
+            first[name], last[name] = tensor[:, :-1], tensor[:, -1:]
+    try:
+        with torch.no_grad():
+            whole = model(**drawn, use_cache=False).logits[:, -1]
+            cache = DynamicCache()  # of all tokens, where the model's own has those of its window
+            model(**first, past_key_values=cache, use_cache=True)
+            cache = DynamicCache(_of_layers(cache))
+            behind = model(**last, past_key_values=cache, use_cache=True).logits[:, -1]
+        goes_on = bool((behind - whole).abs().max() <= CLOSE * whole.abs().max())
+    except Exception:  # a model's code may raise anything where a state is not there
+        goes_on = False
+    if not goes_on:
+        raise InputError(
+            f"{type(model).__name__} keeps more than keys and values of the tokens before: choose "
+            f"a task without {tasks.PAST}."
+        )
 
 
 def _cached(cache: Any) -> dict[str, Tensor]:
@@ -346,7 +396,12 @@ def _cached(cache: Any) -> dict[str, Tensor]:
 
 
 def _of_layers(cache: Any) -> list[tuple[Tensor, Tensor]]:
-    return [(layer.keys, layer.values) for layer in getattr(cache, "layers", ())]
+    """Return keys and values of the layers up to the last that has its own; others read those."""
+    found = []
+    for layer in getattr(cache, "layers", ()):
+        if getattr(layer, "keys", None) is not None:
+            found.append((layer.keys, layer.values))
+    return found
 
 
 def _past(out: Any, lengths: Mapping[str, int | str]) -> tuple[InputSpec, ...]:

@@ -106,8 +106,10 @@ def _translated(graph: Graph, opset: int, fused: bool) -> Any:
         if HEIGHT in recipe.cases[-1]:
             raise SizeError(f"{type(model).__name__} is not traced at any size") from error
         cause = error.__cause__ or error  # torch.onnx says how to report it, its cause says what
-        lines = [line for line in str(cause).splitlines() if line.strip()]
+        lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
         reason = [*lines, type(cause).__name__][0]
+        if reason.endswith(":"):
+            reason = " ".join(lines[:2])
         raise ExportError(f"{type(model).__name__} cannot be exported: {reason}") from error
     if program is None:
         raise ExportError(f"{type(model).__name__} cannot be exported.")

@@ -6,10 +6,12 @@
   encoder-decoders choose it: they check that all rows have equally many of that id, select by a
   mask, and take the last;
 - a mask of attention that hides nothing is none, as it is when nothing is exported;
+- a mask by a function of the model's own, as of windows that reach both ways, is computed for all
+  places at once, not by ``vmap``;
 - the parameters of a distribution are not checked: that would be to look at values.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -20,7 +22,7 @@ from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode
 from transformers import masking_utils
 
-_SKIPS = "_ignore_bidirectional_mask_sdpa"
+_SKIPS, _MAPS = "_ignore_bidirectional_mask_sdpa", "_vmap_expansion_sdpa"
 
 
 @contextmanager
@@ -35,6 +37,8 @@ def traceable() -> Iterator[None]:
         Distribution.set_default_validate_args(False)
         if hasattr(masking_utils, _SKIPS):  # not in transformers 4
             stack.enter_context(patch.object(masking_utils, _SKIPS, _hides_nothing))
+        if hasattr(masking_utils, _MAPS):
+            stack.enter_context(patch.object(masking_utils, _MAPS, _at_once))
         stack.enter_context(_LastOfRow())
         yield
 
@@ -43,6 +47,16 @@ def _hides_nothing(
     padding_mask: Tensor | None, kv_length: int, local_attention_size: int | None = None
 ) -> bool:
     return padding_mask is None and local_attention_size is None
+
+
+def _at_once(mask_function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return the mask of rows, heads, queries and keys, each a vector of numbers."""
+
+    def mask(*places: Tensor) -> Tensor:
+        apart = masking_utils._non_vmap_expansion_sdpa(*places)
+        return mask_function(*apart).expand([each.shape[0] for each in places])
+
+    return mask
 
 
 class _LastOfRow(TorchFunctionMode):

@@ -150,6 +150,6 @@ def opened(source: Any) -> Any:
     For few runs: packed, they would be copied, and each product would be faster.
     """
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what it does not take is told as a reason
     options.add_session_config_entry("session.disable_prepacking", "1")
     return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])

@@ -5,7 +5,8 @@ a runtime adds in another order than PyTorch does, so it may be as far from it a
 is from the exact result.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,26 @@ from ffmerge.models.probe import Array
 _WIDENED = 1 << 18  # elements of a weight that are wide at once; a head has ten times as many
 
 
+@contextmanager
+def exactly(model: torch.nn.Module) -> Iterator[None]:
+    """Compute in float64; what a model keeps for later calls meanwhile, it has no longer behind."""
+    held = [(each, dict(vars(each)), dict(each._buffers)) for each in model.modules()]
+    try:
+        with Float64():
+            yield
+    finally:
+        for module, attributes, buffers in held:
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+
+
 class Float64(TorchFunctionMode):
     """Within it every operator computes in float64: a weight is widened while it is used.
 
-    So are casts to float32 that a model's code asks for.
+    So are casts to float32 that a model's code asks for. A tensor that is changed in place stays
+    what it is, and gets the values in its own precision.
     """
 
     def __torch_function__(
@@ -40,9 +57,19 @@ class Float64(TorchFunctionMode):
             func = Tensor.double
         if func is torch.nn.functional.linear:
             return _linear(*args, **options)
+        given = args
         if func is not torch.nn.functional.embedding:  # a row that is looked up is exact
             args, options = tree_map(_wide, (args, options))
-        return tree_map(_wide, func(*args, **options))
+        found = func(*args, **options)
+        if _changes(func) and args[0] is not given[0]:
+            return given[0].copy_(args[0])
+        return tree_map(_wide, found)
+
+
+def _changes(func: Callable[..., Any]) -> bool:
+    """Say whether an operator changes its first argument: ``copy_``, ``x[0] = y``, ``x += y``."""
+    name = func.__name__
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -23,8 +23,10 @@ def to_tensors(arrays: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]
     first = next(model.parameters())
     tensors = {}
     for name, array in arrays.items():
-        if isinstance(array, np.ndarray) and not array.flags.writeable:
-            array = array.copy()  # of a file that is mapped; PyTorch takes no other
+        if isinstance(array, np.ndarray) and not (array.flags.writeable and array.flags.carray):
+            # of a file that is mapped PyTorch takes no other, and columns of positions a model's
+            # view does not
+            array = array.copy()
         tensor = torch.as_tensor(array)
         if tensor.is_floating_point():
             tensor = tensor.to(first.dtype)

@@ -27,6 +27,8 @@ STORED = 1 << 16
 POSITIONS, REAL_POSITIONS = 2, 16
 LARGE = 1 << 16  # values of a row, as a picture of 148 x 148 has: few rows are drawn and computed
 BEST = 64  # classes that are kept of every position of a real case, where not all positions are
+# kinds of an input that counts tokens: all, those that the mask shows, those that are no padding
+ALL, SHOWN, TOLD = "position", "shown position", "told position"
 _COARSE = 4  # random points along each side of a drawn picture
 
 
@@ -49,11 +51,12 @@ class InputSpec:
 
     ``kind`` says what it is drawn from: "normal" is N(0, 1), "integer" are numbers below
     ``high``, as ``tokens`` if given, "mask" is ones with padding at the end of some rows,
-    "position" counts on from the length of the past, "flag" is the size of that name, "picture"
-    is a smooth picture in 0..1, normalized by the ``colours``: mean and deviation by channel,
-    "boxes" are corners in order, left, top, right, bottom, below ``high``. An input that is
-    ``needed`` has to be given; for another there is what PyTorch takes for none, and of a mask
-    with ``tokens`` that is every id but the padding.
+    "position" counts on from the length of the past, "shown position" the tokens that the mask
+    shows, "told position" those whose id is not that of ``tokens`` for padding, "flag" is the size
+    of that name, "picture" is a smooth picture in 0..1, normalized by the ``colours``: mean and
+    deviation by channel, "boxes" are corners in order, left, top, right, bottom, below ``high``. An
+    input that is ``needed`` has to be given; for another there is what PyTorch takes for none, and
+    of a mask with ``tokens`` that is every id but the padding.
     """
 
     name: str
@@ -138,12 +141,10 @@ class Probe:
         for spec in self.inputs:
             if spec.name in batch:
                 array = batch[spec.name]
-            elif spec.kind == "mask" and spec.tokens and "input_ids" in batch:
-                array = batch["input_ids"] != spec.tokens.pad
             elif spec.needed:
                 raise InputError(f"{spec.name} is not given, and the model reads it.")
             else:
-                array = _nothing(spec, sizes)
+                array = _stand_in(spec, batch, sizes)
             inputs[spec.name] = np.asarray(array, spec.dtype)
         if self.fixed:
             self._check_agree(inputs, sizes)
@@ -215,12 +216,20 @@ def _times(sizes: Sequence[int]) -> str:
     return "x".join(map(str, sizes)) or "one number"
 
 
-def _nothing(spec: InputSpec, sizes: Mapping[str, int]) -> Array:
+def _stand_in(spec: InputSpec, batch: Mapping[str, Array], sizes: Mapping[str, int]) -> Array:
     """Return what stands for an input that is not given; a size that is not known is 0."""
+    if spec.kind == "mask" and spec.tokens and "input_ids" in batch:
+        return np.asarray(batch["input_ids"] != spec.tokens.pad)
+    if spec.kind == SHOWN and "attention_mask" in batch:
+        count = np.cumsum(batch["attention_mask"], 1) - 1
+        return np.maximum(count[:, sizes["past_sequence_length"] :], 0)
+    if spec.kind == TOLD and spec.tokens and "input_ids" in batch:
+        text = np.asarray(batch["input_ids"] != spec.tokens.pad)
+        return (np.cumsum(text, 1) + sizes["past_sequence_length"]) * text + spec.tokens.pad
     shape = tuple(sizes.get(d, 0) if isinstance(d, str) else d for d in spec.shape)
     if spec.kind == "mask":
         return np.ones(shape)
-    if spec.kind == "position":
+    if spec.kind in (ALL, SHOWN, TOLD):
         past = sizes["past_sequence_length"]
         return np.broadcast_to(np.arange(past, past + shape[1]), shape)
     return np.zeros(shape)
@@ -233,7 +242,7 @@ def _draw(
     shape = tuple(sizes[d] if isinstance(d, str) else d for d in spec.shape)
     if spec.kind == "flag":
         return np.full(shape, sizes[spec.name], spec.dtype)
-    if spec.kind == "position":
+    if spec.kind in (ALL, SHOWN, TOLD):  # padding is drawn behind a text
         count = np.arange(shape[1]) + sizes.get("past_sequence_length", 0)
         return np.broadcast_to(count, shape).astype(spec.dtype)
     if spec.kind == "mask":

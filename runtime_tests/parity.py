@@ -142,15 +142,14 @@ def _unread(
     """Return which elements nobody reads, if any: what a model makes of padding.
 
     An encoder's states of it are masked wherever they are used, and rounding makes more of them
-    than of others (four times in int8, on a trained sentence encoder). Of a decoder it is padding
-    before the first token: it has nothing to attend to, each of PyTorch's own kernels makes
-    something else of it, and no later token reads it.
+    than of others (four times in int8, on a trained sentence encoder). Of a decoder no later token
+    reads it; before the first token, and further behind the last than a window reaches, it has
+    nothing to attend to, and each of PyTorch's own kernels makes something else of it.
     """
     if mask is None or mask.ndim != 2:
         return None
     nothing = mask == 0
     if keeps_cache(graph.outputs):
-        nothing = np.cumsum(mask, 1) == 0
         if is_present(name) and len(shape) == 4 and shape[2] == nothing.shape[1]:
             nothing = nothing[:, None, :, None]
         elif is_logits(name) and len(shape) == 3:

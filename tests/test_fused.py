@@ -380,6 +380,31 @@ def test_its_neighbours_compute_the_same(old: str, new: str) -> None:
         assert np.allclose(one, other, atol=1e-6)  # measured 0
 
 
+@pytest.mark.parametrize(
+    ("made", "inside"),
+    [
+        (
+            "a = ReduceMax(v, axes) m = Transpose<perm=[0,1,3,2]>(a) r = ReduceMax(q, axes) "
+            "s = Add(r, m) z = Attention(q, k, v, s)",
+            0,
+        ),
+        ("first = Attention(q, k, v) z = Attention(first, k, v)", 1),
+    ],
+)
+def test_keys_and_values_may_be_read_elsewhere(made: str, inside: int) -> None:
+    """A mask made of them waits for them, as in Doge; layers behind read them, as in Gemma 3n."""
+    text = CACHED.replace("AXIS", "2").replace("z = Attention(q, k, v)", made)
+    weights = {"axes": np.array([1, 3])} if "axes" in made else {}
+    model, feeds = shaped(text, whole=np.array([0, 0, 32]), **weights), cached()[1]
+    expected = run(model, **feeds)
+    fuse(model)
+    model.graph.sort()  # there is no cycle
+    nodes = [node for node in model.graph if node.op_type == "Attention"]
+    assert [len(node.inputs) == 6 for node in nodes].count(True) == inside
+    for one, other in zip(run(model, **feeds), expected, strict=True):
+        assert np.allclose(one, other, atol=1e-6)  # measured 0
+
+
 def test_the_scores_of_one_operator_are_put_out_for_a_while() -> None:
     """By hand: softmax of q k / sqrt(8), for rounding by what attention mixes."""
     text = """(float[b,t,16] x, float[b,t,16] w) => (float[b,t,16] y) {

@@ -82,12 +82,18 @@ def test_an_encoder_for_webgpu_reads_both_ways(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("profile", ["portable", "webgpu"])
-def test_rows_of_data_may_be_padded_on_the_left(profile: str, tmp_path: Path) -> None:
-    """Nobody reads what a decoder makes of padding before its first token; all else is compared."""
-    model = drawn(DECODERS["Llama"]())
+@pytest.mark.parametrize(("name", "left"), [("Llama", True), ("Gemma 3", False)])
+def test_rows_of_data_may_be_padded(profile: str, name: str, left: bool, tmp_path: Path) -> None:
+    """Nobody reads what a decoder makes of padding; all else is compared.
+
+    Behind a text it is longer than the window, so that the last of it has nothing to attend to.
+    """
+    model = drawn(DECODERS[name]())
     ids, mask = np.random.default_rng(0).integers(3, 97, (4, 9)), np.ones((4, 9), np.int64)
     for row in range(4):
         mask[row, : 2 * row] = 0
+    if not left:
+        mask = mask[:, ::-1].copy()
     data = {"input_ids": ids * mask, "attention_mask": mask}
     package = export(model, tmp_path / "package", ExportConfig(profile=profile), data=data)
     (graph,) = package.manifest.graphs
@@ -104,7 +110,7 @@ def test_rows_of_data_may_be_padded_on_the_left(profile: str, tmp_path: Path) ->
     if logits.shape[1] == 9:
         logits[3, 5] += 1  # padding
         assert all(right())
-    logits[3, -1] += 1
+    logits[3 if left else 0, -1] += 1
     assert right() == [False] + [True] * (len(graph.outputs) - 1)
 
 

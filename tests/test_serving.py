@@ -24,6 +24,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
     "beam-4": {"num_beams": 4, "do_sample": False},
     "sampling": {"do_sample": True, "top_k": 0, "temperature": 2.0},
+    "no cache": {"do_sample": False, "use_cache": False},
 }
 NEW = 8
 
