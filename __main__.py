@@ -4,7 +4,9 @@ Options stand in ``config.py``, and become flags in ``flags.py``. Work is import
 runs: ``ffmerge --help`` and the device's commands need no torch.
 """
 
+import atexit
 import errno
+import gc
 import json
 import os
 import shlex
@@ -41,6 +43,7 @@ from ffmerge.config import (
 from ffmerge.errors import FfmergeError, FfmergeWarning, InputError
 from ffmerge.escapes import printable
 from ffmerge.flags import Result
+from ffmerge.models import heap
 from ffmerge.models.manifest import REFERENCE
 
 app = typer.Typer(
@@ -98,7 +101,8 @@ def demo(
 
     Example: [bold]ffmerge demo --out build/demo[/bold]
     """
-    from ffmerge.demo import demo
+    with heap.importing():
+        from ffmerge.demo import demo
 
     result = demo(out)
     return Result(result.to_json(), result.table(), result.ok, f"Look: {_quoted(out)}/report.html")
@@ -115,8 +119,9 @@ def inspect(
     Example: [bold]ffmerge inspect google/vit-base-patch16-224[/bold]
     """
     early.folder_of(model, load)
-    from ffmerge.models.inspection import inspect
-    from ffmerge.models.source import resolve
+    with heap.importing():
+        from ffmerge.models.inspection import inspect
+        from ffmerge.models.source import resolve
     from ffmerge.tables import inspection_table
 
     folder = resolve(model, load, weights=False)
@@ -148,7 +153,8 @@ def merge(
         raise InputError("recovery follows the original on data: give --data.")
     early.check_output(out)
     early.check(model, checkpoint, config, data, data.data, data.validation)
-    from ffmerge import commands
+    with heap.importing():
+        from ffmerge import commands
     from ffmerge.tables import merge_table
 
     result = commands.merge(model, out, config, data, recovery, checkpoint)
@@ -167,7 +173,8 @@ def compare(model: Model, config: CompareConfig, data: DataConfig, device: Devic
     if not data.data:
         raise InputError("rivals are compared on data: give --data.")
     early.check(model, device, config, data, data.data, data.validation)
-    from ffmerge import commands
+    with heap.importing():
+        from ffmerge import commands
     from ffmerge.tables import comparison_table
 
     result = commands.compare(model, config, data, device)
@@ -196,7 +203,8 @@ def export(
         check_without_data(config)
     early.check_output(out)
     early.check(model, load, config, columns, data)
-    from ffmerge import commands
+    with heap.importing():
+        from ffmerge import commands
     from ffmerge.tables import WITHOUT_DATA, package_table
 
     package = commands.export(model, out, config, load, data, columns)
@@ -231,7 +239,8 @@ def compress(
         raise InputError("what fits is chosen by what it loses: give --data.")
     early.check_output(out, overwrite)
     early.check(model, load, config, data, data.data, data.validation)
-    from ffmerge.compress import compress, outline
+    with heap.importing():
+        from ffmerge.compress import compress, outline
     from ffmerge.tables import compress_table, outline_table
 
     if dry_run:
@@ -339,7 +348,8 @@ def similarity(
     check_sources(data)
     early.check_output(out)
     early.check(model, device, config, columns, data)
-    from ffmerge import commands
+    with heap.importing():
+        from ffmerge import commands
     from ffmerge.tables import similarity_table
 
     found, files = commands.similarity(model, data, config, out, device, columns)
@@ -436,6 +446,7 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     warnings.formatwarning = _formatted  # type: ignore[assignment]
+    atexit.register(gc.freeze)  # all goes with the process: to look for cycles in it takes 1 s
     try:
         app([word for word in words if word not in _ANYWHERE], prog_name="ffmerge")
     except Exception as error:  # whatever leaves a command is told, and is no success

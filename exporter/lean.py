@@ -2,10 +2,10 @@
 
 ``torch.onnx.export`` decomposes every program into the operators that it translates, which traces
 it anew twice and takes nearly half of an export, though programs of transformers are mostly made of
-no others. For every graph it makes the table of its translations anew, and runs each node once more
-to see what type its inputs are promoted to. Shapes that it traced it keeps to find them again,
-which costs more than it saves where sizes have names. ``torch_onnx.py`` exports inside
-:func:`lean_exporter`.
+no others. For every graph it makes the table of its translations anew, for which it parses the
+source of each of them, and runs each node once more to see what type its inputs are promoted to.
+Shapes that it traced it keeps to find them again, which costs more than it saves where sizes have
+names. ``torch_onnx.py`` exports inside :func:`lean_exporter`.
 """
 
 import contextlib
@@ -60,6 +60,10 @@ def lean_exporter() -> Iterator[None]:
             # a shape with names is hardly ever met again, and kept at the price of making it anew
             dynamo = importlib.import_module("torch._dynamo.config")
             stack.enter_context(dynamo.patch(fake_tensor_cache_enabled=False))
+        with contextlib.suppress(ImportError, AttributeError):
+            # where in a model's code each node comes from, by files that are parsed for it
+            config = importlib.import_module("torch.fx.config")
+            stack.enter_context(mock.patch.object(config, "do_not_emit_stack_traces", True))
         yield
 
 
@@ -82,7 +86,15 @@ def _promoted(promotion: Any, whole: Any, interpreter: Any, node: fx.Node) -> An
 def _translations() -> tuple[Any, Any]:
     """Return the class of PyTorch's table of translations, and what makes each table once."""
     module = importlib.import_module("torch.onnx._internal.exporter._registration")
-    return module.ONNXRegistry, cache(module.ONNXRegistry.from_torchlib)
+    kind = importlib.import_module("onnxscript._internal.values").TracedOnnxFunction
+    made = module.ONNXRegistry.from_torchlib
+
+    def table(**given: Any) -> Any:
+        # of what it parses it asks the domain only, which is that of the translation's opset
+        with mock.patch.object(kind, "function_ir", property(lambda function: function.opset)):
+            return made(**given)
+
+    return module.ONNXRegistry, cache(table)
 
 
 def _decomposed_if_needed(whole: Any, program: ExportedProgram, registry: Any) -> Any:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ffmerge.config import (
     CALIBRATED,
@@ -20,7 +21,7 @@ from ffmerge.config import (
 )
 from ffmerge.errors import InputError
 from ffmerge.exporter.fixed import with_fixed_sizes
-from ffmerge.exporter.graphs import Graph, graphs, names_given
+from ffmerge.exporter.graphs import Graph, graphs, outputs_given
 from ffmerge.exporter.greedy import generates, greedy
 from ffmerge.exporter.rows import (
     BYTES,
@@ -45,6 +46,7 @@ from ffmerge.models.probe import Array, InputSpec
 from ffmerge.profiles import profile_of
 
 Feeds = Mapping[str, Array]  # inputs by name
+Given = Mapping[str, Tensor]  # what a model gave for some, by name
 BITS_AT_LEAST = 2  # of a weight
 
 
@@ -84,14 +86,17 @@ def make_plan(model: Any, config: ExportConfig, source: Path | None, data: Data 
     """
     if data is None:
         check_without_data(config)
+    model.eval()
     source = source or _folder_of(model)
     found = processing.load(source, arguments(model))
-    specs, rows = _inputs(model, config, found)
-    task = tasks.fit(config.task, model, lambda: names_given(model, probe(model, specs)))
+    specs, rows, given = _inputs(model, config, found)
+    task = tasks.fit(
+        config.task, model, lambda: list(outputs_given(model, probe(model, specs).draw(0)))
+    )
     tasks.check_grows(task, config.profiles)
     keeps = config.file_layout == "transformers.js"
     fixed = profile_of(config.profiles[0]).fixed  # such a one stands alone
-    planned = _settled_graphs(graphs(model, task, specs, keeps), model, task, found, fixed)
+    planned = _settled_graphs(graphs(model, task, specs, keeps), task, fixed)
     if fixed:
         example: Feeds = rows if config.example else {}
         planned = with_fixed_sizes(planned, found.tokenizer, example)
@@ -101,7 +106,7 @@ def make_plan(model: Any, config: ExportConfig, source: Path | None, data: Data 
     if data is not None:
         return _with_rows(plan, as_examples(data, source or model.name_or_path, task))
     if rows:
-        return _with_made(plan, rows)
+        return _with_made(plan, rows, given)
     drawn = planned[0].probe
     return replace(plan, greedy=_greedy(plan, drawn.draw(len(drawn.cases) - 1)))
 
@@ -145,30 +150,34 @@ def with_one_size(plan: Plan) -> Plan:
 
 def _inputs(
     model: Any, config: ExportConfig, found: processing.Processors
-) -> tuple[tuple[InputSpec, ...], Feeds]:
-    """Return the inputs of the model, and rows of them: an example's, else the processors' own."""
-    made = _usable(model, processing.made(found, model.config))
+) -> tuple[tuple[InputSpec, ...], Feeds, Given]:
+    """Return the inputs of the model, rows of them, and what the model gave for these, if it did.
+
+    The rows are those of an example, else the processors' own, and others are drawn like them.
+    """
+    given: Given = {}
     if config.example:
         rows = _example(config.example)
-        return of_example(model, rows), rows
-    return input_specs(model, made), {name: first for name, (first, _) in made.items()}
+        specs = of_example(model, rows)
+    else:
+        made, given = _usable(model, processing.made(found, model.config))
+        rows = {name: first for name, (first, _) in made.items()}
+        specs = input_specs(model, made)
+    return processing.like_the_task(specs, found, model.config), rows, given
 
 
-def _settled_graphs(
-    planned: tuple[Graph, ...], model: Any, task: str, found: processing.Processors, fixed: bool
-) -> tuple[Graph, ...]:
-    """Return the graphs of the task, their inputs settled and drawn as the checkpoint has them.
+def _settled_graphs(planned: tuple[Graph, ...], task: str, fixed: bool) -> tuple[Graph, ...]:
+    """Return the graphs of the task with what stands for an input that is not given.
 
     Pictures are of any size, unless every size is ``fixed``.
     """
-    if len(planned) == 1 and tasks.base(task) not in tasks.GENERATE:
-        check_repeats(planned[0])
-        settled = stand_ins(planned[0])
-        if not fixed:
-            settled = any_size(settled)
-        planned = (settled,)
-    probes = processing.like_the_task([graph.probe for graph in planned], found, model.config)
-    return tuple(replace(graph, probe=p) for graph, p in zip(planned, probes, strict=True))
+    if len(planned) > 1 or tasks.base(task) in tasks.GENERATE:
+        return planned
+    check_repeats(planned[0])
+    settled = stand_ins(planned[0])
+    if not fixed:
+        settled = any_size(settled)
+    return (settled,)
 
 
 def _example(path: Path) -> Feeds:
@@ -178,29 +187,35 @@ def _example(path: Path) -> Feeds:
     return examples.take(examples.rows[:ROWS])
 
 
-def _usable(model: Any, made: Made) -> Made:
-    """Return what the processors return as far as the model takes it: all of it, or nothing."""
+def _usable(model: Any, made: Made) -> tuple[Made, Given]:
+    """Return what the processors return as far as the model takes it: all of it, or nothing.
+
+    And what the model gives for the first of each; nothing where its encoder alone reads them.
+    """
     accepted = arguments(model)
     known = {name: pair for name, pair in made.items() if name in accepted}
     rows = {name: first for name, (first, _) in known.items()}
-    reads = model
-    if model.config.is_encoder_decoder and model.can_generate():
-        reads = model.get_encoder()
+    has_encoder = model.config.is_encoder_decoder and model.can_generate()
+    reads = model.get_encoder() if has_encoder else model
     needed = {name for name, each in arguments(reads).items() if each.default is each.empty}
     if model.main_input_name not in rows or needed - set(rows):
-        return {}
+        return {}, {}
+    given: Given = {}
     try:
-        with torch.no_grad():
-            reads(**to_tensors(rows, model))
+        if has_encoder:
+            with torch.no_grad():
+                reads(**to_tensors(rows, model))
+        else:
+            given = outputs_given(model, rows)
     except Exception:  # they are of another model, as a tokenizer with more ids than this one has
-        return {}
-    return known
+        return {}, {}
+    return known, given
 
 
-def _with_made(plan: Plan, rows: Feeds) -> Plan:
-    """Return the plan with the processors' example to compare on."""
+def _with_made(plan: Plan, made: Feeds, given: Given) -> Plan:
+    """Return the plan with the processors' example to compare on, for which the model ``given``."""
     names = {spec.name for spec in plan.graphs[0].probe.inputs}
-    rows = {name: array for name, array in rows.items() if name in names}
+    rows = {name: array for name, array in made.items() if name in names}
     if sum(array.nbytes for array in rows.values()) > BYTES:
         rows = {name: array[:1] for name, array in rows.items()}
     written = _greedy(plan, rows)
@@ -208,6 +223,8 @@ def _with_made(plan: Plan, rows: Feeds) -> Plan:
     probed = []
     for graph in plan.graphs:
         number = int(graph.name in real)
+        if given.keys() >= set(graph.outputs):  # no step of a decoder: that gives its cache, too
+            graph = graph.knowing(made, given)
         probed.append(replace(graph, probe=replace(graph.probe, real=number, made=bool(number))))
     return replace(plan, graphs=tuple(probed), real=real, greedy=written)
 

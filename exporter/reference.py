@@ -85,7 +85,7 @@ def _outputs(
     drawn = len(graph.probe.cases)
     for case in range(drawn + graph.probe.real):
         feeds = graph.probe.feeds(case, real)
-        outputs = graph.run(feeds)
+        outputs = graph.answer(feeds)
         for name, array in outputs.items():
             real_case = case >= drawn
             sample = stored_elements(array, len(outputs), name, real_case)

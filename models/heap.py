@@ -1,6 +1,7 @@
 """Memory of this process: when it is looked for what can be freed, and freed memory given back.
 
-The exporter calls it around what makes many objects, and narrowing around its many threads.
+The command line calls it around imports, the exporter around what makes many objects, and narrowing
+around its many threads.
 """
 
 import ctypes
@@ -43,6 +44,26 @@ def returned() -> Iterator[None]:
     finally:
         if set_:
             set_(_MMAP_THRESHOLD, _LARGEST)
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Let modules be imported and no cycles be looked for among their objects, then or later.
+
+    PyTorch and transformers make half a million, which stay as long as the process does. A second
+    command of a process imports little, and what the first one left can be freed.
+    """
+    if gc.get_freeze_count():
+        yield
+        return
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if enabled:
+            gc.enable()
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ffmerge.models.derive import Made
-from ffmerge.models.probe import Array, InputSpec, Probe, Tokens, picture
+from ffmerge.models.probe import Array, InputSpec, Tokens, picture
 
 _PICTURES, _IDS = ("pixel_values", "pixel_values_videos"), ("input_ids", "decoder_input_ids")
 _SOUND = ("input_values", "input_features")
@@ -123,23 +123,21 @@ def _heard(extractor: Any, samples: int) -> Any:
     return extractor(waves, sampling_rate=rate, padding=True, return_tensors="np")
 
 
-def like_the_task(probes: Sequence[Probe], found: Processors, config: Any) -> list[Probe]:
-    """Return the probes with pictures and ids as the processor and tokenizer say.
+def like_the_task(
+    specs: Sequence[InputSpec], found: Processors, config: Any
+) -> tuple[InputSpec, ...]:
+    """Return the inputs of a model with pictures and ids as the processor and tokenizer say.
 
     Without a processor pictures are in -1..1, without a tokenizer ids are any of the configuration.
     """
-    return [_like(probe, found.pictures, found.tokenizer, config) for probe in probes]
-
-
-def _like(probe: Probe, processor: Any, tokenizer: Any, config: Any) -> Probe:
-    specs = []
-    for spec in probe.inputs:
+    drawn = []
+    for spec in specs:
         if spec.name in _PICTURES:
-            spec = _picture(spec, processor)
-        elif spec.name in _IDS and tokenizer is not None:
-            spec = _text(spec, tokenizer, config)
-        specs.append(spec)
-    return replace(probe, inputs=tuple(specs))
+            spec = _picture(spec, found.pictures)
+        elif spec.name in _IDS and found.tokenizer is not None:
+            spec = _text(spec, found.tokenizer, config)
+        drawn.append(spec)
+    return tuple(drawn)
 
 
 def _loaded(kind: str, folder: Path) -> Any:

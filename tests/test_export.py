@@ -18,10 +18,12 @@ import torch
 import transformers
 from architectures import CASES, index_of, model_of
 from reference.tasks import REFERENCES
-from tiny import ABOVE, BELOW, FAMILIES, gpt2, vit
+from tiny import ABOVE, BELOW, FAMILIES, bert, gpt2, vit
+from torch._subclasses import FakeTensor
 
 from ffmerge.config import ExportConfig, MergeConfig
 from ffmerge.errors import ExportError, InputError
+from ffmerge.exporter.graphs import graphs
 from ffmerge.exporter.package import Package, export
 from ffmerge.exporter.plan import make_plan
 from ffmerge.files import write_json
@@ -30,6 +32,7 @@ from ffmerge.models.manifest import Manifest
 from ffmerge.passes.graph.audit import audit
 from ffmerge.passes.graph.read import read_model
 from ffmerge.passes.weights.merge import merge_
+from ffmerge.runtime_tests.reference import read_reference
 from ffmerge.runtime_tests.validate import validate
 
 
@@ -294,6 +297,48 @@ def test_static_int8_is_not_compared_on_the_rows_that_gave_its_ranges() -> None:
     assert len(compared) == len(ranging) == 20
     assert not compared & ranging
     assert compared | ranging == {row.tobytes() for row in pixels}
+
+
+def test_pytorch_computes_nothing_twice(tmp_path: Path) -> None:
+    """Each input once, but the first twice, to see that its answers are alike."""
+    processor = transformers.ViTImageProcessor(size={"height": 16, "width": 16})
+    processor.save_pretrained(tmp_path)
+    model, seen = vit(layers=2), list[bytes]()
+
+    def look(_: Any, __: Any, given: dict[str, Any]) -> None:
+        pixels = given["pixel_values"]
+        if not isinstance(pixels, FakeTensor):  # of a trace, in which nothing is computed
+            seen.append(pixels.numpy().tobytes())
+
+    model.register_forward_pre_hook(look, with_kwargs=True)
+    export(model, tmp_path / "p", source=tmp_path)
+    (graph,) = Manifest.read(tmp_path / "p").graphs
+    stored = read_reference(tmp_path / "p")
+    cases = [stored.feeds(graph, case)["pixel_values"].tobytes() for case in range(4)]
+    assert [seen.count(case) for case in cases] == [2, 1, 1, 1]
+
+
+def test_a_model_in_training_is_exported_as_it_is_used(tmp_path: Path) -> None:
+    model = bert(layers=2)
+    assert model.config.hidden_dropout_prob > 0
+    files = [export(m, tmp_path / str(m.training)).path for m in (model, model.train())]
+    one, other = ((file / "model.onnx").read_bytes() for file in files)
+    assert one == other
+
+
+def test_an_answer_is_to_the_same_inputs_only() -> None:
+    model = vit(layers=2)
+    (graph,) = graphs(model, "image-classification")
+    feeds = graph.probe.draw(1)
+    changed = {"pixel_values": feeds["pixel_values"].copy()}
+    changed["pixel_values"][0, 0, 0, 0] += 1
+    wide = {"pixel_values": feeds["pixel_values"].astype(np.float64)}
+    known = graph.knowing(feeds, {"logits": torch.ones(1)})
+    for other in (changed, wide, {**feeds, "labels": np.zeros(1)}, graph.probe.draw(2)):
+        assert not known.answers[-1].is_to(other)
+    np.testing.assert_array_equal(known.answer(changed)["logits"], graph.run(changed)["logits"])
+    assert known.answer({"pixel_values": feeds["pixel_values"].copy()})["logits"] == [1]
+    assert known.run(feeds)["logits"].shape == (len(feeds["pixel_values"]), 7)
 
 
 def test_the_source_is_the_folder_that_a_model_was_loaded_from(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Python looks for cycles less often while much is made; large freed memory is given back."""
+"""Python looks for cycles where some may be; large freed memory is given back."""
 
 import gc
 import platform
@@ -28,6 +28,35 @@ def test_who_looks_more_rarely_still_does(own: int) -> None:
             assert gc.get_threshold() == (own, 5, 5)
     finally:
         gc.set_threshold(*before)
+
+
+IMPORTED = """
+import atexit, gc, sys
+count = lambda: sum(each["collections"] for each in gc.get_stats())
+atexit.register(lambda: print(gc.get_freeze_count() > frozen))
+from ffmerge.models import heap
+looks = count()
+with heap.importing():
+    made = [[] for _ in range(10**5)]
+print(count() - looks, gc.isenabled())
+frozen = gc.get_freeze_count()
+with heap.importing():
+    more = [[] for _ in range(10**5)]
+print(frozen > 10**5, gc.get_freeze_count() == frozen)
+from ffmerge.__main__ import main
+main(["--version"])
+"""
+
+
+def test_cycles_are_looked_for_neither_in_modules_nor_at_the_end() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTED], check=True, stdout=subprocess.PIPE, text=True
+    )
+    imported, kept, version, end = done.stdout.splitlines()
+    assert imported == "0 True"
+    assert kept == "True True"
+    assert version.startswith("ffmerge ")
+    assert end == "True"
 
 
 HELD = """

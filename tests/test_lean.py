@@ -8,9 +8,12 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
+from onnxscript._internal.converter import Converter
 from torch import Tensor, fx, nn
 from torch.onnx._internal.exporter import _fx_passes
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
+from ffmerge.exporter import lean
 from ffmerge.exporter.lean import lean_exporter
 
 X = torch.arange(12, dtype=torch.float32).reshape(3, 4) - 5
@@ -163,6 +166,23 @@ def test_what_was_traced_is_not_run_again_for_its_types() -> None:
                 dynamic_shapes=({0: "rows"},),
             )  # fmt: skip
     assert not [call for call in run.call_args_list if call.args[1].op == "call_function"]
+
+
+def test_no_translation_is_parsed_and_no_line_of_code_looked_up() -> None:
+    """The table is PyTorch's own, and a node is not told where a model's code made it."""
+    lean._translations.cache_clear()
+    whole = ONNXRegistry.from_torchlib()
+    parsed = mock.Mock()
+    with mock.patch.object(Converter, "translate_function_signature", parsed), lean_exporter():
+        table = ONNXRegistry.from_torchlib(opset_version=whole.opset_version)
+        program = torch.export.export(nn.Linear(4, 4), (X,))
+    assert not parsed.called
+    assert table.functions.keys() == whole.functions.keys()
+    for name, known in whole.functions.items():
+        found = table.functions[name]
+        assert [each.onnx_function for each in found] == [each.onnx_function for each in known]
+        assert [each.signature for each in found] == [each.signature for each in known]
+    assert not any(node.stack_trace for node in program.graph.nodes)
 
 
 def test_an_exporter_of_another_build_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ from ffmerge.exporter.rows import (
     rounding_rows,
 )
 from ffmerge.models import checkpoint, data, tasks
-from ffmerge.models.derive import arguments
+from ffmerge.models.derive import arguments, input_specs
 from ffmerge.models.examples import Examples, from_arrays
 from ffmerge.models.manifest import GraphRecord, Manifest, best_keys
 from ffmerge.models.probe import (
@@ -68,9 +68,9 @@ def test_ids_are_drawn_as_the_tokenizer_writes_them() -> None:
     folder = REFERENCES["numerals"].folder
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = checkpoint.load(folder)
-    encoder, decoder, *_ = graphs(model, "text2text-generation-with-past")
-    probes = [encoder.probe, decoder.probe]
-    probe, decoders = like_the_task(probes, load(folder, arguments(model)), model.config)
+    specs = like_the_task(input_specs(model), load(folder, arguments(model)), model.config)
+    encoder, decoder, *_ = graphs(model, "text2text-generation-with-past", specs)
+    probe, decoders = encoder.probe, decoder.probe
     drawn = probe.draw(1)
     ids, mask = drawn["input_ids"], drawn["attention_mask"]
     assert (ids[mask == 0] == tokenizer.pad_token_id).all() and (mask == 0).any()
@@ -102,17 +102,17 @@ def test_pictures_are_smooth_and_normalized(tmp_path: Path) -> None:
 
     processor = ViTImageProcessor(image_mean=[0.4, 0.5, 0.6], image_std=[0.2, 0.25, 0.3])
     processor.save_pretrained(tmp_path)
-    shape = ("batch_size", 3, 32, 32)
-    probe = Probe((InputSpec("pixel_values", "float32", shape),), ({"batch_size": 5},))
+    spec = InputSpec("pixel_values", "float32", ("batch_size", 3, 32, 32))
     found = load(tmp_path, ["pixel_values"])
-    drawn = like_the_task([probe], found, None)[0].draw(0)["pixel_values"]
+    cases = ({"batch_size": 5},)
+    drawn = Probe(like_the_task([spec], found, None), cases).draw(0)["pixel_values"]
     plain = drawn * np.array([0.2, 0.25, 0.3]).reshape(3, 1, 1) + np.array([0.4, 0.5, 0.6]).reshape(
         3, 1, 1
     )
     assert -1e-6 < plain.min() and plain.max() < 1 + 1e-6
     assert np.abs(np.diff(plain, axis=-1)).max() < 3 / 31 + 1e-6  # at most 1 from point to point
     assert plain.std() > 0.1  # and no flat grey
-    unknown = like_the_task([probe], load(None, ()), None)[0].draw(0)["pixel_values"]
+    unknown = Probe(like_the_task([spec], load(None, ()), None), cases).draw(0)["pixel_values"]
     assert -1 <= unknown.min() < -0.5 and 0.5 < unknown.max() <= 1
 
 
