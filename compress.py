@@ -38,6 +38,7 @@ from ffmerge.models.sizes import beside, check_reach, fitting, narrower
 from ffmerge.models.tasks import task_of
 from ffmerge.passes.weights.evaluate import score_for
 from ffmerge.passes.weights.precision import bytes_of, shapes_of
+from ffmerge.profiles import DEFAULT
 from ffmerge.progress import Progress, announce
 from ffmerge.runtime_tests import report
 from ffmerge.runtime_tests.results import Validation, metric_row, stages
@@ -384,7 +385,7 @@ def _command(name: str, config: CompressConfig, paths: DataConfig) -> str:
         command += " --validation OTHER"
     if config.task:
         command += f" --task {config.task}"
-    if config.profile != "portable":
+    if config.profile != DEFAULT:
         command += f" --for {config.profile}"
     if config.tune:
         command += f" --tune {config.tune}"

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from ffmerge.errors import InputError
 from ffmerge.profiles import (
+    DEFAULT,
     FUSED_OPSET,
     PLAIN_OPSET,
     PROFILE_HELP,
@@ -285,12 +286,12 @@ class CompressConfig:
     task: str | None = option(None, "Task by its optimum name; inferred if not given.")
     batch_size: int = option(32, "Examples per forward pass.")
     profile: str = option(
-        "portable",
-        PROFILE_HELP,
+        DEFAULT,
+        f"{PROFILE_HELP}.",
         "--for",
         choices=PROFILES,
         typed=list[str] | None,
-        parse=lambda names: ",".join(names or ("portable",)),
+        parse=lambda names: ",".join(names or (DEFAULT,)),
     )
     tune: int = option(0, TUNE_HELP, "--tune")
 
@@ -397,18 +398,19 @@ class ExportConfig:
         "A row or more of every input as .npz, for a model whose inputs cannot be derived, or for "
         "an NPU of the sizes that it is to have.",
     )
-    profile: str | Sequence[str] = option(
-        "portable",
-        f"{PROFILE_HELP} Several share one data file: cpu,portable.",
+    profile: str | Sequence[str] | None = option(
+        None,
+        f"{PROFILE_HELP}, portable with --opset or for transformers.js. Several share one data "
+        "file: cpu,portable.",
         "--for",
         choices=PROFILES,
         typed=list[str] | None,
-        parse=lambda names: ",".join(names or ("portable",)),
+        parse=lambda names: ",".join(names or ()) or None,
     )
     opset: int | None = option(
         None,
-        f"ONNX operator set, {OPSETS[0]} to {OPSETS[-1]}; {PLAIN_OPSET} if not given, "
-        f"{FUSED_OPSET} for a provider, {WIDE_OPSET} for npu.",
+        f"ONNX operator set, {OPSETS[0]} to {OPSETS[-1]}; {PLAIN_OPSET} for portable if not given, "
+        f"{WIDE_OPSET} for npu, {FUSED_OPSET} for the others.",
     )
     dtype: str | Sequence[str] | None = option(
         None,
@@ -500,7 +502,14 @@ class ExportConfig:
     @property
     def profiles(self) -> tuple[str, ...]:
         """What there are graphs for; those of the first are what is loaded."""
-        return _names(self.profile)
+        if self.profile is not None:
+            return _names(self.profile)
+        if self.opset is not None:  # the others have one each
+            return ("portable",)
+        several = self.dtype is not None and len(_names(self.dtype)) > 1
+        if several or self.layout == "transformers.js":  # WebGPU reads those files, too
+            return ("portable",)
+        return (DEFAULT,)
 
     @property
     def dtypes(self) -> tuple[str, ...]:
@@ -615,7 +624,7 @@ class ValidateConfig(ColumnsConfig):
         "cpu, cuda, webgpu or another runtime; may be given several times.",
         "--provider",
         typed=list[str] | None,
-        parse=lambda names: tuple(names or ("cpu",)),
+        parse=lambda names: tuple(names or (DEFAULT,)),
     )
     installed: bool = option(False, "Test also every other runtime that is installed.", "--all")
     data: str | None = option(

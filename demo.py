@@ -9,7 +9,7 @@ from rich.console import Group
 from transformers.utils.logging import disable_progress_bar
 
 from ffmerge import progress
-from ffmerge.config import MergeConfig
+from ffmerge.config import ExportConfig, MergeConfig
 from ffmerge.exporter.package import export
 from ffmerge.files import plain, staged
 from ffmerge.models import checkpoint, digits
@@ -29,6 +29,7 @@ from ffmerge.tables import cost_table, points_table
 MODEL = Path(__file__).parent / "models" / "digits_vit"
 K = 3
 TEST = "test pictures"
+PLAIN = ExportConfig(profile="portable")  # the page of examples/web runs it on WebGPU, too
 
 
 @dataclass(frozen=True)
@@ -88,12 +89,12 @@ def demo(out: Path) -> Demo:
     with staged(out) as folder, progress.shown() as show:
         original = checkpoint.load(MODEL)
         score = score_for(original, "image-classification", test, 100)
-        first = export(original, folder / "original", source=MODEL, data=held_out)
+        first = export(original, folder / "original", PLAIN, source=MODEL, data=held_out)
         show("merging", 0, 0)
         merged = checkpoint.load(MODEL)
         result = merge_(merged, calibration, MergeConfig(k=K), held_out, show)
         checkpoint.save(merged, folder / "checkpoint")
-        second = export(merged, folder / "merged", source=folder / "checkpoint", data=held_out)
+        second = export(merged, folder / "merged", PLAIN, folder / "checkpoint", held_out)
         show("validating", 0, 0)
         before, after = _validated(
             {first.path: "The original ViT", second.path: "The merged ViT"}, test

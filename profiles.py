@@ -58,10 +58,11 @@ PROFILES = {
         fixed=True,
     ),
 }  # fmt: skip
+DEFAULT = "cpu"
 PROFILE_HELP = (
-    "What the package is for: portable, whatever runs ONNX, or a provider of ONNX Runtime, with "
-    "attention, RMS norms and rotation as one operator each: cpu, cuda, or webgpu, that of the "
-    "browser. Or npu: one row at a time, of one size, in int8-static."
+    "What the package is for: a provider of ONNX Runtime, with attention, RMS norms and rotation "
+    "as one operator each: cpu, cuda, or webgpu, that of the browser; portable, whatever runs "
+    f"ONNX; or npu: one row at a time, of one size, in int8-static. {DEFAULT} if not given"
 )
 
 

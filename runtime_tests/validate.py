@@ -152,7 +152,7 @@ def check_package(
                     continue
                 result.stopped = str(error)
             except RuntimeCheckError as error:
-                result.stopped = str(error)
+                result.stopped = _why_stopped(error, runtime, manifest)
             results.append(result)
     why = None
     if writes(manifest):
@@ -172,6 +172,14 @@ def kinds_on(runtime: Runtime, manifest: Manifest) -> Sequence[str]:
     own = [each for each in manifest.profiles if each in runtime.name]  # cuda-tf32, web-webgpu
     plain = [each for each in manifest.profiles if each == "portable"]
     return own or plain or manifest.profiles
+
+
+def _why_stopped(error: RuntimeCheckError, runtime: Runtime, manifest: Manifest) -> str:
+    """Return the message of a runtime, with the way on where the graphs are for another one."""
+    meant = [each for each in manifest.profiles if each in runtime.name or each == "portable"]
+    if meant:
+        return str(error)
+    return f"{error} Its graphs are those for {manifest.profile}: export it --for portable."
 
 
 def _new(runtime: Runtime, manifest: Manifest, kind: str) -> ProviderResult:

@@ -12,7 +12,7 @@ from architectures import merge_all
 from packages import linear_package
 from web_env import NODE_MODULES, require_browser
 
-from ffmerge.config import ValidateConfig
+from ffmerge.config import ExportConfig, ValidateConfig
 from ffmerge.errors import NotInstalled, RuntimeCheckError
 from ffmerge.exporter.package import export
 from ffmerge.runtime_tests.footprint import TRIVIAL
@@ -74,7 +74,7 @@ def test_a_decoder_with_cache_is_in_parity(name: str, tmp_path: Path, browser: N
     """Layers merged, an empty past and a full one, padding; memory and latency are told."""
     model = tiny.gpt2(layers=2)
     assert merge_all(model)
-    export(model, tmp_path / "package")
+    export(model, tmp_path / "package", ExportConfig(profile="portable"))
     (found,) = validate(tmp_path / "package", ValidateConfig(providers=(name,))).providers
     assert found.ok, found.reason
     assert found.used == found.requested == name.removeprefix("web-")

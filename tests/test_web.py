@@ -60,10 +60,11 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     require_browser()
     folder = tmp_path_factory.mktemp("packages")
     model = ffmerge.load(MODEL)
-    ffmerge.export(model, folder / "original")
+    plain = ffmerge.ExportConfig(profile="portable")  # as the demo's are
+    ffmerge.export(model, folder / "original", plain)
     config = ffmerge.MergeConfig(window=(1, 3))
     ffmerge.merge_(model, digits.load("calibration", count=200), config)
-    ffmerge.export(model, folder / "merged")
+    ffmerge.export(model, folder / "merged", plain)
     for kind in LIBRARY:
         source = folder / "checkpoints" / kind
         _companions(kind).save_pretrained(source)

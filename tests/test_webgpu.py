@@ -90,7 +90,7 @@ def test_a_merged_package_runs_on_webgpu(
 ) -> None:
     model = make()
     assert merge_all(model)
-    export(model, tmp_path / "package")
+    export(model, tmp_path / "package", ExportConfig(profile="portable"))
     code, result = run(
         tmp_path / "package", "--provider", "cpu", "--provider", "webgpu", **settings
     )
@@ -117,7 +117,9 @@ def test_blocks_run_on_webgpu(
     for parameter in model.parameters():
         if (dtype, block) == ("int4", 64) and parameter.ndim == 2:
             parameter.data += 2 * parameter.data.std()
-    package = export(model, tmp_path / "package", ExportConfig(dtype=dtype, block=block))
+    package = export(
+        model, tmp_path / "package", ExportConfig(dtype=dtype, block=block, profile="portable")
+    )
     zeros = [record.name for record in package.manifest.tensors if record.name.endswith("/zero")]
     assert bool(zeros) == ((dtype, block) == ("int4", 64))
     code, result = run(tmp_path / "package", "--provider", "webgpu", **settings)
@@ -192,7 +194,7 @@ def test_int8_products_are_left_to_the_processor_and_that_fails(
     settings: dict[str, str], tmp_path: Path
 ) -> None:
     """ONNX Runtime's WebGPU has no MatMulInteger: correct, but not what was asked for."""
-    export(vit(), tmp_path / "package", ExportConfig(dtype="int8-dynamic"))
+    export(vit(), tmp_path / "package", ExportConfig(dtype="int8-dynamic", profile="portable"))
     code, result = run(tmp_path / "package", "--provider", "webgpu", **settings)
     (webgpu,) = result["providers"]
     assert code == 1
@@ -206,7 +208,7 @@ def test_half_precision_needs_a_device_that_has_it(
 ) -> None:
     if not settings:
         pytest.skip("this machine has a GPU, which may have half precision")
-    export(vit(), tmp_path / "package", ExportConfig(dtype="fp16"))
+    export(vit(), tmp_path / "package", ExportConfig(dtype="fp16", profile="portable"))
     code, result = run(tmp_path / "package", "--provider", "webgpu", **settings)
     assert code == 1
     assert "requires f16 but the device does not support it" in result["providers"][0]["reason"]
