@@ -32,6 +32,7 @@ from ffmerge.errors import ExportError
 from ffmerge.exporter.flat import read_flat
 from ffmerge.exporter.graphs import Graph
 from ffmerge.exporter.settle import has_large_pictures
+from ffmerge.exporter.simplify import trivial
 from ffmerge.models.probe import Array
 from ffmerge.passes.graph.rewrite import store
 from ffmerge.passes.graph.tensors import is_op, shape_of
@@ -68,6 +69,8 @@ def attend(
         position_bias = position_bias + attention_mask
     if position_bias is None:
         position_bias = attention_mask
+    if position_bias is not None:  # ONNX Runtime repeats no row of it for every query
+        position_bias = position_bias.expand(-1, -1, query.shape[2], key.shape[2])
     mixed, *_ = torch.onnx.ops.attention(query, key, value, attn_mask=position_bias, scale=scaling)
     return mixed.transpose(1, 2).contiguous(), None
 
@@ -150,6 +153,7 @@ def fuse(model: ir.Model) -> None:
             value.dtype = value.const_value.dtype
             value.shape = ir.Shape(shape_of(value.const_value))
     onnx_fusions.fuse(model)
+    onnx_fusions.fuse(trivial(OPSET))  # rules hold the last graph that they saw
     CommonSubexpressionEliminationPass()(model)  # angles, once for all layers
     _repeat_angles(model.graph)
     for node in list(model.graph):

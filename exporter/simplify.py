@@ -97,12 +97,12 @@ def simplify(model: ir.Model) -> None:
     passes.CommonSubexpressionEliminationPass()(model)
     passes.OutputFixPass()(model)
     passes.NameFixPass()(model)
-    rewriter.RewritePass(_RULES)(_trivial())  # rules hold the last graph that they saw
+    rewriter.RewritePass(_RULES)(trivial(20))  # rules hold the last graph that they saw
 
 
-def _trivial() -> ir.Model:
+def trivial(opset: int) -> ir.Model:
     """Return a graph that every rule tries: one of them looks at slices only."""
     inputs = [ir.Value(name=name) for name in ("x", "start", "end")]
     node = ir.Node("", "Slice", inputs)
-    graph = ir.Graph(inputs, node.outputs, nodes=[node], opset_imports={"": 20})
+    graph = ir.Graph(inputs, node.outputs, nodes=[node], opset_imports={"": opset})
     return ir.Model(graph, ir_version=10)
