@@ -69,10 +69,15 @@ def attend(
         position_bias = position_bias + attention_mask
     if position_bias is None:
         position_bias = attention_mask
-    if position_bias is not None:  # ONNX Runtime repeats no row of it for every query
-        position_bias = position_bias.expand(-1, -1, query.shape[2], key.shape[2])
+    if position_bias is not None and _is_one(position_bias.shape[2]):
+        position_bias = position_bias.expand(-1, -1, query.shape[2], -1)
     mixed, *_ = torch.onnx.ops.attention(query, key, value, attn_mask=position_bias, scale=scaling)
     return mixed.transpose(1, 2).contiguous(), None
+
+
+def _is_one(size: Any) -> bool:
+    """Say whether a mask has one row for every query, which ONNX Runtime would not repeat."""
+    return isinstance(size, int) and size == 1
 
 
 def _mask(
