@@ -57,14 +57,15 @@ class GraphModule(nn.Module):
 
 @dataclass(frozen=True)
 class Answer:
-    """What PyTorch gave for the inputs ``feeds``, by name."""
+    """What PyTorch gave for the inputs ``feeds``, by name; ``exact`` in float64."""
 
     feeds: Mapping[str, Array]
+    exact: bool
     outputs: Mapping[str, Array]
 
-    def is_to(self, feeds: Mapping[str, Array]) -> bool:
+    def is_to(self, feeds: Mapping[str, Array], exact: bool) -> bool:
         """Say whether it was for the same inputs, to the last bit."""
-        if feeds.keys() != self.feeds.keys():
+        if exact != self.exact or feeds.keys() != self.feeds.keys():
             return False
         for name, array in feeds.items():
             known = self.feeds[name]
@@ -93,17 +94,19 @@ class Graph:
     by_token: tuple[str, ...] = ()
     answers: tuple[Answer, ...] = ()
 
-    def knowing(self, feeds: Mapping[str, Array], given: Mapping[str, Tensor]) -> "Graph":
+    def knowing(
+        self, feeds: Mapping[str, Array], given: Mapping[str, Any], exact: bool = False
+    ) -> "Graph":
         """Return the graph with what PyTorch gave for inputs; all its outputs are among that."""
-        outputs = {name: given[name].cpu().numpy() for name in self.outputs}
-        return replace(self, answers=(*self.answers, Answer(feeds, outputs)))
+        outputs = {name: torch.as_tensor(given[name]).cpu().numpy() for name in self.outputs}
+        return replace(self, answers=(*self.answers, Answer(feeds, exact, outputs)))
 
-    def answer(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
+    def answer(self, feeds: Mapping[str, Array], exact: bool = False) -> Mapping[str, Array]:
         """Return what :meth:`run` does; where that is known, nothing is computed."""
         for answer in self.answers:
-            if answer.is_to(feeds):
+            if answer.is_to(feeds, exact):
                 return answer.outputs
-        return self.run(feeds)
+        return self.run(feeds, exact)
 
     def run(self, feeds: Mapping[str, Array], exact: bool = False) -> dict[str, Array]:
         """Return the outputs that PyTorch gives for the inputs ``feeds``; ``exact`` in float64."""

@@ -96,7 +96,7 @@ def make_plan(model: Any, config: ExportConfig, source: Path | None, data: Data 
     tasks.check_grows(task, config.profiles)
     keeps = config.file_layout == "transformers.js"
     fixed = profile_of(config.profiles[0]).fixed  # such a one stands alone
-    planned = _settled_graphs(graphs(model, task, specs, keeps), task, fixed)
+    planned = _settled_graphs(graphs(model, task, specs, keeps), task, config)
     if fixed:
         example: Feeds = rows if config.example else {}
         planned = with_fixed_sizes(planned, found.tokenizer, example)
@@ -166,16 +166,17 @@ def _inputs(
     return processing.like_the_task(specs, found, model.config), rows, given
 
 
-def _settled_graphs(planned: tuple[Graph, ...], task: str, fixed: bool) -> tuple[Graph, ...]:
+def _settled_graphs(
+    planned: tuple[Graph, ...], task: str, config: ExportConfig
+) -> tuple[Graph, ...]:
     """Return the graphs of the task with what stands for an input that is not given.
 
-    Pictures are of any size, unless every size is ``fixed``.
+    Pictures are of any size, unless a profile fixes every size.
     """
     if len(planned) > 1 or tasks.base(task) in tasks.GENERATE:
         return planned
-    check_repeats(planned[0])
-    settled = stand_ins(planned[0])
-    if not fixed:
+    settled = stand_ins(check_repeats(planned[0], "fp32" in config.dtypes))
+    if not profile_of(config.profiles[0]).fixed:
         settled = any_size(settled)
     return (settled,)
 

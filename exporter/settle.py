@@ -13,20 +13,34 @@ import numpy as np
 from ffmerge.errors import InputError
 from ffmerge.models.probe import LARGE, Array, InputSpec, Probe, Tokens
 
+Feeds = Mapping[str, Array]  # by name
 HEIGHT, WIDTH = "height", "width"  # the dynamic sizes of a picture
 _PICTURES = ("pixel_values", "pixel_values_videos")
 _STEP = 32  # of sizes that are tried, where a model has no patches
 
 
-def check_repeats(graph: Any) -> None:
-    """Raise InputError if a model answers twice in different ways: nothing can be compared then."""
+def check_repeats(graph: Any, exact: bool = False) -> Any:
+    """Return the graph of a model that answers twice in the same way, else nothing can be compared.
+
+    The second answer is the ``exact`` one if that will be asked for: then the graph has it.
+
+    Raises:
+        InputError: the two are unlike.
+    """
     feeds = graph.probe.draw(0)
-    first, again = tuple(graph.answer(feeds).values()), outputs_of(graph, feeds)
-    if again is not None and not _alike(first, again):
-        raise InputError(
-            f"{type(graph.module.model).__name__} draws random numbers in its forward pass: equal "
-            "inputs give unequal outputs, so no package of it can be right."
-        )
+    first, again = graph.answer(feeds), None
+    if exact:
+        again = outputs_of(graph, feeds, exact)
+    if again is not None:
+        graph = graph.knowing(feeds, again, exact)
+    if again is None or not _alike(first, again):  # or float32 rounds off as much as that
+        again = outputs_of(graph, feeds)
+        if again is not None and not _alike(first, again):
+            raise InputError(
+                f"{type(graph.module.model).__name__} draws random numbers in its forward pass: "
+                "equal inputs give unequal outputs, so no package of it can be right."
+            )
+    return graph
 
 
 def any_size(graph: Any) -> Any:
@@ -54,7 +68,7 @@ def any_size(graph: Any) -> Any:
     return replace(graph, probe=other)
 
 
-def has_large_pictures(feeds: Mapping[str, Array]) -> bool:
+def has_large_pictures(feeds: Feeds) -> bool:
     """Say whether pictures of a case are so large that float64 would take most of an export.
 
     Of those one row shows what is rounded off; rows of a text are less alike, by their padding.
@@ -90,7 +104,7 @@ def stand_ins(graph: Any) -> Any:
     return replace(graph, probe=replace(recipe, inputs=tuple(inputs)))
 
 
-def _settled(graph: Any, spec: InputSpec, feeds: Mapping[str, Array], pad: Any) -> InputSpec:
+def _settled(graph: Any, spec: InputSpec, feeds: Feeds, pad: Any) -> InputSpec:
     """Return an input with what stands for it in ``feeds`` where it is not given."""
     rest = {name: array for name, array in feeds.items() if name != spec.name}
     without = outputs_of(graph, rest)
@@ -113,16 +127,18 @@ def _shape_of_ids(graph: Any) -> tuple[int | str, ...]:
     return shapes[0] if shapes else ()
 
 
-def outputs_of(graph: Any, feeds: Mapping[str, Array]) -> tuple[Array, ...] | None:
+def outputs_of(graph: Any, feeds: Feeds, exact: bool = False) -> Feeds | None:
     """Return what PyTorch gives, computed anew; None where it does not take the inputs."""
     try:
-        return tuple(graph.run(feeds).values())
+        found: Feeds = graph.run(feeds, exact)
     except Exception:  # a model's code may raise anything
         return None
+    return found
 
 
-def _alike(found: tuple[Array, ...], expected: tuple[Array, ...]) -> bool:
-    for one, other in zip(found, expected, strict=True):
+def _alike(found: Feeds, expected: Feeds) -> bool:
+    for name, one in found.items():
+        other = expected[name]
         if one.shape != other.shape:
             return False
         if not np.allclose(one, other, rtol=1e-4, atol=1e-5, equal_nan=True):
