@@ -31,12 +31,18 @@ from ffmerge.exporter.lean import lean_exporter
 from ffmerge.exporter.parts import store_parts
 from ffmerge.exporter.settle import HEIGHT
 from ffmerge.exporter.simplify import simplify
+from ffmerge.exporter.sizes import taken_for_granted
 from ffmerge.models import kv_cache, ties
 from ffmerge.models.inputs import to_tensors
 from ffmerge.models.kv_cache import KEPT
 from ffmerge.models.record import Tie
 from ffmerge.passes.graph.contract import read_ties, write_ties
 from ffmerge.passes.graph.run import ShareResult, share_model
+
+_MEANINGS = {  # of PyTorch's words
+    "data-dependent": "its code decides by values that only a run has",
+    "inferred a static shape": "its code takes one size for granted where any may be given",
+}
 
 
 class SizeError(ExportError):
@@ -105,17 +111,30 @@ def _translated(graph: Graph, opset: int, fused: bool) -> Any:
     except Exception as error:  # torch.export and torch.onnx raise errors of many kinds
         if HEIGHT in recipe.cases[-1]:
             raise SizeError(f"{type(model).__name__} is not traced at any size") from error
-        cause = error.__cause__ or error  # torch.onnx says how to report it, its cause says what
-        lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-        reason = [*lines, type(cause).__name__][0]
-        if reason.endswith(":"):
-            reason = " ".join(lines[:2])
-        raise ExportError(f"{type(model).__name__} cannot be exported: {reason}") from error
+        raise ExportError(f"{type(model).__name__} cannot be exported: {_why(error)}") from error
     if program is None:
         raise ExportError(f"{type(model).__name__} cannot be exported.")
     if HEIGHT in recipe.cases[-1]:
         _check_sizes(graph, program)
+    if wrong := taken_for_granted(program.exported_program, recipe):
+        raise ExportError(
+            f"{type(model).__name__} cannot be exported for inputs of any size: what PyTorch "
+            f"traces of it holds only where {wrong}."
+        )
     return program
+
+
+def _why(error: Exception) -> str:
+    """Return why PyTorch does not trace or translate a model, in a line."""
+    cause = error.__cause__ or error  # torch.onnx says how to report it, its cause says what
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    reason = [*lines, type(cause).__name__][0]
+    if reason.endswith(":"):
+        reason = " ".join(lines[:2])
+    for sign, meaning in _MEANINGS.items():
+        if sign in reason:
+            return f"{meaning} ({reason})"
+    return reason
 
 
 def _check_sizes(graph: Graph, program: Any) -> None:
