@@ -15,6 +15,7 @@ from ffmerge.config import QuantizeConfig, parse_budget
 from ffmerge.errors import ExportError
 from ffmerge.exporter.by_columns import store_by_columns
 from ffmerge.exporter.flash import use_flash, with_many_tokens
+from ffmerge.exporter.flat import join_heads
 from ffmerge.exporter.fused import check_fused
 from ffmerge.exporter.graphs import STATES, Graph
 from ffmerge.exporter.half_cache import halve_cache
@@ -223,6 +224,7 @@ def _as_taken(graph: Graph, form: Profile, model: ir.Model) -> Graph:
 def _check_multihead(plan: Plan, results: Results) -> None:
     for graph in plan.graphs:
         if not graph.parts:
+            join_heads(results[graph.name].model)
             check_multihead(results[graph.name].model, graph)
 
 

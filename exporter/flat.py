@@ -41,6 +41,41 @@ def read_flat(model: ir.Model) -> None:
             make_flat(node, model.graph, 3)
 
 
+def join_heads(model: ir.Model) -> None:
+    """Let every attention with a past read joined heads, in place; those that lie apart are turned.
+
+    For operators that take no others. It costs a copy of what a step reads, none of the past.
+    """
+    for node in list(model.graph):
+        if not is_op(node, "Attention") or "q_num_heads" in node.attributes or len(node.inputs) < 6:
+            continue
+        for index, value in enumerate(node.inputs[:3]):
+            if value is not None and _before_swap(value) is None and _heads_first(value):
+                node.replace_input_with(index, _turned_twice(value, node, model.graph))
+        if can_be_flat(node, 3):
+            make_flat(node, model.graph, 3)
+
+
+def _heads_first(value: ir.Value) -> bool:
+    """Say whether (batch, heads, tokens, size) is known of a value, with heads and size."""
+    if value.shape is None or value.shape.rank() != 4:
+        return False
+    return isinstance(value.shape[1], int) and isinstance(value.shape[3], int)
+
+
+def _turned_twice(value: ir.Value, reader: ir.Node, graph: ir.Graph) -> ir.Value:
+    """Return a value as it is, behind (batch, tokens, heads, size), of which heads are joined."""
+    assert value.shape is not None
+    batch, heads, tokens, size = value.shape
+    nodes = []
+    for shape in ((batch, tokens, heads, size), (batch, heads, tokens, size)):
+        read = nodes[-1].outputs[0] if nodes else value
+        nodes.append(ir.node("Transpose", [read], {"perm": [0, 2, 1, 3]}))
+        nodes[-1].outputs[0].type, nodes[-1].outputs[0].shape = value.type, ir.Shape(shape)
+    graph.insert_before(reader, nodes)
+    return nodes[-1].outputs[0]
+
+
 def can_be_flat(node: ir.Node, count: int) -> bool:
     """Say whether an attention can read its first inputs joined, and give joined heads."""
     users = node.outputs[0].consumers()

@@ -18,6 +18,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import DeduplicateInitializersPass, RemoveUnusedNodesPass
 
 from ffmerge.errors import first_line
+from ffmerge.exporter.flat import join_heads
 from ffmerge.exporter.last_logits import LOGITS
 from ffmerge.exporter.summed import sum_inside
 from ffmerge.exporter.turned import opened, session_of, turn_inside
@@ -142,6 +143,7 @@ def _share_buffers(model: ir.Model, length: int) -> None:
         _Plain: an attention is none that the operator computes.
     """
     graph = model.graph
+    join_heads(model)
     nodes = [node for node in graph if is_op(node, "Attention")]
     windows: dict[ir.Value, int] = {}
     for node in nodes:

@@ -13,8 +13,13 @@ import onnxruntime
 import pytest
 import torch
 from graphs import build, ops
-from test_fused import DECODERS, LAYERS, WINDOW, drawn
-from transformers import BertConfig, BertForSequenceClassification
+from test_fused import DECODERS, LAYERS, SIZES, WINDOW, drawn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    PhiConfig,
+    PhiForCausalLM,
+)
 
 from ffmerge.config import ExportConfig
 from ffmerge.exporter import genai
@@ -182,6 +187,16 @@ def test_a_tied_head_is_in_memory_once(tmp_path: Path, monkeypatch: pytest.Monke
         assert np.array_equal(table.const_value.numpy().T, model.lm_head.weight.detach().numpy())
     assert greedy(package.path / GRAPH, 64) == wanted(model)
     assert audit(package.path).ok
+
+
+def test_heads_that_lie_apart_are_turned_for_the_operator(tmp_path: Path) -> None:
+    """Phi rotates a part of each head: no operator does, and heads lie apart behind it."""
+    model = drawn(PhiForCausalLM(PhiConfig(**SIZES, partial_rotary_factor=0.5)))
+    package = export(model, tmp_path / "package", ExportConfig(profile="cpu"))
+    found = ops(ir.load(package.path / GRAPH))
+    assert found["GroupQueryAttention"] == LAYERS and "Attention" not in found
+    assert not package.manifest.skipped
+    assert greedy(package.path / GRAPH, 64) == wanted(model)
 
 
 def test_only_a_decoder_for_the_cpu_has_it(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ import tiny
 import torch
 from architectures import CASES, index_of, merge_all, model_of
 from graphs import build, ops
-from test_fused import DECODERS, FAST, LAYERS, check_writes_the_same, drawn
-from transformers import BertModel
+from test_fused import DECODERS, FAST, LAYERS, SIZES, check_writes_the_same, drawn
+from transformers import BertModel, PhiConfig, PhiForCausalLM
 
 import ffmerge
 from ffmerge.config import ExportConfig
@@ -71,6 +71,21 @@ def test_for_webgpu_a_decoder_writes_what_pytorch_writes(name: str, tmp_path: Pa
     assert bool(found["SkipSimplifiedLayerNormalization"]) == (name != "GPT-2")
     assert all(output.ok for output in check_parity(package.path, package.manifest))
     assert audit(package.path).ok
+    check_writes_the_same(model, ffmerge.load_package(package.path))
+
+
+def partly_rotated() -> Any:
+    """Phi rotates a part of each head: no operator does, and heads lie apart behind it."""
+    return drawn(PhiForCausalLM(PhiConfig(**SIZES, partial_rotary_factor=0.5)))
+
+
+def test_heads_that_lie_apart_are_turned_for_the_operator(tmp_path: Path) -> None:
+    model = partly_rotated()
+    package = export(model, tmp_path / "package", ExportConfig(profile="webgpu"))
+    found = ops(graph_of(package))
+    assert found["GroupQueryAttention"] == LAYERS and not {"Attention", "Softmax"} & set(found)
+    assert not package.manifest.skipped
+    assert all(output.ok for output in check_parity(package.path, package.manifest))
     check_writes_the_same(model, ffmerge.load_package(package.path))
 
 
