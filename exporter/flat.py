@@ -67,7 +67,7 @@ def _turned_twice(value: ir.Value, reader: ir.Node, graph: ir.Graph) -> ir.Value
     """Return a value as it is, behind (batch, tokens, heads, size), of which heads are joined."""
     assert value.shape is not None
     batch, heads, tokens, size = value.shape
-    nodes = []
+    nodes: list[ir.Node] = []
     for shape in ((batch, tokens, heads, size), (batch, heads, tokens, size)):
         read = nodes[-1].outputs[0] if nodes else value
         nodes.append(ir.node("Transpose", [read], {"perm": [0, 2, 1, 3]}))
