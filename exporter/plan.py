@@ -35,14 +35,20 @@ from ffmerge.exporter.rows import (
     rounding_length,
     rounding_rows,
 )
-from ffmerge.exporter.settle import any_size, check_repeats, one_size, stand_ins
+from ffmerge.exporter.settle import (
+    any_size,
+    check_repeats,
+    has_large_pictures,
+    one_size,
+    stand_ins,
+)
 from ffmerge.files import size_text
 from ffmerge.models import processing, tasks
 from ffmerge.models.data import Data, as_examples
 from ffmerge.models.derive import Made, arguments, input_specs, left_out, of_example, probe
 from ffmerge.models.examples import Examples
 from ffmerge.models.inputs import to_tensors
-from ffmerge.models.probe import Array, InputSpec
+from ffmerge.models.probe import Array, InputSpec, Probe
 from ffmerge.profiles import profile_of
 
 Feeds = Mapping[str, Array]  # inputs by name
@@ -226,8 +232,23 @@ def _with_made(plan: Plan, made: Feeds, given: Given) -> Plan:
         number = int(graph.name in real)
         if given.keys() >= set(graph.outputs):  # no step of a decoder: that gives its cache, too
             graph = graph.knowing(made, given)
-        probed.append(replace(graph, probe=replace(graph.probe, real=number, made=bool(number))))
+        recipe = replace(graph.probe, real=number, made=bool(number))
+        probed.append(replace(graph, probe=_not_like(rows, recipe)))
     return replace(plan, graphs=tuple(probed), real=real, greedy=written)
+
+
+def _not_like(rows: Feeds, recipe: Probe) -> Probe:
+    """Return the recipe without drawn pictures in the sizes of the example, if they are large.
+
+    They are as smooth as those that the processor was given, and PyTorch takes long for them. The
+    first case stays, which is timed.
+    """
+    if not has_large_pictures(rows):
+        return recipe
+    sizes = recipe.sizes_of(rows)
+    first, *others = recipe.cases
+    others = [case for case in others if any(sizes.get(name) != n for name, n in case.items())]
+    return replace(recipe, cases=(first, *others))
 
 
 def _with_rows(plan: Plan, examples: Examples) -> Plan:

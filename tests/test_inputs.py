@@ -17,6 +17,7 @@ from ffmerge.config import ExportConfig
 from ffmerge.errors import InputError
 from ffmerge.exporter.graphs import Graph, graphs
 from ffmerge.exporter.package import export
+from ffmerge.exporter.plan import make_plan
 from ffmerge.exporter.settle import any_size, check_repeats, stand_ins
 from ffmerge.exporter.torch_onnx import SizeError
 from ffmerge.models import tasks
@@ -284,6 +285,24 @@ def test_the_size_is_that_of_the_processor(tmp_path: Path) -> None:
     assert result.ok
     cases = [case for p in result.providers for o in p.outputs for case in o.cases]
     assert {case.case for case in cases} == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "rows"),
+    [("ViT", 16, [1, 3, 8]), ("ViT", 152, [1, 3]), ("Dinov2", 152, [1, 2, 3])],
+)
+def test_two_large_pictures_are_compared_once(
+    name: str, side: int, rows: list[int], tmp_path: Path
+) -> None:
+    """The example of the processor is two; of any size two that are drawn are larger."""
+    settings = {**S, **I, "image_size": side, "patch_size": 8}
+    model = model_of(f"{name}ForImageClassification", f"{name}Config", **settings)
+    tf.ViTImageProcessor(size={"height": side, "width": side}).save_pretrained(tmp_path)
+    (graph,) = make_plan(model, ExportConfig(), tmp_path, None).graphs
+    assert [case["batch_size"] for case in graph.probe.cases] == rows
+    assert graph.probe.real == 1
+    (alone,) = make_plan(model, ExportConfig(), None, None).graphs
+    assert len(alone.probe.cases) == 3
 
 
 def test_what_holds_for_one_size_only_is_exported_for_it(
