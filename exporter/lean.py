@@ -64,7 +64,17 @@ def lean_exporter() -> Iterator[None]:
             # where in a model's code each node comes from, by files that are parsed for it
             config = importlib.import_module("torch.fx.config")
             stack.enter_context(mock.patch.object(config, "do_not_emit_stack_traces", True))
-        yield
+        try:
+            yield
+        finally:
+            _forget_traced()
+
+
+def _forget_traced() -> None:
+    """Let go of the program that was traced last, which PyTorch holds until the next one."""
+    with contextlib.suppress(ImportError, AttributeError):
+        tracing = importlib.import_module("torch.fx.experimental.proxy_tensor")
+        tracing._FAKE_TENSOR_ID_TO_PROXY_MAP_FOR_EXPORT.clear()
 
 
 def _promoted(promotion: Any, whole: Any, interpreter: Any, node: fx.Node) -> Any:

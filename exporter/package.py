@@ -17,12 +17,13 @@ from ffmerge.exporter.plan import Plan, by_dtype, make_plan, with_one_size
 from ffmerge.exporter.torch_onnx import SizeError
 from ffmerge.exporter.write import Written, write_graphs, write_rest
 from ffmerge.files import refuse_existing, staged
-from ffmerge.models import heap
+from ffmerge.models import heap, pages
 from ffmerge.models.data import Data
 from ffmerge.models.finite import check_has_weights
 from ffmerge.models.inputs import unchunked
 from ffmerge.models.manifest import Manifest
 from ffmerge.models.notebook import html_of
+from ffmerge.models.read_once import give_back_weights
 
 
 @dataclass(frozen=True, repr=False)
@@ -85,6 +86,7 @@ def export(
     check_has_weights(model)
     refuse_existing(Path(target))
     with unchunked(model), heap.rarely_collected():
+        pages.give_back_code()  # little is run of all that was imported
         plan = make_plan(model, config, source, data)
         with staged(Path(target)) as folder:
             try:
@@ -99,6 +101,8 @@ def export(
             del translated  # neither graphs nor programs are held while PyTorch computes
             gc.collect()
             heap.trim()
+            give_back_weights(model)
+            pages.give_back_code()
             records, variants, skipped = write_rest(folder, plan, written)
             manifest = describe(folder, plan, written, records, variants, skipped)
             manifest.write(folder)

@@ -34,6 +34,7 @@ from ffmerge.models.probe import (
     keeps_best,
     stored_elements,
 )
+from ffmerge.models.read_once import read_once
 from ffmerge.models.trace import GREEDY, TRACES, Description, Trace, described, joined, trace_key
 from ffmerge.passes.weights.evaluate import score_for
 
@@ -55,7 +56,8 @@ def write_reference(
         real = plan.real.get(graph.name, {})
         if not graph.parts:  # one made of parts is given what its first part is
             tensors |= {input_key(file, name): array for name, array in real.items()}
-        kept, most = _outputs(graph, file, real, "fp32" in plan.config.dtypes)
+        with read_once(plan.model):
+            kept, most = _outputs(graph, file, real, "fp32" in plan.config.dtypes)
         tensors |= kept
         rounding.append(most)
     for file, trace in traces.items():

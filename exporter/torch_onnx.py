@@ -35,6 +35,7 @@ from ffmerge.exporter.sizes import taken_for_granted
 from ffmerge.models import kv_cache, ties
 from ffmerge.models.inputs import to_tensors
 from ffmerge.models.kv_cache import KEPT
+from ffmerge.models.read_once import give_back_weights
 from ffmerge.models.record import Tie
 from ffmerge.passes.graph.contract import read_ties, write_ties
 from ffmerge.passes.graph.run import ShareResult, share_model
@@ -67,6 +68,7 @@ def to_onnx(
     model = graph.module.model
     if any(p.dtype != torch.float32 for p in model.parameters()):
         raise ExportError("only float32 models are exported: call model.float() first.")
+    give_back_weights(model)  # tracing reads none
     program = _translated(graph, opset, fused)
     known = ties.ties(model)
     _rename(program.model, known)

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from ffmerge.exporter.graphs import Graph
 from ffmerge.models.inputs import to_tensors
 from ffmerge.models.probe import Array
+from ffmerge.models.read_once import give_back_weight
 from ffmerge.models.trace import Trace, TracedValue, sampled, traced_feeds
 
 # What these put out is an input seen in another shape.
@@ -56,6 +57,9 @@ class _Recorder(torch.fx.Interpreter):
     def run_node(self, node: torch.fx.Node) -> Any:
         """Compute one node, as the interpreter does."""
         value = super().run_node(node)
+        for each in node.all_input_nodes:
+            if each.op == "placeholder" and isinstance(self.env[each], torch.Tensor):
+                give_back_weight(self.env[each])
         wanted = node.op == "call_function" and node.name in self.names
         if wanted and isinstance(value, torch.Tensor) and value.is_floating_point():
             if value.numel():

@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from ffmerge.config import QuantizeConfig
 from ffmerge.models.codes import Form, block_codes, middle, pack
+from ffmerge.models.pages import give_back_array
 from ffmerge.passes.graph.matrix import Matrix
 from ffmerge.passes.graph.rewrite import Rewrite, replace_tensor, store
 from ffmerge.passes.graph.tensors import shape_of, values_of
@@ -41,6 +42,7 @@ def to_blocks(model: ir.Model, matrix: Matrix, config: QuantizeConfig) -> None:
     if name not in rounded:
         values = values_of(matrix.tensor)
         rounded[name] = block_codes(values.T if by_column else values, form)
+        give_back_array(values)
     found = rounded[name]
     packed = pack(found.codes, form.bits)
     if not plain:

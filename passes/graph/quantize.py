@@ -15,6 +15,7 @@ from ffmerge.config import DTYPES, FOUR_BITS, QuantizeConfig
 from ffmerge.errors import InputError
 from ffmerge.models.codes import BLOCKS, FLOOR, Form, is_vector
 from ffmerge.models.manifest import Skip
+from ffmerge.models.pages import give_back_array
 from ffmerge.passes.graph import bits, blocks, gptq, int8
 from ffmerge.passes.graph.attention import GUARDS
 from ffmerge.passes.graph.float16 import MASK, to_float16
@@ -302,7 +303,9 @@ def _stays_float(item: Stored, main: ir.Graph) -> str | None:
     if not _is_weight(value):
         return _readers(value)
     values = values_of(tensor)
-    if not -MASK < float(values.min()) <= float(values.max()) < MASK:
+    least, most = float(values.min()), float(values.max())
+    give_back_array(values)  # its codes are made when all have been looked at
+    if not -MASK < least <= most < MASK:
         return "it is a mask, or holds values that are not finite"
     if _is_scored(value) and (off := int8.most_off(values)) > SCORES_OFF:
         return f"a softmax reads its sums, which 8 bits would change by up to {off:.2g}"

@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from ffmerge.errors import InputError
 from ffmerge.files import refuse_existing, scratch
+from ffmerge.models.pages import give_back_array
 from ffmerge.passes.graph.read import MappedTensor
 from ffmerge.passes.graph.tensors import (
     CHUNK,
@@ -151,6 +152,7 @@ class _Store:
         if offset is None:
             offset = self._append(array, tensor)
             self.offsets[_sample(array)].add(offset)
+        give_back_array(array)  # one of a checkpoint would stay in memory
         return ir.ExternalTensor(
             self.name, offset, array.nbytes, tensor.dtype,
             shape=ir.Shape(shape_of(tensor)), name=tensor.name or "",
