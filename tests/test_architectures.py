@@ -10,6 +10,8 @@ from architectures import CASES, call_of, exported, merge_all, model_of
 from torch.utils._pytree import tree_leaves
 
 import ffmerge
+from ffmerge.config import ExportConfig
+from ffmerge.exporter.package import export
 from ffmerge.models import checkpoint, ties
 from ffmerge.models.find import find
 from ffmerge.models.inputs import example_inputs
@@ -109,6 +111,19 @@ def test_from_finding_to_parity(
     (stated,) = (line for line in _rows() if line[0] == row[0])
     assert stated[:-1] == row[:-1]
     assert worst < float(stated[-1])  # the table's bound
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "config", "settings"), [case[:3] for case in CASES])
+def test_each_is_right_in_plain_operators(
+    name: str, config: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """What other runtimes load; the graphs above are those for ONNX Runtime's CPU."""
+    model = model_of(name, config, settings)
+    merge_all(model)
+    package = export(model, tmp_path / "package", ExportConfig(profile="portable"))
+    assert [o for o in check_parity(package.path, package.manifest) if not o.ok] == []
+    assert audit(package.path).ok
 
 
 @pytest.mark.parametrize(("name", "config", "settings"), [case[:3] for case in CASES])
