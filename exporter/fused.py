@@ -21,12 +21,8 @@ import torch
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
 from onnxscript.rewriter import onnx_fusions
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import (
-    bidirectional_mask_function,
-    causal_mask_function,
-    eager_mask,
-)
+from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
+from transformers.masking_utils import eager_mask
 
 from ffmerge.errors import ExportError
 from ffmerge.exporter.flat import read_flat
@@ -39,6 +35,8 @@ from ffmerge.passes.graph.tensors import is_op, shape_of
 
 OPSET = 23  # the first that has the operators
 FUNCTION = "onnx_attention"  # the name under which transformers knows it
+# by which every token reads every other; transformers 4 has none
+READS_ALL = getattr(masking_utils, "bidirectional_mask_function", None)
 HIDDEN = -1e30  # added to a score that does not count; for float32's lowest ONNX Runtime gives
 # zeros where nothing counts, as in rows of padding, and PyTorch does not
 # of the largest element of an output: how far the two may be apart in float64, and in float32
@@ -80,22 +78,17 @@ def _is_one(size: Any) -> bool:
     return isinstance(size, int) and size == 1
 
 
-def _mask(
-    batch_size: int, q_length: int, kv_length: int, attention_mask: Tensor | None = None,
-    mask_function: Any = causal_mask_function, **given: Any,
-) -> Tensor | None:  # fmt: skip
+def _mask(**given: Any) -> Tensor | None:
     """Return the mask of plain attention, what does not count a large number below zero.
 
     Where every token reads every other, that is the padding of each row: few nodes of a graph.
     """
-    if mask_function is bidirectional_mask_function and attention_mask is not None:
-        counts = attention_mask[:, None, None, :].bool()
-        added = torch.where(counts, 0.0, HIDDEN)
-        return added.expand(batch_size, 1, q_length, kv_length)
-    mask = eager_mask(
-        batch_size, q_length, kv_length, attention_mask=attention_mask,
-        mask_function=mask_function, **given,
-    )  # fmt: skip
+    padding = given.get("attention_mask")
+    reads_all = READS_ALL is not None and given.get("mask_function") is READS_ALL
+    if reads_all and padding is not None:
+        added = torch.where(padding[:, None, None, :].bool(), 0.0, HIDDEN)
+        return added.expand(given["batch_size"], 1, given["q_length"], given["kv_length"])
+    mask = eager_mask(**given)
     if mask is None:
         return None
     return mask.clamp(min=HIDDEN)

@@ -85,7 +85,7 @@ def export(
     """
     check_has_weights(model)
     refuse_existing(Path(target))
-    with unchunked(model), heap.rarely_collected():
+    with unchunked(model), heap.rarely_collected(), heap.kept():
         pages.give_back_code()  # little is run of all that was imported
         plan = make_plan(model, config, source, data)
         with staged(Path(target)) as folder:

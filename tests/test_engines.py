@@ -27,8 +27,9 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("packages")
     model = tiny.vit(layers=2)
     assert merge_all(model)
-    export(model, folder / "vit")
-    export(tiny.gpt2(layers=2), folder / "gpt2-int4", ExportConfig(dtype="int4"))
+    export(model, folder / "vit", ExportConfig(profile="portable"))
+    config = ExportConfig(profile="portable", dtype="int4")
+    export(tiny.gpt2(layers=2), folder / "gpt2-int4", config)
     return folder
 
 

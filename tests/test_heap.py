@@ -90,3 +90,33 @@ def test_what_is_large_and_freed_is_given_back() -> None:
         )
         left[kind] = float(done.stdout)
     assert left["returned"] < 16 < 64 < left["kept"]
+
+
+FAULTS = """
+import resource, sys
+from contextlib import nullcontext
+import numpy as np
+from ffmerge.models import heap
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+with heap.kept() if sys.argv[1] == "kept" else nullcontext():
+    np.ones(40 << 20, np.uint8)
+    before = faults()
+    for _ in range(16):
+        np.ones(40 << 20, np.uint8)
+    print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's heap is asked")
+def test_what_is_kept_is_given_again_without_a_fault() -> None:
+    """Of sixteen blocks of 40 MB: 0 faults where they are kept, else 336, of pages of 2 MB (measured)."""
+    found = {}
+    for kind in ("kept", "given back"):
+        done = subprocess.run(
+            [sys.executable, "-c", FAULTS, kind], check=True, stdout=subprocess.PIPE, text=True
+        )
+        found[kind] = int(done.stdout)
+    assert found["kept"] < 16 <= found["given back"]
