@@ -112,7 +112,7 @@ with heap.kept() if sys.argv[1] == "kept" else nullcontext():
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's heap is asked")
 def test_what_is_kept_is_given_again_without_a_fault() -> None:
-    """Of sixteen blocks of 40 MB: 0 faults where they are kept, else 336, of pages of 2 MB (measured)."""
+    """Of sixteen blocks of 40 MB: 0 faults where they are kept, else 336 of 2 MB (measured)."""
     found = {}
     for kind in ("kept", "given back"):
         done = subprocess.run(
