@@ -9,6 +9,7 @@ that is wrong; a case is known again by its number.
 """
 
 import argparse
+import gc
 import io
 import json
 import multiprocessing
@@ -85,7 +86,9 @@ RIGHT = ("done", "a check failed", "one sentence")
 
 def run(folder: Path, numbers: Iterable[int], only: str = "") -> list[tuple[int, str, str]]:
     """Return number, kind and outcome of the cases."""
-    torch.set_num_threads(1)  # a child that is forked would wait for threads that it has not
+    torch.set_num_threads(1)  # a child that is forked would wait for threads that it has not,
+    gc.collect()  # as where it frees a session of ONNX Runtime that nothing here holds any more
+    gc.freeze()
     targets = write_inputs(folder / "inputs", only)
     (folder / SECRET).mkdir()
     (folder / SECRET / "file").write_text("nobody is to read this")
@@ -98,6 +101,7 @@ def run(folder: Path, numbers: Iterable[int], only: str = "") -> list[tuple[int,
     while pending:
         chunk, pending = pending[:CHUNK], pending[CHUNK:]
         found += _in_child(folder, targets, chunk)
+    gc.unfreeze()
     return found
 
 
