@@ -198,16 +198,11 @@ def _for_each_row(angle: ir.Value, like: ir.Value, before: ir.Node, graph: ir.Gr
 
 def _append_inside(node: ir.Node) -> None:
     """Give an attention the past, and what is appended to it, where two nodes joined them."""
-    if node.inputs[1] is node.inputs[2]:
-        return
     key, value = (_appends(joined) for joined in node.inputs[1:3])
-    if key is None or value is None:
+    if key is None or value is None or key is value or not _append_alike(key, value):
         return
     if _leads_to(node, [key.outputs[0], value.outputs[0]]):
         return
-    for one, other in zip(key.inputs, value.inputs, strict=True):
-        if _tokens(one) is None or _tokens(one) != _tokens(other):
-            return
     mask = [*node.inputs[3:], None][:1]
     past, new = ([each.inputs[number] for each in (key, value)] for number in (0, 1))
     whole = ir.Node(
@@ -219,6 +214,14 @@ def _append_inside(node: ir.Node) -> None:
     ir.convenience.replace_nodes_and_values(
         node.graph, node, [node, key, value], [whole], joined, whole.outputs
     )
+
+
+def _append_alike(key: ir.Node, value: ir.Node) -> bool:
+    """Say whether keys and values are appended to as many, as many new ones."""
+    for one, other in zip(key.inputs, value.inputs, strict=True):
+        if _tokens(one) is None or _tokens(one) != _tokens(other):
+            return False
+    return True
 
 
 def _leads_to(node: ir.Node, values: Sequence[ir.Value]) -> bool:

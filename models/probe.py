@@ -220,19 +220,23 @@ def _stand_in(spec: InputSpec, batch: Mapping[str, Array], sizes: Mapping[str, i
     """Return what stands for an input that is not given; a size that is not known is 0."""
     if spec.kind == "mask" and spec.tokens and "input_ids" in batch:
         return np.asarray(batch["input_ids"] != spec.tokens.pad)
-    if spec.kind == SHOWN and "attention_mask" in batch:
-        count = np.cumsum(batch["attention_mask"], 1) - 1
-        return np.maximum(count[:, sizes["past_sequence_length"] :], 0)
-    if spec.kind == TOLD and spec.tokens and "input_ids" in batch:
-        text = np.asarray(batch["input_ids"] != spec.tokens.pad)
-        return (np.cumsum(text, 1) + sizes["past_sequence_length"]) * text + spec.tokens.pad
     shape = tuple(sizes.get(d, 0) if isinstance(d, str) else d for d in spec.shape)
     if spec.kind == "mask":
         return np.ones(shape)
     if spec.kind in (ALL, SHOWN, TOLD):
-        past = sizes["past_sequence_length"]
-        return np.broadcast_to(np.arange(past, past + shape[1]), shape)
+        return _counted(spec, batch, sizes["past_sequence_length"], shape)
     return np.zeros(shape)
+
+
+def _counted(spec: InputSpec, batch: Mapping[str, Array], past: int, shape: Sequence[int]) -> Array:
+    """Return the positions of tokens behind a past, counted as the kind of the input says."""
+    if spec.kind == SHOWN and "attention_mask" in batch:
+        count = np.cumsum(batch["attention_mask"], 1) - 1
+        return np.maximum(count[:, past:], 0)
+    if spec.kind == TOLD and spec.tokens and "input_ids" in batch:
+        text = np.asarray(batch["input_ids"] != spec.tokens.pad)
+        return (np.cumsum(text, 1) + past) * text + spec.tokens.pad
+    return np.broadcast_to(np.arange(past, past + shape[1]), shape)
 
 
 def _draw(
