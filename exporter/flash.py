@@ -22,7 +22,7 @@ from ffmerge.passes.graph.blocks import MICROSOFT
 from ffmerge.passes.graph.rewrite import insert, store
 from ffmerge.passes.graph.tensors import is_op
 
-LONG = 256  # tokens: of fewer the kernel is as fast or slower (docs/speed.md)
+LONG = 256  # tokens: of fewer the kernel is as fast or slower (benchmarks/flash.py)
 _MASK = 3  # of the inputs of Attention
 _KNOWN = {"q_num_heads", "kv_num_heads", "scale"}  # attributes that both operators have
 
