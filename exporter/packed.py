@@ -1,14 +1,16 @@
-"""Queries, keys and values of a layer by one product, for decoders of ``export --for cpu``.
+"""Products of one value as one, for decoders of ``export --for cpu``.
 
 ``exporter/convert.py`` calls :func:`pack` when the graphs are in their precision. For one token one
-product is faster than three; for many the parts are copied out of it, which costs more. The
-products of an attention that read the same value become one, of their weights behind one another,
-and a Split gives the parts by the names that they had. What a product gives is unchanged: each row
+product is faster than three; for many the parts are copied out of it, which costs more. Queries,
+keys and values of an attention that are products of the same value become one, of their weights
+behind one another, and in blocks a gate and what it lets through; a Split gives the parts by the
+names that they had. What a product gives is unchanged: each row
 of a weight in blocks has scales of its own, and zero points if one of the weights has. A weight
 that is tied, or that anything else reads, stays apart: packed, it would be stored twice.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence, Set
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,17 +54,25 @@ class Product(NamedTuple):
         return [*self.weights, *([self.bias] if self.bias is not None else [])]
 
     @property
+    def names(self) -> set[str]:
+        """What these are called."""
+        return {str(value.name) for value in self.held}
+
+    @property
     def given(self) -> ir.Value:
         """What the product, with its bias, gives."""
         return (self.added or self.node).outputs[0]
 
 
-def pack(models: Sequence[ir.Model]) -> None:
-    """Multiply once for each attention of the graphs of a package, where all graphs can, in place.
+def pack(models: Sequence[ir.Model], gates: bool = False) -> None:
+    """Let products of one value be one in the graphs of a package, where all graphs can, in place.
 
-    A weight that one graph would read packed and another apart stays apart.
+    A weight that one graph would read packed and another apart stays apart. ``gates`` in blocks
+    are packed if that is asked for.
     """
-    found = [_groups(model) for model in models]
+    found = []
+    for model in models:
+        found.append(_groups(model, gates))
     apart = set()
     for model, groups in zip(models, found, strict=True):
         known = {name for group in groups for name in _names(group)}
@@ -81,23 +91,46 @@ def _names(group: Sequence[Product]) -> list[str]:
     return [str(product.weights[0].name) for product in group]
 
 
-def _groups(model: ir.Model) -> list[list[Product]]:
-    """Return the products of each attention that can be one, in the order of the graph."""
+def _groups(model: ir.Model, gates: bool) -> list[list[Product]]:
+    """Return the products that can be one, each group in the order of the graph."""
     tied = {member for tie in read_ties(model) for member in (tie.name, *tie.members)}
     order = {node: number for number, node in enumerate(model.graph)}
     found = []
+    for products in _read_by_attentions(model, tied):
+        once = {product.node: product for product in products}  # keys may be the values, too
+        if len(once) > 1:
+            found.append(sorted(once.values(), key=lambda product: order[product.node]))
+    grouped = {product.node for group in found for product in group}
+    for run in _runs_in_blocks(model, tied) if gates else ():
+        if len(run) > 1 and not any(product.node in grouped for product in run):
+            found.append(run)
+    return found
+
+
+def _read_by_attentions(model: ir.Model, tied: Set[str]) -> Iterator[list[Product]]:
+    """Yield of what each attention reads the products that are alike and have no tied weight."""
     for node in model.graph:
         alike: dict[Any, list[Product]] = {}
         for value in node.inputs[:3] if is_op(node, "Attention") else ():
             product = _product_of(value)
-            if product is None or tied & {value.name for value in product.held}:
-                continue
-            alike.setdefault(_kind(product), []).append(product)
-        for group in alike.values():
-            once = {product.node: product for product in group}  # keys may be the values, too
-            if len(once) > 1:
-                found.append(sorted(once.values(), key=lambda product: order[product.node]))
-    return found
+            if product is not None and not tied & product.names:
+                alike.setdefault(_kind(product), []).append(product)
+        yield from alike.values()
+
+
+def _runs_in_blocks(model: ir.Model, tied: Set[str]) -> Iterator[list[Product]]:
+    """Yield products in blocks that follow one another, are alike and have no tied weight.
+
+    A gate of a feed-forward sublayer and what it lets through are. In float32 two products by
+    half a matrix take no longer than one by all of it.
+    """
+    products = []
+    for node in model.graph:
+        product = _product_of(node.outputs[0]) if node.op_type == "MatMulNBits" else None
+        if product is not None and not tied & product.names:
+            products.append(product)
+    for _, run in itertools.groupby(products, _kind):
+        yield list(run)
 
 
 def _product_of(value: ir.Value | None) -> Product | None:

@@ -1,4 +1,4 @@
-"""``export --for cpu``: one product for queries, keys and values, the same results, ties left."""
+"""``export --for cpu``: one product for several of one value, the same results, ties left."""
 
 from pathlib import Path
 from typing import Any
@@ -141,6 +141,47 @@ def test_a_weight_that_another_graph_reads_apart_stays_apart() -> None:
     assert [products(each) for each in pair] == [3, 2]
 
 
+GATED = """(float[b,t,64] x) => (float[b,t,32] y) {
+    g = MatMul(x, gate) u = MatMul(x, up) s = Sigmoid(g) h = Mul(s, u) y = MatMul(h, down) }"""
+GATES = {"gate": normal(64, 96), "up": normal(64, 96, seed=1), "down": normal(96, 32, seed=2)}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "gates", "left"), [("int4", True, 2), ("int4", False, 3), (None, True, 3)]
+)
+def test_a_gate_in_blocks_is_one_product_with_what_it_lets_through(
+    dtype: str | None, gates: bool, left: int
+) -> None:
+    model = build(GATED, 21, **GATES)
+    share_model(model, dtype=dtype)
+    expected = run(model, x=X)[0]
+    pack([model], gates=gates)
+    assert products(model) == left
+    assert ops(model)["Split"] == 3 - left
+    assert np.allclose(run(model, x=X)[0], expected, atol=SUMS)  # seen 0
+
+
+@pytest.mark.parametrize(
+    ("text", "members"),
+    [
+        (GATED, ("up", "other")),  # another graph reads it, too
+        (GATED.replace("MatMul(x, up)", "MatMul(g, up)"), ()),  # of another value
+        (GATED.replace("g = MatMul(x, gate) u", "v = MatMul(x, gate) g = MatMul(v, mid) u"), ()),
+    ],
+)
+def test_products_stay_apart_that_are_no_gate(text: str, members: tuple[str, ...]) -> None:
+    weights = {**GATES, "mid": normal(96, 96, seed=3)}
+    if "(g, up)" in text:
+        weights["up"] = normal(96, 96, seed=4)
+    model = build(text, 21, **{name: array for name, array in weights.items() if name in text})
+    share_model(model, dtype="int4")
+    if members:
+        write_ties(model, [Tie("up", members, {"model": 1})])
+    before = products(model)
+    pack([model], gates=True)
+    assert products(model) == before
+
+
 def encoder() -> Any:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS}
     return BertForSequenceClassification(BertConfig(vocab_size=97, num_attention_heads=4, **sizes))
@@ -178,10 +219,10 @@ def test_decoders_are_packed_and_right(made: Any, tmp_path: Path) -> None:
 def test_norms_of_queries_and_tied_layers(name: str, tmp_path: Path) -> None:
     model, package = packed(name, tmp_path, dtype="int4")
     before = ops(ir.load(package.path / "model.onnx"))
-    assert before["Split"] == LAYERS
+    assert before["Split"] == 2 * LAYERS  # attention, and the gates
     assert all(output.ok for output in check_parity(package.path, package.manifest))
     model.model.layers[1].self_attn.k_proj = model.model.layers[0].self_attn.k_proj
     tied = ffmerge.export(model, tmp_path / "tied", ExportConfig(profile="cpu"))
     after = ops(ir.load(tied.path / "model.onnx"))
-    assert after["Split"] == LAYERS and after["MatMul"] == before["MatMulNBits"] + LAYERS
+    assert after["Split"] == LAYERS and after["MatMul"] == before["MatMulNBits"] + 2 * LAYERS
     assert audit(tied.path).ok
