@@ -18,7 +18,8 @@ class Profile:
     """How graphs are made for a provider.
 
     ``fused``: attention, RMS norms and rotations are one operator each, of the standard. With
-    ``flash`` attention of many tokens of which none is hidden is one of ONNX Runtime's own. With
+    ``on_cpu`` attention of many tokens of which none is hidden is an operator of ONNX Runtime's
+    own, and no sum becomes a part of the layer norm behind it. With
     ``multihead`` attention is an operator of ONNX Runtime's own. ``half_cache``: where a decoder
     computes in float16, it takes and gives keys and values so, as they are. ``dtypes`` are those
     that the provider has kernels for, None: all, and ``dtype`` is the one if none is asked for.
@@ -29,7 +30,7 @@ class Profile:
 
     opset: int
     fused: bool = False
-    flash: bool = False
+    on_cpu: bool = False
     multihead: bool = False
     half_cache: bool = False
     dtypes: tuple[str, ...] | None = None
@@ -47,7 +48,7 @@ class Profile:
 _GPU = ("fp32", "fp16", "int8", "int4", "q4f16")
 PROFILES = {
     "portable": Profile(PLAIN_OPSET),
-    "cpu": Profile(FUSED_OPSET, fused=True, flash=True),
+    "cpu": Profile(FUSED_OPSET, fused=True, on_cpu=True),
     "cuda": Profile(FUSED_OPSET, fused=True, half_cache=True, dtypes=_GPU),
     "webgpu": Profile(
         FUSED_OPSET, fused=True, multihead=True, half_cache=True, dtypes=_GPU,

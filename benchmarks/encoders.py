@@ -4,9 +4,10 @@
 
 Forms: ``portable`` and ``cpu`` (``ffmerge export --for``), and ``optimizer``, what
 ``onnxruntime.transformers.optimizer`` makes of a TorchScript export of the same model (a BERT). All
-run in one process, in turns, on the same ids; the times are processor time, of several threads wall
-time. A ratio is the median of those of pairs, a turn of a form over the same turn of ``optimizer``.
-``off`` is how far a form's states are from PyTorch's, in parts of the largest.
+run in turns, each in a process of its own, on the same ids; the times are processor time, of
+several threads wall time. A ratio is the median of those of pairs, a turn of a form over the same
+turn of ``optimizer``. ``off`` is how far a form's states are from PyTorch's, in parts of the
+largest.
 """
 
 import argparse
@@ -18,8 +19,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import torch
-
-import ffmerge
+from genai import alone
 
 SIZES = [(length, batch) for length in (16, 128, 512) for batch in (1, 8)]
 LEAST = 0.3  # seconds of a turn
@@ -40,6 +40,8 @@ class Wrapped(torch.nn.Module):
 
 def build(checkpoint: str, folder: Path) -> dict[str, Path]:
     """Make the files that are not there yet, and return the graph of each form."""
+    import ffmerge
+
     paths = {}
     model = ffmerge.load(checkpoint)
     for form in ("portable", "cpu"):
@@ -66,17 +68,38 @@ def build(checkpoint: str, folder: Path) -> dict[str, Path]:
     return paths
 
 
-def turn(session: Any, feeds: dict[str, Any], clock: Any) -> float:
-    """Return the ms of one run, the median of as many as a turn has room for."""
-    times: list[float] = []
-    while sum(times) < LEAST or len(times) < 3:
-        start = clock()
-        session.run(["last_hidden_state"], feeds)
-        times.append(clock() - start)
-    return statistics.median(times) * 1e3
+def runs(path: Path, threads: int, all_feeds: list[dict[str, Any]]) -> list[Any]:
+    """Open a graph, and return for each of some feeds the ms of a run and its states."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    clock = time.process_time if threads == 1 else time.perf_counter
+    found = []
+    for feeds in all_feeds:
+        (states,) = session.run(["last_hidden_state"], feeds)  # buffers are made
+        times: list[float] = []
+        while sum(times) < LEAST or len(times) < 3:
+            start = clock()
+            session.run(["last_hidden_state"], feeds)
+            times.append(clock() - start)
+        found.append((statistics.median(times) * 1e3, states))
+    return found
+
+
+def drawn(model: Any) -> list[dict[str, Any]]:
+    """Return ids of every size, none of them padding."""
+    generator, found = np.random.default_rng(0), []
+    for length, batch in SIZES:
+        ids = generator.integers(1000, model.config.vocab_size, (batch, length))
+        whole = {"attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+        found.append({"input_ids": ids, **whole})
+    return found
 
 
 def main() -> None:
+    import ffmerge
+
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("checkpoint")
     parser.add_argument("--build", type=Path, default=Path("build/encoders"))
@@ -84,32 +107,24 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     given = parser.parse_args()
     given.build.mkdir(parents=True, exist_ok=True)
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = given.threads
-    sessions = {
-        form: ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        for form, path in build(given.checkpoint, given.build).items()
-    }
-    clock = time.process_time if given.threads == 1 else time.perf_counter
-    model, generator = ffmerge.load(given.checkpoint).eval(), np.random.default_rng(0)
-    print("| tokens x rows | " + " | ".join(f"{form}: ms, ratio" for form in sessions) + " | off |")
-    print("|---" * (len(sessions) + 2) + "|")
-    for length, batch in SIZES:
-        ids = generator.integers(1000, model.config.vocab_size, (batch, length))
-        whole = {"attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
-        feeds = {"input_ids": ids, **whole}
-        times: dict[str, list[float]] = {form: [] for form in sessions}
-        for number in range(given.turns):
-            for form in sorted(sessions, reverse=bool(number % 2)):
-                times[form].append(turn(sessions[form], feeds, clock))
+    paths = build(given.checkpoint, given.build)
+    model = ffmerge.load(given.checkpoint).eval()
+    feeds = drawn(model)
+    found: dict[str, list[Any]] = {form: [] for form in paths}
+    for number in range(given.turns):
+        for form in sorted(paths, reverse=bool(number % 2)):
+            found[form].append(alone(runs, paths[form], given.threads, feeds))
+    print("| tokens x rows | " + " | ".join(f"{form}: ms, ratio" for form in paths) + " | off |")
+    print("|---" * (len(paths) + 2) + "|")
+    for place, (length, batch) in enumerate(SIZES):
         with torch.no_grad():
-            wanted = model(**{name: torch.tensor(x) for name, x in feeds.items()})
+            wanted = model(**{name: torch.tensor(x) for name, x in feeds[place].items()})
         expected = wanted.last_hidden_state.numpy()
         off, cells = 0.0, []
-        for form, session in sessions.items():
-            found = session.run(["last_hidden_state"], feeds)[0]
-            off = max(off, float(np.abs(found - expected).max() / np.abs(expected).max()))
+        times = {form: [turn[place][0] for turn in turns] for form, turns in found.items()}
+        for form, turns in found.items():
+            states = turns[0][place][1]
+            off = max(off, float(np.abs(states - expected).max() / np.abs(expected).max()))
             ratios = [a / b for a, b in zip(times[form], times["optimizer"], strict=True)]
             cells.append(f"{statistics.median(times[form]):.1f}, {statistics.median(ratios):.2f}")
         print(f"| {length} x {batch} | {' | '.join(cells)} | {off:.0e} |", flush=True)

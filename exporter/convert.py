@@ -28,7 +28,7 @@ from ffmerge.exporter.multihead import (
 )
 from ffmerge.exporter.packed import pack
 from ffmerge.exporter.plan import Plan
-from ffmerge.exporter.summed import sum_inside
+from ffmerge.exporter.summed import sum_apart, sum_inside
 from ffmerge.exporter.torch_onnx import SizeError, to_onnx
 from ffmerge.exporter.trace import record_trace
 from ffmerge.models import kv_cache
@@ -122,7 +122,9 @@ def _fit(plan: Plan, profile: str, results: Results) -> Results:
         for model in models:
             use_multihead(model)
             sum_inside(model.graph)
-    if form.flash:
+    if form.on_cpu:
+        for model in models:
+            sum_apart(model.graph)
         for graph in plan.graphs:
             if not graph.parts:
                 use_flash(results[graph.name].model, graph.probe)
@@ -218,7 +220,7 @@ def as_taken(plan: Plan, translated: Translated) -> Plan:
 def _as_taken(graph: Graph, form: Profile, model: ir.Model) -> Graph:
     if form.multihead and shares_keys(model):
         graph = replace(graph, probe=one_row_behind_a_past(graph.probe))
-    if form.flash:
+    if form.on_cpu:
         graph = with_many_tokens(graph, model)
     return graph
 

@@ -1,8 +1,12 @@
-"""Sums of the residual stream that the norm behind them makes.
+"""Sums of the residual stream, and the norms behind them.
 
 ``exporter/genai.py`` calls :func:`sum_inside` for onnxruntime-genai, ``exporter/convert.py`` for
 WebGPU. ``SkipSimplifiedLayerNormalization`` adds what a sublayer gives to the stream, gives the
 sum, and norms it while it is at hand.
+
+For the CPU ``exporter/convert.py`` calls :func:`sum_apart`: ONNX Runtime makes an Add and the
+LayerNormalization behind it one operator when it loads a graph, whose kernel takes three to seven
+times as long as the two (``benchmarks/norms.py``). It knows no Sum.
 """
 
 import onnx_ir as ir
@@ -19,6 +23,17 @@ def sum_inside(graph: ir.Graph) -> None:
             add = value.producer() if value is not None else None
             if add is not None and is_op(add, "Add") and _are_alike(add):
                 _join(graph, add, norm)
+
+
+def sum_apart(graph: ir.Graph) -> None:
+    """Let what a layer norm alone reads, the sum of two values of one shape, be a Sum, in place."""
+    for norm in graph:
+        value = norm.inputs[0] if is_op(norm, "LayerNormalization") else None
+        add = value.producer() if value is not None else None
+        if add is None or not is_op(add, "Add") or not _are_alike(add):
+            continue
+        if len(add.outputs[0].uses()) == 1 and not add.outputs[0].is_graph_output():
+            add.op_type = "Sum"
 
 
 def _norms_rows(norm: ir.Node) -> bool:
