@@ -15,7 +15,7 @@ from ffmerge.models.pages import give_back
 
 # of the weights, from pass to pass: what leaves takes 0.2 ns a byte to go and come back, and a
 # model is read whole when it is loaded, with less beside it
-_STAYS = 0.75
+_STAYS = 0.5
 
 
 def give_back_weights(model: nn.Module) -> None:
@@ -31,7 +31,7 @@ def give_back_weight(weight: Tensor) -> None:
 
 @contextmanager
 def read_once(model: nn.Module) -> Iterator[None]:
-    """Have a quarter of the weights, the last ones, leave memory when their module has run.
+    """Have half of the weights, the last ones, leave memory when their module has run.
 
     So a pass of ``model`` needs that much less. No other thread may write to weights inside.
     """

@@ -99,7 +99,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("exact", [False, True])
-def test_a_quarter_of_a_model_leaves_memory_in_a_pass(folder: Path, exact: bool) -> None:
+def test_half_of_a_model_leaves_memory_in_a_pass(folder: Path, exact: bool) -> None:
     """In float64, too, where the address of a weight is asked for and that of a wider one given."""
     file, model = folder / "model.safetensors", ffmerge.load(folder)
     held = sum(parameter.nbytes for parameter in model.parameters())
@@ -110,7 +110,7 @@ def test_a_quarter_of_a_model_leaves_memory_in_a_pass(folder: Path, exact: bool)
         assert resident(file) > 0.9 * held
         with read_once(model), precision():
             found = model(IDS).logits
-        assert 0.5 * held < resident(file) < 0.85 * held  # measured: 0.67
+        assert 0.3 * held < resident(file) < 0.6 * held  # measured: 0.43
         assert torch.equal(found, wanted)
         assert torch.equal(model(IDS).logits, ffmerge.load(folder)(IDS).logits)
         assert resident(file) > 0.9 * held  # nothing leaves outside
@@ -124,7 +124,7 @@ def test_a_quarter_of_a_model_leaves_memory_in_a_pass(folder: Path, exact: bool)
 def test_an_export_holds_no_weights_that_it_has_read(
     dtype: str, step: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """None after they were written, or codes made of them; three quarters when PyTorch has run."""
+    """None after they were written, or codes made of them; half of them when PyTorch has run."""
     file, model, left = folder / "model.safetensors", ffmerge.load(folder), []
     taken = getattr(*step)
 
@@ -138,4 +138,4 @@ def test_an_export_holds_no_weights_that_it_has_read(
     held = sum(parameter.nbytes for parameter in model.parameters())
     assert len(left) == 1
     assert left[0] < 0.1 * held  # measured: 0.015 and 0.011, of pages that two weights share
-    assert resident(file) < 0.85 * held  # measured: 0.67
+    assert resident(file) < 0.6 * held  # measured: 0.43
