@@ -16,7 +16,7 @@ from ffmerge.errors import ExportError
 from ffmerge.exporter.by_columns import store_by_columns
 from ffmerge.exporter.flash import use_flash, with_many_tokens
 from ffmerge.exporter.flat import join_heads
-from ffmerge.exporter.fused import check_fused
+from ffmerge.exporter.fused import NotFused, check_fused
 from ffmerge.exporter.graphs import STATES, Graph
 from ffmerge.exporter.half_cache import halve_cache
 from ffmerge.exporter.merged import merge_decoders
@@ -165,6 +165,22 @@ def _copy(result: ShareResult, dtype: str) -> ShareResult:
     return copy
 
 
+def with_checked_attention(plan: Plan) -> Plan:
+    """Return the plan with graphs whose attention can be one operator, or the reason why not.
+
+    Unchanged if no profile has it so.
+    """
+    if not any(profile_of(name).fused for name in plan.config.profiles):
+        return plan
+    graphs = []
+    try:
+        for graph in plan.graphs:
+            graphs.append(graph if graph.parts else check_fused(graph))
+    except NotFused as error:
+        return replace(plan, plain=str(error))
+    return replace(plan, graphs=tuple(graphs))
+
+
 def translate(plan: Plan) -> Translated:
     """Return the graphs for each profile in its opset, fused where that is wanted and all can be.
 
@@ -181,25 +197,31 @@ def translate(plan: Plan) -> Translated:
 
 def _translated(plan: Plan, profile: Profile) -> tuple[Results, dict[str, Any]]:
     """Return the graphs for a profile by name, and the programs they are of."""
-    opset = plan.config.opset
+    opset, reason = plan.config.opset, plan.plain
     if not profile.fused:
         return _all_of(plan, opset or profile.opset)
-    try:
-        for graph in plan.graphs:
-            if not graph.parts:
-                check_fused(graph)
-        results, programs = _all_of(plan, profile.opset, fused=True)
-        if profile.multihead:
-            _check_multihead(plan, results)
-        return results, programs
-    except SizeError:
-        raise
-    except ExportError as error:
-        skip = Skip("attention", f"the graph is that of --for portable: {error}")
+    if not reason:
+        try:
+            return _fused(plan, profile)
+        except SizeError:
+            raise
+        except ExportError as error:
+            reason = str(error)
+    skip = Skip("attention", f"plain products, as --for portable has it: {reason}")
     plain, programs = _all_of(plan, opset or PLAIN_OPSET)
     results = {}
     for name, result in plain.items():
         results[name] = replace(result, skipped=(skip, *result.skipped))
+    return results, programs
+
+
+def _fused(plan: Plan, profile: Profile) -> tuple[Results, dict[str, Any]]:
+    results, programs = _all_of(plan, profile.opset, fused=True)
+    if profile.multihead:
+        for graph in plan.graphs:
+            if not graph.parts:
+                join_heads(results[graph.name].model)
+                check_multihead(results[graph.name].model, graph)
     return results, programs
 
 
@@ -223,13 +245,6 @@ def _as_taken(graph: Graph, form: Profile, model: ir.Model) -> Graph:
     if form.on_cpu:
         graph = with_many_tokens(graph, model)
     return graph
-
-
-def _check_multihead(plan: Plan, results: Results) -> None:
-    for graph in plan.graphs:
-        if not graph.parts:
-            join_heads(results[graph.name].model)
-            check_multihead(results[graph.name].model, graph)
 
 
 def _all_of(plan: Plan, opset: int, fused: bool = False) -> tuple[Results, dict[str, Any]]:

@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from ffmerge.config import ExportConfig
-from ffmerge.exporter.convert import Translated, as_taken, convert, copied, translate
+from ffmerge.exporter.convert import (
+    Translated,
+    as_taken,
+    convert,
+    copied,
+    translate,
+    with_checked_attention,
+)
 from ffmerge.exporter.describe import describe
 from ffmerge.exporter.plan import Plan, by_dtype, make_plan, with_one_size
 from ffmerge.exporter.torch_onnx import SizeError
@@ -89,10 +96,11 @@ def export(
         pages.give_back_code()  # little is run of all that was imported
         plan = make_plan(model, config, source, data)
         with staged(Path(target)) as folder:
+            plan = with_checked_attention(plan)
             try:
                 translated = translate(plan)
             except SizeError:
-                plan = with_one_size(plan)
+                plan = with_checked_attention(with_one_size(plan))
                 translated = translate(plan)
             plan = as_taken(plan, translated)
             several, written = len(config.dtypes) > 1, list[Written]()

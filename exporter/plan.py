@@ -64,7 +64,8 @@ class Plan:
     ``rows`` are a few rows of the data as the model takes them, with labels where they are known;
     ``real`` is what each graph is given of them. ``greedy`` are prompts and PyTorch's ids. From
     ``calibration``, batches by graph, int8-static takes its ranges, and by it 4 bits are rounded.
-    ``source`` is the folder of the checkpoint, if there is one.
+    ``source`` is the folder of the checkpoint, if there is one. ``plain`` says why attention cannot
+    be one operator, where a profile has it so.
     """
 
     model: Any
@@ -77,6 +78,7 @@ class Plan:
     real: Mapping[str, Feeds] = field(default_factory=dict)
     greedy: Feeds = field(default_factory=dict)
     calibration: Mapping[str, Sequence[Feeds]] = field(default_factory=dict)
+    plain: str = ""
 
     @property
     def dtype(self) -> str:

@@ -265,7 +265,7 @@ def test_the_reason_is_in_the_package(tmp_path: Path, monkeypatch: pytest.Monkey
     ((name, reason),) = [
         (s.name, s.reason) for s in package.manifest.skipped if "because" in s.reason
     ]
-    assert (name, reason) == ("attention", "the graph is that of --for portable: because")
+    assert (name, reason) == ("attention", "plain products, as --for portable has it: because")
     assert ops(ir.load(package.path / "model.onnx"))["Softmax"] == LAYERS
     assert package.manifest.opset == 20
     assert all(output.ok for output in check_parity(package.path, package.manifest))
