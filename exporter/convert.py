@@ -34,6 +34,7 @@ from ffmerge.exporter.trace import record_trace
 from ffmerge.models import kv_cache
 from ffmerge.models.codes import BLOCKS, FLOOR, Blocks
 from ffmerge.models.manifest import Skip
+from ffmerge.models.read_once import read_once
 from ffmerge.models.trace import Trace
 from ffmerge.passes.graph.bits import Files
 from ffmerge.passes.graph.joined import SECOND, clone, join
@@ -174,8 +175,9 @@ def with_checked_attention(plan: Plan) -> Plan:
         return plan
     graphs = []
     try:
-        for graph in plan.graphs:
-            graphs.append(graph if graph.parts else check_fused(graph))
+        with read_once(plan.model):
+            for graph in plan.graphs:
+                graphs.append(graph if graph.parts else check_fused(graph))
     except NotFused as error:
         return replace(plan, plain=str(error))
     return replace(plan, graphs=tuple(graphs))
