@@ -64,61 +64,66 @@ class Product(NamedTuple):
         return (self.added or self.node).outputs[0]
 
 
+Group = Sequence[Product]
+
+
 def pack(models: Sequence[ir.Model], gates: bool = False) -> None:
     """Let products of one value be one in the graphs of a package, where all graphs can, in place.
 
     A weight that one graph would read packed and another apart stays apart. ``gates`` in blocks
     are packed if that is asked for.
     """
-    found = []
-    for model in models:
-        found.append(_groups(model, gates))
-    apart = set()
-    for model, groups in zip(models, found, strict=True):
-        known = {name for group in groups for name in _names(group)}
-        apart |= set(model.graph.initializers) - known
-    forms = {frozenset(_names(group)) for groups in found for group in groups}
-    for form in forms:
-        if any(form & other for other in forms - {form}):
-            apart |= form
+    found = [_groups(model, gates) for model in models]
+    apart = _read_apart(models, found)
     for model, groups in zip(models, found, strict=True):
         for group in groups:
             if not apart & set(_names(group)):
                 _join(group, model.graph)
 
 
-def _names(group: Sequence[Product]) -> list[str]:
+def _read_apart(models: Sequence[ir.Model], found: Sequence[Sequence[Group]]) -> set[str]:
+    """Return the weights that a graph reads in no group, or two graphs in different ones."""
+    apart, forms = set[str](), set[frozenset[str]]()
+    for model, groups in zip(models, found, strict=True):
+        names = {frozenset(_names(group)) for group in groups}
+        apart |= set(model.graph.initializers).difference(*names)
+        forms |= names
+    for form in forms:
+        if any(form & other for other in forms - {form}):
+            apart |= form
+    return apart
+
+
+def _names(group: Group) -> list[str]:
     return [str(product.weights[0].name) for product in group]
 
 
-def _groups(model: ir.Model, gates: bool) -> list[list[Product]]:
+def _groups(model: ir.Model, gates: bool) -> list[Group]:
     """Return the products that can be one, each group in the order of the graph."""
     tied = {member for tie in read_ties(model) for member in (tie.name, *tie.members)}
-    order = {node: number for number, node in enumerate(model.graph)}
-    found = []
-    for products in _read_by_attentions(model, tied):
-        once = {product.node: product for product in products}  # keys may be the values, too
-        if len(once) > 1:
-            found.append(sorted(once.values(), key=lambda product: order[product.node]))
-    grouped = {product.node for group in found for product in group}
-    for run in _runs_in_blocks(model, tied) if gates else ():
-        if len(run) > 1 and not any(product.node in grouped for product in run):
-            found.append(run)
-    return found
+    found = list(_read_by_attentions(model, tied))
+    if gates:
+        grouped = {product.node for group in found for product in group}
+        for run in _runs_in_blocks(model, tied):
+            if grouped.isdisjoint(product.node for product in run):
+                found.append(run)
+    return [group for group in found if len(group) > 1]
 
 
-def _read_by_attentions(model: ir.Model, tied: Set[str]) -> Iterator[list[Product]]:
+def _read_by_attentions(model: ir.Model, tied: Set[str]) -> Iterator[Group]:
     """Yield of what each attention reads the products that are alike and have no tied weight."""
+    order = {node: number for number, node in enumerate(model.graph)}
     for node in model.graph:
-        alike: dict[Any, list[Product]] = {}
+        alike: dict[Any, dict[ir.Node, Product]] = {}
         for value in node.inputs[:3] if is_op(node, "Attention") else ():
             product = _product_of(value)
-            if product is not None and not tied & product.names:
-                alike.setdefault(_kind(product), []).append(product)
-        yield from alike.values()
+            if product is not None and not tied & product.names:  # keys may be the values, too
+                alike.setdefault(_kind(product), {})[product.node] = product
+        for once in alike.values():
+            yield sorted(once.values(), key=lambda product: order[product.node])
 
 
-def _runs_in_blocks(model: ir.Model, tied: Set[str]) -> Iterator[list[Product]]:
+def _runs_in_blocks(model: ir.Model, tied: Set[str]) -> Iterator[Group]:
     """Yield products in blocks that follow one another, are alike and have no tied weight.
 
     A gate of a feed-forward sublayer and what it lets through are. In float32 two products by
@@ -204,7 +209,7 @@ def _kind(product: Product) -> Any:
     return product.node.inputs[0], product.node.op_identifier(), tuple(sorted(settings)), types
 
 
-def _join(group: Sequence[Product], main: ir.Graph) -> None:
+def _join(group: Group, main: ir.Graph) -> None:
     """Put one product, what it adds and a Split in the place of several products."""
     name = _joined_name(_names(group))
     widths, old = [product.width for product in group], [product.given for product in group]
@@ -232,7 +237,7 @@ def _join(group: Sequence[Product], main: ir.Graph) -> None:
             main.initializers.pop(str(value.name), None)
 
 
-def _product(group: Sequence[Product], name: str, main: ir.Graph) -> ir.Node:
+def _product(group: Group, name: str, main: ir.Graph) -> ir.Node:
     """Return one product by the weights of all, behind one another."""
     first, weights = group[0].node, []
     most = max(len(product.weights) for product in group)
@@ -277,7 +282,7 @@ def _behind_one_another(tensors: Sequence[ir.TensorProtocol], by_column: bool) -
     return ir.LazyTensor(compute, dtype=tensors[0].dtype, shape=ir.Shape(shape))
 
 
-def _bias(group: Sequence[Product]) -> ir.TensorProtocol:
+def _bias(group: Group) -> ir.TensorProtocol:
     """Return the vectors that are added behind one another, zeros where nothing is."""
     known = [product.bias.const_value for product in group if product.bias is not None]
     assert known[0] is not None
