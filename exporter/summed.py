@@ -5,7 +5,7 @@ WebGPU. ``SkipSimplifiedLayerNormalization`` adds what a sublayer gives to the s
 sum, and norms it while it is at hand.
 
 For the CPU ``exporter/convert.py`` calls :func:`sum_apart`: ONNX Runtime makes an Add and the
-LayerNormalization behind it one operator when it loads a graph, whose kernel takes three to seven
+LayerNormalization behind it one operator when it loads a graph, whose kernel takes up to eight
 times as long as the two (``benchmarks/norms.py``). It knows no Sum.
 """
 
