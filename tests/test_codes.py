@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ffmerge.models.codes import Form, block_codes, int8_codes, pack
+from ffmerge.models.codes import HADAMARD, SPREAD, Form, block_codes, int8_codes, pack, spread
 
 
 def test_codes_of_a_row_end_at_127() -> None:
@@ -90,3 +90,19 @@ def test_codes_that_fill_no_byte_are_padded() -> None:
     assert Form(4, 128, zeros=True).bytes_of(10, 384) == 10 * (3 * (64 + 4) + 2)
     assert Form(2, 32, zeros=True).bytes_of(10, 160) == 10 * (5 * (8 + 4) + 2)
     assert Form(4, 128).bytes_of(10, 384) == 10 * 3 * (64 + 4)
+
+
+def test_rows_are_spread_by_pairs_to_the_last_bit() -> None:
+    """Each sum of two is rounded by itself: a product's kernel may add up in another order."""
+    row = np.random.default_rng(0).standard_normal(SPREAD).astype(np.float32)
+    by_hand = list(row)
+    for apart in (8, 4, 2, 1):
+        for place in range(SPREAD):
+            if not place & apart:
+                one, other = by_hand[place], by_hand[place + apart]
+                by_hand[place], by_hand[place + apart] = one + other, one - other
+    found = spread(np.stack([row, -row]))
+    assert found.dtype == np.float32
+    assert found[0].tolist() == [value / np.float32(4) for value in by_hand]
+    assert np.array_equal(found[1], -found[0])
+    assert np.allclose(found[0], row.astype(np.float64) @ HADAMARD, atol=1e-6)  # measured 8.9e-8
